@@ -1,0 +1,69 @@
+"""Every knob, once, with its default: the small model of the toy tasks.
+
+The other configs are a few lines over this one.
+
+Usage:
+    python train.py --config=configs/base.py --config.model.norm=rms
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> Any:
+    config = ConfigDict()
+
+    config.seed = 0  # of initialisation, dropout and the order of the data
+    config.steps = 1_500  # updates in all; schedules end here
+    config.batch_size = 128  # examples a step, over all devices
+    config.steps_per_call = 100  # at most so many steps in one dispatch; changes no result
+    config.log_every = 100  # steps
+    config.eval_every = 250  # steps; the validation split
+    config.save_every = 500  # steps
+    config.keep_checkpoints = 2  # the latest so many, and the best
+    config.label_smoothing = 0.0  # ε of the smoothed targets; the paper's is 0.1
+    config.decode_margin = 50  # an output may be so many tokens longer than the longest source
+
+    config.data = ConfigDict()
+    config.data.task = "reverse"  # transformer/data/toy.py: TASKS
+    config.data.size = "small"  # transformer/data/toy.py: SIZES
+    config.data.train = "train"  # TFDS splits, slices too: train[:10%]
+    config.data.validation = "validation"
+    config.data.test = "test"
+
+    config.model = ConfigDict()
+    config.model.layers = 1  # L, of the encoder and of the decoder
+    config.model.width = 64  # D
+    config.model.heads = 4  # N
+    config.model.head_width = config_dict.placeholder(int)  # H = d_k = d_v; None: width / heads
+    config.model.ff_width = 256  # F
+    config.model.activation = "relu"  # transformer/layers.py: ACTIVATIONS
+    config.model.dropout = 0.0  # on each sublayer's output and on the embedded tokens
+    config.model.norm = "layer"  # transformer/normalization.py: NORMS
+    config.model.norm_placement = "pre"  # pre (Xiong 2020) or post (Vaswani 2017)
+    config.model.norm_epsilon = 1e-6  # added to the variance
+    config.model.position = "sinusoidal"  # transformer/positions.py: POSITIONS
+    config.model.max_length = 512  # of learned positions; sinusoidal ones have no limit
+    config.model.tie_embeddings = True  # one table for source, target and logits
+    config.model.attention_bias = False  # on the four projections of attention
+    config.model.attention_backend = "einsum"  # transformer/attention.py: ATTENTION_BACKENDS
+    config.model.dtype = "float32"  # of the computation; parameters are always float32
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # transformer/optimizer.py: OPTIMIZERS
+    config.optimizer.learning_rate = 4e-3  # its highest value
+    config.optimizer.schedule = "linear"  # after the warm-up; transformer/optimizer.py: SCHEDULES
+    config.optimizer.warmup_steps = 50
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon = 1e-9
+    config.optimizer.weight_decay = 0.0  # adamw
+    config.optimizer.clip_norm = 1.0  # of all gradients together; 0: they are not clipped
+
+    config.mesh = ConfigDict()  # how many ways each axis is split; -1: all devices that are left
+    config.mesh.data = -1  # the batch
+    config.mesh.fsdp = 1  # the batch, parameters and optimizer moments
+    config.mesh.tensor = 1  # heads, feed-forward and vocabulary inside each layer
+
+    return config

@@ -1,0 +1,194 @@
+"""Evaluates a run: restores it by its own saved config, decodes a split, prints, plots.
+
+Usage:
+    python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
+"""
+
+import json
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from transformer import cli, evaluation, sharding
+from transformer.checkpoint import Checkpoints, abstract
+from transformer.config import RunConfig
+from transformer.console import figure, percent, table
+from transformer.data.batches import Dataset
+from transformer.data.load import Corpus, open_corpus
+from transformer.data.tokenizer import BOS, PAD
+from transformer.errors import UserError
+from transformer.model import Model, Params
+from transformer.optimizer import make_optimizer
+from transformer.training import init_state, state_shardings
+from transformer.workdir import Workdir
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+
+SHOWN = 3  # examples whose attention is drawn
+SAMPLES = 50  # outputs written to the samples file
+
+
+def main() -> None:
+    """Restores, scores, decodes, shows, writes."""
+    workdir = Workdir(WORKDIR.value)
+    run = RunConfig.resolve(workdir.read_config())
+    split = SPLIT.value or run.data.test
+
+    cli.set_up_jax()
+    mesh = evaluation_mesh(run)
+    jax.set_mesh(mesh)
+
+    corpus = open_corpus(run.data, DATA_DIR.value)
+    data = corpus.load(split, run.batch_size)
+    run.model.check_length(data.longest(), f"the longest example of {split}")
+    data = jax.device_put(data, sharding.replicated(mesh))
+
+    model = Model(run.model, corpus.tokenizer.vocab_size)
+    optimizer = make_optimizer(run.optimizer, run.steps)
+    init = partial(init_state, model, optimizer)
+    where = state_shardings(model, optimizer, mesh)
+    with Checkpoints(workdir.checkpoints, run.keep_checkpoints) as checkpoints:
+        step = checkpoints.find(CHECKPOINT.value)
+        state = checkpoints.restore(step, abstract(jax.eval_shape(init, run.seed), where))
+
+    scores = jax.jit(partial(evaluation.score, model))(state.params, data)
+    length = run.model.reach(data.source.shape[1] + run.decode_margin)
+    decoded = jax.jit(partial(evaluation.decode, model, length=length))(state.params, data)
+    scores, data, decoded = jax.tree.map(np.asarray, (scores, data, decoded))
+    exact = evaluation.exact_match(decoded, data.target)
+
+    metrics = scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())}
+    by_length = accuracy_by_length(data.source, scores, exact)
+    show(f"{workdir.path}, step {step}, {split}", split, metrics, by_length)
+    record = {"step": step, "split": split, "metrics": metrics, "by_source_length": by_length}
+    (workdir.path / f"eval_{split}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_samples(workdir, split, corpus, data, decoded)
+    draw(workdir, split, corpus, model, state.params, data, by_length)
+
+
+def evaluation_mesh(run: RunConfig) -> Mesh:
+    """The mesh that the run was trained on, or one device where that is not to be had."""
+    try:
+        mesh = sharding.make_mesh(run.mesh)
+        sharding.check_batch(mesh, run.batch_size)
+    except UserError:
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1))
+    return mesh
+
+
+def accuracy_by_length(
+    source: np.ndarray, scores: evaluation.Scores, exact: np.ndarray
+) -> list[dict[str, Any]]:
+    """For each source length (without EOS): how many sequences, and how well they went."""
+    lengths = (source != PAD).sum(1) - 1
+    rows = []
+    for length in np.unique(lengths):
+        chosen = lengths == length
+        part = evaluation.Scores(*(each[chosen] for each in scores))
+        metrics = part.metrics("length")
+        rows.append(
+            {
+                "length": int(length),
+                "sequences": int(chosen.sum()),
+                "loss": metrics["length/loss"],
+                "token_accuracy": metrics["length/token_accuracy"],
+                "sequence_accuracy": float(exact[chosen].mean()),
+            }
+        )
+    return rows
+
+
+def show(
+    title: str, split: str, metrics: dict[str, float], by_length: list[dict[str, Any]]
+) -> None:
+    """Prints the table: the whole split, then each source length."""
+    columns = (
+        "source length",
+        "sequences",
+        "loss",
+        "perplexity",
+        "tokens right",
+        "sequences right",
+    )
+    whole: dict[str, Any] = {
+        name.removeprefix(f"{split}/"): value for name, value in metrics.items()
+    }
+    whole |= {"length": "all", "sequences": sum(row["sequences"] for row in by_length)}
+    table(
+        title,
+        columns,
+        [
+            (
+                str(row["length"]),
+                f"{row['sequences']:,}",
+                figure(row["loss"]),
+                figure(np.exp(row["loss"])),
+                percent(row["token_accuracy"]),
+                percent(row["sequence_accuracy"]),
+            )
+            for row in (*by_length, whole)
+        ],
+    )
+
+
+def write_samples(
+    workdir: Workdir, split: str, corpus: Corpus, data: Dataset, decoded: np.ndarray
+) -> None:
+    """`samples_<split>.tsv`: source, target and output of the first examples."""
+    text = corpus.tokenizer.decode
+    columns = (data.source[:SAMPLES], data.target[:SAMPLES], decoded[:SAMPLES])
+    rows = zip(*(map(text, column.tolist()) for column in columns), strict=True)
+    lines = ("\t".join(row) + "\n" for row in (("source", "target", "output"), *rows))
+    (workdir.path / f"samples_{split}.tsv").write_text("".join(lines))
+
+
+def draw(
+    workdir: Workdir,
+    split: str,
+    corpus: Corpus,
+    model: Model,
+    params: Params,
+    data: Dataset,
+    by_length: list[dict[str, Any]],
+) -> None:
+    """Accuracy by length, and the attention maps of the longest of the first examples."""
+    from transformer import plots  # matplotlib is not needed before
+
+    plots.accuracy_by_length(
+        [row["length"] for row in by_length],
+        [row["token_accuracy"] for row in by_length],
+        [row["sequence_accuracy"] for row in by_length],
+        workdir.plots / f"accuracy_by_length_{split}.png",
+    )
+    examples = data.head(SHOWN)
+    maps = jax.device_get(jax.jit(partial(evaluation.attention_maps, model))(params, examples))
+    for i in range(len(examples)):
+        source, target = (
+            [corpus.tokenizer.symbol(token) for token in tokens[i] if token != PAD]
+            for tokens in (examples.source, examples.target)
+        )
+        target_in = [corpus.tokenizer.symbol(BOS), *target[:-1]]
+        labels = {
+            "encoder": (source, source),
+            "decoder": (target_in, target_in),
+            "cross": (target_in, source),
+        }
+        for kind, (queries, keys) in labels.items():
+            plots.attention(
+                [layer[i] for layer in maps[kind]],
+                queries,
+                keys,
+                f"{kind} attention, {''.join(source[:-1])}",
+                workdir.plots / f"attention_{split}_{i}_{kind}.png",
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""The encoder-decoder Transformer of "Attention Is All You Need" in JAX and Flax NNX.
+
+Axes, also used as the letters of einsums and of shape annotations:
+
+    B  batch                    D  model width
+    S  source length, or keys   N  attention heads
+    T  target length, queries   H  width of a head (d_k = d_v)
+    V  vocabulary               F  width of the feed-forward's hidden layer
+    L  layers
+
+Nouns, with their shapes and dtypes:
+
+    source           [B, S] int32    tokens that the encoder reads, 0 = padding
+    target_in        [B, T] int32    BOS and the target: what the decoder reads
+    target_out       [B, T] int32    the target and EOS: what it should predict
+    weights          [B, T] float32  a token's weight in the loss, 0 on padding
+    source_segments  [B, S] int32    0 = padding; equal numbers may attend
+    target_segments  [B, T] int32    likewise
+    memory           [B, S, D]       the encoder's output
+    mask             [B|1, N|1, T, S] bool   True = the query may attend to the key
+    cache                            keys and values of the tokens decoded so far
+    logits           [B, T, V] float32
+    sums                             totals over tokens, on the device
+    metrics                          ratios of sums, on the host
+"""
+
+__version__ = "0.1.0"

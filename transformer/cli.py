@@ -1,0 +1,109 @@
+"""What every command line shares: flags, and errors that end in one line."""
+
+import functools
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from transformer.config import flat_knobs
+from transformer.errors import UserError, nearest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`.
+
+    What a person can cause ends with one line on standard error and exit status 2:
+    a `UserError`, a flag that does not parse, and what the disk or the system refuses.
+    """
+    app.run(lambda _: explained(main), flags_parser=lambda argv: explained(parse, argv))
+
+
+def explained(function: Callable, *args) -> Any:
+    """Calls `function`; an error that a person can cause becomes one line and status 2."""
+    try:
+        return function(*args)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}; mend that, or choose another place"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up_jax() -> None:
+    """Keeps compiled programs for the next start, in a place of their own."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        path = Path(cache, "transformer-jax", "xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses `argv` into absl's flags.
+
+    Raises:
+      UserError: a flag or an override is unknown or ill-typed, or the config file fails.
+    """
+    config = read_config_file(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(explain_flag(argv, config, error)) from error
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries tell of every checkpoint otherwise
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
+    return rest
+
+
+def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
+    """The config of the file that `--config=` names, without overrides; None if none is named."""
+    paths = [match[1] for argument in argv if (match := re.match(r"--?config=(.*)", argument))]
+    if not paths:
+        return None
+    try:
+        return runpy.run_path(paths[-1])["get_config"]()
+    except FileNotFoundError as error:
+        raise UserError(f"--config={paths[-1]}: there is no such file; see configs/") from error
+    except Exception as error:  # whatever a person's file may raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config={paths[-1]}: {type(error).__name__}: {reason}") from error
+
+
+def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:
+    """One line on why the flags did not parse."""
+    if config is None:
+        return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
+    knobs = flat_knobs(config)
+    for argument in argv:
+        override = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
+        if not override:
+            continue
+        name, value = override.groups()
+        if name in config and isinstance(config[name], ConfigDict):
+            return f"--config.{name} is a section; set one of its knobs: --config.{name}.NAME=value"
+        if name not in knobs:
+            return f"--config.{name}: there is no such knob{nearest(name, knobs)}"
+        if f"--config.{name}=" in str(error) or value is None:
+            kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+            kind = kinds.get(knob_type(config, name), "a word")
+            return (
+                f"--config.{name}={value}: it takes {kind}; without this flag it is {knobs[name]}"
+            )
+    return " ".join(str(error).split())
+
+
+def knob_type(config: ConfigDict, name: str) -> type:
+    """The type of the knob called `name`, a placeholder's too."""
+    *sections, knob = name.split(".")
+    return functools.reduce(getattr, sections, config).get_type(knob)

@@ -1,0 +1,87 @@
+"""What a run shows in the terminal."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def facts(rows: Mapping[str, str]) -> None:
+    """Prints a name and its value a line."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        console.print(f"[bold]{name.ljust(width)}[/bold]  {value}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table; the first column is text, the others are figures."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def figure(value: float) -> str:
+    """Four significant digits; large whole numbers with commas."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """0.9990 → 99.90%"""
+    return f"{value:.2%}"
+
+
+class TrainingBar:
+    """A progress bar with loss, speed and time left; plain lines where there is no terminal.
+
+    Args:
+      start: the step that training goes on from.
+      steps: the step that it ends at.
+    """
+
+    def __init__(self, start: int, steps: int):
+        self.steps = steps
+        self.live = sys.stdout.isatty()
+        self.progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("train", total=steps, completed=start, figures="")
+
+    def __enter__(self) -> "TrainingBar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of the interval that ends at `step`."""
+        speed = metrics["train/steps_per_second"]
+        figures = (
+            f"loss {metrics['train/loss']:.4f}  {speed:.1f} steps/s  "
+            f"{metrics['train/target_tokens_per_second']:,.0f} target tokens/s"
+        )
+        self.progress.update(self.task, completed=step, figures=figures)
+        if not self.live:
+            left = (self.steps - step) / speed
+            console.print(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints the validation metrics of `step` above the bar."""
+        self.progress.console.print(
+            f"step {step}/{self.steps}  validation loss {metrics['validation/loss']:.4f}  "
+            f"tokens right {percent(metrics['validation/token_accuracy'])}  "
+            f"sequences right {percent(metrics['validation/sequence_accuracy'])}"
+        )

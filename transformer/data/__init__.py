@@ -1,0 +1,1 @@
+"""Datasets: TFDS builders, tokenizers, and batches as pure functions of the step."""

@@ -1,0 +1,109 @@
+"""How well a model does on a whole split, in one dispatch, with a result for each example."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.data.batches import Dataset, make_batch
+from transformer.data.tokenizer import PAD
+from transformer.decoding import greedy
+from transformer.loss import cross_entropy
+from transformer.model import Maps, Model, Params
+
+
+class Scores(NamedTuple):
+    """Totals over the target tokens of each example, the true target being fed in.
+
+    nll: Σ -log p(token), in nats, without label smoothing.
+    correct: how many tokens were the likeliest at their place.
+    tokens: how many there are, EOS included.
+    """
+
+    nll: Float[Array, "examples"]
+    correct: Float[Array, "examples"]
+    tokens: Float[Array, "examples"]
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`loss` (nats a token), `perplexity`, `token_accuracy`, `sequence_accuracy`.
+
+        A sequence counts as right when each of its tokens is. That is the same as an
+        exact match under greedy decoding: while the output agrees with the target, the
+        decoder has read the target.
+        """
+        tokens = float(self.tokens.sum())
+        loss = float(self.nll.sum()) / tokens
+        return {
+            f"{prefix}/loss": loss,
+            f"{prefix}/perplexity": float(np.exp(loss)),
+            f"{prefix}/token_accuracy": float(self.correct.sum()) / tokens,
+            f"{prefix}/sequence_accuracy": float((self.correct == self.tokens).mean()),
+        }
+
+
+def map_batches(function: Callable, data: Dataset) -> Any:
+    """`function` of each batch's (source, target), the rows' results joined in order."""
+    rows, size = len(data), data.batch_size
+    batches = -(-rows // size)
+
+    def fold(tokens):
+        padded = jnp.pad(tokens, ((0, batches * size - rows), (0, 0)), constant_values=PAD)
+        return padded.reshape(batches, size, -1)
+
+    results = jax.lax.map(lambda pair: function(*pair), (fold(data.source), fold(data.target)))
+    return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
+
+
+def score(model: Model, params: Params, data: Dataset) -> Scores:
+    """Scores of every example of `data`; a pure function to be jitted with `model` static."""
+    module = model.bind(params)
+
+    def score_batch(source, target):
+        batch = make_batch(source, target)
+        logits = module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
+        nll = cross_entropy(logits, batch.target_out) * batch.weights
+        correct = (logits.argmax(-1) == batch.target_out) * batch.weights
+        return Scores(nll.sum(-1), correct.sum(-1), batch.weights.sum(-1))
+
+    return map_batches(score_batch, data)
+
+
+def decode(model: Model, params: Params, data: Dataset, length: int) -> Int[Array, "examples T"]:
+    """The greedy output for every source of `data`, at most `length` tokens with EOS."""
+    module = model.bind(params)
+
+    def decode_batch(source, target):
+        return greedy(module, source, make_batch(source, target).source_segments, length)
+
+    return map_batches(decode_batch, data)
+
+
+def attention_maps(model: Model, params: Params, data: Dataset) -> Maps:
+    """The attention weights [examples, N, T, S] of each layer, the true target being fed in."""
+    maps: Maps = {"encoder": [], "decoder": [], "cross": []}
+    batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
+    model.bind(params)(
+        batch.source,
+        batch.source_segments,
+        batch.target_in,
+        batch.target_segments,
+        maps=maps,
+    )
+    return maps
+
+
+def exact_match(
+    decoded: Int[np.ndarray, "examples _"], target: Int[np.ndarray, "examples _"]
+) -> Bool[np.ndarray, "examples"]:
+    """Which outputs are their target, token for token, EOS included."""
+    width = max(decoded.shape[1], target.shape[1])
+    pad = partial(np.pad, constant_values=PAD)
+    return np.all(
+        pad(decoded, ((0, 0), (0, width - decoded.shape[1])))
+        == pad(target, ((0, 0), (0, width - target.shape[1]))),
+        axis=1,
+    )

@@ -1,0 +1,148 @@
+"""One mesh, one table of rules: which logical axis is split over which mesh axis.
+
+Parameters and activations name their axes logically ("embed", "heads", "batch");
+`RULES` says where each lives. Everything else follows from the table: where
+parameters and optimizer moments are stored, how batches are split, and the hints
+inside the model. One device is a mesh of one, and no code differs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer.errors import UserError
+
+# Logical axis → the mesh axes that split it. None: the same on every device.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "width": None,
+    # parameters; heads, mlp and vocab are also axes of activations
+    "embed": "fsdp",
+    "heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "position": None,
+    "norm": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways each mesh axis splits the work; -1 once: all devices that are left.
+
+    data: copies of the model, each on its part of the batch.
+    fsdp: the batch is split too, and so is every parameter, along the model width.
+    tensor: heads, feed-forward and vocabulary are split inside each layer.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over the first devices there are.
+
+    Raises:
+      UserError: a size is not a positive number, the mesh does not fit the devices, or
+        the platform that JAX_PLATFORMS asks for is not there.
+    """
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"no device: {reason}; set JAX_PLATFORMS to one that is there") from error
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)"
+        )
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if len(devices) % taken:
+            raise UserError(
+                f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
+                f"set mesh.{free[0]} to a number"
+            )
+        sizes[free[0]] = len(devices) // taken
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise UserError(
+            f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
+            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[:needed],
+    )
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises a UserError if the mesh does not divide a batch."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"batch_size={batch_size} does not divide among mesh.data={mesh.shape['data']} × "
+            f"mesh.fsdp={mesh.shape['fsdp']}; choose a multiple of {ways}"
+        )
+
+
+def describe(mesh: Mesh) -> str:
+    """`8 × TPU v5 lite, mesh data 4, fsdp 2, tensor 1`"""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {axes}"
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array whose logical axes are `axes`."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how `x` is split; does nothing without a mesh or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device of `mesh`."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(
+    mesh: Mesh, params: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
+) -> dict[str, NamedSharding]:
+    """A sharding for each parameter from the names of its axes.
+
+    Args:
+      mesh: the devices.
+      params: name → anything with a shape.
+      axes: name → logical axes, as many as the shape has.
+
+    Raises:
+      UserError: a mesh axis does not divide the dimension that it splits.
+    """
+    shardings = {}
+    for name, param in params.items():
+        parts = spec(axes[name])
+        for size, part, axis in zip(param.shape, parts, axes[name], strict=True):
+            ways = mesh.shape[part] if isinstance(part, str) else 1
+            if size % ways:
+                raise UserError(
+                    f"mesh.{part}={ways} does not divide the {size} of axis {axis!r} in {name} "
+                    f"{tuple(param.shape)}; choose a mesh.{part} that does"
+                )
+        shardings[name] = NamedSharding(mesh, parts)
+    return shardings

@@ -1,0 +1,89 @@
+"""The folder of a run: its config, its metrics, its checkpoints, its plots."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from transformer.config import differences
+from transformer.errors import UserError
+
+
+class Workdir:
+    """The paths inside a run's folder."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.plots = self.path / "plots"
+
+    def read_config(self) -> ConfigDict:
+        """The config that the run was started with.
+
+        Raises:
+          UserError: the folder is no run's.
+        """
+        try:
+            return ConfigDict(json.loads(self.config.read_text())["config"])
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} holds no run: there is no {self.config}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.config} is damaged ({error}); restore it or train anew"
+            ) from error
+
+    def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
+        """Makes the folder this run's own and writes `config.json`.
+
+        Args:
+          config: the resolved config.
+          allow_changes: go on with checkpoints of another config.
+
+        Raises:
+          UserError: it holds checkpoints of another config.
+          OSError: it cannot be written to.
+        """
+        trained = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if trained and not allow_changes:
+            changes = differences(self.read_config(), config)
+            if changes:
+                raise UserError(
+                    f"{self.path} holds a run of another config ({'; '.join(changes)}); choose "
+                    "another --workdir, or --allow_changes to go on from its checkpoint"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.plots.mkdir(exist_ok=True)
+        record = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
+        fresh = self.config.with_suffix(".tmp")
+        fresh.write_text(json.dumps(record, indent=2) + "\n")
+        fresh.replace(self.config)
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {
+        package: metadata.version(package) for package in packages
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, with `+` if files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *words),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
