@@ -26,7 +26,7 @@ from transformer.optimizer import make_optimizer
 from transformer.training import init_state, state_shardings
 from transformer.workdir import Workdir
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the cfg.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
@@ -38,28 +38,28 @@ SAMPLES = 50  # outputs written to the samples file
 def main() -> None:
     """Restores, scores, decodes, shows, writes."""
     workdir = Workdir(WORKDIR.value)
-    run = RunConfig.resolve(workdir.read_config())
-    split = SPLIT.value or run.data.test
+    cfg = RunConfig.resolve(workdir.read_config())
+    split = SPLIT.value or cfg.data.test
 
     cli.set_up_jax()
-    mesh = evaluation_mesh(run)
+    mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
-    corpus = open_corpus(run.data, DATA_DIR.value)
-    data = corpus.load(split, run.batch_size)
-    run.model.check_length(data.longest(), f"the longest example of {split}")
+    corpus = open_corpus(cfg.data, DATA_DIR.value)
+    data = corpus.load(split, cfg.batch_size)
+    cfg.model.check_length(data.longest(), f"the longest example of {split}")
     data = jax.device_put(data, sharding.replicated(mesh))
 
-    model = Model(run.model, corpus.tokenizer.vocab_size)
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    model = Model(cfg.model, corpus.tokenizer.vocab_size)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     init = partial(init_state, model, optimizer)
     where = state_shardings(model, optimizer, mesh)
-    with Checkpoints(workdir.checkpoints, run.keep_checkpoints) as checkpoints:
+    with Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
         step = checkpoints.find(CHECKPOINT.value)
-        state = checkpoints.restore(step, abstract(jax.eval_shape(init, run.seed), where))
+        state = checkpoints.restore(step, abstract(jax.eval_shape(init, cfg.seed), where))
 
     scores = jax.jit(partial(evaluation.score, model))(state.params, data)
-    length = run.model.reach(data.source.shape[1] + run.decode_margin)
+    length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
     decoded = jax.jit(partial(evaluation.decode, model, length=length))(state.params, data)
     scores, data, decoded = jax.tree.map(np.asarray, (scores, data, decoded))
     exact = evaluation.exact_match(decoded, data.target)
@@ -73,11 +73,11 @@ def main() -> None:
     draw(workdir, split, corpus, model, state.params, data, by_length)
 
 
-def evaluation_mesh(run: RunConfig) -> Mesh:
+def evaluation_mesh(cfg: RunConfig) -> Mesh:
     """The mesh that the run was trained on, or one device where that is not to be had."""
     try:
-        mesh = sharding.make_mesh(run.mesh)
-        sharding.check_batch(mesh, run.batch_size)
+        mesh = sharding.make_mesh(cfg.mesh)
+        sharding.check_batch(mesh, cfg.batch_size)
     except UserError:
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1))
     return mesh

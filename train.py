@@ -5,13 +5,14 @@ Usage:
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from transformer import cli, evaluation, sharding
 from transformer.checkpoint import Checkpoints, abstract
@@ -42,40 +43,39 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    """Sets everything up, trains, shows the results."""
-    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    run = RunConfig.resolve(CONFIG.value)
-
-    # Devices.
-    mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(mesh, run.batch_size)
+    """Reads the flags and runs."""
+    flag = flags.FLAGS["config"]
+    file = Path(config_flags.get_config_filename(flag))
+    overrides = config_flags.get_override_values(flag)
+    facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
     cli.set_up_jax()
-    jax.set_mesh(mesh)
+    workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
+    run(CONFIG.value, workdir, DATA_DIR.value, allow_changes=ALLOW_CHANGES.value)
+
+
+def run(
+    config: ConfigDict, workdir: Workdir, data_dir: str | None, *, allow_changes: bool = False
+) -> TrainState:
+    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one."""
+    cfg = RunConfig.resolve(config)
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_batch(mesh, cfg.batch_size)
+    workdir.claim(config, allow_changes=allow_changes)
 
     # Data, all of it on the device.
-    workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
-    workdir.claim(CONFIG.value, allow_changes=ALLOW_CHANGES.value)
-    corpus = open_corpus(run.data, DATA_DIR.value)
-    data = {
-        name: corpus.load(split, run.batch_size)
-        for name, split in (
-            ("train", run.data.train),
-            ("validation", run.data.validation),
-            ("test", run.data.test),
-        )
-    }
+    corpus = open_corpus(cfg.data, data_dir)
+    splits = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
+    data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
     for name, dataset in data.items():
-        run.model.check_length(dataset.longest(), f"the longest example of data.{name}")
+        cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
     data = jax.device_put(data, sharding.replicated(mesh))
 
     # Model and optimizer: structure and shapes, no arrays yet.
-    model = Model(run.model, corpus.tokenizer.vocab_size)
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    model = Model(cfg.model, corpus.tokenizer.vocab_size)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     where = state_shardings(model, optimizer, mesh)
     facts(
         {
-            "config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())]),
             "data": f"{corpus.builder.info.full_name}, {len(data['train']):,} training examples",
             "devices": sharding.describe(mesh),
             "parameters": f"{model.count_parameters():,}",
@@ -83,70 +83,82 @@ def main() -> None:
         }
     )
 
-    init = partial(init_state, model, optimizer)
-    with Checkpoints(workdir.checkpoints, run.keep_checkpoints) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
+        init = partial(init_state, model, optimizer)
         step = checkpoints.latest()
         if step is None:
-            state = jax.jit(init, out_shardings=where)(run.seed)
+            state = jax.jit(init, out_shardings=where)(cfg.seed)
         else:
-            state = checkpoints.restore(step, abstract(jax.eval_shape(init, run.seed), where))
-        train_steps = make_train_steps(make_train_step(model, optimizer, run.label_smoothing))
-        train_steps = jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(where, None))
+            state = checkpoints.restore(step, abstract(jax.eval_shape(init, cfg.seed), where))
+            facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
+        train_step = make_train_step(model, optimizer, cfg.label_smoothing)
+        train_steps = jax.jit(
+            make_train_steps(train_step),
+            donate_argnums=(0, 1),
+            out_shardings=(where, sharding.replicated(mesh)),
+        )
         score = jax.jit(partial(evaluation.score, model))
         with MetricsWriter(workdir.path, resume_from=step or 0) as writer:
-            state = train(run, state, train_steps, score, data, checkpoints, writer)
+            state = train(cfg, state, train_steps, score, data, checkpoints, writer)
 
-    # Plots are drawn when training is done; matplotlib is not needed before.
-    from transformer import plots
+        from transformer import plots  # matplotlib is not needed before
 
-    plots.learning_curve(read_metrics(workdir.metrics), workdir.plots / "learning_curve.png")
-    show_results(run, model, corpus, state, score, data)
+        plots.learning_curve(read_metrics(workdir.metrics), workdir.plots / "learning_curve.png")
+        show_results(cfg, model, corpus, state, score, data)
+    return state
 
 
-def train(run: RunConfig, state: TrainState, train_steps, score, data, checkpoints, writer):
-    """Takes steps until `run.steps`; evaluates, saves and logs where they are due.
+def train(
+    cfg: RunConfig,
+    state: TrainState,
+    train_steps: Callable,
+    score: Callable,
+    data: dict[str, Dataset],
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+) -> TrainState:
+    """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
 
     Metrics at step i describe the parameters after i updates. A save comes with an
     evaluation, so that the best checkpoint can be told.
     """
-    step = int(state.step)
-    sums, seconds = zero_sums(), 0.0
-    with TrainingBar(step, run.steps) as bar:
-        while step < run.steps:
+    step, sums, seconds = int(state.step), zero_sums(), 0.0
+    state, sums = train_steps(state, sums, data["train"], jnp.int32(0))  # compiles, takes none
+    with TrainingBar(step, cfg.steps) as bar:
+        while step < cfg.steps:
             started = time.perf_counter()
-            stop = min(
-                run.steps,
-                step + run.steps_per_call,
-                *(
-                    (step // every + 1) * every
-                    for every in (run.log_every, run.eval_every, run.save_every)
-                ),
-            )
+            stop = next_stop(step, cfg)
             state, sums = train_steps(state, sums, data["train"], jnp.int32(stop - step))
             jax.block_until_ready(sums)
             step, seconds = stop, seconds + time.perf_counter() - started
-            last = step == run.steps
-            if step % run.log_every == 0 or last:
+            last = step == cfg.steps
+            if step % cfg.log_every == 0 or last:
                 metrics = train_metrics(sums, seconds)
                 bar.update(step, metrics)
                 writer.write(step, metrics)
                 sums, seconds = zero_sums(), 0.0
-            saves = step % run.save_every == 0 or last
-            if step % run.eval_every == 0 or saves:
+            saves = step % cfg.save_every == 0 or last
+            if step % cfg.eval_every == 0 or saves:
                 metrics = score(state.params, data["validation"]).metrics("validation")
-                writer.write(step, metrics)
                 bar.validated(step, metrics)
+                writer.write(step, metrics)
                 if saves:
                     checkpoints.save(state, metrics)
     return state
 
 
+def next_stop(step: int, cfg: RunConfig) -> int:
+    """The step at which the next dispatch ends: no later than the next thing that is due."""
+    due = ((step // every + 1) * every for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
+    return min(cfg.steps, step + cfg.steps_per_call, *due)
+
+
 def show_results(
-    run: RunConfig,
+    cfg: RunConfig,
     model: Model,
     corpus: Corpus,
     state: TrainState,
-    score,
+    score: Callable,
     data: dict[str, Dataset],
 ) -> None:
     """Prints the final metrics and three decoded samples."""
@@ -163,10 +175,10 @@ def show_results(
             )
         )
     columns = ("split", "loss (nats a token)", "perplexity", "tokens right", "sequences right")
-    table(f"after {run.steps:,} steps", columns, rows)
+    table(f"after {cfg.steps:,} steps", columns, rows)
 
     samples = data["validation"].head(3)
-    length = run.model.reach(samples.source.shape[1] + run.decode_margin)
+    length = cfg.model.reach(samples.source.shape[1] + cfg.decode_margin)
     decoded = jax.jit(partial(evaluation.decode, model, length=length))(state.params, samples)
     text = corpus.tokenizer.decode
     rows = zip(

@@ -33,7 +33,7 @@ class KeyValue(NamedTuple):
 
 
 def masked_softmax(
-    scores: Float[Array, "B N T S"], mask: Bool[Array, "#B #N T S"] | None
+    scores: Float[Array, "B N T S"], mask: Bool[Array, "#B #N #T S"] | None
 ) -> Float[Array, "B N T S"]:
     """Softmax over the keys that `mask` allows; a query with none gets zeros.
 
@@ -51,8 +51,8 @@ def masked_softmax(
 def attention_weights(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
-    mask: Bool[Array, "#B #N T S"] | None = None,
-    bias: Float[Array, "#B #N T S"] | None = None,
+    mask: Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 whatever the inputs' dtype."""
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
@@ -66,8 +66,8 @@ def einsum_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
-    mask: Bool[Array, "#B #N T S"] | None = None,
-    bias: Float[Array, "#B #N T S"] | None = None,
+    mask: Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V, as the equation reads.
 
@@ -81,8 +81,8 @@ def xla_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
-    mask: Bool[Array, "#B #N T S"] | None = None,
-    bias: Float[Array, "#B #N T S"] | None = None,
+    mask: Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The same through `jax.nn.dot_product_attention`.
 
@@ -156,8 +156,8 @@ class MultiHeadAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         key_value: KeyValue,
-        mask: Bool[Array, "#B #N T S"] | None = None,
-        bias: Float[Array, "#B #N T S"] | None = None,
+        mask: Bool[Array, "#B #N #T S"] | None = None,
+        bias: Float[Array, "#B #N #T S"] | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends from `x` to `key_value`.

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # libraries tell of every checkpoint otherwise
+        logging.set_verbosity(logging.ERROR)  # libraries warn of what is no fault
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest

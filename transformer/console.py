@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -12,9 +13,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def facts(rows: Mapping[str, str]) -> None:
     """Prints a name and its value a line."""
-    width = max(map(len, rows))
     for name, value in rows.items():
-        console.print(f"[bold]{name.ljust(width)}[/bold]  {value}")
+        console.print(f"[bold]{name:<12}[/bold]{escape(value)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -23,7 +23,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="right" if i else "left")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     console.print(drawn)
 
 

@@ -1,5 +1,7 @@
 """From a dataset's name to arrays of tokens."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +81,11 @@ def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
     """
     builder = toy.ToyStrings(config=f"{config.task}_{config.size}", data_dir=data_dir)
     if not builder.is_prepared():
+        print(f"preparing {builder.info.full_name} under {builder.data_dir}")
         tfds.disable_progress_bar()
         try:
-            builder.download_and_prepare(file_format="array_record")
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
+                builder.download_and_prepare(file_format="array_record")
         except OSError as error:
             raise UserError(
                 f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "

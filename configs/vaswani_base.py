@@ -1,0 +1,36 @@
+"""The base model of Vaswani et al. 2017 and its training, whole but for the text.
+
+Architecture: Table 3, row base. Training: section 5. With 37,000 shared pieces it has
+63.0 million parameters (`python scripts/parameters.py` shows the sum). The toy task
+stands in for WMT, and 768 sentences a batch for about 25,000 tokens on each side.
+Made for accelerators: on a CPU a step takes minutes. It has not been trained to its end.
+
+Usage:
+    python train.py --config=configs/vaswani_base.py
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.steps = 100_000
+    config.batch_size = 768
+    config.eval_every = 5_000
+    config.save_every = 5_000
+    config.keep_checkpoints = 5
+    config.label_smoothing = 0.1
+
+    config.model.layers = 6
+    config.model.width = 512
+    config.model.heads = 8
+    config.model.ff_width = 2048
+    config.model.dropout = 0.1
+    config.model.norm_placement = "post"
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.warmup_steps = 4_000
+    config.optimizer.learning_rate = (512 * 4_000) ** -0.5  # the peak of equation 3
+    config.optimizer.clip_norm = 0.0
+    return config

@@ -1,0 +1,23 @@
+"""The big model of Vaswani et al. 2017 and its training, whole but for the text.
+
+Table 3, row big: with 37,000 shared pieces 214.2 million parameters, 300,000 steps.
+Made for accelerators; it has not been trained to its end.
+
+Usage:
+    python train.py --config=configs/vaswani_big.py
+"""
+
+from configs import vaswani_base
+
+
+def get_config():
+    config = vaswani_base.get_config()
+    config.steps = 300_000
+
+    config.model.width = 1024
+    config.model.heads = 16
+    config.model.ff_width = 4096
+    config.model.dropout = 0.3
+
+    config.optimizer.learning_rate = (1024 * 4_000) ** -0.5
+    return config
