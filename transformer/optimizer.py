@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from transformer.errors import UserError, choose
@@ -79,11 +80,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     warmup = config.warmup_steps
     after = SCHEDULES[config.schedule](config.learning_rate, steps - warmup, warmup)
-    if warmup == 0:
-        return after
-    ramp = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    joined = optax.join_schedules([ramp, after], [warmup])
-    return lambda count: joined(count + 1)
+
+    def schedule(count):
+        step = jnp.asarray(count, jnp.float32) + 1.0
+        climbing = config.learning_rate * step / max(warmup, 1)
+        # Without a warm-up the first update, at the peak, is the 0th of the schedule.
+        return jnp.where(step < warmup, climbing, after(step - max(warmup, 1)))
+
+    return schedule
 
 
 def adam(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -109,6 +113,12 @@ OPTIMIZERS = {"adam": adam, "adamw": adamw}
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer, with gradients first clipped by their global norm if asked for."""
     optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps))
-    if config.clip_norm == 0.0:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm > 0.0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+    def update(gradients, state, params=None):
+        # Optax multiplies integer counts with floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(gradients, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)

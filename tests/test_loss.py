@@ -1,0 +1,26 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.loss import cross_entropy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_cross_entropy_against_the_smoothed_distribution(smoothing, rng):
+    logits = jnp.asarray(rng.normal(size=(2, 3, 7)), jnp.float32)
+    targets = jnp.asarray(rng.integers(7, size=(2, 3)))
+    smoothed = (1 - smoothing) * np.eye(7)[targets] + smoothing / 7
+    expected = -(smoothed * np.log(jax.nn.softmax(logits))).sum(-1)
+    np.testing.assert_allclose(cross_entropy(logits, targets, smoothing), expected, rtol=1e-5)
+
+
+def test_it_is_float32_and_stable_for_bfloat16_logits():
+    logits = jnp.array([[[3e4, 0.0]]], jnp.bfloat16)
+    loss = cross_entropy(logits, jnp.array([[1]]))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, [[3e4]], rtol=1e-2)
+
+
+def test_a_target_outside_the_vocabulary_is_nan():
+    assert jnp.isnan(cross_entropy(jnp.zeros((1, 1, 4)), jnp.array([[4]]))).all()
