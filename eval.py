@@ -14,7 +14,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from transformer import cli, evaluation, sharding
-from transformer.checkpoint import Checkpoints, abstract
+from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import figure, percent, table
 from transformer.data.batches import Dataset
@@ -23,7 +23,7 @@ from transformer.data.tokenizer import BOS, PAD
 from transformer.errors import UserError
 from transformer.model import Model, Params
 from transformer.optimizer import make_optimizer
-from transformer.training import init_state, state_shardings
+from transformer.training import abstract_state
 from transformer.workdir import Workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the cfg.", required=True)
@@ -52,11 +52,10 @@ def main() -> None:
 
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    init = partial(init_state, model, optimizer)
-    where = state_shardings(model, optimizer, mesh)
+    like = abstract_state(model, optimizer, mesh)
     with Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
         step = checkpoints.find(CHECKPOINT.value)
-        state = checkpoints.restore(step, abstract(jax.eval_shape(init, cfg.seed), where))
+        state = checkpoints.restore(step, like)
 
     scores = jax.jit(partial(evaluation.score, model))(state.params, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)

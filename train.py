@@ -11,11 +11,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from transformer import cli, evaluation, sharding
-from transformer.checkpoint import Checkpoints, abstract
+from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import TrainingBar, facts, figure, percent, table
 from transformer.data.batches import Dataset
@@ -25,10 +26,10 @@ from transformer.model import Model
 from transformer.optimizer import make_optimizer
 from transformer.training import (
     TrainState,
+    abstract_state,
     init_state,
     make_train_step,
     make_train_steps,
-    state_shardings,
     zero_sums,
 )
 from transformer.workdir import Workdir
@@ -73,7 +74,8 @@ def run(
     # Model and optimizer: structure and shapes, no arrays yet.
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    where = state_shardings(model, optimizer, mesh)
+    like = abstract_state(model, optimizer, mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
     facts(
         {
             "data": f"{corpus.builder.info.full_name}, {len(data['train']):,} training examples",
@@ -84,12 +86,12 @@ def run(
     )
 
     with jax.set_mesh(mesh), Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
-        init = partial(init_state, model, optimizer)
         step = checkpoints.latest()
         if step is None:
-            state = jax.jit(init, out_shardings=where)(cfg.seed)
+            init = jax.jit(partial(init_state, model, optimizer), out_shardings=where)
+            state = init(np.uint32(cfg.seed))
         else:
-            state = checkpoints.restore(step, abstract(jax.eval_shape(init, cfg.seed), where))
+            state = checkpoints.restore(step, like)
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
         train_step = make_train_step(model, optimizer, cfg.label_smoothing)
         train_steps = jax.jit(

@@ -144,7 +144,7 @@ def numbered(examples: int, batch_size: int) -> Dataset:
 @pytest.mark.parametrize("batch_size", [7, 10, 25])
 def test_every_epoch_holds_every_example_once_in_a_new_order(batch_size):
     data = numbered(20, batch_size)
-    batch = jax.jit(lambda step: data.batch(jnp.uint32(3), step).source[:, 0])
+    batch = jax.jit(lambda step: data.batch(jax.random.key(3), step).source[:, 0])
     order = np.concatenate([batch(jnp.int32(step)) for step in range(100 // batch_size + 1)])
     epochs = order[:100].reshape(5, 20)
     for epoch in epochs:
@@ -152,10 +152,10 @@ def test_every_epoch_holds_every_example_once_in_a_new_order(batch_size):
     assert len({tuple(epoch) for epoch in epochs}) == 5
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone():
+def test_a_batch_is_a_function_of_key_and_step_alone():
     data = numbered(100, 8)
     one, same, other_step, other_seed = (
-        data.batch(jnp.uint32(seed), jnp.int32(step)).source[:, 0].tolist()
+        data.batch(jax.random.key(seed), jnp.int32(step)).source[:, 0].tolist()
         for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5))
     )
     assert one == same
@@ -166,4 +166,6 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 def test_order_survives_where_int32_would_overflow():
     data = numbered(1_000, 1_000)
     step = jnp.int32(4_000_000)  # 4e9 examples
-    assert sorted(data.batch(jnp.uint32(0), step).source[:, 0].tolist()) == list(range(10, 1_010))
+    assert sorted(data.batch(jax.random.key(0), step).source[:, 0].tolist()) == list(
+        range(10, 1_010)
+    )

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
@@ -94,12 +93,3 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} cannot be restored: it is damaged, or "
                 f"of another config; {remedy} ({type(error).__name__}: {reason})"
             ) from error
-
-
-def abstract(state: TrainState, shardings: TrainState) -> TrainState:
-    """`state`'s shapes and dtypes, placed by `shardings`."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        shardings,
-    )

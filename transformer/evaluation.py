@@ -66,7 +66,7 @@ def score(model: Model, params: Params, data: Dataset) -> Scores:
         batch = make_batch(source, target)
         logits = module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
         nll = cross_entropy(logits, batch.target_out) * batch.weights
-        correct = (logits.argmax(-1) == batch.target_out) * batch.weights
+        correct = jnp.where(logits.argmax(-1) == batch.target_out, batch.weights, 0.0)
         return Scores(nll.sum(-1), correct.sum(-1), batch.weights.sum(-1))
 
     return map_batches(score_batch, data)

@@ -116,9 +116,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.clip_norm > 0.0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         # Optax multiplies integer counts with floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(gradients, state, params)
+            return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)

@@ -1,10 +1,12 @@
 """The train state and the one pure train step that everything else is made of."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,8 +19,13 @@ from transformer.model import Model, Params
 
 Sums = dict[str, Float[Array, ""]]
 
-# What a run's seed is used for, each with a key of its own: fold_in(key(seed), purpose).
-INIT, DROPOUT = 0, 1
+# What a run's seed is used for, each with a key of its own.
+PURPOSES = ("init", "dropout", "data")
+
+
+def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
+    """The key of one of `PURPOSES`."""
+    return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
 class TrainState(NamedTuple):
@@ -27,7 +34,7 @@ class TrainState(NamedTuple):
     The same shape holds what belongs to each array, such as its sharding.
 
     step: int32 scalar, how many updates have been made.
-    seed: uint32 scalar, the source of all randomness: `INIT`, `DROPOUT`, and the order of the data.
+    seed: uint32 scalar, the source of all randomness; see `stream`.
     params: name → parameter, float32.
     moments: the optimizer's state.
     """
@@ -39,36 +46,42 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, seed: UInt32[Array, ""] | int
+    model: Model, optimizer: optax.GradientTransformation, seed: UInt32[Array, ""]
 ) -> TrainState:
     """The state before the first step."""
-    params = model.init(jax.random.fold_in(jax.random.key(seed), INIT))
+    params = model.init(stream(seed, "init"))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        seed=jnp.asarray(seed, jnp.uint32),
+        seed=seed,
         params=params,
         moments=optimizer.init(params),
     )
 
 
-def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Where each array of the state lives: moments beside their parameters, counts everywhere.
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes, dtypes and shardings, without its arrays.
+
+    Moments live where their parameters do; counts are the same on every device.
 
     Raises:
       UserError: the mesh does not divide a parameter.
     """
     params = sharding.parameter_shardings(mesh, model.shapes, model.axes)
     everywhere = sharding.replicated(mesh)
+    state = jax.eval_shape(partial(init_state, model, optimizer), np.uint32(0))
     moments = optax.tree.map_params(
         optimizer,
         lambda _, where: where,
-        jax.eval_shape(optimizer.init, model.shapes),
+        state.moments,
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(step=everywhere, seed=everywhere, params=params, moments=moments)
+    where = TrainState(step=everywhere, seed=everywhere, params=params, moments=moments)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        where,
+    )
 
 
 def make_train_step(
@@ -82,9 +95,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout = jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(state.seed), DROPOUT), state.step
-        )
+        dropout = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
 
         def loss_of(params: Params) -> tuple[Array, Sums]:
             logits = model.bind(params)(
@@ -95,7 +106,7 @@ def make_train_step(
                 rngs=nnx.Rngs(dropout=dropout),
             )
             loss = cross_entropy(logits, batch.target_out, label_smoothing)
-            correct = (logits.argmax(-1) == batch.target_out) * batch.weights
+            correct = jnp.where(logits.argmax(-1) == batch.target_out, batch.weights, 0.0)
             tokens = batch.weights.sum()
             sums = {
                 "loss": (loss * batch.weights).sum(),
@@ -134,7 +145,7 @@ def make_train_steps(
     ) -> tuple[TrainState, Sums]:
         def body(_, carry):
             state, sums = carry
-            state, new = train_step(state, data.batch(state.seed, state.step))
+            state, new = train_step(state, data.batch(stream(state.seed, "data"), state.step))
             return state, jax.tree.map(jnp.add, sums, new)
 
         return jax.lax.fori_loop(0, n, body, (state, sums))

@@ -1,4 +1,4 @@
-"""A split that lives on the device, and batches of it as a pure function of (seed, step)."""
+"""A split that lives on the device, and batches of it as a pure function of (key, step)."""
 
 import math
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Dataset:
         """The first `rows` examples, as one batch."""
         return Dataset(self.source[:rows], self.target[:rows], rows)
 
-    def batch(self, seed: UInt32[Array, ""], step: Int[Array, ""]) -> Batch:
+    def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
         """The batch of training step `step` (from 0): an endless walk, shuffled anew each epoch.
 
         Epochs follow each other without a gap, so each example comes exactly once in
@@ -71,7 +71,6 @@ class Dataset:
         first = step.astype(jnp.uint32) * np.uint32(self.batch_size)
         place = first + jnp.arange(self.batch_size, dtype=jnp.uint32)
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
-        key = jax.random.key(seed)
         keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
         return make_batch(self.source[rows], self.target[rows])
