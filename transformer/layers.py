@@ -38,7 +38,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds `tokens`; one outside the vocabulary becomes NaN."""
-        table = self.table[...].astype(self.dtype)
+        # Gathered over fsdp first: a lookup in a table split along D would come out
+        # split along D, and XLA could only make it whole again on every device.
+        table = constrain(self.table[...].astype(self.dtype), "vocab", "width")
         embedded = table.at[tokens].get(mode="fill") * table.shape[-1] ** 0.5
         return constrain(embedded, "batch", "length", "width")
 

@@ -57,7 +57,7 @@ class MetricsWriter:
             self.events.add_scalar(name, value, step)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a `metrics.jsonl`, without a last line that was cut off in writing."""
     if not path.exists():
         return []

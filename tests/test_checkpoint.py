@@ -1,0 +1,104 @@
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import small_model
+from tests.test_sharding import mesh_of
+from tests.test_training import equal, small_optimizer
+from transformer.checkpoint import Checkpoints
+from transformer.errors import UserError
+from transformer.training import abstract_state, init_state
+
+ONE, FSDP, MIXED = (1, 1, 1), (1, 8, 1), (2, 2, 2)
+
+
+def make(sizes, **changes):
+    """A state on a mesh, and its abstract twin."""
+    model, optimizer = small_model(**changes), small_optimizer()
+    like = abstract_state(model, optimizer, mesh_of(*sizes))
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
+    state = jax.jit(partial(init_state, model, optimizer), out_shardings=where)(np.uint32(3))
+    return state, like
+
+
+def metrics(accuracy, loss=1.0):
+    return {"validation/sequence_accuracy": accuracy, "validation/loss": loss}
+
+
+def at(state, step):
+    return state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+@pytest.mark.parametrize(("saved", "restored"), [(ONE, ONE), (FSDP, ONE), (ONE, MIXED)])
+def test_a_checkpoint_comes_back_bit_for_bit_on_any_mesh(saved, restored, tmp_path):
+    state, _ = make(saved)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 7), metrics(0.5))
+    _, like = make(restored)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        back = checkpoints.restore(checkpoints.find("latest"), like)
+    assert equal(back, at(state, 7))
+    for array, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like), strict=True):
+        assert array.sharding == wanted.sharding
+
+
+@pytest.fixture
+def five(tmp_path):
+    """A run that was best at step 20, first by accuracy and then by loss; two are kept."""
+    state, like = make(ONE)
+    results = {10: (0.5, 1.0), 20: (0.9, 0.1), 30: (0.9, 0.2), 40: (0.7, 0.3), 50: (0.6, 0.05)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, (accuracy, loss) in results.items():
+            checkpoints.save(at(state, step), metrics(accuracy, loss))
+    return tmp_path, like
+
+
+def test_the_latest_and_the_best_are_kept(five):
+    directory, like = five
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert sorted(checkpoints.manager.all_steps()) == [20, 40, 50]
+        assert checkpoints.latest() == checkpoints.find("latest") == 50
+        assert checkpoints.find("best") == 20
+        assert checkpoints.find("40") == 40
+        assert int(checkpoints.restore(20, like).step) == 20
+        with pytest.raises(UserError, match=r"checkpoint '10'.*holds 20, 40, 50"):
+            checkpoints.find("10")
+
+
+def test_no_checkpoint_is_explained(tmp_path):
+    with Checkpoints(tmp_path / "none", keep=1) as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(UserError, match="holds no finished checkpoint"):
+            checkpoints.find("latest")
+
+
+def test_a_half_written_checkpoint_is_not_seen(five):
+    directory, _ = five
+    shutil.copytree(directory / "50", directory / "60.orbax-checkpoint-tmp")
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.latest() == 50
+
+
+@pytest.mark.parametrize(
+    "victim", ["default/manifest.ocdbt", "default/ocdbt.process_0", "default/_METADATA"]
+)
+def test_a_damaged_checkpoint_is_named_with_the_one_before(five, victim):
+    directory, like = five
+    path = directory / "50" / victim
+    assert path.exists()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Checkpoints(directory, keep=2) as checkpoints:
+        with pytest.raises(UserError, match=r"50 cannot be restored.*go on from step 40") as caught:
+            checkpoints.restore(50, like)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(five):
+    directory, _ = five
+    _, other = make(ONE, ff_width=64)
+    expected = pytest.raises(UserError, match="damaged, or of another config")
+    with Checkpoints(directory, keep=2) as checkpoints, expected:
+        checkpoints.restore(50, other)

@@ -1,0 +1,87 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import logits_of, random_params, small_model, strings
+from tests.test_training import pieces
+from transformer import evaluation
+from transformer.data.batches import Dataset, make_batch
+from transformer.data.tokenizer import EOS, PAD
+from transformer.loss import cross_entropy
+from transformer.training import make_train_step, make_train_steps, zero_sums
+
+TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
+BATCH = strings(*((text, text[::-1]) for text in TEXTS))
+
+
+def dataset(batch_size):
+    return Dataset(BATCH.source, BATCH.target_out, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_scores_do_not_depend_on_the_batch_size(batch_size):
+    model = small_model()
+    params = random_params(model, 0)
+    scores = jax.jit(partial(evaluation.score, model))(params, dataset(batch_size))
+    logits = logits_of(model, params, BATCH)
+    nll = (cross_entropy(logits, BATCH.target_out) * BATCH.weights).sum(-1)
+    np.testing.assert_allclose(scores.nll, nll, rtol=1e-4)
+    np.testing.assert_array_equal(scores.tokens, [len(text) + 1 for text in TEXTS])
+
+
+def test_metrics_are_ratios_of_totals():
+    scores = evaluation.Scores(
+        nll=np.array([2.0, 4.0]), correct=np.array([1.0, 4.0]), tokens=np.array([2.0, 4.0])
+    )
+    metrics = scores.metrics("test")
+    assert metrics == {
+        "test/loss": 1.0,
+        "test/perplexity": pytest.approx(np.e),
+        "test/token_accuracy": 5 / 6,
+        "test/sequence_accuracy": 0.5,
+    }
+
+
+def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
+    """Half-way through learning these strings by heart, when some are right and some are not."""
+    model, optimizer, init = pieces()
+    steps = jax.jit(make_train_steps(make_train_step(model, optimizer, 0.0)))
+    score = jax.jit(partial(evaluation.score, model))
+    decode = jax.jit(partial(evaluation.decode, model, length=20))
+    state, shares = init(jnp.uint32(0)), []
+    for _ in range(10):
+        state, _ = steps(state, zero_sums(), dataset(3), jnp.int32(25))
+        scores, decoded = score(state.params, dataset(7)), decode(state.params, dataset(7))
+        exact = evaluation.exact_match(np.asarray(decoded), np.asarray(BATCH.target_out))
+        np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
+        shares.append(exact.mean())
+    assert any(0 < share < 1 for share in shares)
+
+
+def test_exact_match_does_not_mind_the_width_of_the_padding():
+    decoded = np.array([[5, EOS, PAD, PAD], [5, 6, EOS, PAD], [5, EOS, PAD, PAD]])
+    target = np.array([[5, EOS], [5, EOS], [6, EOS]])
+    np.testing.assert_array_equal(evaluation.exact_match(decoded, target), [True, False, False])
+    np.testing.assert_array_equal(evaluation.exact_match(target, decoded), [True, False, False])
+
+
+def test_attention_maps_are_distributions_over_real_tokens():
+    model = small_model(layers=2)
+    maps = evaluation.attention_maps(model, random_params(model, 0), dataset(7).head(2))
+    batch = make_batch(BATCH.source[:2], BATCH.target_out[:2])
+    sides = {
+        "encoder": (batch.source_segments, batch.source_segments),
+        "decoder": (batch.target_segments, batch.target_segments),
+        "cross": (batch.target_segments, batch.source_segments),
+    }
+    for kind, (query, key) in sides.items():
+        assert len(maps[kind]) == 2
+        for weights in maps[kind]:
+            assert weights.shape == (2, 2, query.shape[1], key.shape[1])
+            on_padding = weights.swapaxes(1, 3)[key == 0]
+            np.testing.assert_array_equal(on_padding, 0.0)
+            totals = np.asarray(weights.sum(-1).swapaxes(1, 2))  # [examples, T, N]
+            np.testing.assert_allclose(totals[np.asarray(query) == 1], 1.0, rtol=1e-5)

@@ -1,0 +1,152 @@
+"""Eight simulated devices against one, and what is really split where."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import small_model, strings
+from tests.test_training import small_optimizer
+from transformer import evaluation
+from transformer.data.batches import Dataset
+from transformer.errors import UserError
+from transformer.sharding import (
+    RULES,
+    MeshConfig,
+    check_batch,
+    constrain,
+    describe,
+    make_mesh,
+    replicated,
+)
+from transformer.training import (
+    abstract_state,
+    init_state,
+    make_train_step,
+    make_train_steps,
+    zero_sums,
+)
+
+MESHES = {
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor": (1, 1, 8),
+    "all three": (2, 2, 2),
+}
+TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
+BATCH = strings(*((text, text[::-1]) for text in TEXTS))
+DATA = Dataset(BATCH.source, BATCH.target_out, 8)
+CHANGES = {"heads": 8, "head_width": 4, "dropout": 0.2, "attention_bias": True, "layers": 2}
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def train(sizes, steps=5, **changes):
+    """The losses of each step, the final state and the validation loss, on a mesh."""
+    model = small_model(**CHANGES | changes)
+    optimizer = small_optimizer(warmup_steps=2)
+    mesh = mesh_of(*sizes)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    with jax.set_mesh(mesh):
+        data = jax.device_put(DATA, replicated(mesh))
+        init = jax.jit(partial(init_state, model, optimizer), out_shardings=where)
+        step = jax.jit(
+            make_train_steps(make_train_step(model, optimizer, 0.1)),
+            out_shardings=(where, replicated(mesh)),
+        )
+        state, losses = init(np.uint32(0)), []
+        for _ in range(steps):
+            state, sums = step(state, zero_sums(), data, jnp.int32(1))
+            losses.append(float(sums["loss"] / sums["tokens"]))
+        scores = jax.jit(partial(evaluation.score, model))(state.params, data)
+        decoded = jax.jit(partial(evaluation.decode, model, length=6))(state.params, data)
+    return losses, state, float(scores.nll.sum()), np.asarray(decoded)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return train((1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+def test_a_mesh_gives_the_losses_of_one_device_dropout_included(sizes, one_device):
+    losses, state, nll, decoded = train(sizes)
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    np.testing.assert_allclose(nll, one_device[2], rtol=1e-4)
+    np.testing.assert_array_equal(decoded, one_device[3])
+    for name, value in state.params.items():
+        if name.endswith("key/bias"):  # its gradient is 0 but for rounding, which Adam scales up
+            continue
+        np.testing.assert_allclose(value, one_device[1].params[name], atol=1e-3, err_msg=name)
+    check_shards(sizes, state)
+
+
+def check_shards(sizes, state):
+    """Every dimension that a rule names is really split, in parameters and in both moments."""
+    mesh, axes_of = mesh_of(*sizes), small_model(**CHANGES).axes
+    moments = jax.tree.leaves(state.moments, is_leaf=lambda leaf: isinstance(leaf, dict))
+    first, second = (each for each in moments if isinstance(each, dict))
+    split = 0
+    for name, axes in axes_of.items():
+        ways = [mesh.shape[RULES[axis]] if RULES[axis] else 1 for axis in axes]
+        for array in (state.params[name], first[name], second[name]):
+            shapes = {shard.data.shape for shard in array.addressable_shards}
+            expected = tuple(size // way for size, way in zip(array.shape, ways, strict=True))
+            assert shapes == {expected}, name
+        split += np.prod(ways) > 1
+    assert (split > len(axes_of) / 3) == (sizes != MESHES["data"])  # all matrices, or none
+
+
+def test_every_matrix_is_split_over_fsdp_and_over_tensor():
+    """No matrix of the model is left whole: its axes are named in the table."""
+    for name, axes in small_model(position="learned", tie_embeddings=False).axes.items():
+        ways = {RULES[axis] for axis in axes} - {None}
+        if len(axes) > 1 and "position" not in axes:
+            assert ways == {"fsdp", "tensor"}, name
+
+
+def test_the_batch_is_split_over_data_and_fsdp():
+    mesh = mesh_of(4, 2, 1)
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: constrain(x, "batch", "length", "width"))(jnp.ones((8, 4, 4)))
+    assert {shard.data.shape for shard in x.addressable_shards} == {(1, 4, 4)}
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = jnp.ones((3, 3))
+    assert constrain(x, "batch", "width") is x
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(mesh_of(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert describe(mesh_of(-1, 2, 1)) == "8 × cpu, mesh data 4, fsdp 2, tensor 1"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((16, 1, 1), "needs 16 devices and there are 8"),
+        ((-1, 3, 1), "3 does not divide the 8 devices; set mesh.data"),
+        ((-1, -1, 1), "at most one is -1"),
+        ((0, 1, 1), "sizes are positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_explained(sizes, message):
+    with pytest.raises(UserError, match=message):
+        mesh_of(*sizes)
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_explained():
+    message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
+    with pytest.raises(UserError, match=message):
+        abstract_state(small_model(), small_optimizer(), mesh_of(1, 1, 8))
+
+
+def test_a_batch_that_does_not_divide_is_explained():
+    check_batch(mesh_of(2, 4, 1), 16)
+    with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):
+        check_batch(mesh_of(2, 4, 1), 12)
