@@ -22,7 +22,8 @@ def test_what_is_written_is_read(tmp_path):
         writer.write(20, {"train/loss": 1.0})
     rows = [{"step": 10, "train/loss": 2.0}, {"step": 20, "train/loss": 1.0}]
     assert read_metrics(tmp_path / "metrics.jsonl") == rows
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == rows
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 

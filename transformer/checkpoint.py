@@ -1,6 +1,9 @@
 """Checkpoints of the train state, by Orbax, written while training goes on."""
 
-from collections.abc import Mapping
+import contextlib
+import io
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,8 @@ class Checkpoints:
           UserError: the checkpoint is damaged or of another model.
         """
         try:
-            state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
+            with quiet_failure():
+                state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
             return state
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             reason = " ".join(str(error).split())[:200]
@@ -93,3 +97,18 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} cannot be restored: it is damaged, or "
                 f"of another config; {remedy} ({type(error).__name__}: {reason})"
             ) from error
+
+
+@contextlib.contextmanager
+def quiet_failure() -> Iterator[None]:
+    """Drops what Orbax's other reads print when one of them has failed.
+
+    They end in threads of their own, find the event loop closed, and each prints a
+    traceback that says nothing of the cause.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except Exception:
+            time.sleep(0.5)  # for those under way to end
+            raise

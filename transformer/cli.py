@@ -36,6 +36,9 @@ def explained(function: Callable, *args) -> Any:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
     print(f"error: {message}", file=sys.stderr)
+    # Reads that a failed restore left under way print tracebacks when they end; see
+    # `checkpoint.Checkpoints.restore`.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(2)
 
 
@@ -82,10 +85,10 @@ def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
 
 def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:
     """One line on why the flags did not parse."""
-    if config is None:
+    if config is None and "config" in flags.FLAGS and "--config must" in str(error):
         return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
-    knobs = flat_knobs(config)
-    for argument in argv:
+    knobs = {} if config is None else flat_knobs(config)
+    for argument in argv if config is not None else ():
         override = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
         if not override:
             continue

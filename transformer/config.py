@@ -80,7 +80,7 @@ class RunConfig:
         values: dict[str, Any] = dict(config)
         for name, section in sections.items():
             if name in values:
-                values[name] = splat(section, values[name], f"{name}.")
+                values[name] = splat(section, dict(values[name]), f"{name}.")
         return splat(cls, values, "")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -11,10 +12,10 @@ from matplotlib.ticker import MaxNLocator
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
 
 
-def learning_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Loss and accuracies over steps, from the rows of `metrics.jsonl`."""
 
-    def series(name: str) -> tuple[list[float], list[float]]:
+    def series(name: str) -> tuple[list[int], list[float]]:
         points = [(row["step"], row[name]) for row in rows if name in row]
         return [step for step, _ in points], [value for _, value in points]
 

@@ -7,6 +7,7 @@ inside the model. One device is a mesh of one, and no code differs.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"no device: {reason}; set JAX_PLATFORMS to one that is there") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that some backend is there
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        raise UserError(
+            f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
+        ) from error
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -1,0 +1,239 @@
+"""The configs: every knob matters, every shipped file builds and takes a step."""
+
+import hashlib
+import importlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import train
+from configs import base
+from tests.helpers import TOKENIZER, strings
+from transformer import evaluation
+from transformer.config import RunConfig, differences, flat_knobs
+from transformer.data.batches import Dataset
+from transformer.errors import UserError
+from transformer.metrics import read_metrics
+from transformer.model import Model
+from transformer.optimizer import make_optimizer
+from transformer.training import init_state, make_train_step
+from transformer.workdir import Workdir
+
+CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
+
+# A run of seconds that the knobs are changed in.
+SMALL = {
+    "steps": 8,
+    "batch_size": 16,
+    "log_every": 4,
+    "eval_every": 4,
+    "save_every": 4,
+    "keep_checkpoints": 1,
+    "decode_margin": 2,
+    "data.size": "tiny",
+    "model.width": 16,
+    "model.heads": 2,
+    "model.ff_width": 32,
+    "optimizer.warmup_steps": 2,
+    "mesh.data": 1,
+}
+
+# Another value for each knob, and what must hold besides for it to matter.
+OTHER = {
+    "seed": 1,
+    "steps": 9,
+    "batch_size": 8,
+    "steps_per_call": 1,
+    "log_every": 2,
+    "eval_every": 2,
+    "save_every": 2,
+    "keep_checkpoints": 2,
+    "label_smoothing": 0.1,
+    "decode_margin": 4,
+    "data.task": "copy",
+    "data.size": "small",
+    "data.train": "train[:50%]",
+    "data.validation": "test",
+    "data.test": "validation",
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.head_width": 4,
+    "model.ff_width": 64,
+    "model.activation": "gelu",
+    "model.dropout": 0.1,
+    "model.norm": "rms",
+    "model.norm_placement": "post",
+    "model.norm_epsilon": 1e-2,
+    "model.position": "learned",
+    "model.max_length": 16,
+    "model.tie_embeddings": False,
+    "model.attention_bias": True,
+    "model.attention_backend": "xla",
+    "model.dtype": "bfloat16",
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 3,
+    "optimizer.beta1": 0.5,
+    "optimizer.beta2": 0.9,
+    "optimizer.epsilon": 1e-3,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_norm": 0.1,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+}
+BESIDES = {
+    "optimizer.name": {"optimizer.weight_decay": 0.1},
+    "optimizer.weight_decay": {"optimizer.name": "adamw"},
+    "model.max_length": {"model.position": "learned"},
+}
+# adamw with a weight decay is compared with adamw without one, not with adam.
+CANNOT_STAND_ALONE = {"optimizer.name": {}}
+
+
+def config_of(changes) -> ConfigDict:
+    config = base.get_config()
+    config.update_from_flattened_dict(SMALL | changes)
+    return config
+
+
+def fingerprint(changes, path, data_dir, capsys):
+    """All that a person could notice of a run but its speed and its place."""
+    config = config_of(changes)
+    cfg, workdir = RunConfig.resolve(config), Workdir(str(path))
+    capsys.readouterr()
+    with jax.numpy_dtype_promotion("standard"):  # what a user has; jax.nn relies on it
+        state = train.run(config, workdir, data_dir)
+        model = Model(cfg.model, TOKENIZER.vocab_size)
+        batch = strings(("ab", "ba"))
+        score = partial(evaluation.score, model)
+        data = Dataset(batch.source, batch.target_out, 1)
+        program = str(jax.make_jaxpr(score)(model.shapes, data))
+    shown = capsys.readouterr().out
+    digest = hashlib.sha256()
+    for name, value in sorted(state.params.items()):
+        digest.update(name.encode() + np.asarray(value).tobytes())
+    rows = [
+        {name: value for name, value in row.items() if not name.endswith("per_second")}
+        for row in read_metrics(workdir.metrics)
+    ]
+    return {
+        "parameters": digest.hexdigest(),
+        "shardings": str({name: value.sharding for name, value in state.params.items()}),
+        "metrics": rows,
+        "checkpoints": sorted(each.name for each in workdir.checkpoints.iterdir()),
+        "dispatches": [train.next_stop(step, cfg) for step in range(cfg.steps)],
+        "program": program,
+        "results": shown[shown.index("after") :],
+    }
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """Fingerprints of the unchanged runs, made when first asked for."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knob", OTHER)
+def test_every_knob_changes_something(knob, unchanged, tmp_path, data_dir, capsys):
+    besides = BESIDES.get(knob, {})
+    before = CANNOT_STAND_ALONE.get(knob, besides)
+    if str(before) not in unchanged:
+        unchanged[str(before)] = fingerprint(before, tmp_path / "before", data_dir, capsys)
+    after = fingerprint(besides | {knob: OTHER[knob]}, tmp_path / "after", data_dir, capsys)
+    assert after != unchanged[str(before)]
+
+
+def test_the_table_above_holds_every_knob_of_base():
+    assert OTHER.keys() == flat_knobs(base.get_config()).keys()
+
+
+@pytest.mark.slow
+def test_the_same_config_gives_the_same_fingerprint(tmp_path, data_dir, capsys):
+    """Else every knob would seem to change something."""
+    one, other = (
+        fingerprint({"model.dropout": 0.1}, tmp_path / name, data_dir, capsys) for name in "ab"
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_takes_a_step_at_reduced_size(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert flat_knobs(config).keys() == flat_knobs(base.get_config()).keys()
+    Model(RunConfig.resolve(config).model, TOKENIZER.vocab_size)
+    config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
+    cfg = RunConfig.resolve(config)
+    model = Model(cfg.model, TOKENIZER.vocab_size)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    state = jax.jit(partial(init_state, model, optimizer))(np.uint32(cfg.seed))
+    step = jax.jit(make_train_step(model, optimizer, cfg.label_smoothing))
+    state, sums = step(state, strings(("abc", "cba"), ("de", "ed")))
+    assert int(state.step) == 1
+    assert 1.0 < float(sums["loss"] / sums["tokens"]) < 10.0
+
+
+def test_every_config_names_itself_in_its_docstring():
+    for name in CONFIGS:
+        module = importlib.import_module(f"configs.{name}")
+        assert f"python train.py --config=configs/{name}.py" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, r"steps=0: it must be at least 1"),
+        ({"seed": -1}, r"seed=-1: it must be at least 0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing=1.0"),
+        ({"decode_margin": -1}, r"decode_margin=-1"),
+        ({"steps": 10**9}, r"passes 2\*\*32 examples"),
+        ({"optimizer.warmup_steps": 8}, r"warmup_steps=8 is not below steps=8"),
+        ({"data.task": "revrse"}, r"data.task=revrse: choose one of .*did you mean reverse\?"),
+        ({"data.size": "big"}, r"data.size=big: choose one of tiny, small"),
+        ({"model.norm": "rmsnorm"}, r"model.norm=rmsnorm: choose one of layer, rms"),
+        ({"model.norm_placement": "pos"}, r"choose one of pre, post \(did you mean post\?\)"),
+        ({"model.position": "learnt"}, r"did you mean learned\?"),
+        ({"model.activation": "relux"}, r"did you mean relu\?"),
+        ({"model.attention_backend": "flash"}, r"choose one of einsum, xla"),
+        ({"model.dtype": "float16"}, r"choose one of float32, bfloat16"),
+        ({"model.layers": 0}, r"model.layers=0"),
+        ({"model.heads": 3}, r"heads=3 does not divide model.width=16.*or set model.head_width"),
+        ({"model.head_width": 0}, r"model.head_width=0"),
+        ({"model.width": 15, "model.heads": 3}, r"model.width=15 is odd"),
+        ({"model.dropout": 1.0}, r"model.dropout=1.0"),
+        ({"optimizer.name": "adm"}, r"did you mean adam"),
+        ({"optimizer.schedule": "cos"}, r"did you mean cosine\?"),
+        ({"optimizer.beta2": 1.0}, r"optimizer.beta2=1.0"),
+        ({"optimizer.learning_rate": -1.0}, r"learning_rate=-1.0: it cannot be negative"),
+        ({"optimizer.learning_rate": float("nan")}, r"learning_rate=nan"),
+        ({"optimizer.weight_decay": 0.1}, r"weight_decay is for adamw"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_explained(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        RunConfig.resolve(config_of(changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_knob_that_does_not_exist_or_is_missing_is_named():
+    config = base.get_config()
+    config.unlock()
+    config.model.nrm = "rms"
+    with pytest.raises(UserError, match=r"model.nrm, which is no knob \(did you mean norm\?\)"):
+        RunConfig.resolve(config)
+    del config.model.nrm
+    del config.mesh.fsdp
+    with pytest.raises(UserError, match=r"lacks mesh\.fsdp"):
+        RunConfig.resolve(config)
+
+
+def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
+    changes = {"model.norm": "rms", "mesh.fsdp": 2, "steps_per_call": 1, "keep_checkpoints": 9}
+    assert differences(config_of({}), config_of(changes)) == ["model.norm: layer → rms"]

@@ -1,0 +1,260 @@
+"""The programs as a person runs them: each in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from transformer.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+TINY = (
+    "--config=configs/toy_reverse.py",
+    "--config.data.size=tiny",
+    "--config.model.width=16",
+    "--config.model.heads=2",
+    "--config.model.ff_width=32",
+    "--config.model.dropout=0.1",
+    "--config.optimizer.warmup_steps=5",
+    "--config.log_every=5",
+    "--config.eval_every=20",
+    "--config.save_every=20",
+)
+
+
+def start(*words, devices=1, **environment):
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "COLUMNS": "100"} | environment,
+    )
+
+
+def finish(process):
+    """Standard output of a program that must succeed."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def complaint(*words, **environment):
+    """The one line of a program that must refuse."""
+    process = start(*words, **environment)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, out + errors
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def checkpoint(workdir, step):
+    """Every array of a checkpoint by its name, read without Orbax."""
+    store = ts.KvStore.open(f"file://{workdir}/checkpoints/{step}/default/|ocdbt:").result()
+    names = {key.decode().split("/.zarray")[0] for key in store.list().result()}
+    names = {name for name in names if store.read(f"{name}/.zarray").result().value}
+    kvstore = {"driver": "ocdbt", "base": f"file://{workdir}/checkpoints/{step}/default/"}
+    return {
+        name: ts.open({"driver": "zarr", "kvstore": kvstore | {"path": f"{name}/"}})
+        .result()
+        .read()
+        .result()
+        for name in names
+    }
+
+
+def results(workdir):
+    """`metrics.jsonl` without the speed."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("per_second")}
+        for row in read_metrics(Path(workdir) / "metrics.jsonl")
+    ]
+
+
+def kill_after(process, workdir, step):
+    """SIGKILL as soon as the checkpoint of `step` is there, in the middle of what follows."""
+    deadline = time.monotonic() + 120
+    while not (Path(workdir) / "checkpoints" / str(step)).is_dir():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_train_kill_resume_evaluate(devices, tmp_path, data_dir):
+    """A killed and resumed run is bit for bit the run that was left alone."""
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    steps = 600 if devices == 1 else 200
+    flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}")
+    flags = (*flags, *mesh) if devices == 8 else flags
+
+    whole = start("train.py", *flags, f"--workdir={tmp_path / 'whole'}", devices=devices)
+    assert f"after {steps:,} steps" in finish(whole)
+
+    killed = tmp_path / "killed"
+    process = start("train.py", *flags, f"--workdir={killed}", devices=devices)
+    kill_after(process, killed, 40)
+    assert max(row["step"] for row in results(killed)) < steps
+    out = finish(start("train.py", *flags, f"--workdir={killed}", devices=devices))
+    assert re.search(r"resuming +at step \d+ of", out)
+
+    one, other = checkpoint(tmp_path / "whole", steps), checkpoint(killed, steps)
+    assert one.keys() == other.keys()
+    assert len(one) > 50
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert results(tmp_path / "whole") == results(killed)
+
+    out = finish(start("eval.py", f"--workdir={killed}", f"--data_dir={data_dir}", devices=devices))
+    assert "source length" in out
+    record = json.loads((killed / "eval_test.json").read_text())
+    assert record["step"] == steps
+    assert sum(row["sequences"] for row in record["by_source_length"]) == 100
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_mesh(tmp_path, data_dir):
+    """Begun on one device, ended on eight: the losses of a run on one device throughout."""
+    flags = (*TINY, f"--data_dir={data_dir}", "--config.steps=60")
+    finish(start("train.py", *flags, f"--workdir={tmp_path / 'whole'}"))
+    moved = tmp_path / "moved"
+    process = start("train.py", *flags, "--config.steps_per_call=1", f"--workdir={moved}")
+    kill_after(process, moved, 20)
+    mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
+    out = finish(start("train.py", *flags, *mesh, f"--workdir={moved}", devices=8))
+    assert "8 × cpu, mesh data 4, fsdp 2, tensor 1" in out
+    for row, moved_row in zip(results(tmp_path / "whole"), results(moved), strict=True):
+        assert moved_row == pytest.approx(row, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir):
+    """Strings of up to 5 letters, 800 steps: at least 95 in 100 unseen ones are reversed."""
+    flags = ("--config=configs/toy_reverse.py", "--config.data.size=tiny", "--config.steps=800")
+    out = finish(start("train.py", *flags, f"--workdir={tmp_path}", f"--data_dir={data_dir}"))
+    for word in ("config", "data", "devices", "parameters", "workdir", "samples", "perplexity"):
+        assert word in out
+    assert re.search(r"step 100/800  loss .* steps/s .* target tokens/s .* s left", out)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"]["steps"] == 800
+    assert {"jax", "flax", "python"} <= config["versions"].keys()
+    assert "commit" in config
+    assert (tmp_path / "plots" / "learning_curve.png").stat().st_size > 10_000
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+    finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}"))
+    record = json.loads((tmp_path / "eval_test.json").read_text())
+    assert record["metrics"]["test/sequence_accuracy"] >= 0.95
+    assert [row["length"] for row in record["by_source_length"]] == [1, 2, 3, 4, 5]
+    samples = (tmp_path / "samples_test.tsv").read_text().splitlines()
+    assert samples[0] == "source\ttarget\toutput"
+    rows = [line.split("\t") for line in samples[1:]]
+    assert all(target == source[::-1] for source, target, _ in rows)
+    assert sum(target == output for _, target, output in rows) >= 45
+    for kind in ("encoder", "decoder", "cross"):
+        assert (tmp_path / "plots" / f"attention_test_0_{kind}.png").stat().st_size > 5_000
+    assert (tmp_path / "plots" / "accuracy_by_length_test.png").stat().st_size > 5_000
+
+    flags = ("--split=test_longer", "--checkpoint=best")
+    finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}", *flags))
+    longer = json.loads((tmp_path / "eval_test_longer.json").read_text())
+    assert [row["length"] for row in longer["by_source_length"]] == [6, 7, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--config.model.nrm=rms",
+            r"--config.model.nrm: there is no such knob \(did you mean model.norm\?\)",
+        ),
+        ("--config.modl.norm=rms", r"there is no such knob \(did you mean model.norm\?\)"),
+        ("--config.steps=many", r"--config.steps=many: it takes a whole number"),
+        ("--config.steps=1e3", r"--config.steps=1e3: it takes a whole number"),
+        ("--config.optimizer.learning_rate=fast", r"it takes a number"),
+        ("--config.model.tie_embeddings=maybe", r"it takes true or false"),
+        ("--config.model.head_width=x", r"--config.model.head_width=x: it takes a whole number"),
+        ("--config.model=3", r"--config.model is a section"),
+        ("--config.model.norm=rmsnorm", r"model.norm=rmsnorm: choose one of layer, rms"),
+        ("--config.model.heads=3", r"model.heads=3 does not divide model.width=64"),
+        ("--config.mesh.data=64", r"needs 64 devices and there are 1 \(cpu\); lower mesh.data"),
+        ("--config.mesh.tensor=-2", r"sizes are positive"),
+        ("--config.optimizer.warmup_steps=9999", r"warmup_steps=9999 is not below steps"),
+        ("--config=configs/toy_revers.py", r"toy_revers.py: there is no such file"),
+        ("--config=README.md", r"--config=README.md: SyntaxError"),
+        ("--workdr=runs/x", r"Unknown command line flag 'workdr'. Did you mean: workdir"),
+        ("runs/x", r"'runs/x' is not a flag"),
+        ("--workdir=README.md/run", r"README.md/run.*Not a directory"),
+        ("--data_dir=README.md", r"cannot prepare toy_strings/reverse_small.*--data_dir"),
+    ],
+)
+def test_what_a_person_gets_wrong_ends_in_one_line(flag, message, tmp_path):
+    flags = [f"--workdir={tmp_path}"] if "--workdir" not in flag else []
+    flags += [] if "--data_dir" in flag else [f"--data_dir={tmp_path}"]
+    line = complaint("train.py", "--config=configs/toy_reverse.py", *flags, flag)
+    assert re.search(message, line), line
+
+
+@pytest.mark.slow
+def test_more_of_what_a_person_gets_wrong(tmp_path, data_dir):
+    flags = (*TINY, f"--data_dir={data_dir}", f"--workdir={tmp_path / 'run'}")
+    learned = ("--config.model.position=learned", "--config.model.max_length=4")
+    line = complaint("train.py", *flags, *learned)
+    assert "the longest example of data.train: 6 tokens" in line
+    assert "model.max_length=4; raise it, or choose sinusoidal" in line
+    assert "--config is missing" in complaint("train.py")
+    line = complaint("train.py", *flags, JAX_PLATFORMS="cuda")
+    assert "no device for JAX_PLATFORMS=cuda" in line
+    assert "holds no run" in complaint("eval.py", f"--workdir={tmp_path / 'nothing'}")
+    assert "--workdir" in complaint("eval.py")
+
+
+@pytest.mark.slow
+def test_a_workdir_is_not_another_runs_and_its_faults_are_named(tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    flags = (*TINY, f"--data_dir={data_dir}", f"--workdir={workdir}")
+    evaluate = ("eval.py", f"--workdir={workdir}", f"--data_dir={data_dir}")
+    finish(start("train.py", *flags, "--config.steps=40"))
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+    line = complaint("train.py", *flags, "--config.steps=50", "--config.model.norm=rms")
+    assert "another config (model.norm: layer → rms; steps: 40 → 50); choose another" in line
+    assert "--allow_changes" in line
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+    line = complaint(*evaluate, "--split=tset")
+    assert "did you mean test?" in line
+    assert "holds 20, 40" in complaint(*evaluate, "--checkpoint=30")
+
+    out = finish(start("train.py", *flags, "--config.steps=50", "--allow_changes"))
+    assert "at step 40 of 50" in out
+    assert [row["step"] for row in results(workdir) if "train/loss" in row] == [*range(5, 51, 5)]
+
+    (workdir / "checkpoints" / "50" / "default" / "manifest.ocdbt").unlink()
+    line = complaint(*evaluate)
+    assert "checkpoints/50 cannot be restored" in line
+    assert "go on from step 40" in line
+    assert "cannot be restored" in complaint("train.py", *flags, "--config.steps=50")
+
+    for path in (workdir / "checkpoints").iterdir():
+        path.rename(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))
+    assert "holds no finished checkpoint" in complaint(*evaluate)
+    (workdir / "config.json").write_text("{")
+    assert "config.json is damaged" in complaint(*evaluate)
