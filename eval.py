@@ -53,7 +53,7 @@ def main() -> None:
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     like = abstract_state(model, optimizer, mesh)
-    with Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
+    with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
         step = checkpoints.find(CHECKPOINT.value)
         state = checkpoints.restore(step, like)
 

@@ -68,6 +68,19 @@ def test_the_latest_and_the_best_are_kept(five):
             checkpoints.find("10")
 
 
+def test_reading_touches_nothing(five):
+    directory, like = five
+    half = directory / "60.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "50", half)
+    with Checkpoints(directory, keep=None) as checkpoints:
+        assert checkpoints.find("best") == 20
+        checkpoints.restore(checkpoints.find("latest"), like)
+    assert half.is_dir()
+    assert {path.name for path in directory.iterdir()} == {"20", "40", "50", half.name}
+    with pytest.raises(UserError, match="has not saved anything yet"):
+        Checkpoints(directory / "none", keep=None)
+
+
 def test_no_checkpoint_is_explained(tmp_path):
     with Checkpoints(tmp_path / "none", keep=1) as checkpoints:
         assert checkpoints.latest() is None

@@ -20,21 +20,27 @@ def merit(metrics: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints under one directory: the latest `keep` and the best by validation.
+    """The checkpoints under one directory; leaving the `with` block waits for the last save.
 
-    Saving returns as soon as the state is copied; call `close`, or leave the `with`
-    block, before the program ends.
+    Args:
+      directory: where they are.
+      keep: the latest so many are kept, and the best by validation. None: they are
+        only read, and nothing there is touched, be it of a run that is still training.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int | None):
         self.directory = directory
         kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
+        if keep is None and not directory.is_dir():
+            raise UserError(f"{directory} is not there: the run has not saved anything yet")
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(kept),
                 best_fn=lambda metrics: merit(metrics)[0],
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=keep is not None,
+                create=keep is not None,
+                read_only=keep is None,
             ),
         )
 
@@ -45,7 +51,7 @@ class Checkpoints:
         self.manager.close()
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Starts to write `state` as the checkpoint of its step."""
+        """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
         self.manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
     def latest(self) -> int | None:

@@ -87,8 +87,10 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
     """One line on why the flags did not parse."""
     if config is None and "config" in flags.FLAGS and "--config must" in str(error):
         return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
-    knobs = {} if config is None else flat_knobs(config)
-    for argument in argv if config is not None else ():
+    if config is None:
+        return " ".join(str(error).split())
+    knobs = flat_knobs(config)
+    for argument in argv:
         override = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
         if not override:
             continue
