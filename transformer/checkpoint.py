@@ -1,17 +1,26 @@
-"""Checkpoints of the train state, by Orbax, written while training goes on."""
+"""Checkpoints of the train state, by Orbax, written while training goes on.
 
-import contextlib
-import io
-import time
-from collections.abc import Iterator, Mapping
+Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so one
+that was cut off is never seen. It does not notice when a file is damaged later; a manifest
+of sizes and checksums, written into each checkpoint before the renaming, does.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from transformer.errors import UserError
 from transformer.training import TrainState
+
+MANIFEST = "manifest.json"
+# Orbax writes these once more after the manifest; what they say is not part of the state.
+UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def merit(metrics: Any) -> Any:
@@ -29,15 +38,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None):
-        self.directory = directory
-        kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
+        self.directory = directory
+        self.sealing: tuple[int, TrainState] | None = None
+        kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(kept),
                 best_fn=lambda metrics: merit(metrics)[0],
+                async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
                 cleanup_tmp_directories=keep is not None,
                 create=keep is not None,
                 read_only=keep is None,
@@ -52,7 +63,19 @@ class Checkpoints:
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
-        self.manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=dict(metrics))
+        self.manager.wait_until_finished()
+        step = int(state.step)
+        self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
+        self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
+
+    def seal(self) -> None:
+        """Writes the manifest of the checkpoint that is about to be renamed into place."""
+        assert self.sealing is not None
+        step, state = self.sealing
+        folder = self.directory / f"{step}.orbax-checkpoint-tmp"
+        sealed = {"arrays": shapes_of(state), "files": checksums(folder)}
+        manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
@@ -64,21 +87,21 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint.
         """
-        steps = self.manager.all_steps()
+        steps = sorted(self.manager.all_steps())
         if not steps:
             raise UserError(
                 f"{self.directory} holds no finished checkpoint; "
                 "train first, or wait for the first save"
             )
         if which == "latest":
-            return max(steps)
+            return steps[-1]
         if which == "best":
             return max(steps, key=lambda step: merit(self.manager.metrics(step)))
         if which.isdigit() and int(which) in steps:
             return int(which)
         raise UserError(
             f"checkpoint {which!r}: {self.directory} holds "
-            f"{', '.join(map(str, sorted(steps)))}; name one, or latest, or best"
+            f"{', '.join(map(str, steps))}; name one, or latest, or best"
         )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -91,30 +114,71 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged or of another model.
         """
+        folder = self.directory / str(step)
         try:
-            with quiet_failure():
-                state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
-            return state
-        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-            reason = " ".join(str(error).split())[:200]
-            others = sorted(set(self.manager.all_steps()) - {step})
-            remedy = f"delete it to go on from step {others[-1]}" if others else "train anew"
+            saved = verify(folder)
+        except Damaged as fault:
+            others = [other for other in sorted(self.manager.all_steps()) if other != step]
+            remedy = f"to go on from step {others[-1]}" if others else "and train anew"
             raise UserError(
-                f"checkpoint {self.directory / str(step)} cannot be restored: it is damaged, or "
-                f"of another config; {remedy} ({type(error).__name__}: {reason})"
-            ) from error
-
-
-@contextlib.contextmanager
-def quiet_failure() -> Iterator[None]:
-    """Drops what Orbax's other reads print when one of them has failed.
-
-    They end in threads of their own, find the event loop closed, and each prints a
-    traceback that says nothing of the cause.
-    """
-    with contextlib.redirect_stderr(io.StringIO()):
+                f"checkpoint {folder} is damaged ({fault}); delete it {remedy}"
+            ) from fault
+        wanted = shapes_of(like)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"checkpoint {folder} is of another config: {name} is {saved.get(name)} there "
+                    f"and {wanted.get(name)} here; choose another --workdir"
+                )
         try:
-            yield
-        except Exception:
-            time.sleep(0.5)  # for those under way to end
-            raise
+            state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # Orbax, TensorStore and JSON each have their own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
+        return state
+
+
+def shapes_of(state: TrainState) -> dict[str, str]:
+    """`.params['…/kernel']` → `float32[64, 4, 16]` for each array of a state."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """Path inside `folder` → [bytes, CRC-32] of each file that the manifest covers."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in UNSEALED:
+            crc = 0
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    crc = zlib.crc32(part, crc)
+            found[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return found
+
+
+class Damaged(Exception):
+    """What is wrong with the files of a checkpoint."""
+
+
+def verify(folder: Path) -> dict[str, str]:
+    """The shapes of a checkpoint's arrays, if each of its files is as it was written.
+
+    Raises:
+      Damaged: one is not, and which.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sealed = manifest["sealed"]
+        intact = manifest["crc32"] == zlib.crc32(json.dumps(sealed).encode())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{MANIFEST}: {type(error).__name__}") from error
+    if not intact:
+        raise Damaged(f"{MANIFEST} has changed")
+    present = checksums(folder)
+    for name, checksum in sealed["files"].items():
+        if name not in present:
+            raise Damaged(f"{name} is missing")
+        if present[name] != checksum:
+            raise Damaged(f"{name} has changed")
+    return sealed["arrays"]

@@ -36,9 +36,6 @@ def explained(function: Callable, *args) -> Any:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
     print(f"error: {message}", file=sys.stderr)
-    # Reads that a failed restore left under way print tracebacks when they end; see
-    # `checkpoint.Checkpoints.restore`.
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(2)
 
 
