@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from transformer import cli, evaluation, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import figure, percent, table
+from transformer.console import figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, open_corpus
 from transformer.data.tokenizer import BOS, PAD
@@ -128,7 +128,7 @@ def show(
                 str(row["length"]),
                 f"{row['sequences']:,}",
                 figure(row["loss"]),
-                figure(np.exp(row["loss"])),
+                perplexity(np.exp(row["loss"])),
                 percent(row["token_accuracy"]),
                 percent(row["sequence_accuracy"]),
             )

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from transformer import cli, evaluation, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import TrainingBar, facts, figure, percent, table
+from transformer.console import TrainingBar, facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, open_corpus
 from transformer.metrics import MetricsWriter, read_metrics, train_metrics
@@ -125,7 +125,9 @@ def train(
     evaluation, so that the best checkpoint can be told.
     """
     step, sums, seconds = int(state.step), zero_sums(), 0.0
-    state, sums = train_steps(state, sums, data["train"], jnp.int32(0))  # compiles, takes none
+    started = time.perf_counter()
+    state, sums = train_steps(state, sums, data["train"], jnp.int32(0))  # compiles, takes no step
+    facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
     with TrainingBar(step, cfg.steps) as bar:
         while step < cfg.steps:
             started = time.perf_counter()
@@ -171,12 +173,12 @@ def show_results(
             (
                 name,
                 figure(metrics[f"{name}/loss"]),
-                figure(metrics[f"{name}/perplexity"]),
+                perplexity(metrics[f"{name}/perplexity"]),
                 percent(metrics[f"{name}/token_accuracy"]),
                 percent(metrics[f"{name}/sequence_accuracy"]),
             )
         )
-    columns = ("split", "loss (nats a token)", "perplexity", "tokens right", "sequences right")
+    columns = ("split", "loss", "perplexity", "tokens right", "sequences right")
     table(f"after {cfg.steps:,} steps", columns, rows)
 
     samples = data["validation"].head(3)

@@ -15,7 +15,7 @@ def get_config() -> Any:
     config = ConfigDict()
 
     config.seed = 0  # of initialisation, dropout and the order of the data
-    config.steps = 1_500  # updates in all; schedules end here
+    config.steps = 1_800  # updates in all; schedules end here
     config.batch_size = 128  # examples a step, over all devices
     config.steps_per_call = 100  # at most so many steps in one dispatch; changes no result
     config.log_every = 100  # steps

@@ -117,7 +117,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         try:
             saved = verify(folder)
-        except Damaged as fault:
+        except DamageError as fault:
             others = [other for other in sorted(self.manager.all_steps()) if other != step]
             remedy = f"to go on from step {others[-1]}" if others else "and train anew"
             raise UserError(
@@ -157,7 +157,7 @@ def checksums(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-class Damaged(Exception):
+class DamageError(Exception):
     """What is wrong with the files of a checkpoint."""
 
 
@@ -165,20 +165,20 @@ def verify(folder: Path) -> dict[str, str]:
     """The shapes of a checkpoint's arrays, if each of its files is as it was written.
 
     Raises:
-      Damaged: one is not, and which.
+      DamageError: one is not, and which.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sealed = manifest["sealed"]
         intact = manifest["crc32"] == zlib.crc32(json.dumps(sealed).encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{MANIFEST}: {type(error).__name__}") from error
+        raise DamageError(f"{MANIFEST}: {type(error).__name__}") from error
     if not intact:
-        raise Damaged(f"{MANIFEST} has changed")
+        raise DamageError(f"{MANIFEST} has changed")
     present = checksums(folder)
     for name, checksum in sealed["files"].items():
         if name not in present:
-            raise Damaged(f"{name} is missing")
+            raise DamageError(f"{name} is missing")
         if present[name] != checksum:
-            raise Damaged(f"{name} has changed")
+            raise DamageError(f"{name} has changed")
     return sealed["arrays"]

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def explained(function: Callable, *args) -> Any:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -32,6 +32,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def perplexity(value: float) -> str:
+    """As many digits as tell it from 1."""
+    return f"{value:.4f}" if value < 10 else figure(value)
+
+
 def percent(value: float) -> str:
     """0.9990 → 99.90%"""
     return f"{value:.2%}"

@@ -1,0 +1,55 @@
+"""Counts the parameters of the paper's models, by shape evaluation alone and by formula.
+
+Nothing is computed or stored: any machine will do. The paper rounds to millions and does
+not say how large the vocabulary of Table 3 is; its text speaks of about 37,000 shared pieces.
+
+Usage:
+    python scripts/parameters.py
+"""
+
+from configs import vaswani_base, vaswani_big
+from transformer.console import table
+from transformer.model import Model, ModelConfig
+
+PIECES = 37_000
+PAPER = {"base": (vaswani_base, 65), "big": (vaswani_big, 213)}  # Table 3, last column, millions
+
+
+def formula(config: ModelConfig, vocab_size: int) -> int:
+    """The parameters of the paper's architecture: post-norm, tied, no bias in attention.
+
+    A layer's attention has 4 D², its feed-forward 2 D F + F + D, each norm 2 D; the
+    encoder's layer has one attention and two norms, the decoder's two and three.
+    """
+    width, ff_width = config.width, config.ff_width
+    attention, norm = 4 * width**2, 2 * width
+    feed_forward = 2 * width * ff_width + ff_width + width
+    layer_pair = 3 * attention + 2 * feed_forward + 5 * norm
+    return config.layers * layer_pair + vocab_size * width
+
+
+def main() -> None:
+    """Prints the table."""
+    rows = []
+    for name, (module, paper) in PAPER.items():
+        config = ModelConfig(**module.get_config().model)
+        exact = Model(config, PIECES).count_parameters()
+        by_hand = formula(config, PIECES)
+        # The vocabulary that the paper's figure would need, all else being equal.
+        needed = (paper * 1e6 - formula(config, 0)) / config.width
+        rows.append(
+            (
+                name,
+                f"{exact:,}",
+                f"{by_hand:,}",
+                f"{paper}M",
+                f"{exact / 1e6 - paper:+.1f}M",
+                f"{needed:,.0f}",
+            )
+        )
+    columns = ("model", "by shapes", "by formula", "paper", "difference", "pieces to match")
+    table(f"parameters with {PIECES:,} shared pieces", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
