@@ -59,6 +59,7 @@ class TrainingBar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=console,
             disable=not self.live,
         )
