@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -237,3 +238,15 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
     changes = {"model.norm": "rms", "mesh.fsdp": 2, "steps_per_call": 1, "keep_checkpoints": 9}
     assert differences(config_of({}), config_of(changes)) == ["model.norm: layer → rms"]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3, 7, 100])
+def test_dispatches_end_wherever_something_is_due(steps_per_call):
+    every = {"log_every": 4, "eval_every": 6, "save_every": 10}
+    cfg = RunConfig.resolve(config_of(every | {"steps": 25, "steps_per_call": steps_per_call}))
+    stops = [0]
+    while stops[-1] < 25:
+        stops.append(train.next_stop(stops[-1], cfg))
+    due = {step for each in every.values() for step in range(each, 26, each)}
+    assert due | {25} <= set(stops)
+    assert all(0 < b - a <= steps_per_call for a, b in itertools.pairwise(stops))
