@@ -93,6 +93,7 @@ def run(
         else:
             state = checkpoints.restore(step, like)
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
+        workdir.write_config(config)  # only now: nothing stands in the way of training
         train_step = make_train_step(model, optimizer, cfg.label_smoothing)
         train_steps = jax.jit(
             make_train_steps(train_step),

@@ -239,6 +239,11 @@ def test_a_workdir_is_not_another_runs_and_its_faults_are_named(tmp_path, data_d
     assert "--allow_changes" in line
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
+    flag = "--config.model.ff_width=64"
+    line = complaint("train.py", *flags, "--config.steps=50", "--allow_changes", flag)
+    assert "40 is of another config" in line
+    assert (workdir / "config.json").read_bytes() == before[workdir / "config.json"]
+
     line = complaint(*evaluate, "--split=tset")
     assert "did you mean test?" in line
     assert "holds 20, 40" in complaint(*evaluate, "--checkpoint=30")

@@ -38,7 +38,7 @@ class Workdir:
             ) from error
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
-        """Makes the folder this run's own and writes `config.json`.
+        """Makes the folder, if it may be this run's own; what is in it stays as it is.
 
         Args:
           config: the resolved config.
@@ -58,6 +58,9 @@ class Workdir:
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         self.plots.mkdir(exist_ok=True)
+
+    def write_config(self, config: ConfigDict) -> None:
+        """Writes `config.json`: the config, and what the run is made with."""
         record = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
         fresh = self.config.with_suffix(".tmp")
         fresh.write_text(json.dumps(record, indent=2) + "\n")
