@@ -26,7 +26,7 @@ from transformer.optimizer import make_optimizer
 from transformer.training import abstract_state
 from transformer.workdir import Workdir
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the cfg.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
@@ -157,7 +157,7 @@ def draw(
     data: Dataset,
     by_length: list[dict[str, Any]],
 ) -> None:
-    """Accuracy by length, and the attention maps of the longest of the first examples."""
+    """Accuracy by length, and the attention maps of the first examples."""
     from transformer import plots  # matplotlib is not needed before
 
     plots.accuracy_by_length(

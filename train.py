@@ -21,6 +21,7 @@ from transformer.config import RunConfig
 from transformer.console import TrainingBar, facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, open_corpus
+from transformer.errors import UserError
 from transformer.metrics import MetricsWriter, read_metrics, train_metrics
 from transformer.model import Model
 from transformer.optimizer import make_optimizer
@@ -92,6 +93,12 @@ def run(
             state = init(np.uint32(cfg.seed))
         else:
             state = checkpoints.restore(step, like)
+            if int(state.seed) != cfg.seed or step > cfg.steps:
+                raise UserError(
+                    f"the checkpoint in {workdir.path} has seed {int(state.seed)} and step {step}, "
+                    f"the config seed={cfg.seed} and steps={cfg.steps}: another run; "
+                    "choose another --workdir"
+                )
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
         workdir.write_config(config)  # only now: nothing stands in the way of training
         train_step = make_train_step(model, optimizer, cfg.label_smoothing)
@@ -122,8 +129,9 @@ def train(
 ) -> TrainState:
     """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
 
-    Metrics at step i describe the parameters after i updates. A save comes with an
-    evaluation, so that the best checkpoint can be told.
+    Validation at step i describes the parameters after i updates; train metrics are those
+    of the interval that ends there. A save comes with an evaluation, so that the best
+    checkpoint can be told.
     """
     step, sums, seconds = int(state.step), zero_sums(), 0.0
     started = time.perf_counter()
@@ -136,13 +144,13 @@ def train(
             state, sums = train_steps(state, sums, data["train"], jnp.int32(stop - step))
             jax.block_until_ready(sums)
             step, seconds = stop, seconds + time.perf_counter() - started
-            last = step == cfg.steps
-            if step % cfg.log_every == 0 or last:
+            saves = step % cfg.save_every == 0 or step == cfg.steps
+            # At saves too: a resumed run then logs the very intervals of one left alone.
+            if step % cfg.log_every == 0 or saves:
                 metrics = train_metrics(sums, seconds)
                 bar.update(step, metrics)
                 writer.write(step, metrics)
                 sums, seconds = zero_sums(), 0.0
-            saves = step % cfg.save_every == 0 or last
             if step % cfg.eval_every == 0 or saves:
                 metrics = score(state.params, data["validation"]).metrics("validation")
                 bar.validated(step, metrics)

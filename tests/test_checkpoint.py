@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -6,9 +8,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.test_programs import ROOT, TINY
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, small_optimizer
 from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints
+from transformer.data.load import DataConfig, open_corpus
 from transformer.errors import UserError
 from transformer.training import abstract_state, init_state
 
@@ -122,6 +126,27 @@ def test_any_damage_to_any_file_is_named_with_the_checkpoint_before(five, how):
             assert name in str(caught.value)
             path.write_bytes(whole)
         assert int(checkpoints.restore(50, like).step) == 50
+
+
+@pytest.mark.parametrize("how", ["delete", "empty"])
+def test_damaged_metrics_are_named_when_the_checkpoints_are_opened(five, how):
+    path = five[0] / "50" / "metrics" / "metrics"
+    path.unlink() if how == "delete" else path.write_text("")
+    for keep in (2, None):
+        with pytest.raises(UserError, match=r"50 is damaged \(metrics/metrics"):
+            Checkpoints(five[0], keep=keep)
+
+
+@pytest.mark.slow
+def test_a_disk_that_refuses_is_explained(tmp_path, data_dir):
+    splits = {"train": "train", "validation": "validation", "test": "test"}
+    open_corpus(DataConfig(task="reverse", size="tiny", **splits), data_dir)
+    flags = " ".join((*TINY, "--config.steps=20", f"--data_dir={data_dir}"))
+    run = f"ulimit -f 8; exec {sys.executable} train.py {flags} --workdir={tmp_path / 'run'}"
+    done = subprocess.run(["bash", "-c", run], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(UNSEALED - {MANIFEST}))

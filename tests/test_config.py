@@ -208,6 +208,7 @@ def test_every_config_names_itself_in_its_docstring():
         ({"model.heads": 3}, r"heads=3 does not divide model.width=16.*or set model.head_width"),
         ({"model.head_width": 0}, r"model.head_width=0"),
         ({"model.width": 15, "model.heads": 3}, r"model.width=15 is odd"),
+        ({"model.norm_epsilon": -5.0}, r"model.norm_epsilon=-5.0: it must be above 0"),
         ({"model.dropout": 1.0}, r"model.dropout=1.0"),
         ({"optimizer.name": "adm"}, r"did you mean adam"),
         ({"optimizer.schedule": "cos"}, r"did you mean cosine\?"),

@@ -82,8 +82,12 @@ def test_a_corpus_loads_a_split_as_padded_tokens(data_dir):
 
 
 def test_an_unknown_split_is_named(data_dir):
-    with pytest.raises(UserError, match=r"'tset'.*train, validation.*did you mean test\?"):
-        open_corpus(config(), data_dir).load("tset", 8)
+    corpus = open_corpus(config(), data_dir)
+    with pytest.raises(UserError, match=r"'tset'.*train \(2000\).*did you mean test\?"):
+        corpus.load("tset", 8)
+    for slice_of in ("test[90%:10%]", "test[:5000]", "test[:"):
+        with pytest.raises(UserError, match=r"not a slice of one.*test \(100\)"):
+            corpus.load(slice_of, 8)
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from transformer.errors import UserError
 from transformer.metrics import MetricsWriter, read_metrics, train_metrics
 
 
@@ -37,6 +38,13 @@ def test_resuming_drops_later_steps_and_a_line_that_was_cut_off(tmp_path, cut):
     with MetricsWriter(tmp_path, resume_from=20) as writer:
         writer.write(30, {})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
+        read_metrics(path)
 
 
 def test_no_file_is_no_rows(tmp_path):

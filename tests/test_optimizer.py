@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from configs import base, vaswani_base
+from tests.helpers import small_model
 from transformer.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
@@ -55,6 +56,13 @@ def test_where_schedules_end(name, last):
     np.testing.assert_allclose(schedule(98), last, rtol=1e-2)
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_linear_ends_at_0_with_the_last_update(warmup):
+    schedule = make_schedule(config(schedule="linear", warmup_steps=warmup), 100)
+    assert schedule(98) > 0
+    np.testing.assert_allclose(schedule(99), 0.0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_without_warm_up_training_begins_at_the_peak(name):
     schedule = make_schedule(config(schedule=name, learning_rate=2.0, warmup_steps=0), 100)
@@ -87,7 +95,7 @@ def test_adam_follows_its_definition(rng):
     np.testing.assert_allclose(ours["w"], w, rtol=1e-4)
 
 
-def test_adamw_decays_matrices_alone():
+def test_adamw_decays_neither_biases_nor_gains():
     knobs = config(
         name="adamw",
         weight_decay=0.5,
@@ -96,11 +104,12 @@ def test_adamw_decays_matrices_alone():
         warmup_steps=0,
         clip_norm=0.0,
     )
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-    after = apply(make_optimizer(knobs, 10), params, [zero])
-    np.testing.assert_allclose(after["kernel"], 0.95)
-    np.testing.assert_allclose(after["bias"], 1.0)
+    shapes = small_model(attention_bias=True).shapes
+    params = {name: jnp.ones(leaf.shape) for name, leaf in shapes.items()}
+    zero = {name: jnp.zeros(leaf.shape) for name, leaf in shapes.items()}
+    for name, value in apply(make_optimizer(knobs, 10), params, [zero]).items():
+        decayed = name.endswith(("kernel", "table"))
+        np.testing.assert_allclose(value, 0.95 if decayed else 1.0, err_msg=name)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -199,6 +199,8 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
         ("--config.optimizer.warmup_steps=9999", r"warmup_steps=9999 is not below steps"),
         ("--config=configs/toy_revers.py", r"toy_revers.py: there is no such file"),
         ("--config=README.md", r"--config=README.md: SyntaxError"),
+        ("--config README.md", r"--config=README.md: SyntaxError"),
+        ("--config.mesh.tensor=2", r"needs 2 devices and there are 1 \(cpu\); lower mesh.data"),
         ("--workdr=runs/x", r"Unknown command line flag 'workdr'. Did you mean: workdir"),
         ("runs/x", r"'runs/x' is not a flag"),
         ("--workdir=README.md/run", r"README.md/run.*Not a directory"),
@@ -208,7 +210,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
 def test_what_a_person_gets_wrong_ends_in_one_line(flag, message, tmp_path):
     flags = [f"--workdir={tmp_path}"] if "--workdir" not in flag else []
     flags += [] if "--data_dir" in flag else [f"--data_dir={tmp_path}"]
-    line = complaint("train.py", "--config=configs/toy_reverse.py", *flags, flag)
+    line = complaint("train.py", "--config=configs/toy_reverse.py", *flags, *flag.split())
     assert re.search(message, line), line
 
 
@@ -243,6 +245,9 @@ def test_a_workdir_is_not_another_runs_and_its_faults_are_named(tmp_path, data_d
     line = complaint("train.py", *flags, "--config.steps=50", "--allow_changes", flag)
     assert "40 is of another config" in line
     assert (workdir / "config.json").read_bytes() == before[workdir / "config.json"]
+
+    flags_of_seed = ("--config.steps=50", "--allow_changes", "--config.seed=5")
+    assert "has seed 0 and step 40" in complaint("train.py", *flags, *flags_of_seed)
 
     line = complaint(*evaluate, "--split=tset")
     assert "did you mean test?" in line

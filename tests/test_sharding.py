@@ -112,8 +112,11 @@ def test_every_matrix_is_split_over_fsdp_and_over_tensor():
 def test_the_batch_is_split_over_data_and_fsdp():
     mesh = mesh_of(4, 2, 1)
     with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: constrain(x, "batch", "length", "width"))(jnp.ones((8, 4, 4)))
-    assert {shard.data.shape for shard in x.addressable_shards} == {(1, 4, 4)}
+        data = jax.device_put(DATA, replicated(mesh))
+        batch = jax.jit(lambda data: data.batch(jax.random.key(0), jnp.int32(0)))(data)
+    for tokens in (batch.source, batch.target_out):
+        shapes = {shard.data.shape for shard in tokens.addressable_shards}
+        assert shapes == {(1, tokens.shape[1])}
 
 
 def test_constrain_does_nothing_without_a_mesh():
@@ -129,6 +132,7 @@ def test_minus_one_takes_what_is_left():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
+        ((-1, 1, 16), "needs 16 devices and there are 8 .*lower mesh"),
         ((16, 1, 1), "needs 16 devices and there are 8"),
         ((-1, 3, 1), "3 does not divide the 8 devices; set mesh.data"),
         ((-1, -1, 1), "at most one is -1"),

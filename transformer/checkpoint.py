@@ -5,9 +5,10 @@ that was cut off is never seen. It does not notice when a file is damaged later;
 of sizes and checksums, written into each checkpoint before the renaming, does.
 """
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None):
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
+        check_metrics(directory)
         self.directory = directory
         self.sealing: tuple[int, TrainState] | None = None
         kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
@@ -59,14 +61,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self.manager.close()
+        with explained(f"the last checkpoint in {self.directory}"):
+            self.manager.close()
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
-        self.manager.wait_until_finished()
         step = int(state.step)
-        self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
-        self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
+        with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
+            self.manager.wait_until_finished()
+            self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
+            self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
     def seal(self) -> None:
         """Writes the manifest of the checkpoint that is about to be renamed into place."""
@@ -136,6 +140,34 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
         return state
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise when they cannot write into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what} could not be written: {reason}; free space, or choose another --workdir"
+        ) from error
+
+
+def check_metrics(directory: Path) -> None:
+    """Raises a UserError for a checkpoint whose metrics cannot be read.
+
+    Orbax reads those of every checkpoint when it opens the directory.
+    """
+    for folder in directory.glob("[0-9]*"):
+        if folder.name.isdigit():
+            try:
+                merit(json.loads((folder / "metrics" / "metrics").read_text()))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"checkpoint {folder} is damaged (metrics/metrics: {type(error).__name__}); "
+                    "delete it to go on from another"
+                ) from error
 
 
 def shapes_of(state: TrainState) -> dict[str, str]:

@@ -37,7 +37,10 @@ def explained(function: Callable, *args) -> Any:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; training goes on from its last checkpoint, if any",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -64,7 +67,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # libraries warn of what is no fault
+        logging.set_verbosity(logging.FATAL)  # libraries log, with tracebacks, what they raise
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
@@ -72,7 +75,9 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
     """The config of the file that `--config=` names, without overrides; None if none is named."""
-    paths = [match[1] for argument in argv if (match := re.match(r"--?config=(.*)", argument))]
+    words = [re.sub(r"^--?config$", "--config=", word) for word in argv]
+    joined = "\n".join(words).replace("--config=\n", "--config=").split("\n")
+    paths = [match[1] for word in joined if (match := re.match(r"--?config=(.+)", word))]
     if not paths:
         return None
     try:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from transformer.errors import UserError
+
 
 def train_metrics(sums: Mapping[str, Any], seconds: float) -> dict[str, float]:
     """The ratios of an interval's sums (`training.make_train_step`) and its speed."""
@@ -62,4 +64,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")  # the last part is empty, or cut off
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is damaged; delete or mend the line") from error
+    return rows

@@ -81,6 +81,8 @@ class ModelConfig:
                 f"model.width={self.width} is odd: sinusoidal positions come in pairs of sine and "
                 "cosine; choose an even width or another model.position"
             )
+        if not self.norm_epsilon > 0.0:
+            raise UserError(f"model.norm_epsilon={self.norm_epsilon}: it must be above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
 

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules by name, from optax."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of each update, the first being number 0.
 
     It climbs in a straight line, peak · s / warmup_steps at the s-th update counted
-    from 1, then follows `config.schedule`, which ends at `steps`.
+    from 1, then follows `config.schedule`, whose end, 0 for `linear` and `cosine`, is the
+    last of `steps` updates.
     """
     warmup = config.warmup_steps
-    after = SCHEDULES[config.schedule](config.learning_rate, steps - warmup, warmup)
+    decay_steps = max(steps - max(warmup, 1), 1)
+    after = SCHEDULES[config.schedule](config.learning_rate, decay_steps, warmup)
 
     def schedule(count):
         step = jnp.asarray(count, jnp.float32) + 1.0
@@ -95,15 +98,22 @@ def adam(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
     return optax.adam(schedule, config.beta1, config.beta2, config.epsilon)
 
 
+def is_decayed(params: Any) -> Any:
+    """Name → whether weight decay applies, for a flat dict of parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("bias", "gain")), params
+    )
+
+
 def adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay, on matrices alone (Loshchilov and Hutter 2019)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), but of biases and gains."""
     return optax.adamw(
         schedule,
         config.beta1,
         config.beta2,
         config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        mask=is_decayed,
     )
 
 

@@ -39,7 +39,7 @@ class MeshConfig:
     """How many ways each mesh axis splits the work; -1 once: all devices that are left.
 
     data: copies of the model, each on its part of the batch.
-    fsdp: the batch is split too, and so is every parameter, along the model width.
+    fsdp: the batch is split too, and so is every matrix, along the model width.
     tensor: heads, feed-forward and vocabulary are split inside each layer.
     """
 
@@ -70,14 +70,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)"
         )
     taken = math.prod(size for size in sizes.values() if size != -1)
-    if free:
+    if free and taken <= len(devices):
         if len(devices) % taken:
             raise UserError(
                 f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
                 f"set mesh.{free[0]} to a number"
             )
         sizes[free[0]] = len(devices) // taken
-    needed = math.prod(sizes.values())
+    needed = math.prod(abs(size) for size in sizes.values())
     if needed > len(devices):
         raise UserError(
             f"mesh {sizes} needs {needed} devices and there are {len(devices)} "

@@ -31,7 +31,9 @@ class Workdir:
         try:
             return ConfigDict(json.loads(self.config.read_text())["config"])
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} holds no run: there is no {self.config}") from error
+            raise UserError(
+                f"{self.path} holds no run: train first, or name a run's folder"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.config} is damaged ({error}); restore it or train anew"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from transformer.data.tokenizer import BOS, PAD
+from transformer.sharding import constrain
 
 
 class Batch(NamedTuple):
@@ -73,7 +74,10 @@ class Dataset:
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
         keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
-        return make_batch(self.source[rows], self.target[rows])
+        source, target = (
+            constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
+        )
+        return make_batch(source, target)
 
 
 def permute(index: UInt32[Array, ""], size: int, key: Array) -> UInt32[Array, ""]:

@@ -45,13 +45,15 @@ class Corpus:
         """
         try:
             source = self.builder.as_data_source(split=split)
-        except (KeyError, ValueError) as error:
-            splits = list(self.builder.info.splits)
+            empty = len(source) == 0
+        except (KeyError, ValueError, AssertionError) as error:
+            sizes = {name: info.num_examples for name, info in self.builder.info.splits.items()}
+            held = ", ".join(f"{name} ({size})" for name, size in sizes.items())
             raise UserError(
-                f"split {split!r}: {self.builder.info.full_name} has {', '.join(splits)}"
-                f"{nearest(split, splits)}"
+                f"split {split!r} is not one, or not a slice of one, of "
+                f"{self.builder.info.full_name}: {held}{nearest(split, sizes)}"
             ) from error
-        if len(source) == 0:
+        if empty:
             raise UserError(f"split {split!r} of {self.builder.info.full_name} is empty")
         examples = source.__getitems__(range(len(source)))
         return Dataset(
@@ -86,9 +88,10 @@ def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
                 builder.download_and_prepare(file_format="array_record")
-        except OSError as error:
+        except Exception as error:  # TFDS and array_record each have their own
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise UserError(
                 f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
-                f"{error.strerror}; choose another --data_dir"
+                f"{reason}; choose another --data_dir"
             ) from error
     return Corpus(builder, CharTokenizer(toy.ALPHABET))
