@@ -145,8 +145,10 @@ def test_a_disk_that_refuses_is_explained(tmp_path, data_dir):
     run = f"ulimit -f 8; exec {sys.executable} train.py {flags} --workdir={tmp_path / 'run'}"
     done = subprocess.run(["bash", "-c", run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    # Threads of TensorStore print tracebacks of their own beside it, which we do not hold back.
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "could not be written" in line
+    assert "free space, or choose another --workdir" in line
 
 
 @pytest.mark.parametrize("name", sorted(UNSEALED - {MANIFEST}))
