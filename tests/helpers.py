@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from configs import base
@@ -15,29 +14,52 @@ from transformer.attention import ATTENTION_BACKENDS
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import CharTokenizer
 from transformer.data.toy import ALPHABET
-from transformer.layers import ACTIVATIONS, NORM_PLACEMENTS
+from transformer.dropout import Training, streams
+from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.model import Model, ModelConfig, Params
 from transformer.normalization import NORMS
 from transformer.positions import POSITIONS
+from transformer.recurrent import CELLS
 
 TOKENIZER = CharTokenizer(ALPHABET)
 
-# One change each from the small model, over every entry of every table.
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"{knob}={value}": {knob: value}
+# Every entry of every table, one at a time: the small model but for that. (`init` is not among
+# them, for these tests draw their own parameters: test_layers.py has one over `INITIALIZERS`.)
+ENTRIES: list[dict[str, Any]] = [
+    {knob: value}
     for knob, values in {
         "norm": NORMS,
         "norm_placement": NORM_PLACEMENTS,
         "position": POSITIONS,
         "attention_backend": ATTENTION_BACKENDS,
-        "activation": ACTIVATIONS,
-        "tie_embeddings": [False],
-        "attention_bias": [True],
-        "layers": [2],
-        "heads": [1],
-        "head_width": [3],
+        "feed_forward": FEED_FORWARDS,
     }.items()
     for value in values
+    if base.get_config().model[knob] != value
+]
+
+# Other knobs, and knobs that meet.
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"tie_embeddings": False},
+    {"attention_bias": True},
+    {"qk_norm": True},
+    {"layers": 2},
+    {"heads": 1},
+    {"head_width": 3},
+    {"value_width": 5},
+    {"kv_heads": 1},
+    {"heads": 4, "kv_heads": 2},
+    {"window": 2},
+    {"norm": "batch", "norm_placement": "both"},
+    *({"random_positions": 64, "position": name} for name in POSITIONS if name != "none"),
+    *({"architecture": "recurrent", "cell": name} for name in CELLS),
+    {"architecture": "recurrent", "layers": 2, "tie_embeddings": False},
+]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    ",".join(f"{knob}={value}" for knob, value in changes.items()) or "small": changes
+    for changes in ENTRIES + OTHERS
 }
 
 
@@ -51,30 +73,40 @@ def small_model(**changes: Any) -> Model:
 
 
 def random_params(model: Model, seed: int) -> Params:
-    """Parameters that are all random, biases and gains too, and quicker to make than `init`'s."""
+    """Variables that are all random, biases and gains too, and quicker to make than `init`'s."""
     rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> Array:
-        if name.endswith(("gain", "bias")):
-            values = name.endswith("gain") + 0.1 * rng.normal(size=shape)
-        else:
-            values = rng.normal(size=shape) * model.config.width**-0.5
+        noise = rng.normal(size=shape)
+        special = {
+            "gain": 1.0 + 0.1 * noise,
+            "bias": 0.1 * noise,
+            "mean": 0.3 * noise,
+            "variance": np.exp(0.3 * noise),
+        }
+        values = special.get(name.split("/")[-1], noise * model.config.width**-0.5)
         return jnp.asarray(values, jnp.float32)
 
     return {name: draw(name, leaf.shape) for name, leaf in model.shapes.items()}
+
+
+def training_of(model: Model, key: Array) -> Training:
+    """What a call of `model` gets in training."""
+    config = model.config
+    return Training(streams(key), config.dropout, config.attention_dropout)
 
 
 @partial(jax.jit, static_argnums=0)
 def logits_of(
     model: Model, params: Params, batch: Batch, dropout: Array | None = None
 ) -> Float[Array, "B T V"]:
-    """The model's logits for a batch, with dropout if a key is given."""
+    """The model's logits for a batch, those of training if a key is given."""
     return model.bind(params)(
         batch.source,
         batch.source_segments,
         batch.target_in,
         batch.target_segments,
-        rngs=None if dropout is None else nnx.Rngs(dropout=dropout),
+        training=None if dropout is None else training_of(model, dropout),
     )
 
 

@@ -1,3 +1,6 @@
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +10,15 @@ from flax import nnx
 from transformer import masking
 from transformer.attention import (
     ATTENTION_BACKENDS,
+    FLEXIBLE_BACKENDS,
     KeyValue,
     MultiHeadAttention,
     attention_weights,
     masked_softmax,
 )
+from transformer.dropout import Training, dropout, streams
 
-B, T, S, N, H = 2, 4, 5, 3, 6
+B, T, S, N, H = 2, 4, 5, 4, 6
 
 MASKS = {
     "none": None,
@@ -24,46 +29,73 @@ MASKS = {
 }
 
 
-@pytest.fixture
-def qkv(rng):
-    shapes = ((B, T, N, H), (B, S, N, H), (B, S, N, H))
+# K, how many heads the keys and values have.
+each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
+
+
+def make_qkv(rng, kv_heads, value_width=H):
+    shapes = ((B, T, N, H), (B, S, kv_heads, H), (B, S, kv_heads, value_width))
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
+@pytest.fixture
+def qkv(rng):
+    return make_qkv(rng, N)
+
+
 def by_hand(query, key, value, mask, bias):
-    """Equation 1, one query at a time, over the keys it may attend to, in float64."""
+    """Equation 1, one query at a time, over the keys it may attend to, in float64.
+
+    The first N/K heads read the first of the K heads of keys and values, and so on.
+    """
     query, key, value = (np.asarray(each, np.float64) for each in (query, key, value))
     mask = np.broadcast_to(True if mask is None else mask, (B, N, T, S))
     bias = np.broadcast_to(0.0 if bias is None else bias, (B, N, T, S))
-    out = np.zeros((B, T, N, H))
+    out = np.zeros((B, T, N, value.shape[-1]))
     for b, t, n in np.ndindex(B, T, N):
-        keys = np.flatnonzero(mask[b, n, t])
+        keys, k = np.flatnonzero(mask[b, n, t]), n * key.shape[2] // N
         if len(keys):
-            scores = key[b, keys, n] @ query[b, t, n] / np.sqrt(H) + bias[b, n, t, keys]
+            scores = key[b, keys, k] @ query[b, t, n] / np.sqrt(H) + bias[b, n, t, keys]
             weights = np.exp(scores - scores.max())
-            out[b, t, n] = weights / weights.sum() @ value[b, keys, n]
+            out[b, t, n] = weights / weights.sum() @ value[b, keys, k]
     return out
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@each_sharing
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
-def test_backends_follow_the_equation(backend, mask, with_bias, qkv, rng):
+def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng):
+    qkv = make_qkv(rng, kv_heads)
     bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32) if with_bias else None
     out = ATTENTION_BACKENDS[backend](*qkv, MASKS[mask], bias)
     expected = by_hand(*qkv, MASKS[mask], bias)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
-def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, qkv):
-    def loss(attend):
-        return lambda *qkv: jnp.sin(attend(*qkv, MASKS[mask])).sum()
+@each_sharing
+@pytest.mark.parametrize("backend", FLEXIBLE_BACKENDS)
+def test_values_may_have_a_width_of_their_own(backend, kv_heads, rng):
+    qkv = make_qkv(rng, kv_heads, value_width=3)
+    out = ATTENTION_BACKENDS[backend](*qkv, MASKS["padding"])
+    expected = by_hand(*qkv, MASKS["padding"], None)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
 
-    ours = jax.grad(loss(ATTENTION_BACKENDS[backend]), argnums=(0, 1, 2))(*qkv)
-    reference = jax.grad(loss(ATTENTION_BACKENDS["einsum"]), argnums=(0, 1, 2))(*qkv)
-    for mine, theirs in zip(ours, reference, strict=True):
+
+@each_sharing
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", [name for name in ATTENTION_BACKENDS if name != "einsum"])
+def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_heads, rng):
+    qkv = make_qkv(rng, kv_heads)
+    bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32)
+
+    def gradients(name):
+        def loss(*inputs):
+            return jnp.sin(ATTENTION_BACKENDS[name](*inputs[:3], MASKS[mask], inputs[3])).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*qkv, bias)
+
+    for mine, theirs in zip(gradients(backend), gradients("einsum"), strict=True):
         assert jnp.isfinite(mine).all()
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
@@ -114,13 +146,72 @@ def test_softmax_survives_large_scores():
     np.testing.assert_allclose(weights, jax.nn.softmax(scores), rtol=1e-6)
 
 
-def make_attention(**changes):
-    sizes = {"use_bias": False, "backend": "einsum", "dtype": jnp.dtype("float32")} | changes
-    return MultiHeadAttention(8, 2, 3, rngs=nnx.Rngs(0), **sizes)
+@pytest.mark.parametrize("backend", FLEXIBLE_BACKENDS)
+def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
+    """With the identity for values, what comes out is the weights."""
+    size = 64
+    query, key = (jnp.asarray(rng.normal(size=(2, size, 2, 4)), jnp.float32) for _ in range(2))
+    value = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, 2, size))
+    mask = masking.causal(size)
+    attend = partial(ATTENTION_BACKENDS[backend], query, key, value, mask)
+    whole, rate = attend(), 0.3
+    drop = partial(dropout, rate=rate, stream=nnx.Rngs(dropout=0).dropout)
+    dropped = attend(drop=drop)
+    allowed = whole > 0
+    gone = allowed & (dropped == 0)
+    np.testing.assert_allclose(gone.sum() / allowed.sum(), rate, atol=0.03)
+    np.testing.assert_allclose(dropped[~gone], whole[~gone] / (1 - rate), rtol=1e-5)
 
 
-def test_multi_head_attention_is_its_definition(rng):
-    attention = make_attention(use_bias=True)
+def make_attention(heads=2, **changes):
+    sizes = {
+        "kv_heads": heads,
+        "value_width": 3,
+        "use_bias": False,
+        "qk_norm": False,
+        "init": nnx.initializers.glorot_uniform(),
+        "backend": "einsum",
+        "dtype": jnp.dtype("float32"),
+    }
+    return MultiHeadAttention(8, heads, 3, rngs=nnx.Rngs(0), **sizes | changes)
+
+
+def test_attention_drops_weights_in_training_alone_and_shows_them_whole(rng):
+    attention = make_attention()
+    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
+    rngs = streams(jax.random.key(0))
+
+    def call(training, maps=None):
+        return attention(x, attention.project(x), training=training, maps=maps)
+
+    plain, maps, plain_maps = call(None), [], []
+    assert (call(Training(rngs, 0.0, 0.5), maps) != plain).any()
+    call(None, plain_maps)
+    np.testing.assert_array_equal(maps[0], plain_maps[0])
+    assert int(rngs.attention.count[...]) == 1
+    np.testing.assert_array_equal(call(Training(rngs, 0.5, 0.0)), plain)
+    assert int(rngs.attention.count[...]) == 1
+
+
+def test_the_mean_over_many_drops_is_the_attention_of_evaluation(rng):
+    attention = make_attention()
+    x = jnp.asarray(rng.normal(size=(1, T, 8)), jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def call(key):
+        training = Training(streams(key), 0.0, jnp.float32(0.4))
+        return attention(x, attention.project(x), training=training)
+
+    outs = call(jax.random.split(jax.random.key(0), 4000))
+    error = outs.std(0).max() / math.sqrt(len(outs))
+    expected = attention(x, attention.project(x))
+    np.testing.assert_allclose(outs.mean(0), expected, rtol=0, atol=5 * error)
+
+
+@pytest.mark.parametrize("value_width", [3, 5])
+def test_multi_head_attention_is_its_definition(value_width, rng):
+    attention = make_attention(use_bias=True, value_width=value_width)
     x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
     y = jnp.asarray(rng.normal(size=(B, S, 8)), jnp.float32)
 
@@ -139,8 +230,70 @@ def test_multi_head_attention_is_its_definition(rng):
         return jax.nn.softmax(query @ key.swapaxes(1, 2) / jnp.sqrt(3.0)) @ value
 
     concatenated = jnp.concatenate([head(0), head(1)], axis=-1)
-    expected = concatenated @ attention.out.kernel[...].reshape(6, 8) + attention.out.bias[...]
+    out = attention.out.kernel[...].reshape(2 * value_width, 8)
+    expected = concatenated @ out + attention.out.bias[...]
     np.testing.assert_allclose(attention(x, attention.project(y)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_sharing_keys_and_values_is_having_them_twice(kv_heads, qk_norm, rng):
+    """Grouped-query attention is multi-head attention whose neighbouring heads are alike."""
+    shared = make_attention(4, kv_heads=kv_heads, use_bias=True, qk_norm=qk_norm)
+    shared.key.bias[...] = jnp.asarray(rng.normal(size=(kv_heads, 3)), jnp.float32)
+    whole = make_attention(4, use_bias=True, qk_norm=qk_norm)
+    whole.query, whole.out = shared.query, shared.out
+    for name in ("key", "value"):
+        few, many = getattr(shared, name), getattr(whole, name)
+        many.kernel[...] = jnp.repeat(few.kernel[...], 4 // kv_heads, axis=1)
+        many.bias[...] = jnp.repeat(few.bias[...], 4 // kv_heads, axis=0)
+    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
+    mask = masking.causal(T)
+    np.testing.assert_allclose(
+        shared(x, shared.project(x), mask), whole(x, whole.project(x), mask), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_shared_keys_and_values_save_their_parameters():
+    def count(kv_heads):
+        state = nnx.state(make_attention(4, kv_heads=kv_heads))
+        return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+    # Width 8, head width 3: queries and output 8 · 4 · 3 each, keys and values 8 · K · 3 each.
+    assert [count(kv_heads) for kv_heads in (4, 2, 1)] == [384, 288, 240]
+
+
+def test_with_qk_norm_weights_depend_on_directions_and_not_on_lengths(rng):
+    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
+
+    def weights(x, qk_norm):
+        attention, maps = make_attention(qk_norm=qk_norm), []
+        attention(x, attention.project(x), maps=maps)
+        return maps[0]
+
+    np.testing.assert_allclose(weights(x, True), weights(30 * x, True), rtol=1e-4)
+    assert jnp.abs(weights(x, False) - weights(30 * x, False)).max() > 0.1
+
+
+def test_qk_norm_has_gains_of_its_own_and_comes_before_positions(rng):
+    """Keys and queries by hand: x W, divided by its root mean square, times g, turned."""
+    attention = make_attention(qk_norm=True)
+    # Three coordinates cannot be turned in pairs: a rotation of the first two will do.
+    turn = jnp.array([[0.6, 0.8, 0.0], [-0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
+    gains = {"query": jnp.array([1.0, 2.0, 3.0]), "key": jnp.array([3.0, 0.5, 1.0])}
+    attention.query_norm.gain[...], attention.key_norm.gain[...] = gains.values()
+    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
+
+    def by_hand(name):
+        y = jnp.einsum("btd,dnh->btnh", x, getattr(attention, name).kernel[...])
+        y = y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * gains[name]
+        return y @ turn
+
+    key_value, maps = attention.project(x, lambda y: y @ turn), []
+    np.testing.assert_allclose(key_value.key, by_hand("key"), rtol=1e-4, atol=1e-5)
+    attention(x, key_value, rotate=lambda y: y @ turn, maps=maps)
+    expected = attention_weights(by_hand("query"), by_hand("key"))
+    np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_come_out_when_asked_for_and_cost_nothing_when_not(rng):

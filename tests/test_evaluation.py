@@ -47,8 +47,8 @@ def test_metrics_are_ratios_of_totals():
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
     """Half-way through learning these strings by heart, when some are right and some are not."""
-    model, optimizer, init = pieces()
-    steps = jax.jit(make_train_steps(make_train_step(model, optimizer, 0.0)))
+    model, recipe, init = pieces()
+    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
     score = jax.jit(partial(evaluation.score, model))
     decode = jax.jit(partial(evaluation.decode, model, length=20))
     state, shares = init(jnp.uint32(0)), []

@@ -15,6 +15,14 @@ def test_cross_entropy_against_the_smoothed_distribution(smoothing, rng):
     np.testing.assert_allclose(cross_entropy(logits, targets, smoothing), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_traced_smoothing_is_the_same(smoothing, rng):
+    logits = jnp.asarray(rng.normal(size=(2, 3, 7)), jnp.float32)
+    targets = jnp.asarray(rng.integers(7, size=(2, 3)))
+    traced = jax.jit(cross_entropy)(logits, targets, jnp.float32(smoothing))
+    np.testing.assert_allclose(traced, cross_entropy(logits, targets, smoothing), rtol=1e-6)
+
+
 def test_it_is_float32_and_stable_for_bfloat16_logits():
     logits = jnp.array([[[3e4, 0.0]]], jnp.bfloat16)
     loss = cross_entropy(logits, jnp.array([[1]]))

@@ -17,6 +17,20 @@ def test_causal_is_as_drawn():
     np.testing.assert_array_equal(masking.causal(1, 4, 2)[0, 0], drawn("x x x ."))
 
 
+def test_window_is_as_drawn():
+    band = drawn(". x x x .\n. . x x x\n. . . x x")
+    np.testing.assert_array_equal(masking.window(3, 5, 2, 2)[0, 0], band)
+    np.testing.assert_array_equal(masking.window(3, 5, 2, jnp.int32(2))[0, 0], band)
+    sliding = masking.window(4, 4, 2) & masking.causal(4)
+    np.testing.assert_array_equal(sliding[0, 0], drawn("x . . .\nx x . .\n. x x .\n. . x x"))
+
+
+def test_a_window_of_1_is_the_position_itself_and_a_wide_one_is_none():
+    np.testing.assert_array_equal(masking.window(4, 4, 1)[0, 0], np.eye(4, dtype=bool))
+    assert not masking.window(4, 4, 3).all()
+    assert masking.window(4, 4, 4).all()
+
+
 def test_segment_is_as_drawn():
     segments = jnp.array([[1, 1, 2, 0]])
     mask = masking.segment(segments, segments)

@@ -7,36 +7,51 @@ import pytest
 from flax import nnx
 
 from configs import vaswani_base, vaswani_big
-from tests.helpers import TOKENIZER, VARIANTS, logits_of, random_params, small_model, strings
-from transformer.model import Model, ModelConfig
+from tests.helpers import (
+    TOKENIZER,
+    VARIANTS,
+    logits_of,
+    random_params,
+    small_model,
+    strings,
+    training_of,
+)
+from transformer.layers import NORM_PLACEMENTS
+from transformer.model import Model, ModelConfig, flatten
+from transformer.normalization import NORMS, Statistic
+from transformer.positions import POSITIONS
+from transformer.recurrent import CELLS
+from transformer.sharding import RULES
 
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
+PADDED = strings(*PAIRS, source_length=9, target_length=8)
 
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
 
 @each_variant
 def test_an_output_depends_on_no_later_input(changes):
-    """The gradient of output t with respect to the embedded input u is exactly 0 for u > t."""
+    """The gradient of logits t with respect to the embedded token u is exactly 0 for u > t.
+
+    With a window it is 0 as well for a u that is too far back.
+    """
     model = small_model(**changes)
     params = random_params(model, 0)
     batch = strings(("abcd", "dcba"))
     length = batch.target_in.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    memory_mask = jnp.ones((1, 1, length, batch.source.shape[1]), bool)
     embedded = jax.random.normal(jax.random.key(0), (1, length, model.config.width))
 
     def outputs(embedded):
         module = model.bind(params)
-        memory = module.encode(batch.source, batch.source_segments)
-        projected = module.decoder.project_memory(memory)
-        return module.decoder(embedded, mask, projected, memory_mask)[0][0]
+        module.target_embedding = lambda tokens: embedded
+        return module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
 
-    jacobian = jax.jit(jax.jacobian(outputs))(embedded)[:, :, 0]  # [T, D, T, D]
+    jacobian = jax.jit(jax.jacobian(outputs))(embedded)[0, :, :, 0]  # [T, V, T, D]
     influence = jnp.abs(jacobian).sum((1, 3))
-    later = ~np.tril(np.ones((length, length), bool))
-    np.testing.assert_array_equal(influence[later], 0.0)
-    assert (influence[~later] > 0).all()
+    back = np.arange(length)[:, None] - np.arange(length)[None, :]
+    read = (back >= 0) & (back < (model.config.window or length))
+    np.testing.assert_array_equal(influence[~read], 0.0)
+    assert (influence[read] > 0).all()
 
 
 @each_variant
@@ -57,7 +72,7 @@ def test_later_target_tokens_change_no_earlier_logits(changes):
 def test_padding_and_batch_mates_do_not_matter(changes):
     model = small_model(**changes)
     params = random_params(model, 1)
-    together = logits_of(model, params, strings(*PAIRS, source_length=9, target_length=8))
+    together = logits_of(model, params, PADDED)
     row, pair = 1, PAIRS[1]
     alone = logits_of(model, params, strings(pair))
     length = len(pair[1]) + 1
@@ -68,30 +83,36 @@ def test_padding_and_batch_mates_do_not_matter(changes):
 def test_what_stands_in_the_padding_does_not_matter(changes):
     model = small_model(**changes)
     params = random_params(model, 1)
-    batch = strings(*PAIRS, source_length=9)
-    other = jnp.where(batch.source_segments == 0, 5, batch.source)
-    real = batch.target_segments == 1
+    real = PADDED.target_segments == 1
     np.testing.assert_array_equal(
-        logits_of(model, params, batch)[real],
-        logits_of(model, params, batch._replace(source=other))[real],
+        logits_of(model, params, PADDED)[real], logits_of(model, params, littered(PADDED))[real]
+    )
+
+
+def littered(batch):
+    """The same batch with tokens where its padding was."""
+    return batch._replace(
+        source=jnp.where(batch.source_segments == 0, 5, batch.source),
+        target_in=jnp.where(batch.target_segments == 0, 6, batch.target_in),
     )
 
 
 @each_variant
-def test_cached_decoding_is_teacher_forcing_position_by_position(changes):
+def test_cached_decoding_is_teacher_forcing_several_positions_at_once_or_one_by_one(changes):
     model = small_model(**changes)
     params = random_params(model, 2)
-    batch = strings(*PAIRS)
-    whole = logits_of(model, params, batch)
-    length = batch.target_in.shape[1]
+    whole = logits_of(model, params, PADDED)
+    length = PADDED.target_in.shape[1]
 
-    start, step = cached(model, batch, length)
-    cache = start(params)
-    for t in range(length):
-        logits, cache = step(params, batch.target_in[:, t : t + 1], cache)
-        # A row that has ended reads padding: only real positions are compared.
-        real = batch.target_segments[:, t] == 1
-        np.testing.assert_allclose(logits[real, 0], whole[real, t], rtol=1e-4, atol=1e-5)
+    start, step = cached(model, PADDED, length)
+    cache, parts = start(params), []
+    for tokens in jnp.split(PADDED.target_in, [3, 4, 5, 6, 7], axis=1):
+        logits, cache = step(params, tokens, cache)
+        parts.append(logits)
+    # A row that has ended reads padding: only real positions are compared.
+    real = PADDED.target_segments == 1
+    decoded = jnp.concatenate(parts, axis=1)
+    np.testing.assert_allclose(decoded[real], whole[real], rtol=1e-4, atol=1e-5)
 
 
 def cached(model, batch, length):
@@ -105,19 +126,6 @@ def cached(model, batch, length):
 
     return start, jax.jit(
         lambda params, tokens, cache: model.bind(params).decode_step(tokens, cache)
-    )
-
-
-def test_several_tokens_at_once_are_the_same_as_one_by_one():
-    model = small_model()
-    params = random_params(model, 2)
-    batch = strings(*PAIRS)
-    start, step = cached(model, batch, batch.target_in.shape[1])
-    first, cache = step(params, batch.target_in[:, :4], start(params))
-    second, _ = step(params, batch.target_in[:, 4:], cache)
-    whole = logits_of(model, params, batch)
-    np.testing.assert_allclose(
-        jnp.concatenate([first, second], 1)[0], whole[0], rtol=1e-4, atol=1e-5
     )
 
 
@@ -147,20 +155,125 @@ def test_gradients_are_finite_beside_empty_rows_and_reach_every_parameter(change
             assert jnp.abs(gradient).max() > 1e-5, name
 
 
-def test_dropout_differs_between_layers_and_between_keys():
-    model = small_model(dropout=0.5, layers=2)
+@pytest.mark.parametrize(
+    ("changes", "draws"),
+    [
+        # The embedded source and target, two encoder layers of two sublayers, two decoder
+        # layers of three.
+        ({"dropout": 0.5}, {"dropout": 2 + 2 * 2 + 2 * 3}),
+        # The weights of two encoder layers, of two decoder layers twice.
+        ({"attention_dropout": 0.5}, {"attention": 2 + 2 * 2}),
+        # The positions of source and target.
+        ({"random_positions": 64}, {"positions": 2}),
+        # The embedded source and target, two encoder layers, between two decoder layers, the
+        # output.
+        ({"dropout": 0.5, "architecture": "recurrent"}, {"dropout": 2 + 2 + 1 + 1}),
+    ],
+)
+def test_whatever_is_drawn_in_training_is_drawn_with_a_key_of_its_own(changes, draws):
+    model = small_model(layers=2, **changes)
     params = random_params(model, 0)
     batch = strings(*PAIRS)
     one, same, other = (logits_of(model, params, batch, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
-    # Two embeddings, two encoder layers of two sublayers, two decoder layers of three:
-    # each draws from the stream, and no two draws of a stream are the same.
-    rngs = nnx.Rngs(dropout=1)
-    model.bind(params)(
-        batch.source, batch.source_segments, batch.target_in, batch.target_segments, rngs=rngs
+    training = training_of(model, jax.random.key(1))
+    call(model, params, batch, training)
+    drawn = {name: int(stream.count[...]) for name, stream in training.rngs.items()}
+    assert drawn == {"dropout": 0, "attention": 0, "positions": 0} | draws
+
+
+def call(model, params, batch, training=None):
+    """What a call returns, and the statistics after it."""
+    module = model.bind(params)
+    logits = module(
+        batch.source,
+        batch.source_segments,
+        batch.target_in,
+        batch.target_segments,
+        training=training,
     )
-    assert int(rngs.dropout.count[...]) == 2 + 2 * 2 + 2 * 3
+    return logits, flatten(nnx.state(module, Statistic))
+
+
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+def test_with_batch_norm_padding_changes_no_output_and_no_statistic_in_training(placement):
+    model = small_model(norm="batch", norm_placement=placement)
+    params = random_params(model, 0)
+    training = training_of(model, jax.random.key(0))
+    step = jax.jit(lambda params, batch: call(model, params, batch, training))
+    plain, padded = strings(*PAIRS), littered(PADDED)
+    (logits, seen), (other_logits, other_seen) = step(params, plain), step(params, padded)
+    real, other_real = plain.target_segments == 1, padded.target_segments == 1
+    np.testing.assert_allclose(logits[real], other_logits[other_real], rtol=1e-4, atol=1e-5)
+    assert seen.keys() == model.statistics
+    for name in seen:
+        np.testing.assert_allclose(seen[name], other_seen[name], rtol=1e-4, atol=1e-5)
+        assert (seen[name] != params[name]).all(), name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_statistics_are_batch_norms_and_no_parameters(norm):
+    model = small_model(norm=norm)
+    params, statistics = model.split(model.shapes)
+    assert params | statistics == model.shapes
+    assert not params.keys() & statistics.keys()
+    kept = {name for name in model.shapes if name.endswith(("/mean", "/variance"))}
+    assert statistics.keys() == kept
+    # Two sublayers in the encoder, three in the decoder, and a last norm in each.
+    assert len(kept) == (2 * (2 + 3 + 1 + 1) if norm == "batch" else 0)
+    if norm == "batch":
+        assert model.count_parameters() == small_model(norm="layer").count_parameters()
+
+
+@each_variant
+def test_every_variable_has_names_for_its_axes(changes):
+    model = small_model(**changes)
+    assert model.axes.keys() == model.shapes.keys()
+    for name, shape in model.shapes.items():
+        assert len(model.axes[name]) == len(shape.shape), name
+        assert set(model.axes[name]) <= set(RULES), name
+
+
+def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
+    model = small_model(random_positions=64)
+    params = random_params(model, 0)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return model.bind(params).positions(jnp.arange(8), training_of(model, key))[0]
+
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    assert drawn.min() == 0
+    assert drawn.max() == 63
+    assert (np.diff(drawn) > 0).all()
+    assert (drawn[1:] != drawn[:-1]).any(1).all()
+    # Each of the 64 as often as the others: 500 times of 4000, give or take 21.
+    assert np.abs(np.bincount(drawn.ravel(), minlength=64) - 500).max() < 5 * 21
+
+
+def test_random_positions_in_evaluation_are_evenly_spaced_over_the_same_range():
+    module = small_model(random_positions=64).build(jax.random.key(0))
+    np.testing.assert_array_equal(module.positions(jnp.arange(32), None), [range(0, 64, 2)])
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_model_reaches_to_max_length_where_positions_are_learned_or_random(position):
+    config = small_model(position=position).config
+    limited = position == "learned"
+    assert [config.reach(length) for length in (31, 32, 33)] == [31, 32, 32 if limited else 33]
+    if position != "none":
+        random = small_model(position=position, random_positions=64).config
+        assert [random.reach(length) for length in (31, 32, 33)] == [31, 32, 32]
+
+
+def test_init_is_of_the_matrices_of_attention_and_feed_forward_alone():
+    fresh = jax.jit(small_model(init="normal").init)(jax.random.key(0))
+    for name, leaf in fresh.items():
+        if leaf.ndim > 1:
+            deviation = 16**-0.5 if name == "embedding/table" else 0.02
+            np.testing.assert_allclose(leaf.std(), deviation, rtol=0.2, err_msg=name)
 
 
 def test_attention_maps_are_there_when_asked_for():
@@ -181,12 +294,24 @@ def test_attention_maps_are_there_when_asked_for():
     }
 
 
-def test_compute_in_bfloat16_is_near_float32_and_the_logits_are_float32():
-    params = random_params(small_model(), 0)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "batch"},
+        {"qk_norm": True, "position": "rotary"},
+        {"position": "alibi", "kv_heads": 1},
+        {"position": "relative", "attention_backend": "xla"},
+        *({"architecture": "recurrent", "layers": 2, "cell": cell} for cell in CELLS),
+    ],
+)
+def test_compute_in_bfloat16_is_near_float32_and_the_logits_are_float32(changes):
+    params = random_params(small_model(**changes), 0)
     assert {leaf.dtype for leaf in params.values()} == {jnp.dtype("float32")}
     batch = strings(*PAIRS)
-    low = logits_of(small_model(dtype="bfloat16"), params, batch)
-    high = logits_of(small_model(), params, batch)
+    high = logits_of(small_model(**changes), params, batch)
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn's own attention relies on it
+        low = logits_of(small_model(dtype="bfloat16", **changes), params, batch)
     assert low.dtype == jnp.float32
     assert 1e-4 < jnp.abs(low - high).max() < 0.2
 

@@ -13,9 +13,11 @@ from flax import nnx
 
 from tests.helpers import small_model
 from transformer import masking
-from transformer.attention import MultiHeadAttention
+from transformer.attention import MultiHeadAttention, Relations
+from transformer.dropout import Training
 from transformer.model import Decoder, DecoderLayer, Encoder, EncoderLayer
-from transformer.normalization import LayerNorm
+from transformer.normalization import BatchNorm, LayerNorm
+from transformer.recurrent import GRU, LSTM
 
 torch = pytest.importorskip(
     "torch", reason="PyTorch is the oracle: pip install '.[oracle]' to run these"
@@ -52,6 +54,11 @@ def arrays(rng):
         "mask": masking.padding(jnp.asarray(valid)),
         "target_mask": masking.causal(T) & masking.padding(jnp.asarray(target_valid)),
     }
+
+
+def related(mask):
+    """Positions that are told apart by nothing but who may attend to whom."""
+    return Relations(mask, lambda x: x, None)
 
 
 def randomize(module, rng):
@@ -149,7 +156,11 @@ def check(module, of_module, torch_module, call, torch_call, inputs):
     tensors = [torch.tensor(each, requires_grad=True) for each in inputs]
     torch_out = torch_call(torch_module, *tensors)
     torch.sin(torch_out).sum().backward()
-    torch_gradients = of_module(torch_module, lambda parameter: array(parameter.grad))
+    # What is no parameter in PyTorch has no gradient there, and must have none here.
+    torch_gradients = of_module(
+        torch_module,
+        lambda leaf: np.zeros(leaf.shape, np.float32) if leaf.grad is None else array(leaf.grad),
+    )
 
     compare(out, array(torch_out), 2e-6)
     for path, gradient in gradients[0].items():
@@ -166,11 +177,85 @@ def test_layer_norm(arrays, rng):
     check(ours, of_norm, theirs, lambda m, x: m(x), lambda m, x: m(x), [arrays["source"]])
 
 
+def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
+    """PyTorch sees the tokens alone, ours the batch and where its padding is."""
+    theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5, momentum=0.1), rng).train()
+    ours = BatchNorm(D, epsilon=1e-5)
+    ours.gain[...], ours.bias[...] = (jnp.asarray(array(p)) for p in theirs.parameters())
+    valid = arrays["valid"]
+    training = Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32))
+    for mode in (training, training, None):
+        if mode is None:
+            theirs.eval()
+        x = rng.normal(1.0, 2.0, size=(B, S, D)).astype(np.float32)
+        expected = array(theirs(torch.tensor(x[valid])))
+        np.testing.assert_allclose(ours(jnp.asarray(x), mode)[valid], expected, atol=1e-5)
+        np.testing.assert_allclose(ours.mean[...], array(theirs.running_mean), atol=1e-6)
+        np.testing.assert_allclose(ours.variance[...], array(theirs.running_var), rtol=1e-5)
+
+
+def of_batch_norm(module, get):
+    statistics = {("mean",): get(module.running_mean), ("variance",): get(module.running_var)}
+    return of_norm(module, get) | statistics
+
+
+def test_gradients_of_batch_norm_in_training(arrays, rng):
+    """They pass through mean and variance, and not through the running averages."""
+    theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5), rng).train()
+    valid = arrays["valid"]
+    training = Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32))
+    check(
+        BatchNorm(D, epsilon=1e-5),
+        of_batch_norm,
+        theirs,
+        lambda m, x: m(x, training)[valid],
+        lambda m, x: m(x[torch.tensor(valid)]),
+        [arrays["source"]],
+    )
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(LSTM, "LSTMCell"), (GRU, "GRUCell")])
+def test_recurrent_cells(rng, ours, theirs):
+    """Gates stand in PyTorch's order. Its forget bias begins at 0, ours adds 1; its GRU has a
+    second bias, of which only the candidate's part is not a part of the first.
+    """
+    other = randomize(getattr(torch.nn, theirs)(D, F), rng)
+    cell = ours(D, F, dtype=FLOAT32, rngs=nnx.Rngs(0))
+    bias = array(other.bias_ih) + array(other.bias_hh)
+    with torch.no_grad():
+        if ours is LSTM:
+            bias[F : 2 * F] -= 1.0
+        else:
+            bias[2 * F :] -= array(other.bias_hh)[2 * F :]
+            other.bias_hh[2 * F :] = 0.0
+    cell.input.kernel[...] = jnp.asarray(array(other.weight_ih).T)
+    cell.input.bias[...] = jnp.asarray(bias)
+    cell.recurrent.kernel[...] = jnp.asarray(array(other.weight_hh).T)
+    state = cell.start(B)
+    expected = None
+    for _ in range(3):
+        x = rng.normal(size=(B, D)).astype(np.float32)
+        state = cell.step(state, cell.input(jnp.asarray(x)))
+        expected = other(torch.tensor(x), expected)
+        hidden = expected[0] if ours is LSTM else expected
+        np.testing.assert_allclose(state[0], array(hidden), atol=1e-5)
+
+
 @pytest.mark.parametrize("masks", ["padding", "causal"])
 def test_multi_head_attention(arrays, rng, masks):
     theirs = randomize(torch.nn.MultiheadAttention(D, N, batch_first=True), rng)
     ours = MultiHeadAttention(
-        D, N, D // N, use_bias=True, backend="einsum", dtype=FLOAT32, rngs=nnx.Rngs(0)
+        D,
+        N,
+        D // N,
+        value_width=D // N,
+        kv_heads=N,
+        use_bias=True,
+        qk_norm=False,
+        init=nnx.initializers.glorot_uniform(),
+        backend="einsum",
+        dtype=FLOAT32,
+        rngs=nnx.Rngs(0),
     )
     if masks == "padding":
         mask, kwargs = arrays["mask"], {"key_padding_mask": torch.tensor(~arrays["valid"])}
@@ -200,7 +285,7 @@ def test_encoder_layer(arrays, rng, placement):
         EncoderLayer(config(placement), rngs=nnx.Rngs(0)),
         of_layer,
         theirs,
-        lambda m, x: m(x, arrays["mask"]),
+        lambda m, x: m(x, related(arrays["mask"])),
         lambda m, x: m(x, src_key_padding_mask=torch.tensor(~arrays["valid"])),
         [arrays["source"]],
     )
@@ -221,7 +306,7 @@ def test_decoder_layer(arrays, rng, placement):
 
     def call(layer, x, memory):
         projected = layer.cross_attention.project(memory)
-        return layer(x, arrays["target_mask"], projected, memory_mask)[0]
+        return layer(x, related(arrays["target_mask"]), projected, memory_mask)[0]
 
     check(
         DecoderLayer(config(placement), rngs=nnx.Rngs(0)),
@@ -252,9 +337,9 @@ def test_the_whole_transformer(arrays, rng, placement):
     memory_mask = jnp.broadcast_to(arrays["mask"], (B, 1, T, S))
 
     def call(stacks, source, target):
-        memory = stacks.encoder(source, arrays["mask"])
+        memory = stacks.encoder(source, related(arrays["mask"]))
         projected = stacks.decoder.project_memory(memory)
-        return stacks.decoder(target, arrays["target_mask"], projected, memory_mask)[0]
+        return stacks.decoder(target, related(arrays["target_mask"]), projected, memory_mask)[0]
 
     def of_both(module, get):
         return under(("encoder",), of_stack(module.encoder, get)) | under(

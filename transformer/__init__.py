@@ -4,9 +4,10 @@ Axes, also used as the letters of einsums and of shape annotations:
 
     B  batch                    D  model width
     S  source length, or keys   N  attention heads
-    T  target length, queries   H  width of a head (d_k = d_v)
-    V  vocabulary               F  width of the feed-forward's hidden layer
-    L  layers
+    T  target length, queries   K  heads of keys and values, where fewer
+    V  vocabulary               H  width of a head's queries and keys (d_k)
+    L  layers                   E  width of a head's values (d_v)
+    R  replicas                 F  width of the feed-forward's hidden layer
 
 Nouns, with their shapes and dtypes:
 

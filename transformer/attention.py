@@ -3,21 +3,42 @@
 Vaswani et al. 2017, section 3.2.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from transformer.dropout import Training, dropout
+from transformer.normalization import RMSNorm
 from transformer.sharding import constrain
 
 
-class KeyValue(NamedTuple):
-    """The projected keys and values of S positions, or of a cache with room for S."""
+class Relations(NamedTuple):
+    """How the positions of a sequence stand to each other, for its self-attention.
 
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
+    mask: True = the query may attend to the key.
+    rotate: tells queries where they stand, and the new keys; see `positions.Position`.
+    bias: added to the scores.
+    """
+
+    mask: Bool[Array, "#B 1 #T S"]
+    rotate: Callable[[Array], Array]
+    bias: Float[Array, "#B N T S"] | None
+
+
+class KeyValue(NamedTuple):
+    """The projected keys and values of S positions, or of a cache with room for S.
+
+    K is the number of heads, or fewer where groups of heads share keys and values. H is the
+    width of keys, E that of values, the paper's d_k and d_v.
+    """
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K E"]
 
     def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
         """This cache with `new`'s positions written from position `index` on.
@@ -30,6 +51,11 @@ class KeyValue(NamedTuple):
             update(self.key, new.key.astype(self.key.dtype), index, axis=1),
             update(self.value, new.value.astype(self.value.dtype), index, axis=1),
         )
+
+
+def share(x: Float[Array, "B S K H"], heads: int) -> Float[Array, "B S N H"]:
+    """Keys or values for each of N heads, N/K neighbours sharing one of K."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def masked_softmax(
@@ -50,11 +76,12 @@ def masked_softmax(
 
 def attention_weights(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 whatever the inputs' dtype."""
+    key = share(key, query.shape[2])
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if bias is not None:
@@ -64,27 +91,30 @@ def attention_weights(
 
 def einsum_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K E"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
-) -> Float[Array, "B T N H"]:
+    drop: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "B T N E"]:
     """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V, as the equation reads.
 
-    The reference that every other backend is tested against. (Equation 1.)
+    The reference that every other backend is tested against, and the one that has the
+    weights at hand, for `drop` to be applied to. (Equation 1.)
     """
-    weights = attention_weights(query, key, mask, bias)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
+    weights = drop(attention_weights(query, key, mask, bias))
+    value = share(value, query.shape[2])
+    return jnp.einsum("BNTS,BSNE->BTNE", weights.astype(value.dtype), value)
 
 
 def xla_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K E"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """The same through `jax.nn.dot_product_attention`.
+) -> Float[Array, "B T N E"]:
+    """The same through `jax.nn.dot_product_attention`, which wants E = H.
 
     That function gives a query with no allowed key the mean of the values, so its
     output is set to zero here.
@@ -101,6 +131,10 @@ def xla_attention(
 ATTENTION_BACKENDS = {"einsum": einsum_attention, "xla": xla_attention}
 
 
+# The backends that can drop attention weights, and have values of another width than keys.
+FLEXIBLE_BACKENDS = ("einsum",)
+
+
 class MultiHeadAttention(nnx.Module):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
@@ -108,6 +142,21 @@ class MultiHeadAttention(nnx.Module):
     They are handed over already projected (`project`), so that a decoder's cache
     and an encoder's memory, whose keys and values are computed once, take the same
     path as self-attention. (Section 3.2.2.)
+
+    Args:
+      width: D.
+      heads: N, of the queries.
+      head_width: H, of queries and keys, the paper's d_k.
+      value_width: E, of values, the paper's d_v.
+      kv_heads: K, of keys and values: N; or fewer, a divisor of N, each shared by N/K
+        heads (Ainslie et al. 2023); or 1, multi-query attention (Shazeer 2019).
+      use_bias: whether the four projections add one.
+      qk_norm: whether RMS norm is applied to queries and keys over H, before positions
+        (after Henry et al. 2020 and Dehghani et al. 2023).
+      init: of the four matrices.
+      backend: one of `ATTENTION_BACKENDS`.
+      dtype: of the computation.
+      rngs: for parameters.
     """
 
     def __init__(
@@ -116,48 +165,65 @@ class MultiHeadAttention(nnx.Module):
         heads: int,
         head_width: int,
         *,
+        value_width: int,
+        kv_heads: int,
         use_bias: bool,
+        qk_norm: bool,
+        init: Callable[..., Array],
         backend: str,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def project_in():
+        def project_in(heads: int, head_width: int, axis: str):
             return nnx.LinearGeneral(
                 width,
                 (heads, head_width),
                 use_bias=use_bias,
-                kernel_init=nnx.initializers.glorot_uniform(),
-                kernel_metadata={"axes": ("embed", "heads", "head")},
-                bias_metadata={"axes": ("heads", "head")},
+                kernel_init=init,
+                kernel_metadata={"axes": ("embed", axis, "head")},
+                bias_metadata={"axes": (axis, "head")},
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        self.query, self.key, self.value = project_in(), project_in(), project_in()
+        # Where heads share keys and values, those are the same on every device.
+        kv_axis = "heads" if kv_heads == heads else "kv_heads"
+        self.query = project_in(heads, head_width, "heads")
+        self.key = project_in(kv_heads, head_width, kv_axis)
+        self.value = project_in(kv_heads, value_width, kv_axis)
         self.out = nnx.LinearGeneral(
-            (heads, head_width),
+            (heads, value_width),
             width,
             axis=(-2, -1),
             use_bias=use_bias,
-            kernel_init=nnx.initializers.glorot_uniform(),
+            kernel_init=init,
             kernel_metadata={"axes": ("heads", "head", "embed")},
             bias_metadata={"axes": ("norm",)},
             dtype=dtype,
             rngs=rngs,
         )
+        self.query_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
+        self.key_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
+        self.kv_axis = kv_axis
         self.attend = ATTENTION_BACKENDS[backend]
 
-    def project(self, y: Float[Array, "B S D"]) -> KeyValue:
+    def project(
+        self, y: Float[Array, "B S D"], rotate: Callable[[Array], Array] | None = None
+    ) -> KeyValue:
         """Keys and values of `y`, each projected once for each head."""
-        axes = ("batch", "length", "heads", "head")
-        return KeyValue(constrain(self.key(y), *axes), constrain(self.value(y), *axes))
+        axes = ("batch", "length", self.kv_axis, "head")
+        key = self.key(y) if self.key_norm is None else self.key_norm(self.key(y))
+        key = key if rotate is None else rotate(key)
+        return KeyValue(constrain(key, *axes), constrain(self.value(y), *axes))
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         key_value: KeyValue,
         mask: Bool[Array, "#B #N #T S"] | None = None,
+        rotate: Callable[[Array], Array] | None = None,
         bias: Float[Array, "#B #N #T S"] | None = None,
+        training: Training | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends from `x` to `key_value`.
@@ -166,12 +232,28 @@ class MultiHeadAttention(nnx.Module):
           x: what the queries are made of.
           key_value: what `project` made of the other sequence, or a cache of it.
           mask: True = may attend.
+          rotate: tells the queries where they stand.
           bias: added to the scores.
-          maps: a list that takes this call's attention weights [B, N, T, S]; nothing
-            is computed for it when it is None.
+          training: for dropout of the weights.
+          maps: a list that takes this call's attention weights [B, N, T, S], before
+            dropout; nothing is computed for it when it is None.
         """
-        query = constrain(self.query(x), "batch", "length", "heads", "head")
+        query = self.query(x) if self.query_norm is None else self.query_norm(self.query(x))
+        query = query if rotate is None else rotate(query)
+        query = constrain(query, "batch", "length", "heads", "head")
         if maps is not None:
             maps.append(attention_weights(query, key_value.key, mask, bias))
-        heads = self.attend(query, key_value.key, key_value.value, mask, bias)
+        heads = self.attend(
+            query, key_value.key, key_value.value, mask, bias, **weight_dropout(training)
+        )
         return self.out(heads)
+
+
+def weight_dropout(training: Training | None) -> dict[str, Any]:
+    """What a backend needs to drop weights: nothing where none are dropped."""
+    if training is None:
+        return {}
+    rate = training.attention_dropout
+    if isinstance(rate, float) and rate == 0.0:
+        return {}
+    return {"drop": partial(dropout, rate=rate, stream=training.rngs.attention)}

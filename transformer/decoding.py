@@ -6,10 +6,11 @@ from jaxtyping import Array, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.model import Transformer
+from transformer.recurrent import Recurrent
 
 
 def greedy(
-    model: Transformer,
+    model: Transformer | Recurrent,
     source: Int[Array, "B S"],
     source_segments: Int[Array, "B S"],
     length: int,

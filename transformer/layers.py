@@ -1,27 +1,37 @@
-"""The parts of a layer that are not attention: embedding, feed-forward, residual, dropout."""
+"""The parts of a layer that are not attention: embedding, feed-forward, residual connection."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from transformer.dropout import Training, drop
 from transformer.normalization import NORMS
 from transformer.sharding import constrain
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swish": jax.nn.swish}
-NORM_PLACEMENTS = ("pre", "post")
+# How the matrices of attention and feed-forward begin.
+INITIALIZERS = {
+    "glorot_uniform": nnx.initializers.glorot_uniform(),  # Glorot and Bengio 2010
+    "glorot_normal": nnx.initializers.glorot_normal(),
+    "lecun_normal": nnx.initializers.lecun_normal(),
+    "he_normal": nnx.initializers.he_normal(),  # He et al. 2015
+    "normal": nnx.initializers.normal(0.02),  # Radford et al. 2019 (GPT-2)
+}
 
+# The kinds of feed-forward: activation, and whether it gates a second product (Shazeer 2020).
+FEED_FORWARDS = {
+    "relu": (jax.nn.relu, False),
+    "gelu": (jax.nn.gelu, False),
+    "swish": (jax.nn.swish, False),
+    "glu": (jax.nn.sigmoid, True),
+    "reglu": (jax.nn.relu, True),
+    "geglu": (jax.nn.gelu, True),
+    "swiglu": (jax.nn.swish, True),
+}
 
-def dropout(x: Float[Array, "*B D"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "*B D"]:
-    """Sets elements to 0 with probability `rate` and scales the others by 1 / (1 - rate).
-
-    Without `rngs`, or at rate 0, it hands x back: that is what evaluation is. Each
-    call draws a key of its own from the stream `dropout`.
-    """
-    if rngs is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+NORM_PLACEMENTS = ("pre", "post", "both")
 
 
 class Embedding(nnx.Module):
@@ -52,23 +62,41 @@ class Embedding(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """FFN(x) = activation(x W₁ + b₁) W₂ + b₂, at each position alike. (Section 3.3, equation 2.)"""
+    """FFN(x) = activation(x W₁ + b₁) W₂ + b₂, at each position alike. (Section 3.3, equation 2.)
+
+    The gated kinds have FFN(x) = (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer
+    2020, with biases as here): a third matrix, so that their hidden width is 2/3 of
+    `ff_width`, rounded to a multiple of 8, and the parameters are as many.
+    """
 
     def __init__(
-        self, width: int, ff_width: int, *, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        ff_width: int,
+        *,
+        kind: str,
+        init: Callable[..., Array],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.glorot_uniform()
-        self.expand = nnx.Linear(
-            width,
-            ff_width,
-            kernel_init=init,
-            kernel_metadata={"axes": ("embed", "mlp")},
-            bias_metadata={"axes": ("mlp",)},
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.activation, gated = FEED_FORWARDS[kind]
+        hidden = max(8, round(ff_width * 2 / 3 / 8) * 8) if gated else ff_width
+
+        def expand():
+            return nnx.Linear(
+                width,
+                hidden,
+                kernel_init=init,
+                kernel_metadata={"axes": ("embed", "mlp")},
+                bias_metadata={"axes": ("mlp",)},
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.expand = expand()
+        self.gate = expand() if gated else None
         self.contract = nnx.Linear(
-            ff_width,
+            hidden,
             width,
             kernel_init=init,
             kernel_metadata={"axes": ("mlp", "embed")},
@@ -76,34 +104,38 @@ class FeedForward(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = constrain(self.activation(self.expand(x)), "batch", "length", "mlp")
-        return self.contract(hidden)
+        hidden = self.activation(self.expand(x))
+        hidden = hidden if self.gate is None else hidden * self.gate(x)
+        return self.contract(constrain(hidden, "batch", "length", "mlp"))
 
 
 class Residual(nnx.Module):
     """The connection around a sublayer, which owns the place of the norm and the dropout.
 
-        post:  x ← norm(x + dropout(sublayer(x)))      (Vaswani et al. 2017, section 3.1)
-        pre:   x ← x + dropout(sublayer(norm(x)))      (Xiong et al. 2020)
+        post:  x ← norm(x + dropout(sublayer(x)))       (Vaswani et al. 2017, section 3.1)
+        pre:   x ← x + dropout(sublayer(norm(x)))       (Xiong et al. 2020)
+        both:  x ← x + dropout(norm₂(sublayer(norm(x))))  (Ding et al. 2021, "sandwich")
 
-    A sublayer f is written `x = residual.add(x, f(residual.input(x)), rngs)`.
+    A sublayer f is written `x = residual.add(x, f(residual.input(x, …)), …)`.
     """
 
-    def __init__(self, width: int, *, norm: str, epsilon: float, placement: str, dropout: float):
+    def __init__(self, width: int, *, norm: str, epsilon: float, placement: str):
         self.norm = NORMS[norm](width, epsilon=epsilon)
+        self.output_norm = NORMS[norm](width, epsilon=epsilon) if placement == "both" else None
         self.placement = placement
-        self.dropout = dropout
 
-    def input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def input(
+        self, x: Float[Array, "B T D"], training: Training | None = None
+    ) -> Float[Array, "B T D"]:
         """What the sublayer reads."""
-        return self.norm(x) if self.placement == "pre" else x
+        return x if self.placement == "post" else self.norm(x, training)
 
     def add(
-        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], rngs: nnx.Rngs | None
+        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], training: Training | None = None
     ) -> Float[Array, "B T D"]:
         """The stream `x` with the sublayer's output `y` added."""
-        x = constrain(x + dropout(y, self.dropout, rngs), "batch", "length", "width")
-        return self.norm(x) if self.placement == "post" else x
+        y = y if self.output_norm is None else self.output_norm(y, training)
+        x = constrain(x + drop(y, training), "batch", "length", "width")
+        return self.norm(x, training) if self.placement == "post" else x

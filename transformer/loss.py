@@ -6,7 +6,9 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], smoothing: float = 0.0
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    smoothing: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "B T"]:
     """Cross-entropy against (1 - ε) · one_hot(target) + ε / V, in nats, float32.
 
@@ -16,6 +18,6 @@ def cross_entropy(
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1, mode="fill")[..., 0]
-    if smoothing == 0.0:
+    if isinstance(smoothing, float) and smoothing == 0.0:
         return nll
     return (1.0 - smoothing) * nll - smoothing * log_p.mean(-1)

@@ -49,6 +49,32 @@ def causal(
     return (key <= query)[None, None]
 
 
+def window(
+    queries: int, keys: int, width: int, offset: int | Int[Array, ""] = 0
+) -> Bool[Array, "1 1 {queries} {keys}"]:
+    """Query t may attend to the keys less than `width` away, to either side.
+
+    The last queries of 5, and 5 keys, at width 2:
+
+        keys →   0 1 2 3 4
+        query 2  . x x x .
+        query 3  . . x x x
+        query 4  . . . x x
+
+    With `causal` it is a sliding window over the `width` latest positions, the query's
+    own among them. (Beltagy et al. 2020, section 3.1.)
+
+    Args:
+      queries: number of queries, T.
+      keys: number of keys, S.
+      width: of the window to either side, the query's own position included.
+      offset: position of the first query among the keys; may be traced.
+    """
+    query = jnp.arange(queries)[:, None] + offset
+    key = jnp.arange(keys)[None, :]
+    return (jnp.abs(query - key) < width)[None, None]
+
+
 def segment(
     query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
 ) -> Bool[Array, "B 1 T S"]:

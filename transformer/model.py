@@ -1,7 +1,9 @@
 """The encoder-decoder Transformer: the one place where the parts are put together."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +12,26 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer import masking
-from transformer.attention import ATTENTION_BACKENDS, KeyValue, MultiHeadAttention
+from transformer.attention import (
+    ATTENTION_BACKENDS,
+    FLEXIBLE_BACKENDS,
+    KeyValue,
+    MultiHeadAttention,
+    Relations,
+)
+from transformer.dropout import Training, drop
 from transformer.errors import UserError, choose
 from transformer.layers import (
-    ACTIVATIONS,
+    FEED_FORWARDS,
+    INITIALIZERS,
     NORM_PLACEMENTS,
     Embedding,
     FeedForward,
     Residual,
-    dropout,
 )
-from transformer.normalization import NORMS
+from transformer.normalization import NORMS, Statistic
 from transformer.positions import POSITIONS
+from transformer.recurrent import CELLS, Recurrent
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
@@ -40,62 +50,136 @@ class ModelConfig:
       UserError: a name is unknown, or the numbers contradict each other.
     """
 
+    architecture: str
     layers: int
     width: int
     heads: int
     head_width: int | None
+    value_width: int | None
+    kv_heads: int | None
     ff_width: int
-    activation: str
+    feed_forward: str
+    cell: str
+    init: str
     dropout: float
+    attention_dropout: float
     norm: str
     norm_placement: str
     norm_epsilon: float
     position: str
     max_length: int
+    random_positions: int
+    window: int | None
     tie_embeddings: bool
     attention_bias: bool
+    qk_norm: bool
     attention_backend: str
     dtype: str
 
     def __post_init__(self):
-        choose(ACTIVATIONS, self.activation, "model.activation")
-        choose(NORMS, self.norm, "model.norm")
-        choose(
-            {name: name for name in NORM_PLACEMENTS}, self.norm_placement, "model.norm_placement"
-        )
-        choose(POSITIONS, self.position, "model.position")
-        choose(ATTENTION_BACKENDS, self.attention_backend, "model.attention_backend")
-        choose(DTYPES, self.dtype, "model.dtype")
+        tables: dict[str, dict[str, Any]] = {
+            "architecture": ARCHITECTURES,
+            "feed_forward": FEED_FORWARDS,
+            "cell": CELLS,
+            "init": INITIALIZERS,
+            "norm": NORMS,
+            "norm_placement": {name: name for name in NORM_PLACEMENTS},
+            "position": POSITIONS,
+            "attention_backend": ATTENTION_BACKENDS,
+            "dtype": DTYPES,
+        }
+        for name, entries in tables.items():
+            choose(entries, getattr(self, name), f"model.{name}")
         for name in ("layers", "width", "heads", "ff_width", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)}: it must be at least 1")
-        if self.head_width is None and self.width % self.heads:
+            self.require(name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in ("head_width", "value_width", "kv_heads", "window"):
+            value = getattr(self, name)
+            self.require(name, value is None or value >= 1, "it must be at least 1, or None")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
+        self.require("norm_epsilon", self.norm_epsilon > 0.0, "it must be above 0")
+        self.check_attention()
+        self.check_positions()
+        if self.architecture == "recurrent":
+            even = "each direction of the encoder takes half: choose an even one"
+            self.require("width", self.width % 2 == 0, even)
+
+    def require(self, name: str, holds: bool, remedy: str) -> None:
+        """Raises a UserError about a knob unless a condition holds."""
+        if not holds:
+            raise UserError(f"model.{name}={getattr(self, name)}: {remedy}")
+
+    def check_attention(self) -> None:
+        """Raises a UserError if heads and what goes with them do not fit each other."""
+        if (self.head_width is None or self.architecture == "recurrent") and (
+            self.width % self.heads
+        ):
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}; "
                 "choose heads that do, or set model.head_width"
             )
-        if self.head_width is not None and self.head_width < 1:
-            raise UserError(f"model.head_width={self.head_width}: it must be at least 1")
-        if self.position == "sinusoidal" and self.width % 2:
+        if self.heads % (self.kv_heads or self.heads):
             raise UserError(
-                f"model.width={self.width} is odd: sinusoidal positions come in pairs of sine and "
-                "cosine; choose an even width or another model.position"
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; "
+                "choose one that does"
             )
-        if not self.norm_epsilon > 0.0:
-            raise UserError(f"model.norm_epsilon={self.norm_epsilon}: it must be above 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
+        if self.attention_dropout > 0.0 and (
+            self.attention_backend not in FLEXIBLE_BACKENDS or self.architecture == "recurrent"
+        ):
+            raise UserError(
+                f"model.attention_dropout={self.attention_dropout}: only the Transformer with "
+                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} drops attention "
+                "weights; choose it, or set the rate to 0"
+            )
+
+        if self.values_width() != self.attention_width() and (
+            self.attention_backend not in FLEXIBLE_BACKENDS
+        ):
+            raise UserError(
+                f"model.value_width={self.value_width} is not model.head_width, which only "
+                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} can do; choose it"
+            )
+
+    def check_positions(self) -> None:
+        """Raises a UserError if positions do not fit the widths or their range."""
+        for knob, size, kind in (
+            ("width", self.width, "sinusoidal"),
+            ("head_width", self.attention_width(), "rotary"),
+        ):
+            if self.position == kind and size % 2:
+                raise UserError(
+                    f"model.{knob}={size} is odd: {kind} positions come in pairs of sine and "
+                    f"cosine; choose an even one or another model.position"
+                )
+        if self.random_positions and not (
+            self.max_length <= self.random_positions and self.position != "none"
+        ):
+            raise UserError(
+                f"model.random_positions={self.random_positions}: positions are drawn from so "
+                f"many, at least model.max_length={self.max_length}, and need a model.position "
+                "other than none; 0 draws none"
+            )
+
+    def attention_width(self) -> int:
+        """H, the width of a head's queries and keys."""
+        return self.head_width or self.width // self.heads
+
+    def values_width(self) -> int:
+        """E, the width of a head's values."""
+        return self.value_width or self.attention_width()
 
     def reach(self, length: int) -> int:
         """`length`, or as many tokens as there are positions for."""
-        return min(length, self.max_length) if POSITIONS[self.position].limited else length
+        limited = POSITIONS[self.position].limited or self.random_positions > 0
+        return min(length, self.max_length) if limited else length
 
     def check_length(self, length: int, what: str) -> None:
         """Raises a UserError if positions do not reach to `length` tokens."""
         if self.reach(length) < length:
             raise UserError(
-                f"{what}: {length} tokens, and model.position={self.position} has "
-                f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
+                f"{what}: {length} tokens, and model.position={self.position} reaches to "
+                f"model.max_length={self.max_length}; raise it, or choose positions without limit"
             )
 
 
@@ -119,8 +203,12 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
     return MultiHeadAttention(
         config.width,
         config.heads,
-        config.head_width or config.width // config.heads,
+        config.attention_width(),
+        value_width=config.values_width(),
+        kv_heads=config.kv_heads or config.heads,
         use_bias=config.attention_bias,
+        qk_norm=config.qk_norm,
+        init=INITIALIZERS[config.init],
         backend=config.attention_backend,
         dtype=DTYPES[config.dtype],
         rngs=rngs,
@@ -132,7 +220,8 @@ def make_feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
     return FeedForward(
         config.width,
         config.ff_width,
-        activation=config.activation,
+        kind=config.feed_forward,
+        init=INITIALIZERS[config.init],
         dtype=DTYPES[config.dtype],
         rngs=rngs,
     )
@@ -145,7 +234,6 @@ def make_residual(config: ModelConfig) -> Residual:
         norm=config.norm,
         epsilon=config.norm_epsilon,
         placement=config.norm_placement,
-        dropout=config.dropout,
     )
 
 
@@ -160,15 +248,16 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "#B 1 #S S"],
-        rngs: nnx.Rngs | None = None,
+        relations: Relations,
+        training: Training | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B S D"]:
         attention, feed_forward = self.residuals
-        h = attention.input(x)
-        key_value = self.self_attention.project(h)
-        x = attention.add(x, self.self_attention(h, key_value, mask, maps=maps), rngs)
-        return feed_forward.add(x, self.feed_forward(feed_forward.input(x)), rngs)
+        h = attention.input(x, training)
+        key_value = self.self_attention.project(h, relations.rotate)
+        y = self.self_attention(h, key_value, *relations, training=training, maps=maps)
+        x = attention.add(x, y, training)
+        return feed_forward.add(x, self.feed_forward(feed_forward.input(x, training)), training)
 
 
 class DecoderLayer(nnx.Module):
@@ -183,40 +272,43 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "#B 1 T _"],
+        relations: Relations,
         memory: KeyValue,
         memory_mask: Bool[Array, "#B 1 T S"],
         cache: tuple[KeyValue, Int[Array, ""]] | None = None,
-        rngs: nnx.Rngs | None = None,
+        training: Training | None = None,
         maps: Maps | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Returns the layer's output and its self-attention keys and values.
 
         Args:
           x: the target positions to compute.
-          mask: among the target positions, or to the cache's.
+          relations: among the target positions, or of them to the cache's.
           memory: keys and values that `cross_attention` projected from the memory.
           memory_mask: from target positions to source positions.
           cache: keys and values of earlier positions, and where x's are to be written.
-          rngs: for dropout; None in evaluation.
+          training: for dropout and batch norm; None in evaluation.
           maps: takes the attention weights.
         """
         self_attention, cross_attention, feed_forward = self.residuals
-        h = self_attention.input(x)
-        key_value = self.self_attention.project(h)
+        h = self_attention.input(x, training)
+        key_value = self.self_attention.project(h, relations.rotate)
         if cache is not None:
             earlier, index = cache
             key_value = earlier.write(key_value, index)
-        y = self.self_attention(h, key_value, mask, maps=maps["decoder"] if maps else None)
-        x = self_attention.add(x, y, rngs)
-        h = cross_attention.input(x)
-        y = self.cross_attention(h, memory, memory_mask, maps=maps["cross"] if maps else None)
-        x = cross_attention.add(x, y, rngs)
-        return feed_forward.add(x, self.feed_forward(feed_forward.input(x)), rngs), key_value
+        into = maps["decoder"] if maps else None
+        y = self.self_attention(h, key_value, *relations, training=training, maps=into)
+        x = self_attention.add(x, y, training)
+        h = cross_attention.input(x, training)
+        into = maps["cross"] if maps else None
+        y = self.cross_attention(h, memory, memory_mask, training=training, maps=into)
+        x = cross_attention.add(x, y, training)
+        y = self.feed_forward(feed_forward.input(x, training))
+        return feed_forward.add(x, y, training), key_value
 
 
 class Encoder(nnx.Module):
-    """A stack of L encoder layers; with pre-norm, one more norm at its end."""
+    """A stack of L encoder layers; unless post-norm, with one more norm at its end."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.layers)])
@@ -225,17 +317,17 @@ class Encoder(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "#B 1 #S S"],
-        rngs: nnx.Rngs | None = None,
+        relations: Relations,
+        training: Training | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B S D"]:
         for layer in self.layers:
-            x = layer(x, mask, rngs, maps)
-        return self.final_norm(x) if self.final_norm is not None else x
+            x = layer(x, relations, training, maps)
+        return x if self.final_norm is None else self.final_norm(x, training)
 
 
 class Decoder(nnx.Module):
-    """A stack of L decoder layers; with pre-norm, one more norm at its end."""
+    """A stack of L decoder layers; unless post-norm, with one more norm at its end."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
@@ -248,24 +340,24 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "#B 1 T _"],
+        relations: Relations,
         memory: tuple[KeyValue, ...],
         memory_mask: Bool[Array, "#B 1 T S"],
         cache: tuple[tuple[KeyValue, ...], Int[Array, ""]] | None = None,
-        rngs: nnx.Rngs | None = None,
+        training: Training | None = None,
         maps: Maps | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
         """Returns the stack's output and each layer's self-attention keys and values."""
         decoded = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else (cache[0][i], cache[1])
-            x, key_value = layer(x, mask, memory[i], memory_mask, layer_cache, rngs, maps)
+            x, key_value = layer(x, relations, memory[i], memory_mask, layer_cache, training, maps)
             decoded.append(key_value)
-        return (self.final_norm(x) if self.final_norm is not None else x), tuple(decoded)
+        return x if self.final_norm is None else self.final_norm(x, training), tuple(decoded)
 
 
-def final_norm(config: ModelConfig) -> nnx.Module | None:
-    """The norm after a pre-norm stack, whose stream nothing else has normalised."""
+def final_norm(config: ModelConfig) -> Any:
+    """The norm after a stack whose stream nothing else has normalised; None with post-norm."""
     if config.norm_placement == "post":
         return None
     return NORMS[config.norm](config.width, epsilon=config.norm_epsilon)
@@ -278,15 +370,21 @@ class Transformer(nnx.Module):
         def make_embedding():
             return Embedding(vocab_size, config.width, dtype=DTYPES[config.dtype], rngs=rngs)
 
-        def make_position():
-            return POSITIONS[config.position](config.width, max_length=config.max_length, rngs=rngs)
+        def make_position(causal: bool):
+            return POSITIONS[config.position](
+                config.width,
+                config.heads,
+                causal=causal,
+                max_length=config.random_positions or config.max_length,
+                rngs=rngs,
+            )
 
         self.config = config
         self.embedding = make_embedding()
         # Tied, one table reads the source, reads the target and scores the output.
         self.target_embedding = None if config.tie_embeddings else make_embedding()
         self.output_embedding = None if config.tie_embeddings else make_embedding()
-        self.source_position, self.target_position = make_position(), make_position()
+        self.source_position, self.target_position = make_position(False), make_position(True)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
@@ -297,7 +395,7 @@ class Transformer(nnx.Module):
         target_in: Int[Array, "B T"],
         target_segments: Int[Array, "B T"],
         *,
-        rngs: nnx.Rngs | None = None,
+        training: Training | None = None,
         maps: Maps | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits for each target position, given the source and the target before it.
@@ -307,17 +405,26 @@ class Transformer(nnx.Module):
           source_segments: 0 = padding.
           target_in: BOS and the target's tokens.
           target_segments: 0 = padding.
-          rngs: stream `dropout` in training; None in evaluation.
+          training: dropout and what else training brings; None in evaluation.
           maps: `{"encoder": [], "decoder": [], "cross": []}`, to be filled with the
             attention weights of each layer; None costs nothing.
         """
-        memory = self.encode(source, source_segments, rngs=rngs, maps=maps)
+        memory = self.encode(source, source_segments, training=training, maps=maps)
+        training = training and training.over(target_segments)
         length = target_in.shape[1]
-        x = self.embed_target(target_in, jnp.arange(length)[None], rngs)
+        positions = self.positions(jnp.arange(length), training)
         mask = masking.causal(length) & masking.segment(target_segments, target_segments)
+        mask = self.in_window(mask)
         memory_mask = masking.segment(target_segments, source_segments)
         memory = self.decoder.project_memory(memory)
-        x, _ = self.decoder(x, mask, memory, memory_mask, rngs=rngs, maps=maps)
+        x, _ = self.decoder(
+            self.embed_target(target_in, positions, training),
+            relations(self.target_position, mask, positions, positions),
+            memory,
+            memory_mask,
+            training=training,
+            maps=maps,
+        )
         return self.logits(x)
 
     def encode(
@@ -325,21 +432,50 @@ class Transformer(nnx.Module):
         source: Int[Array, "B S"],
         source_segments: Int[Array, "B S"],
         *,
-        rngs: nnx.Rngs | None = None,
+        training: Training | None = None,
         maps: Maps | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's memory of `source`."""
-        x = self.source_position.embed(self.embedding(source), jnp.arange(source.shape[1])[None])
-        x = dropout(x, self.config.dropout, rngs)
-        mask = masking.segment(source_segments, source_segments)
-        return self.encoder(x, mask, rngs, maps["encoder"] if maps else None)
+        training = training and training.over(source_segments)
+        positions = self.positions(jnp.arange(source.shape[1]), training)
+        x = drop(self.source_position.embed(self.embedding(source), positions), training)
+        mask = self.in_window(masking.segment(source_segments, source_segments))
+        related = relations(self.source_position, mask, positions, positions)
+        return self.encoder(x, related, training, maps["encoder"] if maps else None)
+
+    def positions(self, index: Int[Array, "T"], training: Training | None) -> Int[Array, "1 T"]:
+        """Where the tokens `index` of a sequence stand.
+
+        With `random_positions` L above 0, a batch's positions in training are a sorted
+        draw from 0 … L - 1 without replacement; so the model meets positions that
+        longer sequences have (Ruoss et al. 2023, section 3). In evaluation they are
+        evenly spaced, L / `max_length` apart, where the paper draws again: a token's
+        position then depends on no draw, and on no later token.
+        """
+        reach = self.config.random_positions
+        if not reach:
+            return index[None]
+        if training is None:
+            return index[None] * (reach // self.config.max_length)
+        drawn = jax.random.choice(training.rngs.positions(), reach, index.shape, replace=False)
+        return jnp.sort(drawn)[None]
+
+    def in_window(
+        self, mask: Bool[Array, "#B 1 T S"], offset: int | Int[Array, ""] = 0
+    ) -> Bool[Array, "#B 1 T S"]:
+        """`mask` within the window of self-attention, if there is one."""
+        width = self.config.window
+        return (
+            mask
+            if width is None
+            else mask & masking.window(mask.shape[2], mask.shape[3], width, offset)
+        )
 
     def embed_target(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "1 T"], rngs: nnx.Rngs | None
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "1 T"], training: Training | None
     ) -> Float[Array, "B T D"]:
         embedding = self.target_embedding or self.embedding
-        x = self.target_position.embed(embedding(tokens), positions)
-        return dropout(x, self.config.dropout, rngs)
+        return drop(self.target_position.embed(embedding(tokens), positions), training)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return (self.output_embedding or self.embedding).logits(x)
@@ -349,12 +485,12 @@ class Transformer(nnx.Module):
     ) -> Cache:
         """An empty cache for decoding up to `length` target positions."""
         batch = memory.shape[0]
-        heads = self.config.heads
-        head_width = self.config.head_width or self.config.width // heads
-        empty = jnp.zeros((batch, length, heads, head_width), memory.dtype)
+        heads = self.config.kv_heads or self.config.heads
+        widths = self.config.attention_width(), self.config.values_width()
+        empty = KeyValue(*(jnp.zeros((batch, length, heads, w), memory.dtype) for w in widths))
         return Cache(
             filled=jnp.zeros((), jnp.int32),
-            decoded=(KeyValue(empty, empty),) * self.config.layers,
+            decoded=(empty,) * self.config.layers,
             memory=self.decoder.project_memory(memory),
             source_segments=source_segments,
         )
@@ -368,20 +504,53 @@ class Transformer(nnx.Module):
         the whole target. Past the cache's length the logits are NaN.
         """
         steps, room = tokens.shape[1], cache.decoded[0].key.shape[1]
-        x = self.embed_target(tokens, cache.filled + jnp.arange(steps)[None], None)
-        mask = masking.causal(steps, room, cache.filled)
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        memory_mask = masking.segment(ones, cache.source_segments)
-        x, decoded = self.decoder(x, mask, cache.memory, memory_mask, (cache.decoded, cache.filled))
+        positions = self.positions(cache.filled + jnp.arange(steps), None)
+        mask = self.in_window(masking.causal(steps, room, cache.filled), cache.filled)
+        x, decoded = self.decoder(
+            self.embed_target(tokens, positions, None),
+            relations(
+                self.target_position, mask, positions, self.positions(jnp.arange(room), None)
+            ),
+            cache.memory,
+            masking.segment(jnp.ones_like(tokens), cache.source_segments),
+            (cache.decoded, cache.filled),
+        )
         logits = jnp.where(cache.filled + steps <= room, self.logits(x), jnp.nan)
         return logits, cache._replace(filled=cache.filled + steps, decoded=decoded)
 
 
+def relations(
+    position: Any, mask: Array, queries: Int[Array, "1 T"], keys: Int[Array, "1 S"]
+) -> Relations:
+    """How queries that stand at `queries`, and so do the new keys, stand to the keys at `keys`."""
+    rotate = partial(position.rotate, positions=queries)
+    return Relations(mask, rotate, position.bias(queries, keys))
+
+
+def recurrent(config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> Recurrent:
+    """The recurrent baseline of the model's sizes; what it does not name, it does not have."""
+    return Recurrent(
+        vocab_size,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        cell=config.cell,
+        tie_embeddings=config.tie_embeddings,
+        backend=config.attention_backend,
+        dtype=DTYPES[config.dtype],
+        rngs=rngs,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent": recurrent}
+
+
 class Model:
-    """The Transformer as pure functions of its parameters, a flat dict name → array.
+    """The model as pure functions of its variables, a flat dict name → array.
 
     Holds the module's structure without its arrays, and what is known of the
-    parameters before there are any: their shapes and the logical axes of each.
+    variables before there are any: their shapes and the logical axes of each. Variables
+    are the parameters, which are trained, and the statistics that batch norm keeps.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -389,32 +558,40 @@ class Model:
         self.vocab_size = vocab_size
         self.structure, state = nnx.split(self.build(None))
         self.shapes = flatten(state)
-        self.axes = {
-            "/".join(map(str, path)): leaf.get_metadata("axes")
-            for path, leaf in nnx.to_flat_state(state)
-        }
+        leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+        self.axes = {name: leaf.get_metadata("axes") for name, leaf in leaves.items()}
+        self.statistics = {name for name, leaf in leaves.items() if leaf.type is Statistic}
 
-    def build(self, key: Array | None) -> Transformer:
-        """The module with parameters from `key`; without one, with their shapes alone."""
+    def build(self, key: Array | None) -> Any:
+        """The module with variables from `key`; without one, with their shapes alone."""
         if key is None:
             return nnx.eval_shape(lambda: self.build(jax.random.key(0)))
-        return Transformer(self.config, self.vocab_size, rngs=nnx.Rngs(key))
+        make = ARCHITECTURES[self.config.architecture]
+        return make(self.config, self.vocab_size, rngs=nnx.Rngs(key))
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters, float32, the same for the same key on any mesh."""
+        """Fresh variables, float32, the same for the same key on any mesh."""
         return flatten(nnx.state(self.build(key)))
 
-    def bind(self, params: Params) -> Transformer:
-        """The module with these parameters, to be called inside a traced function."""
+    def split(self, variables: Params) -> tuple[Params, Params]:
+        """The parameters and the statistics among what has a variable's name."""
+        parts: tuple[Params, Params] = {}, {}
+        for name, leaf in variables.items():
+            parts[name in self.statistics][name] = leaf
+        return parts
+
+    def bind(self, variables: Params) -> Any:
+        """The module with these variables, to be called inside a traced function."""
         paths = {
             tuple(int(part) if part.isdigit() else part for part in name.split("/")): leaf
-            for name, leaf in params.items()
+            for name, leaf in variables.items()
         }
         return nnx.merge(self.structure, nnx.traversals.unflatten_mapping(paths))
 
     def count_parameters(self) -> int:
         """The exact number of parameters, from shapes alone."""
-        return sum(math.prod(shape.shape) for shape in self.shapes.values())
+        parameters, _ = self.split(self.shapes)
+        return sum(math.prod(shape.shape) for shape in parameters.values())
 
 
 def flatten(state: nnx.State) -> Params:

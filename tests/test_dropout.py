@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from transformer.dropout import Training, drop, dropout, streams
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean():
+    x = jnp.full((200, 500), 3.0)
+    out = dropout(x, 0.3, nnx.Rngs(dropout=0).dropout)
+    np.testing.assert_allclose((out == 0).mean(), 0.3, atol=0.005)
+    np.testing.assert_allclose(out[out != 0], 3.0 / 0.7, rtol=1e-6)
+
+
+def test_each_call_of_dropout_draws_another_mask():
+    rngs, x = nnx.Rngs(dropout=0), jnp.ones((10, 10))
+    assert (dropout(x, 0.5, rngs.dropout) != dropout(x, 0.5, rngs.dropout)).any()
+
+
+def test_nothing_is_dropped_in_evaluation():
+    x = jnp.ones((3, 3))
+    assert drop(x, None) is x
+
+
+def test_at_rate_0_no_key_is_drawn():
+    rngs, x = nnx.Rngs(dropout=0), jnp.ones((3, 3))
+    assert dropout(x, 0.0, rngs.dropout) is x
+    assert drop(x, Training(rngs, 0.0, attention_dropout=0.5)) is x
+    assert int(rngs.dropout.count[...]) == 0
+
+
+def test_training_drops_at_the_rate_of_sublayers():
+    out = drop(jnp.ones((100, 100)), Training(nnx.Rngs(dropout=0), 0.2, attention_dropout=0.9))
+    np.testing.assert_allclose((out == 0).mean(), 0.2, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.9])
+def test_a_traced_rate_drops_the_same_elements(rate, dtype):
+    x = jax.random.normal(jax.random.key(1), (100, 100), dtype)
+    traced = jax.jit(lambda rate: dropout(x, rate, nnx.Rngs(dropout=0).dropout))(jnp.float32(rate))
+    known = dropout(x, rate, nnx.Rngs(dropout=0).dropout)
+    assert traced.dtype == known.dtype == dtype
+    np.testing.assert_array_equal(traced == 0, known == 0)
+    # Not to the last bit: the traced rate, and 1 less it, are rounded to float32.
+    wide = (each.astype(jnp.float32) for each in (traced, known))
+    np.testing.assert_allclose(*wide, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_replicas_drop_each_at_its_own_rate():
+    x, rates = jnp.ones((100, 100)), jnp.array([0.0, 0.2, 0.7])
+    outs = jax.vmap(lambda rate: dropout(x, rate, nnx.Rngs(dropout=0).dropout))(rates)
+    np.testing.assert_array_equal(outs[0], x)
+    np.testing.assert_allclose((outs == 0).mean((1, 2)), rates, atol=0.02)
+
+
+def test_training_over_a_sequence_knows_its_tokens_from_its_padding():
+    training = Training(nnx.Rngs(dropout=0), 0.1, 0.2)
+    over = training.over(jnp.array([[1, 2, 0]]))
+    np.testing.assert_array_equal(over.real, [[True, True, False]])
+    assert over._replace(real=None) == training
+
+
+def test_what_one_stream_draws_moves_no_other():
+    one, other = streams(jax.random.key(0)), streams(jax.random.key(0))
+    one.dropout()
+    keys = {"attention": one.attention(), "positions": one.positions(), "dropout": one.dropout()}
+    for name in ("attention", "positions"):
+        np.testing.assert_array_equal(
+            *(jax.random.key_data(each) for each in (keys[name], other[name]()))
+        )
+    assert len({tuple(jax.random.key_data(each).tolist()) for each in keys.values()}) == 3
