@@ -4,7 +4,6 @@ Usage:
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
 """
 
-import json
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,10 @@ from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, open_corpus
 from transformer.data.tokenizer import BOS, PAD
 from transformer.errors import UserError
+from transformer.metrics import by_replica, mean_over
 from transformer.model import Model, Params
-from transformer.optimizer import make_optimizer
-from transformer.training import abstract_state
-from transformer.workdir import Workdir
+from transformer.training import abstract_state, each_replica
+from transformer.workdir import Workdir, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
@@ -41,7 +40,7 @@ def main() -> None:
     cfg = RunConfig.resolve(workdir.read_config())
     split = SPLIT.value or cfg.data.test
 
-    cli.set_up_jax()
+    cli.set_up_jax(cfg.replicas)
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
@@ -51,34 +50,59 @@ def main() -> None:
     data = jax.device_put(data, sharding.replicated(mesh))
 
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    like = abstract_state(model, optimizer, mesh)
+    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
         step = checkpoints.find(CHECKPOINT.value)
         state = checkpoints.restore(step, like)
 
-    scores = jax.jit(partial(evaluation.score, model))(state.params, data)
-    length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
-    decoded = jax.jit(partial(evaluation.decode, model, length=length))(state.params, data)
-    scores, data, decoded = jax.tree.map(np.asarray, (scores, data, decoded))
-    exact = evaluation.exact_match(decoded, data.target)
+    def each(function):
+        return jax.jit(each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)))
 
-    metrics = scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())}
-    by_length = accuracy_by_length(data.source, scores, exact)
-    show(f"{workdir.path}, step {step}, {split}", split, metrics, by_length)
-    record = {"step": step, "split": split, "metrics": metrics, "by_source_length": by_length}
-    (workdir.path / f"eval_{split}.json").write_text(json.dumps(record, indent=2) + "\n")
+    scores = each(evaluation.score)(state.variables(), data)
+    length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
+    decoded = each(partial(evaluation.decode, length=length))(state.variables(), data)
+    data = jax.tree.map(np.asarray, data)
+    replicas = []
+    for seed, one in zip(
+        np.atleast_1d(cfg.seeds()), by_replica((scores, decoded), cfg.replicas), strict=True
+    ):
+        replicas.append({"seed": int(seed)} | results(split, data, *jax.tree.map(np.asarray, one)))
+    means = mean_over([each["metrics"] for each in replicas])
+    by_length = [
+        mean_over(rows)
+        for rows in zip(*(each["by_source_length"] for each in replicas), strict=True)
+    ]
+    title = f"{workdir.path}, step {step}, {split}"
+    title += f", mean of {cfg.replicas} replicas" if cfg.replicas > 1 else ""
+    show(title, split, means, by_length)
+    write_json(
+        workdir.path / f"eval_{split}.json", {"step": step, "split": split, "replicas": replicas}
+    )
+    variables, decoded = by_replica((state.variables(), decoded), cfg.replicas)[0]
     write_samples(workdir, split, corpus, data, decoded)
-    draw(workdir, split, corpus, model, state.params, data, by_length)
+    draw(workdir, split, corpus, model, variables, data, by_length)
+
+
+def results(
+    split: str, data: Dataset, scores: evaluation.Scores, decoded: np.ndarray
+) -> dict[str, Any]:
+    """What one replica came to, on the whole split and for each length."""
+    exact = evaluation.exact_match(decoded, np.asarray(data.target))
+    return {
+        "metrics": scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())},
+        "by_source_length": accuracy_by_length(np.asarray(data.source), scores, exact),
+    }
 
 
 def evaluation_mesh(cfg: RunConfig) -> Mesh:
     """The mesh that the run was trained on, or one device where that is not to be had."""
     try:
-        mesh = sharding.make_mesh(cfg.mesh)
+        mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
         sharding.check_batch(mesh, cfg.batch_size)
     except UserError:
-        mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1))
+        mesh = sharding.make_mesh(
+            sharding.MeshConfig(replica=1, data=1, fsdp=1, tensor=1), cfg.replicas
+        )
     return mesh
 
 
@@ -107,7 +131,7 @@ def accuracy_by_length(
 def show(
     title: str, split: str, metrics: dict[str, float], by_length: list[dict[str, Any]]
 ) -> None:
-    """Prints the table: the whole split, then each source length."""
+    """Prints the table: each source length, then the whole split."""
     columns = (
         "source length",
         "sequences",
@@ -125,8 +149,8 @@ def show(
         columns,
         [
             (
-                str(row["length"]),
-                f"{row['sequences']:,}",
+                row["length"] if row["length"] == "all" else f"{row['length']:.0f}",
+                f"{row['sequences']:,.0f}",
                 figure(row["loss"]),
                 perplexity(np.exp(row["loss"])),
                 percent(row["token_accuracy"]),
@@ -179,7 +203,8 @@ def draw(
             "decoder": (target_in, target_in),
             "cross": (target_in, source),
         }
-        for kind, (queries, keys) in labels.items():
+        for kind in (kind for kind in labels if maps[kind]):  # recurrence has no self-attention
+            queries, keys = labels[kind]
             plots.attention(
                 [layer[i] for layer in maps[kind]],
                 queries,

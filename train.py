@@ -4,10 +4,12 @@ Usage:
     python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,32 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from transformer import cli, evaluation, sharding
+from transformer import cli, costs, evaluation, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import TrainingBar, facts, figure, percent, perplexity, table
+from transformer.console import (
+    TrainingBar,
+    facts,
+    figure,
+    percent,
+    perplexity,
+    table,
+)
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, open_corpus
 from transformer.errors import UserError
-from transformer.metrics import MetricsWriter, read_metrics, train_metrics
+from transformer.metrics import (
+    MetricsWriter,
+    by_replica,
+    mean_over,
+    read_metrics,
+    train_metrics,
+)
 from transformer.model import Model
-from transformer.optimizer import make_optimizer
 from transformer.training import (
     TrainState,
     abstract_state,
+    each_replica,
     init_state,
     make_train_step,
     make_train_steps,
@@ -50,7 +65,7 @@ def main() -> None:
     file = Path(config_flags.get_config_filename(flag))
     overrides = config_flags.get_override_values(flag)
     facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
-    cli.set_up_jax()
+    cli.set_up_jax(CONFIG.value.replicas)
     workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
     run(CONFIG.value, workdir, DATA_DIR.value, allow_changes=ALLOW_CHANGES.value)
 
@@ -60,7 +75,7 @@ def run(
 ) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one."""
     cfg = RunConfig.resolve(config)
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
     sharding.check_batch(mesh, cfg.batch_size)
     workdir.claim(config, allow_changes=allow_changes)
 
@@ -74,14 +89,15 @@ def run(
 
     # Model and optimizer: structure and shapes, no arrays yet.
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    like = abstract_state(model, optimizer, mesh)
+    recipe, numbers = cfg.recipe(), cfg.numbers()
+    like = abstract_state(model, recipe, mesh, cfg.replicas, numbers)
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
     facts(
         {
             "data": f"{corpus.builder.info.full_name}, {len(data['train']):,} training examples",
             "devices": sharding.describe(mesh),
-            "parameters": f"{model.count_parameters():,}",
+            "parameters": f"{model.count_parameters():,}"
+            + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
             "workdir": str(workdir.path),
         }
     )
@@ -89,32 +105,47 @@ def run(
     with jax.set_mesh(mesh), Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            init = jax.jit(partial(init_state, model, optimizer), out_shardings=where)
-            state = init(np.uint32(cfg.seed))
+            init = each_replica(partial(init_state, model, recipe), cfg.replicas, in_axes=(0, 0))
+            state = jax.jit(init, out_shardings=where)(cfg.seeds(), numbers)
         else:
             state = checkpoints.restore(step, like)
-            if int(state.seed) != cfg.seed or step > cfg.steps:
+            seed, seeds = np.asarray(state.seed).tolist(), cfg.seeds().tolist()
+            if seed != seeds or step > cfg.steps:
                 raise UserError(
-                    f"the checkpoint in {workdir.path} has seed {int(state.seed)} and step {step}, "
-                    f"the config seed={cfg.seed} and steps={cfg.steps}: another run; "
+                    f"the checkpoint in {workdir.path} has seed {seed} and step {step}, "
+                    f"the config seed={seeds} and steps={cfg.steps}: another run; "
                     "choose another --workdir"
                 )
+            # Not the checkpoint's: --allow_changes may have brought others.
+            state = state._replace(numbers=jax.device_put(numbers, where.numbers))
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
         workdir.write_config(config)  # only now: nothing stands in the way of training
-        train_step = make_train_step(model, optimizer, cfg.label_smoothing)
+        train_steps = make_train_steps(make_train_step(model, recipe))
         train_steps = jax.jit(
-            make_train_steps(train_step),
+            each_replica(train_steps, cfg.replicas, in_axes=(0, 0, None, None)),
             donate_argnums=(0, 1),
             out_shardings=(where, sharding.replicated(mesh)),
         )
-        score = jax.jit(partial(evaluation.score, model))
-        with MetricsWriter(workdir.path, resume_from=step or 0) as writer:
+        score = partial(evaluation.score, model)
+        score = jax.jit(each_replica(score, cfg.replicas, in_axes=(0, None)))
+        with MetricsWriter(workdir.path, step or 0, cfg.replicas) as writer:
             state = train(cfg, state, train_steps, score, data, checkpoints, writer)
 
         from transformer import plots  # matplotlib is not needed before
 
         plots.learning_curve(read_metrics(workdir.metrics), workdir.plots / "learning_curve.png")
-        show_results(cfg, model, corpus, state, score, data)
+        results = evaluate(cfg, state, score, data)
+        workdir.write_results(
+            {
+                "step": cfg.steps,
+                "devices": sharding.describe(mesh),
+                "parameters": model.count_parameters(),
+                "flops_per_step": costs.step_flops(model, recipe, data["train"]),
+                "replicas": results,
+            }
+        )
+        show_results(cfg, results)
+        show_samples(cfg, model, corpus, state, data["validation"].head(3))
     return state
 
 
@@ -133,7 +164,7 @@ def train(
     of the interval that ends there. A save comes with an evaluation, so that the best
     checkpoint can be told.
     """
-    step, sums, seconds = int(state.step), zero_sums(), 0.0
+    step, sums, seconds = state.taken(), zero_sums(cfg.replicas), 0.0
     started = time.perf_counter()
     state, sums = train_steps(state, sums, data["train"], jnp.int32(0))  # compiles, takes no step
     facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
@@ -147,16 +178,18 @@ def train(
             saves = step % cfg.save_every == 0 or step == cfg.steps
             # At saves too: a resumed run then logs the very intervals of one left alone.
             if step % cfg.log_every == 0 or saves:
-                metrics = train_metrics(sums, seconds)
+                each = by_replica(sums, cfg.replicas)
+                metrics = [train_metrics(one, seconds) for one in each]
                 bar.update(step, metrics)
                 writer.write(step, metrics)
-                sums, seconds = zero_sums(), 0.0
+                sums, seconds = zero_sums(cfg.replicas), 0.0
             if step % cfg.eval_every == 0 or saves:
-                metrics = score(state.params, data["validation"]).metrics("validation")
+                scores = score(state.variables(), data["validation"])
+                metrics = [one.metrics("validation") for one in by_replica(scores, cfg.replicas)]
                 bar.validated(step, metrics)
                 writer.write(step, metrics)
                 if saves:
-                    checkpoints.save(state, metrics)
+                    checkpoints.save(state, mean_over(metrics))
     return state
 
 
@@ -166,33 +199,47 @@ def next_stop(step: int, cfg: RunConfig) -> int:
     return min(cfg.steps, step + cfg.steps_per_call, *due)
 
 
-def show_results(
-    cfg: RunConfig,
-    model: Model,
-    corpus: Corpus,
-    state: TrainState,
-    score: Callable,
-    data: dict[str, Dataset],
-) -> None:
-    """Prints the final metrics and three decoded samples."""
-    rows = []
+def evaluate(
+    cfg: RunConfig, state: TrainState, score: Callable, data: dict[str, Dataset]
+) -> list[dict[str, Any]]:
+    """Each replica's seed and final metrics on the validation and test splits."""
+    results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
     for name in ("validation", "test"):
-        metrics = score(state.params, data[name]).metrics(name)
+        scores = by_replica(score(state.variables(), data[name]), cfg.replicas)
+        for result, one in zip(results, scores, strict=True):
+            result |= one.metrics(name)
+    return results
+
+
+def show_results(cfg: RunConfig, results: list[dict[str, Any]]) -> None:
+    """Prints the final metrics."""
+    over = {"": np.mean} if len(results) == 1 else {"mean": np.mean, "min": np.min, "max": np.max}
+    rows = []
+    for split, (word, summary) in itertools.product(("validation", "test"), over.items()):
+
+        def over_all(metric, split=split, summary=summary):
+            return float(summary([result[f"{split}/{metric}"] for result in results]))
+
         rows.append(
             (
-                name,
-                figure(metrics[f"{name}/loss"]),
-                perplexity(metrics[f"{name}/perplexity"]),
-                percent(metrics[f"{name}/token_accuracy"]),
-                percent(metrics[f"{name}/sequence_accuracy"]),
+                f"{split} {word}".strip(),
+                figure(over_all("loss")),
+                perplexity(over_all("perplexity")),
+                percent(over_all("token_accuracy")),
+                percent(over_all("sequence_accuracy")),
             )
         )
     columns = ("split", "loss", "perplexity", "tokens right", "sequences right")
     table(f"after {cfg.steps:,} steps", columns, rows)
 
-    samples = data["validation"].head(3)
+
+def show_samples(
+    cfg: RunConfig, model: Model, corpus: Corpus, state: TrainState, samples: Dataset
+) -> None:
+    """Prints what the model, or the first replica, makes of a few sources."""
     length = cfg.model.reach(samples.source.shape[1] + cfg.decode_margin)
-    decoded = jax.jit(partial(evaluation.decode, model, length=length))(state.params, samples)
+    variables = by_replica(state.variables(), cfg.replicas)[0]
+    decoded = jax.jit(partial(evaluation.decode, model, length=length))(variables, samples)
     text = corpus.tokenizer.decode
     rows = zip(
         *(map(text, each.tolist()) for each in (samples.source, samples.target, decoded)),

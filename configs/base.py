@@ -15,6 +15,7 @@ def get_config() -> Any:
     config = ConfigDict()
 
     config.seed = 0  # of initialisation, dropout and the order of the data
+    config.replicas = 1  # runs trained at once in one program, with seeds seed, seed + 1, …
     config.steps = 1_800  # updates in all; schedules end here
     config.batch_size = 128  # examples a step, over all devices
     config.steps_per_call = 100  # at most so many steps in one dispatch; changes no result
@@ -23,6 +24,7 @@ def get_config() -> Any:
     config.save_every = 500  # steps
     config.keep_checkpoints = 2  # the latest so many, and the best
     config.label_smoothing = 0.0  # ε of the smoothed targets; the paper's is 0.1
+    config.ema_decay = 0.0  # of a moving average of parameters, to evaluate with; 0: there is none
     config.decode_margin = 50  # an output may be so many tokens longer than the longest source
 
     config.data = ConfigDict()
@@ -32,21 +34,41 @@ def get_config() -> Any:
     config.data.validation = "validation"
     config.data.test = "test"
 
+    # Where the replicas of a population differ: a value each, in order; empty: in nothing (but
+    # in their seeds).
+    config.per_replica = ConfigDict()
+    config.per_replica.seed = ()
+    config.per_replica.learning_rate = ()
+    config.per_replica.warmup_steps = ()
+    config.per_replica.weight_decay = ()
+    config.per_replica.label_smoothing = ()
+    config.per_replica.dropout = ()
+    config.per_replica.attention_dropout = ()
+
     config.model = ConfigDict()
+    config.model.architecture = "transformer"  # transformer/model.py: ARCHITECTURES
     config.model.layers = 1  # L, of the encoder and of the decoder
     config.model.width = 64  # D
     config.model.heads = 4  # N
-    config.model.head_width = config_dict.placeholder(int)  # H = d_k = d_v; None: width / heads
-    config.model.ff_width = 256  # F
-    config.model.activation = "relu"  # transformer/layers.py: ACTIVATIONS
+    config.model.head_width = config_dict.placeholder(int)  # H, d_k; None: width / heads
+    config.model.value_width = config_dict.placeholder(int)  # E, d_v; None: head_width
+    config.model.kv_heads = config_dict.placeholder(int)  # K, of keys and values; None: heads
+    config.model.ff_width = 256  # F; the gated kinds have 2/3 of it, and as many parameters
+    config.model.feed_forward = "relu"  # transformer/layers.py: FEED_FORWARDS
+    config.model.cell = "lstm"  # of the recurrent architecture; transformer/recurrent.py: CELLS
+    config.model.init = "glorot_uniform"  # transformer/layers.py: INITIALIZERS
     config.model.dropout = 0.0  # on each sublayer's output and on the embedded tokens
+    config.model.attention_dropout = 0.0  # on the attention weights
     config.model.norm = "layer"  # transformer/normalization.py: NORMS
-    config.model.norm_placement = "pre"  # pre (Xiong 2020) or post (Vaswani 2017)
+    config.model.norm_placement = "pre"  # pre (Xiong 2020), post (Vaswani 2017) or both
     config.model.norm_epsilon = 1e-6  # added to the variance
     config.model.position = "sinusoidal"  # transformer/positions.py: POSITIONS
-    config.model.max_length = 512  # of learned positions; sinusoidal ones have no limit
+    config.model.max_length = 512  # tokens, where positions are learned or random
+    config.model.random_positions = 0  # draw them from so many in training (Ruoss 2023); 0: do not
+    config.model.window = config_dict.placeholder(int)  # self-attention reaches less far; None: all
     config.model.tie_embeddings = True  # one table for source, target and logits
     config.model.attention_bias = False  # on the four projections of attention
+    config.model.qk_norm = False  # RMS norm of queries and keys, head by head
     config.model.attention_backend = "einsum"  # transformer/attention.py: ATTENTION_BACKENDS
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
@@ -58,10 +80,11 @@ def get_config() -> Any:
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.98
     config.optimizer.epsilon = 1e-9
-    config.optimizer.weight_decay = 0.0  # adamw
+    config.optimizer.weight_decay = 0.0  # transformer/optimizer.py: DECAYING
     config.optimizer.clip_norm = 1.0  # of all gradients together; 0: they are not clipped
 
     config.mesh = ConfigDict()  # how many ways each axis is split; -1: all devices that are left
+    config.mesh.replica = -1  # the replicas of a population; -1: as many as divide them
     config.mesh.data = -1  # the batch
     config.mesh.fsdp = 1  # the batch, parameters and optimizer moments
     config.mesh.tensor = 1  # heads, feed-forward and vocabulary inside each layer

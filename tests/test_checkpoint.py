@@ -1,7 +1,7 @@
+import itertools
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import numpy as np
@@ -10,22 +10,35 @@ import pytest
 from tests.helpers import small_model
 from tests.test_programs import ROOT, TINY
 from tests.test_sharding import mesh_of
-from tests.test_training import equal, small_optimizer
+from tests.test_training import equal, initial, small_recipe
 from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints
 from transformer.data.load import DataConfig, open_corpus
 from transformer.errors import UserError
-from transformer.training import abstract_state, init_state
+from transformer.optimizer import OPTIMIZERS
+from transformer.training import abstract_state
 
 ONE, FSDP, MIXED = (1, 1, 1), (1, 8, 1), (2, 2, 2)
 
 
 def make(sizes, **changes):
     """A state on a mesh, and its abstract twin."""
-    model, optimizer = small_model(**changes), small_optimizer()
-    like = abstract_state(model, optimizer, mesh_of(*sizes))
+    model, recipe = small_model(**changes), small_recipe()
+    like = abstract_state(model, recipe, mesh_of(*sizes))
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    state = jax.jit(partial(init_state, model, optimizer), out_shardings=where)(np.uint32(3))
+    state = jax.jit(initial(model, recipe), out_shardings=where)(np.uint32(3))
     return state, like
+
+
+def filled(like):
+    """A state of which no two arrays are the same, nor two rows of one."""
+    numbers = itertools.count()
+
+    def fill(leaf):
+        rows = np.arange(leaf.shape[0] if leaf.shape else 1).reshape(-1, *(1,) * (leaf.ndim - 1))
+        values = np.broadcast_to(rows + 1000 * next(numbers), leaf.shape or (1,))
+        return jax.device_put(values.reshape(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, like)
 
 
 def metrics(accuracy, loss=1.0):
@@ -47,6 +60,21 @@ def test_a_checkpoint_comes_back_bit_for_bit_on_any_mesh(saved, restored, tmp_pa
     assert equal(back, at(state, 7))
     for array, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like), strict=True):
         assert array.sharding == wanted.sharding
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_all_that_training_carries_comes_back(name, tmp_path):
+    """The moments of each optimizer, batch norm's statistics, the average of parameters."""
+    recipe = small_recipe(name=name, ema_decay=0.9)
+    like = abstract_state(small_model(norm="batch"), recipe, mesh_of(*FSDP))
+    state = filled(like)
+    assert len(state.average) == len(state.params)
+    assert len(jax.tree.leaves(state.moments)) >= len(state.params)
+    assert state.statistics
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state, metrics(0.5))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert equal(checkpoints.restore(checkpoints.find("latest"), like), state)
 
 
 @pytest.fixture

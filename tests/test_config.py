@@ -20,8 +20,7 @@ from transformer.data.batches import Dataset
 from transformer.errors import UserError
 from transformer.metrics import read_metrics
 from transformer.model import Model
-from transformer.optimizer import make_optimizer
-from transformer.training import init_state, make_train_step
+from transformer.training import each_replica, init_state, make_train_step
 from transformer.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
@@ -46,6 +45,7 @@ SMALL = {
 # Another value for each knob, and what must hold besides for it to matter.
 OTHER = {
     "seed": 1,
+    "replicas": 2,
     "steps": 9,
     "batch_size": 8,
     "steps_per_call": 1,
@@ -54,26 +54,43 @@ OTHER = {
     "save_every": 2,
     "keep_checkpoints": 2,
     "label_smoothing": 0.1,
+    "ema_decay": 0.9,
     "decode_margin": 4,
     "data.task": "copy",
     "data.size": "small",
     "data.train": "train[:50%]",
     "data.validation": "test",
     "data.test": "validation",
+    "per_replica.seed": (5, 6),
+    "per_replica.learning_rate": (1e-3, 2e-3),
+    "per_replica.warmup_steps": (1, 4),
+    "per_replica.weight_decay": (0.1, 0.2),
+    "per_replica.label_smoothing": (0.1, 0.2),
+    "per_replica.dropout": (0.1, 0.2),
+    "per_replica.attention_dropout": (0.1, 0.2),
+    "model.architecture": "recurrent",
     "model.layers": 2,
     "model.width": 32,
     "model.heads": 4,
     "model.head_width": 4,
+    "model.value_width": 4,
+    "model.kv_heads": 1,
     "model.ff_width": 64,
-    "model.activation": "gelu",
+    "model.feed_forward": "gelu",
+    "model.cell": "gru",
+    "model.init": "normal",
     "model.dropout": 0.1,
+    "model.attention_dropout": 0.1,
     "model.norm": "rms",
     "model.norm_placement": "post",
     "model.norm_epsilon": 1e-2,
     "model.position": "learned",
     "model.max_length": 16,
+    "model.random_positions": 64,
+    "model.window": 2,
     "model.tie_embeddings": False,
     "model.attention_bias": True,
+    "model.qk_norm": True,
     "model.attention_backend": "xla",
     "model.dtype": "bfloat16",
     "optimizer.name": "adamw",
@@ -85,6 +102,7 @@ OTHER = {
     "optimizer.epsilon": 1e-3,
     "optimizer.weight_decay": 0.1,
     "optimizer.clip_norm": 0.1,
+    "mesh.replica": 1,
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
@@ -93,6 +111,21 @@ BESIDES = {
     "optimizer.name": {"optimizer.weight_decay": 0.1},
     "optimizer.weight_decay": {"optimizer.name": "adamw"},
     "model.max_length": {"model.position": "learned"},
+    "model.random_positions": {"model.max_length": 16},
+    "model.cell": {"model.architecture": "recurrent"},
+    "mesh.replica": {"replicas": 2},
+    "per_replica.weight_decay": {"replicas": 2, "optimizer.name": "adamw"},
+    **{
+        f"per_replica.{name}": {"replicas": 2}
+        for name in (
+            "seed",
+            "learning_rate",
+            "warmup_steps",
+            "label_smoothing",
+            "dropout",
+            "attention_dropout",
+        )
+    },
 }
 # adamw with a weight decay is compared with adamw without one, not with adam.
 CANNOT_STAND_ALONE = {"optimizer.name": {}}
@@ -173,9 +206,9 @@ def test_every_config_builds_and_takes_a_step_at_reduced_size(name):
     config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
     cfg = RunConfig.resolve(config)
     model = Model(cfg.model, TOKENIZER.vocab_size)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    state = jax.jit(partial(init_state, model, optimizer))(np.uint32(cfg.seed))
-    step = jax.jit(make_train_step(model, optimizer, cfg.label_smoothing))
+    init = each_replica(partial(init_state, model, cfg.recipe()), cfg.replicas, in_axes=(0, 0))
+    state = jax.jit(init)(cfg.seeds(), cfg.numbers())
+    step = jax.jit(make_train_step(model, cfg.recipe()))
     state, sums = step(state, strings(("abc", "cba"), ("de", "ed")))
     assert int(state.step) == 1
     assert 1.0 < float(sums["loss"] / sums["tokens"]) < 10.0
@@ -199,9 +232,48 @@ def test_every_config_names_itself_in_its_docstring():
         ({"data.task": "revrse"}, r"data.task=revrse: choose one of .*did you mean reverse\?"),
         ({"data.size": "big"}, r"data.size=big: choose one of tiny, small"),
         ({"model.norm": "rmsnorm"}, r"model.norm=rmsnorm: choose one of layer, rms"),
-        ({"model.norm_placement": "pos"}, r"choose one of pre, post \(did you mean post\?\)"),
+        ({"model.norm_placement": "pos"}, r"choose one of pre, post, both .*mean post\?\)"),
         ({"model.position": "learnt"}, r"did you mean learned\?"),
-        ({"model.activation": "relux"}, r"did you mean relu\?"),
+        ({"model.feed_forward": "relux"}, r"did you mean relu\?"),
+        ({"model.architecture": "rnn"}, r"choose one of transformer, recurrent"),
+        ({"model.cell": "lstn"}, r"did you mean lstm\?"),
+        ({"model.init": "glorot"}, r"did you mean glorot_"),
+        ({"model.kv_heads": 3}, r"kv_heads=3 does not divide model.heads=2"),
+        ({"model.window": 0}, r"model.window=0: it must be at least 1, or None"),
+        ({"model.value_width": 4, "model.attention_backend": "xla"}, r"value_width=4.*einsum"),
+        ({"model.attention_dropout": 0.1, "model.attention_backend": "xla"}, r"einsum drops"),
+        (
+            {"model.attention_dropout": 0.1, "model.architecture": "recurrent"},
+            r"attention_dropout=0.1: only the Transformer",
+        ),
+        ({"model.attention_dropout": 1.0}, r"model.attention_dropout=1.0"),
+        ({"model.position": "rotary", "model.head_width": 3}, r"head_width=3 is odd: rotary"),
+        ({"model.random_positions": 64}, r"at least model.max_length=512"),
+        (
+            {"model.random_positions": 512, "model.position": "none"},
+            r"need a model.position other than none",
+        ),
+        (
+            {"model.architecture": "recurrent", "model.width": 15, "model.heads": 3},
+            r"model.width=15",
+        ),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0: at least 0 and below 1"),
+        ({"replicas": 0}, r"replicas=0: it must be at least 1"),
+        ({"per_replica.dropout": (0.1,)}, r"per_replica.dropout has 1 values and replicas=1"),
+        (
+            {"per_replica.dropout": (0.1, 0.2, 0.3), "replicas": 2},
+            r"per_replica.dropout has 3 values and replicas=2",
+        ),
+        (
+            {"per_replica.dropout": (0.1, 1.5), "replicas": 2},
+            r"dropout=1.5: it must be at least 0 and below 1",
+        ),
+        ({"per_replica.seed": ("a", "b"), "replicas": 2}, r"it takes a number for each replica"),
+        ({"per_replica.seed": (0, 0.5), "replicas": 2}, r"seeds are whole numbers"),
+        (
+            {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1},
+            r"weight_decay is for adamw, lion, muon",
+        ),
         ({"model.attention_backend": "flash"}, r"choose one of einsum, xla"),
         ({"model.dtype": "float16"}, r"choose one of float32, bfloat16"),
         ({"model.layers": 0}, r"model.layers=0"),

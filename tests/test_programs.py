@@ -125,7 +125,7 @@ def test_train_kill_resume_evaluate(devices, tmp_path, data_dir):
     assert "source length" in out
     record = json.loads((killed / "eval_test.json").read_text())
     assert record["step"] == steps
-    assert sum(row["sequences"] for row in record["by_source_length"]) == 100
+    assert sum(row["sequences"] for row in record["replicas"][0]["by_source_length"]) == 100
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path, data_dir):
     kill_after(process, moved, 20)
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     out = finish(start("train.py", *flags, *mesh, f"--workdir={moved}", devices=8))
-    assert "8 × cpu, mesh data 4, fsdp 2, tensor 1" in out
+    assert "8 × cpu, mesh replica 1, data 4, fsdp 2, tensor 1" in out
     for row, moved_row in zip(results(tmp_path / "whole"), results(moved), strict=True):
         assert moved_row == pytest.approx(row, rel=1e-3)
 
@@ -160,8 +160,8 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
 
     finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}"))
     record = json.loads((tmp_path / "eval_test.json").read_text())
-    assert record["metrics"]["test/sequence_accuracy"] >= 0.95
-    assert [row["length"] for row in record["by_source_length"]] == [1, 2, 3, 4, 5]
+    assert record["replicas"][0]["metrics"]["test/sequence_accuracy"] >= 0.95
+    assert [row["length"] for row in record["replicas"][0]["by_source_length"]] == [1, 2, 3, 4, 5]
     samples = (tmp_path / "samples_test.tsv").read_text().splitlines()
     assert samples[0] == "source\ttarget\toutput"
     rows = [line.split("\t") for line in samples[1:]]
@@ -174,7 +174,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     flags = ("--split=test_longer", "--checkpoint=best")
     finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}", *flags))
     longer = json.loads((tmp_path / "eval_test_longer.json").read_text())
-    assert [row["length"] for row in longer["by_source_length"]] == [6, 7, 8]
+    assert [row["length"] for row in longer["replicas"][0]["by_source_length"]] == [6, 7, 8]
 
 
 @pytest.mark.slow

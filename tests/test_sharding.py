@@ -1,6 +1,7 @@
 """Eight simulated devices against one, and what is really split where."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, strings
-from tests.test_training import small_optimizer
+from tests.test_training import initial, small_recipe
 from transformer import evaluation
 from transformer.data.batches import Dataset
 from transformer.errors import UserError
+from transformer.optimizer import OPTIMIZERS
 from transformer.sharding import (
     RULES,
     MeshConfig,
@@ -23,7 +25,6 @@ from transformer.sharding import (
 )
 from transformer.training import (
     abstract_state,
-    init_state,
     make_train_step,
     make_train_steps,
     zero_sums,
@@ -38,32 +39,34 @@ MESHES = {
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
-CHANGES = {"heads": 8, "head_width": 4, "dropout": 0.2, "attention_bias": True, "layers": 2}
+CHANGES = {"heads": 8, "head_width": 4, "attention_bias": True, "layers": 2}
+RECIPE = {"warmup_steps": 2, "dropout": 0.2, "attention_dropout": 0.1, "label_smoothing": 0.1}
 
 
-def mesh_of(data, fsdp, tensor):
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def mesh_of(data, fsdp, tensor, replica=1, replicas=1):
+    return make_mesh(MeshConfig(replica=replica, data=data, fsdp=fsdp, tensor=tensor), replicas)
 
 
-def train(sizes, steps=5, **changes):
+def train(sizes, steps=5, recipe=(), **changes):
     """The losses of each step, the final state and the validation loss, on a mesh."""
     model = small_model(**CHANGES | changes)
-    optimizer = small_optimizer(warmup_steps=2)
+    knobs: dict[str, Any] = RECIPE | dict(recipe)
+    recipe = small_recipe(**knobs)
     mesh = mesh_of(*sizes)
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
     with jax.set_mesh(mesh):
         data = jax.device_put(DATA, replicated(mesh))
-        init = jax.jit(partial(init_state, model, optimizer), out_shardings=where)
+        init = jax.jit(initial(model, recipe), out_shardings=where)
         step = jax.jit(
-            make_train_steps(make_train_step(model, optimizer, 0.1)),
+            make_train_steps(make_train_step(model, recipe)),
             out_shardings=(where, replicated(mesh)),
         )
         state, losses = init(np.uint32(0)), []
         for _ in range(steps):
             state, sums = step(state, zero_sums(), data, jnp.int32(1))
             losses.append(float(sums["loss"] / sums["tokens"]))
-        scores = jax.jit(partial(evaluation.score, model))(state.params, data)
-        decoded = jax.jit(partial(evaluation.decode, model, length=6))(state.params, data)
+        scores = jax.jit(partial(evaluation.score, model))(state.variables(), data)
+        decoded = jax.jit(partial(evaluation.decode, model, length=6))(state.variables(), data)
     return losses, state, float(scores.nll.sum()), np.asarray(decoded)
 
 
@@ -101,6 +104,31 @@ def check_shards(sizes, state):
     assert (split > len(axes_of) / 3) == (sizes != MESHES["data"])  # all matrices, or none
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_live_where_their_parameters_do(name):
+    like = abstract_state(small_model(**CHANGES), small_recipe(name=name), mesh_of(1, 2, 2, 2, 2))
+    beside = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(like.moments)[0]:
+        param = like.params.get(getattr(path[-1], "key", None))
+        if param is not None and leaf.shape == param.shape:
+            assert leaf.sharding == param.sharding, path
+            beside += 1
+        else:  # a count, or an empty place
+            assert leaf.sharding.is_fully_replicated, path
+    assert beside >= len(like.params)
+
+
+def test_what_looks_at_whole_arrays_and_batches_is_the_same_on_a_mesh():
+    """Muon's orthogonal matrices, the statistics of batch norm, the average of parameters."""
+    recipe = {"name": "muon", "ema_decay": 0.9}
+    one, other = (
+        train(sizes, 3, recipe, norm="batch", layers=1)
+        for sizes in ((1, 1, 1), MESHES["all three"])
+    )
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
+
+
 def test_every_matrix_is_split_over_fsdp_and_over_tensor():
     """No matrix of the model is left whole: its axes are named in the table."""
     for name, axes in small_model(position="learned", tie_embeddings=False).axes.items():
@@ -125,18 +153,43 @@ def test_constrain_does_nothing_without_a_mesh():
 
 
 def test_minus_one_takes_what_is_left():
-    assert dict(mesh_of(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert describe(mesh_of(-1, 2, 1)) == "8 × cpu, mesh data 4, fsdp 2, tensor 1"
+    sizes = {"replica": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(mesh_of(-1, 2, 1).shape) == sizes
+    assert describe(mesh_of(-1, 2, 1)) == "8 × cpu, mesh replica 1, data 4, fsdp 2, tensor 1"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "sizes", "replica", "data"),
+    [
+        (4, (1, 1, 1), 4, 1),
+        (4, (-1, 1, 1), 4, 2),
+        (6, (-1, 1, 1), 2, 4),
+        (3, (-1, 1, 1), 1, 8),
+        (16, (-1, 1, 1), 8, 1),
+        (16, (1, 2, 2), 2, 1),
+        (16, (-1, 2, 2), 2, 1),
+        (2, (-1, 2, 1), 2, 2),
+    ],
+)
+def test_replicas_take_as_many_ways_as_divide_them_and_the_devices(replicas, sizes, replica, data):
+    shape = mesh_of(*sizes, replica=-1, replicas=replicas).shape
+    assert (shape["replica"], shape["data"]) == (replica, data)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((-1, 1, 16), "needs 16 devices and there are 8 .*lower mesh"),
+        ((-1, 1, 16), "needs 16 devices and there are 8 .*lower one"),
         ((16, 1, 1), "needs 16 devices and there are 8"),
+        ((4, 1, 1, 4, 4), "needs 16 devices and there are 8"),
+        ((1, 1, 1, 16, 16), "needs 16 devices and there are 8"),
         ((-1, 3, 1), "3 does not divide the 8 devices; set mesh.data"),
         ((-1, -1, 1), "at most one is -1"),
         ((0, 1, 1), "sizes are positive"),
+        ((1, 1, 1, 2, 1), "mesh.replica=2 does not divide replicas=1; choose one that does"),
+        ((1, 1, 1, 4, 6), "mesh.replica=4 does not divide replicas=6"),
+        ((1, 1, 1, 0, 6), "mesh.replica=0 does not divide replicas=6"),
+        ((1, 1, 1, -2, 6), "mesh.replica=-2 does not divide replicas=6"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_explained(sizes, message):
@@ -147,10 +200,11 @@ def test_a_mesh_that_does_not_fit_is_explained(sizes, message):
 def test_a_mesh_that_does_not_divide_the_heads_is_explained():
     message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
     with pytest.raises(UserError, match=message):
-        abstract_state(small_model(), small_optimizer(), mesh_of(1, 1, 8))
+        abstract_state(small_model(), small_recipe(), mesh_of(1, 1, 8))
 
 
 def test_a_batch_that_does_not_divide_is_explained():
     check_batch(mesh_of(2, 4, 1), 16)
+    check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
     with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):
         check_batch(mesh_of(2, 4, 1), 12)

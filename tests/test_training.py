@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,15 @@ import pytest
 
 from configs import base
 from tests.helpers import logits_of, small_model, strings
+from transformer import evaluation
 from transformer.data.batches import Dataset
 from transformer.loss import cross_entropy
-from transformer.optimizer import OptimizerConfig, make_optimizer
+from transformer.optimizer import OptimizerConfig
 from transformer.training import (
     PURPOSES,
+    Hyperparameters,
+    Recipe,
+    averaged,
     init_state,
     make_train_step,
     make_train_steps,
@@ -23,17 +28,32 @@ TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst", "u")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 
-
-def pieces(**changes):
-    model = small_model(**changes)
-    optimizer = small_optimizer(warmup_steps=2, learning_rate=1e-2)
-    return model, optimizer, jax.jit(partial(init_state, model, optimizer))
+# The knobs of a recipe that are none of the optimizer's.
+PLAIN = {"label_smoothing": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
 
 
-def small_optimizer(**changes):
-    knobs = base.get_config().optimizer
+def small_recipe(steps: int = 100, ema_decay: float = 0.0, **changes: Any) -> Recipe:
+    """The default recipe with changes by name."""
+    plain = PLAIN | {name: changes.pop(name) for name in PLAIN if name in changes}
+    knobs: Any = base.get_config().optimizer
     knobs.update(changes)
-    return make_optimizer(OptimizerConfig(**knobs), 100)
+    names = ("learning_rate", "warmup_steps", "weight_decay")
+    numbers = Hyperparameters(**plain, **{name: knobs[name] for name in names})
+    return Recipe(
+        optimizer=OptimizerConfig(**knobs), steps=steps, ema_decay=ema_decay, numbers=numbers
+    )
+
+
+def initial(model, recipe):
+    """The initial state as a function of the seed, compiled."""
+    return jax.jit(lambda seed: init_state(model, recipe, seed, {}))
+
+
+def pieces(recipe=(), **changes):
+    """A small model, a recipe by which it learns fast, and its initial state by seed."""
+    model = small_model(**changes)
+    recipe = small_recipe(**{"warmup_steps": 2, "learning_rate": 1e-2, **dict(recipe)})
+    return model, recipe, initial(model, recipe)
 
 
 def equal(one, other):
@@ -44,8 +64,8 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def train_steps():
-    model, optimizer, init = pieces(dropout=0.2)
-    return init, jax.jit(make_train_steps(make_train_step(model, optimizer, 0.1)))
+    model, recipe, init = pieces({"dropout": 0.2, "label_smoothing": 0.1, "ema_decay": 0.9})
+    return init, jax.jit(make_train_steps(make_train_step(model, recipe)))
 
 
 @pytest.mark.parametrize("division", [[1] * 12, [12], [5, 7], [4, 1, 7]])
@@ -56,7 +76,7 @@ def test_the_division_of_steps_among_calls_changes_no_bit(division, train_steps)
     for n in division:
         divided = steps(*divided, DATA, jnp.int32(n))
     assert equal(whole, divided)
-    assert int(whole[0].step) == 12
+    assert whole[0].taken() == 12
     assert float(whole[1]["steps"]) == 12
 
 
@@ -75,9 +95,10 @@ def test_a_seed_decides_everything(train_steps):
     assert not equal(one[0].params, other[0].params)
 
 
-def test_dropout_differs_from_step_to_step():
-    model, optimizer, init = pieces(dropout=0.5)
-    step = jax.jit(make_train_step(model, optimizer, 0.0))
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+def test_dropout_differs_from_step_to_step(rate):
+    model, recipe, init = pieces({rate: 0.5})
+    step = jax.jit(make_train_step(model, recipe))
     state = init(jnp.uint32(0))
     losses = {  # of the same parameters and batch
         float(step(state._replace(step=jnp.int32(number)), BATCH)[1]["loss"]) for number in range(5)
@@ -88,15 +109,15 @@ def test_dropout_differs_from_step_to_step():
 def test_the_gradient_is_of_the_mean_over_real_tokens():
     """Plain gradient descent by hand, and padding that changes nothing."""
     model = small_model()
-    optimizer = small_optimizer(clip_norm=0.0)
-    state = jax.jit(partial(init_state, model, optimizer))(jnp.uint32(0))
+    recipe = small_recipe(clip_norm=0.0, label_smoothing=0.1)
+    state = initial(model, recipe)(jnp.uint32(0))
 
     def loss(params):
         nll = cross_entropy(logits_of(model, params, BATCH), BATCH.target_out, 0.1)
         return (nll * BATCH.weights).sum() / BATCH.weights.sum()
 
     expected = jax.grad(loss)(state.params)
-    step = jax.jit(make_train_step(model, optimizer, 0.1))
+    step = jax.jit(make_train_step(model, recipe))
     after, sums = step(state, BATCH)
     first_moment = after.moments[0].mu
     for name, gradient in expected.items():
@@ -111,8 +132,8 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
 
 
 def test_a_few_strings_are_learnt_by_heart():
-    model, optimizer, init = pieces()
-    steps = jax.jit(make_train_steps(make_train_step(model, optimizer, 0.0)))
+    model, recipe, init = pieces()
+    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
     state, first = steps(init(jnp.uint32(0)), zero_sums(), DATA, jnp.int32(1))
     state, _ = steps(state, zero_sums(), DATA, jnp.int32(95))
     _, last = steps(state, zero_sums(), DATA, jnp.int32(3))
@@ -124,3 +145,85 @@ def test_the_streams_of_a_seed_share_no_key():
     keys = [stream(jnp.uint32(0), purpose) for purpose in PURPOSES]
     keys += [jax.random.fold_in(key, 0) for key in keys] + [jax.random.key(0)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+
+
+def test_the_average_follows_its_formula_and_evaluation_uses_it():
+    """Three updates by hand; the warm-up of the decay, then the decay itself."""
+    model, recipe, init = pieces({"ema_decay": 0.15})
+    step = jax.jit(make_train_step(model, recipe))
+    state = init(jnp.uint32(0))
+    expected = {name: np.asarray(value) for name, value in state.params.items()}
+    for number, kept in enumerate((1 / 10, 0.15, 0.15)):
+        assert kept == min(0.15, (1 + number) / (10 + number))
+        state, _ = step(state, BATCH)
+        for name, value in state.params.items():
+            expected[name] = kept * expected[name] + (1 - kept) * np.asarray(value)
+            np.testing.assert_allclose(state.average[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert not equal(state.average, state.params)
+    assert equal(state.variables(), state.average)  # what evaluation is given
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (1, 2 / 11), (80, 0.9), (10**6, 0.99)])
+def test_the_average_forgets_its_noisy_beginning(step, kept):
+    one, other = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
+    np.testing.assert_allclose(averaged(one, other, jnp.int32(step), 0.99)["w"], kept, rtol=1e-5)
+
+
+def test_without_an_average_no_copy_is_kept_and_evaluation_uses_the_parameters():
+    model, recipe, init = pieces()
+    state, _ = jax.eval_shape(make_train_step(model, recipe), init(jnp.uint32(0)), BATCH)
+    assert state.average == {}
+    assert state.variables() == state.params
+
+
+@pytest.fixture(scope="module")
+def batch_norm():
+    """A model with batch norm, its state before and after 5 steps, and its train steps."""
+    model, recipe, init = pieces(norm="batch")
+    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
+    before = init(jnp.uint32(0))
+    after, _ = steps(before, zero_sums(), DATA, jnp.int32(5))
+    return model, before, after, steps
+
+
+def test_batch_norm_gathers_statistics_in_training(batch_norm):
+    model, before, after, _ = batch_norm
+    # One norm before each of 5 sublayers, one at the end of each stack; mean and variance.
+    assert len(before.statistics) == 2 * (5 + 2)
+    assert before.statistics.keys() == model.statistics == after.statistics.keys()
+    for name, value in before.statistics.items():
+        np.testing.assert_array_equal(value, float(name.endswith("variance")))
+        assert (after.statistics[name] != value).any(), name
+
+
+def test_statistics_are_neither_counted_nor_trained(batch_norm):
+    model, before, after, _ = batch_norm
+    assert not before.params.keys() & before.statistics.keys()
+    assert model.count_parameters() == sum(value.size for value in before.params.values())
+    assert model.count_parameters() == small_model(norm="layer").count_parameters()
+    moments = jax.tree.leaves(after.moments, is_leaf=lambda leaf: isinstance(leaf, dict))
+    for each in moments:
+        assert not isinstance(each, dict) or each.keys() == before.params.keys()
+
+
+def test_statistics_after_a_step_are_those_of_the_batch():
+    """By hand: the encoder's first norm reads the embedded tokens and their positions."""
+    model, recipe, init = pieces(norm="batch", position="none")
+    state = init(jnp.uint32(0))
+    after, _ = jax.jit(make_train_step(model, recipe))(state, BATCH)
+    embedded = np.asarray(state.params["embedding/table"])[BATCH.source] * 16**0.5
+    seen = embedded[np.asarray(BATCH.source_segments) > 0]
+    norm = "encoder/layers/0/residuals/0/norm"
+    mean, variance = (after.statistics[f"{norm}/{kind}"] for kind in ("mean", "variance"))
+    np.testing.assert_allclose(mean, 0.1 * seen.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(variance, 0.9 + 0.1 * seen.var(0, ddof=1), rtol=1e-4)
+
+
+def test_validation_uses_what_batch_norm_has_seen_and_changes_nothing(batch_norm):
+    model, before, after, _ = batch_norm
+    score = jax.jit(partial(evaluation.score, model))
+    metrics = score(after.variables(), DATA).metrics("validation")
+    fresh = score(after.params | before.statistics, DATA).metrics("validation")
+    assert metrics["validation/loss"] < fresh["validation/loss"]
+    alone = score(after.variables(), DATA.head(1))
+    np.testing.assert_allclose(alone.nll[0], score(after.variables(), DATA).nll[0], rtol=1e-5)

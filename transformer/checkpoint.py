@@ -66,7 +66,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
-        step = int(state.step)
+        step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
             self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)

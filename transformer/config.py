@@ -1,9 +1,10 @@
 """From a ConfigDict to typed, checked configs: nothing past this door sees the ConfigDict."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from transformer.data.load import DataConfig
@@ -11,12 +12,41 @@ from transformer.errors import UserError, nearest
 from transformer.model import ModelConfig
 from transformer.optimizer import OptimizerConfig
 from transformer.sharding import MeshConfig
+from transformer.training import Hyperparameters, Recipe
 
 Section = TypeVar("Section")
 
 # Knobs that change how a run is carried out or watched, and not its result.
 FREE_KNOBS = {"steps_per_call", "log_every", "eval_every", "save_every", "keep_checkpoints"}
 FREE_SECTIONS = {"mesh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerReplica:
+    """Where the replicas of a population differ: a value each, or () where they do not."""
+
+    seed: Sequence[Any]
+    learning_rate: Sequence[Any]
+    warmup_steps: Sequence[Any]
+    weight_decay: Sequence[Any]
+    label_smoothing: Sequence[Any]
+    dropout: Sequence[Any]
+    attention_dropout: Sequence[Any]
+
+    def __post_init__(self):
+        for field in fields(self):
+            values = getattr(self, field.name)
+            whole = field.name in ("seed", "warmup_steps")
+            if not isinstance(values, tuple | list) or not all(
+                isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+                for value in values
+            ):
+                raise UserError(
+                    f"per_replica.{field.name}={values}: it takes a {'whole ' if whole else ''}"
+                    "number for each replica, such as (1,2,3)"
+                )
+            if not whole:  # 0 means 0.0, as it does for the knob of a single run
+                object.__setattr__(self, field.name, tuple(map(float, values)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +58,7 @@ class RunConfig:
     """
 
     seed: int
+    replicas: int
     steps: int
     batch_size: int
     steps_per_call: int
@@ -36,21 +67,24 @@ class RunConfig:
     save_every: int
     keep_checkpoints: int
     label_smoothing: float
+    ema_decay: float
     decode_margin: int
+    per_replica: PerReplica
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "steps_per_call", "log_every", "eval_every")
+        positive = ("replicas", "steps", "batch_size", "steps_per_call", "log_every", "eval_every")
         for name in (*positive, "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed}: it must be at least 0 and below 2**32")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(f"label_smoothing={self.label_smoothing}: at least 0 and below 1")
+        for name in ("label_smoothing", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")
         if self.decode_margin < 0:
             raise UserError(f"decode_margin={self.decode_margin}: it cannot be negative")
         if self.steps * self.batch_size >= 2**32:
@@ -63,6 +97,14 @@ class RunConfig:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
                 f"steps={self.steps}; lower it or train longer"
             )
+        for name, values in vars(self.per_replica).items():
+            if values and (len(values) != self.replicas or self.replicas == 1):
+                raise UserError(
+                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
+                    "give as many as there are replicas, two or more"
+                )
+        for k in range(self.replicas if self.replicas > 1 else 0):
+            self.replica(k)  # each is a run that must stand by itself
 
     @classmethod
     def resolve(cls, config: ConfigDict) -> "RunConfig":
@@ -72,6 +114,7 @@ class RunConfig:
           UserError: a knob is unknown or missing, or does not fit the others.
         """
         sections = {
+            "per_replica": PerReplica,
             "data": DataConfig,
             "model": ModelConfig,
             "optimizer": OptimizerConfig,
@@ -82,6 +125,51 @@ class RunConfig:
             if name in values:
                 values[name] = splat(section, dict(values[name]), f"{name}.")
         return splat(cls, values, "")
+
+    def replica(self, k: int) -> "RunConfig":
+        """The single run that replica `k` of this population is."""
+        own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
+        own = {"seed": self.seed + k} | own
+        alike = PerReplica(**{field.name: () for field in fields(PerReplica)})
+        inside = {
+            section: replace(
+                getattr(self, section),
+                **{name: own.pop(name) for name in names if name in own},
+            )
+            for section, names in {
+                "optimizer": ("learning_rate", "warmup_steps", "weight_decay"),
+                "model": ("dropout", "attention_dropout"),
+            }.items()
+        }
+        return replace(self, replicas=1, per_replica=alike, **inside, **own)
+
+    def recipe(self) -> Recipe:
+        """How the model is trained."""
+        numbers = Hyperparameters(
+            learning_rate=self.optimizer.learning_rate,
+            warmup_steps=self.optimizer.warmup_steps,
+            weight_decay=self.optimizer.weight_decay,
+            label_smoothing=self.label_smoothing,
+            dropout=self.model.dropout,
+            attention_dropout=self.model.attention_dropout,
+        )
+        return Recipe(
+            optimizer=self.optimizer, steps=self.steps, ema_decay=self.ema_decay, numbers=numbers
+        )
+
+    def seeds(self) -> Any:
+        """The seed, or in a population that of each replica, [R]; uint32."""
+        if self.replicas == 1:
+            return np.uint32(self.seed)
+        return np.array([self.replica(k).seed for k in range(self.replicas)], np.uint32)
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """The hyperparameters in which the replicas differ: name → [R] float32."""
+        return {
+            name: np.array(values, np.float32)
+            for name, values in vars(self.per_replica).items()
+            if values and name != "seed"
+        }
 
 
 def splat(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
@@ -114,6 +202,8 @@ def flat_knobs(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """`model.norm` → value for every knob."""
     knobs = {}
     for name, value in config.items():
-        inner = isinstance(value, ConfigDict)
-        knobs |= flat_knobs(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+        if isinstance(value, ConfigDict):
+            knobs |= flat_knobs(value, f"{prefix}{name}.")
+        else:  # JSON makes lists of tuples
+            knobs[prefix + name] = tuple(value) if isinstance(value, list) else value
     return knobs

@@ -1,12 +1,15 @@
 """What a run shows in the terminal."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from transformer.metrics import mean_over
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,6 +45,15 @@ def percent(value: float) -> str:
     return f"{value:.2%}"
 
 
+def over_replicas(
+    metrics: Sequence[Mapping[str, float]], name: str, write: Callable[[float], str]
+) -> str:
+    """A metric; in a population `mean (lowest–highest)` over the replicas."""
+    values = [each[name] for each in metrics]
+    mean = write(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({write(min(values))}–{write(max(values))})"
+
+
 class TrainingBar:
     """A progress bar with loss, speed and time left; plain lines where there is no terminal.
 
@@ -72,22 +84,25 @@ class TrainingBar:
     def __exit__(self, *_) -> None:
         self.progress.stop()
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the metrics of the interval that ends at `step`."""
-        speed = metrics["train/steps_per_second"]
+    def update(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Shows the metrics of the interval that ends at `step`: means over replicas."""
+        mean = mean_over(metrics)
+        speed = mean["train/steps_per_second"]
+        tokens = mean["train/target_tokens_per_second"] * len(metrics)
         figures = (
-            f"loss {metrics['train/loss']:.4f}  {speed:.1f} steps/s  "
-            f"{metrics['train/target_tokens_per_second']:,.0f} target tokens/s"
+            f"loss {mean['train/loss']:.4f}  {speed:.1f} steps/s  {tokens:,.0f} target tokens/s"
         )
         self.progress.update(self.task, completed=step, figures=figures)
         if not self.live:
             left = (self.steps - step) / speed
             console.print(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
 
-    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def validated(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Prints the validation metrics of `step` above the bar."""
+        show = partial(over_replicas, metrics)
         self.progress.console.print(
-            f"step {step}/{self.steps}  validation loss {metrics['validation/loss']:.4f}  "
-            f"tokens right {percent(metrics['validation/token_accuracy'])}  "
-            f"sequences right {percent(metrics['validation/sequence_accuracy'])}"
+            f"step {step}/{self.steps}  "
+            f"validation loss {show('validation/loss', '{:.4f}'.format)}  "
+            f"tokens right {show('validation/token_accuracy', percent)}  "
+            f"sequences right {show('validation/sequence_accuracy', percent)}"
         )

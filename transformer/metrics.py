@@ -1,10 +1,11 @@
 """Metrics on the host: ratios of sums, and the files that they are written to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from transformer.errors import UserError
@@ -22,18 +23,34 @@ def train_metrics(sums: Mapping[str, Any], seconds: float) -> dict[str, float]:
     }
 
 
+def by_replica(tree: Any, replicas: int) -> list[Any]:
+    """Each replica's part of a population's arrays; of a single run, the one there is."""
+    if replicas == 1:
+        return [tree]
+    tree = jax.device_get(tree)
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
+
+
+def mean_over(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the replicas."""
+    return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
+
+
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, an object a line, and to TensorBoard events.
 
-    The JSON lines are the record; the events are for looking at.
+    The JSON lines are the record; the events are for looking at. In a population each
+    replica has lines of its own, with its number under `replica`, and events in a folder of
+    its own.
 
     Args:
       workdir: where the files go.
       resume_from: the step that training goes on from; what the file says of later
         steps, which will be taken again, is dropped.
+      replicas: how many there are.
     """
 
-    def __init__(self, workdir: Path, resume_from: int):
+    def __init__(self, workdir: Path, resume_from: int, replicas: int = 1):
         from tensorboardX import SummaryWriter  # a second of import, not needed before
 
         self.path = workdir / "metrics.jsonl"
@@ -42,21 +59,29 @@ class MetricsWriter:
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(self.path)
         self.file = self.path.open("a")
-        self.events = SummaryWriter(str(workdir), purge_step=resume_from + 1)
+        folders = (
+            [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
+        )
+        self.events = [SummaryWriter(str(each), purge_step=resume_from + 1) for each in folders]
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_) -> None:
         self.file.close()
-        self.events.close()
+        for events in self.events:
+            events.close()
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds a line for `step`."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+    def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Adds a line for `step` and each replica."""
+        rows = [{"step": step, "replica": k, **each} for k, each in enumerate(metrics)]
+        if len(rows) == 1:
+            del rows[0]["replica"]
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
-        for name, value in metrics.items():
-            self.events.add_scalar(name, value, step)
+        for events, each in zip(self.events, metrics, strict=True):
+            for name, value in each.items():
+                events.add_scalar(name, value, step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -53,11 +53,15 @@ def accuracy_by_length(
 
 
 def finish(figure: Figure, axes: Sequence, path: Path, legend: str = "best") -> None:
-    """Grid, legend, no box; then the file."""
+    """Grid, legend, no box; then the file. `beside`: one legend, to the right of the axes."""
     for each in axes:
         each.grid(color=GRID, linewidth=0.6)
         each.spines[["top", "right"]].set_visible(False)
-        each.legend(frameon=False, loc=legend)
+        if legend != "beside":
+            each.legend(frameon=False, loc=legend)
+    if legend == "beside":
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

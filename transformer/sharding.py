@@ -26,6 +26,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters; heads, mlp and vocab are also axes of activations
     "embed": "fsdp",
     "heads": "tensor",
+    "kv_heads": None,
     "head": None,
     "mlp": "tensor",
     "vocab": "tensor",
@@ -38,22 +39,25 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 class MeshConfig:
     """How many ways each mesh axis splits the work; -1 once: all devices that are left.
 
+    replica: the replicas of a population; -1: as many ways as divide both them and the
+      devices that the other axes leave.
     data: copies of the model, each on its part of the batch.
     fsdp: the batch is split too, and so is every matrix, along the model width.
     tensor: heads, feed-forward and vocabulary are split inside each layer.
     """
 
+    replica: int
     data: int
     fsdp: int
     tensor: int
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over the first devices there are.
+def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
+    """A mesh over the first devices there are, for a run or a population of `replicas`.
 
     Raises:
-      UserError: a size is not a positive number, the mesh does not fit the devices, or
-        the platform that JAX_PLATFORMS asks for is not there.
+      UserError: a size is not a positive number, the mesh does not fit the devices or the
+        replicas, or the platform that JAX_PLATFORMS asks for is not there.
     """
     try:
         devices = jax.devices()
@@ -64,6 +68,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
         ) from error
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    taken = math.prod(size for size in sizes.values() if size > 0)
+    replica = config.replica
+    if replica == -1:
+        replica = math.gcd(replicas, max(len(devices) // taken, 1))
+    if replica < 1 or replicas % replica:
+        raise UserError(
+            f"mesh.replica={replica} does not divide replicas={replicas}; choose one that does, or "
+            "-1: as many as fit"
+        )
+    sizes = {"replica": replica} | sizes
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
@@ -81,7 +95,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if needed > len(devices):
         raise UserError(
             f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp or mesh.tensor"
+            f"({devices[0].device_kind}); lower one of them"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -102,7 +116,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 
 def describe(mesh: Mesh) -> str:
-    """`8 × TPU v5 lite, mesh data 4, fsdp 2, tensor 1`"""
+    """`8 × TPU v5 lite, mesh replica 1, data 4, fsdp 2, tensor 1`"""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {axes}"
 
@@ -123,6 +137,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device of `mesh`."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def stacked(state: Any, replicas: int) -> Any:
+    """The shapes and shardings of a run's arrays as those of a population's."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (replicas, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(
+                leaf.sharding.mesh, PartitionSpec("replica", *leaf.sharding.spec)
+            ),
+        ),
+        state,
+    )
 
 
 def parameter_shardings(

@@ -1,6 +1,7 @@
 """The train state and the one pure train step that everything else is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from transformer import sharding
 from transformer.data.batches import Batch, Dataset
+from transformer.dropout import Training, streams
 from transformer.loss import cross_entropy
-from transformer.model import Model, Params
+from transformer.model import Model, Params, flatten
+from transformer.normalization import Statistic
+from transformer.optimizer import OptimizerConfig, make_optimizer
 
-Sums = dict[str, Float[Array, ""]]
+Sums = dict[str, Float[Array, "*R"]]
 
 # What a run's seed is used for, each with a key of its own.
 PURPOSES = ("init", "dropout", "data")
@@ -28,64 +32,173 @@ def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
+class Hyperparameters(NamedTuple):
+    """The knobs that are numbers inside the step, in which replicas of one program may differ.
+
+    Each is a Python number, or a traced scalar in its place.
+    """
+
+    learning_rate: Any
+    warmup_steps: Any
+    weight_decay: Any
+    label_smoothing: Any
+    dropout: Any
+    attention_dropout: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained.
+
+    optimizer: its structure.
+    steps: how many updates there are, where schedules end.
+    ema_decay: of the moving average of the parameters; 0.0: there is none.
+    numbers: the run's, of which a replica may have others.
+    """
+
+    optimizer: OptimizerConfig
+    steps: int
+    ema_decay: float
+    numbers: Hyperparameters
+
+    def make_optimizer(self, numbers: Hyperparameters) -> optax.GradientTransformation:
+        """The optimizer with these numbers in it."""
+        return make_optimizer(
+            self.optimizer,
+            self.steps,
+            learning_rate=numbers.learning_rate,
+            warmup_steps=numbers.warmup_steps,
+            weight_decay=numbers.weight_decay,
+        )
+
+
 class TrainState(NamedTuple):
     """All that training carries from step to step: a plain pytree.
 
-    The same shape holds what belongs to each array, such as its sharding.
+    The same shape holds what belongs to each array, such as its sharding. In a
+    population every array has a first axis of R replicas.
 
     step: int32 scalar, how many updates have been made.
     seed: uint32 scalar, the source of all randomness; see `stream`.
+    numbers: name → float32 scalar, the `Hyperparameters` that this replica has to itself.
     params: name → parameter, float32.
+    statistics: name → what batch norm has seen, float32.
     moments: the optimizer's state.
+    average: name → moving average of the parameter; empty without one.
     """
 
     step: Any
     seed: Any
+    numbers: dict[str, Any]
     params: Params
+    statistics: Params
     moments: Any
+    average: Params
+
+    def taken(self) -> int:
+        """How many updates have been made; all replicas keep step."""
+        return int(np.asarray(self.step).flat[0])
+
+    def variables(self) -> Params:
+        """What the model is evaluated with."""
+        return (self.average or self.params) | self.statistics
 
 
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, seed: UInt32[Array, ""]
+    model: Model, recipe: Recipe, seed: UInt32[Array, ""], numbers: dict[str, Float[Array, ""]]
 ) -> TrainState:
     """The state before the first step."""
-    params = model.init(stream(seed, "init"))
+    params, statistics = model.split(model.init(stream(seed, "init")))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=seed,
+        numbers=numbers,
         params=params,
-        moments=optimizer.init(params),
+        statistics=statistics,
+        moments=recipe.make_optimizer(recipe.numbers).init(params),
+        average=params if recipe.ema_decay else {},
     )
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Model, recipe: Recipe, mesh: Mesh, replicas: int = 1, numbers: Iterable[str] = ()
+) -> TrainState:
     """The state's shapes, dtypes and shardings, without its arrays.
 
-    Moments live where their parameters do; counts are the same on every device.
+    Moments live where their parameters do; what has another shape than any parameter,
+    such as a count, is the same on every device. Replicas are split over the mesh axis
+    `replica`.
+
+    Args:
+      model: the model.
+      recipe: how it is trained.
+      mesh: the devices.
+      replicas: R of a population; 1: a single run, whose arrays have no such axis.
+      numbers: the names in `TrainState.numbers`.
 
     Raises:
       UserError: the mesh does not divide a parameter.
     """
-    params = sharding.parameter_shardings(mesh, model.shapes, model.axes)
+    where = sharding.parameter_shardings(mesh, model.shapes, model.axes)
+    params, statistics = model.split(where)
     everywhere = sharding.replicated(mesh)
-    state = jax.eval_shape(partial(init_state, model, optimizer), np.uint32(0))
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, where: where,
-        state.moments,
-        params,
-        transform_non_params=lambda _: everywhere,
+    own = dict.fromkeys(numbers, np.float32(0))
+    state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), own)
+
+    def place(path, leaf):  # a moment has its parameter's name, at the end of its path
+        param = state.params.get(getattr(path[-1], "key", None))
+        beside = param is not None and param.shape == leaf.shape
+        return params[path[-1].key] if beside else everywhere
+
+    moments = jax.tree_util.tree_map_with_path(place, state.moments)
+    places = TrainState(
+        step=everywhere,
+        seed=everywhere,
+        numbers=dict.fromkeys(own, everywhere),
+        params=params,
+        statistics=statistics,
+        moments=moments,
+        average=params if recipe.ema_decay else {},
     )
-    where = TrainState(step=everywhere, seed=everywhere, params=params, moments=moments)
-    return jax.tree.map(
+    abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         state,
-        where,
+        places,
+    )
+    return abstract if replicas == 1 else sharding.stacked(abstract, replicas)
+
+
+def each_replica(function: Callable, replicas: int, in_axes: tuple[int | None, ...]) -> Callable:
+    """`function` of one run as a function of a population, whose arrays have a first axis R.
+
+    The same code, vectorised. It is called under a mesh.
+
+    Args:
+      function: of a run's arrays.
+      replicas: R; 1: a single run, whose arrays have no such axis.
+      in_axes: 0 for an argument that each replica has its own of, None for one that they
+        share.
+    """
+    if replicas == 1:
+        return function
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape["replica"] < mesh.size:
+        return jax.vmap(function, in_axes=in_axes, spmd_axis_name="replica")
+    # Where no other axis splits a replica, devices have nothing to say to each other, and
+    # saying so is a third faster than leaving XLA to find out. (Not so where others do: XLA's
+    # partitioner of jaxlib 0.10 aborts if two more axes are left to it inside a shard_map.)
+    own = PartitionSpec("replica")
+    return jax.shard_map(
+        jax.vmap(function, in_axes=in_axes),
+        in_specs=tuple(PartitionSpec() if axis is None else own for axis in in_axes),
+        out_specs=own,
+        axis_names={"replica"},
+        check_vma=False,
     )
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, label_smoothing: float
+    model: Model, recipe: Recipe
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The step: a pure function (state, batch) → (state, sums).
 
@@ -95,17 +208,19 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
+        numbers = recipe.numbers._replace(**state.numbers)
+        key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
 
-        def loss_of(params: Params) -> tuple[Array, Sums]:
-            logits = model.bind(params)(
+        def loss_of(params: Params) -> tuple[Array, tuple[Sums, Params]]:
+            module = model.bind(params | state.statistics)
+            logits = module(
                 batch.source,
                 batch.source_segments,
                 batch.target_in,
                 batch.target_segments,
-                rngs=nnx.Rngs(dropout=dropout),
+                training=Training(streams(key), numbers.dropout, numbers.attention_dropout),
             )
-            loss = cross_entropy(logits, batch.target_out, label_smoothing)
+            loss = cross_entropy(logits, batch.target_out, numbers.label_smoothing)
             correct = jnp.where(logits.argmax(-1) == batch.target_out, batch.weights, 0.0)
             tokens = batch.weights.sum()
             sums = {
@@ -113,21 +228,43 @@ def make_train_step(
                 "correct": correct.sum(),
                 "tokens": tokens,
             }
-            return sums["loss"] / jnp.maximum(tokens, 1.0), sums
+            seen = flatten(nnx.state(module, Statistic))
+            return sums["loss"] / jnp.maximum(tokens, 1.0), (sums, seen)
 
-        gradients, sums = jax.grad(loss_of, has_aux=True)(state.params)
+        gradients, (sums, statistics) = jax.grad(loss_of, has_aux=True)(state.params)
+        optimizer = recipe.make_optimizer(numbers)
         updates, moments = optimizer.update(gradients, state.moments, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         sums |= {"gradient_norm": optax.tree.norm(gradients), "steps": jnp.ones(())}
-        return state._replace(step=state.step + 1, params=params, moments=moments), sums
+        fresh = state._replace(
+            step=state.step + 1,
+            params=params,
+            statistics=statistics,
+            moments=moments,
+            average=averaged(state.average, params, state.step, recipe.ema_decay),
+        )
+        return fresh, sums
 
     return train_step
 
 
-def zero_sums() -> Sums:
-    """Sums over nothing."""
+def averaged(average: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
+    """The moving average of the parameters after an update; empty if it is.
+
+    old · d + new · (1 - d) with d = min(decay, (1 + step) / (10 + step)), so that the first
+    parameters, which are noise, do not linger.
+    """
+    if not average:
+        return average
+    step = step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return {name: kept * old + (1.0 - kept) * params[name] for name, old in average.items()}
+
+
+def zero_sums(replicas: int = 1) -> Sums:
+    """Sums over nothing, of a run or of each replica."""
     names = ("loss", "correct", "tokens", "gradient_norm", "steps")
-    return {name: jnp.zeros(()) for name in names}
+    return {name: jnp.zeros(() if replicas == 1 else replicas) for name in names}
 
 
 def make_train_steps(

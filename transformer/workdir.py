@@ -3,8 +3,10 @@
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -21,6 +23,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
+        self.results = self.path / "results.json"
 
     def read_config(self) -> ConfigDict:
         """The config that the run was started with.
@@ -64,9 +67,18 @@ class Workdir:
     def write_config(self, config: ConfigDict) -> None:
         """Writes `config.json`: the config, and what the run is made with."""
         record = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
-        fresh = self.config.with_suffix(".tmp")
-        fresh.write_text(json.dumps(record, indent=2) + "\n")
-        fresh.replace(self.config)
+        write_json(self.config, record)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Writes `results.json`: what the finished run came to."""
+        write_json(self.results, results)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a file that is never seen half written."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(record, indent=2) + "\n")
+    fresh.replace(path)
 
 
 def versions() -> dict[str, str]:
