@@ -1,0 +1,177 @@
+"""What a handful of seeds can say: intervals, paired tests, Holm's correction, verdicts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+Values = Sequence[float] | np.ndarray
+
+POWER = 0.8  # with which an effect of `Difference.detectable` would be found
+ROUNDING = 4 * np.finfo(np.float64).eps  # of a difference, relative to its terms; generous
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` seeds and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Variant minus baseline over `n` paired seeds.
+
+    mean, low, high: the mean difference and its confidence interval.
+    p: of the two-sided paired t-test of "the mean difference is zero".
+    detectable: the smallest true difference that this test would find with power 0.8.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    detectable: float
+
+
+def mean_interval(values: Values, level: float = 0.95) -> Interval:
+    """Student's t interval of the mean, mean ± t(n-1) · s / √n, one value for each seed.
+
+    One value has no interval (NaN), equal values have one of no width, and a value
+    that is not finite makes everything NaN.
+    """
+    sample = as_sample(values)
+    mean, error = mean_and_error(sample, scale=np.abs(sample).max())
+    margin = critical(sample.size, level) * error
+    return Interval(mean, mean - margin, mean + margin, sample.size)
+
+
+def paired(variant: Values, baseline: Values, level: float = 0.95) -> Difference:
+    """The paired t-test of variant against baseline, whose values are of the same seeds in order.
+
+    `detectable` is that of one test at α = 1 - level and takes the spread s of the
+    differences for the true one: λ · s / √n, λ from `noncentrality`. Under a
+    correction for several comparisons the smallest detectable difference is larger.
+
+    One pair has a mean and nothing else (NaN). Differences that are all zero have p = 1,
+    and equal ones other than zero p = 0, since t is infinite; either way `detectable` is 0.
+    A value that is not finite makes everything NaN. ValueError if the seeds cannot be paired.
+    """
+    ours, theirs = as_sample(variant), as_sample(baseline)
+    if ours.size != theirs.size:
+        raise ValueError(f"{ours.size} values cannot be paired with {theirs.size}")
+    n = ours.size
+    mean, error = mean_and_error(ours - theirs, scale=np.abs([ours, theirs]).max())
+    margin = critical(n, level) * error
+    if error == 0.0:
+        p = 1.0 if mean == 0.0 else 0.0
+    else:
+        p = float(2.0 * stats.t.sf(abs(mean) / error, n - 1))
+    return Difference(mean, mean - margin, mean + margin, p, n, noncentrality(n, level) * error)
+
+
+def holm(p_values: Values) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979).
+
+    p̃(i) = max over j ≤ i of min(1, (m - j + 1) · p(j)), p(1) ≤ … ≤ p(m). Rejecting
+    where p̃ ≤ α keeps the chance of any false rejection at α, however the tests depend
+    on each other, as they do when they share a baseline. NaN is no comparison: it stays
+    NaN and m does not count it.
+    """
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    factors = np.arange(order.size, 0, -1)
+    adjusted = np.full_like(p, np.nan)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
+    return adjusted.tolist()
+
+
+def verdict(
+    difference: Difference,
+    p_adjusted: float,
+    *,
+    unit: Callable[[float], str],
+    better: Literal["higher", "lower"],
+    alpha: float = 0.05,
+) -> str:
+    """What `difference` says, in words.
+
+    Args:
+      difference: from `paired`, with level = 1 - alpha for `detectable` to fit.
+      p_adjusted: its p-value among all comparisons of the report, from `holm`.
+      unit: writes a magnitude, which is never negative: 1.2 as "1.2 points".
+      better: which sign of the metric is the better one.
+      alpha: the largest adjusted p-value that counts as evidence.
+    """
+    if difference.n == 1:
+        return "one seed: no verdict"
+    if np.isnan(difference.mean):
+        return "a seed is not finite: no verdict"
+    if difference.mean == difference.detectable == 0.0:
+        return f"identical on all {difference.n} seeds"
+    if p_adjusted <= alpha:
+        word = "better" if (difference.mean > 0.0) == (better == "higher") else "worse"
+        p = "p < 0.001" if p_adjusted < 0.001 else f"p = {p_adjusted:.3f}"
+        return f"{word} by {unit(abs(difference.mean))} ({p})"
+    return (
+        f"no evidence of a difference at {difference.n} seeds; "
+        f"smallest detectable: {unit(difference.detectable)}"
+    )
+
+
+def as_sample(values: Values) -> np.ndarray:
+    """`values` as a vector of float64; ValueError if it is none or empty.
+
+    Infinities become NaN: a diverged run says as little whichever way it ended.
+    """
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1 or sample.size == 0:
+        raise ValueError(f"one value for each seed is wanted, not an array {sample.shape}")
+    return np.where(np.isfinite(sample), sample, np.nan)
+
+
+def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
+    """The mean of `sample` and its standard error s / √n, which is NaN for one value.
+
+    What is no more than the rounding of numbers as large as `scale` is taken for zero:
+    0.9 - 0.8 and 0.8 - 0.7 are the same difference.
+    """
+    mean = float(sample.mean())
+    if sample.size == 1:
+        return mean, np.nan
+    spread = float(sample.std(ddof=1))
+    if spread <= ROUNDING * scale:
+        spread = 0.0
+        mean = 0.0 if abs(mean) <= ROUNDING * scale else mean
+    return mean, spread / sample.size**0.5
+
+
+@cache
+def critical(n: int, level: float) -> float:
+    """The t of `n` values beyond which, to both sides, lies a chance of 1 - level."""
+    return float(stats.t.isf((1.0 - level) / 2.0, n - 1))
+
+
+@cache
+def noncentrality(n: int, level: float) -> float:
+    """The δ · √n / σ at which the two-sided t-test at α = 1 - level finds δ with power 0.8.
+
+    Only rejections towards the side of δ count. The others are rarer than 1 in 10⁶ at
+    level 0.95, and SciPy's value for them is often NaN.
+    """
+    if n == 1:
+        return np.nan
+    threshold = critical(n, level)
+
+    def excess(shift: float) -> float:
+        return float(stats.nct.sf(threshold, n - 1, shift)) - POWER
+
+    # At the upper end it takes s > 2σ, or a mean 3 standard errors low, to miss: power > 0.95.
+    return optimize.root_scalar(excess, bracket=(0.0, 2.0 * threshold + 3.0)).root
