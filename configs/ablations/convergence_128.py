@@ -1,0 +1,11 @@
+"""How soon each norm gets to a target, at a batch of 128 strings (after Ba et al. 2016).
+
+Usage:
+    python scripts/sweep.py --sweep=configs/ablations/convergence_128.py --jobs=4
+"""
+
+from configs.ablations.convergence_4 import convergence
+
+
+def get_sweep():
+    return convergence(batch_size=128, steps=320, eval_every=20, rates=(8e-3, 1.6e-2, 3.2e-2))

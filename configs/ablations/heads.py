@@ -1,0 +1,22 @@
+"""Heads at fixed width: rows A of Table 3 (Vaswani et al. 2017), at a laptop's size.
+
+Usage:
+    python scripts/sweep.py --sweep=configs/ablations/heads.py --jobs=4
+"""
+
+from transformer.experiments.sweep import PaperRow, Sweep
+
+
+def get_sweep():
+    paper = {1: 512, 4: 128, 8: 64, 16: 32, 32: 16}
+    return Sweep(
+        config="configs/ablations/small.py",
+        variants={f"{n} heads": {"model.heads": n} for n in (1, 2, 4, 8, 16)},
+        baseline="4 heads",
+        seeds=5,
+        paper={
+            f"{n} heads of {width}": PaperRow(overrides={"model.heads": n})
+            for n, width in paper.items()
+        },
+        note="Width 64 throughout, so that N heads are 64/N wide. The paper's baseline is 8 of 64.",
+    )

@@ -1,0 +1,21 @@
+"""Learned instead of sinusoidal positions: row E of Table 3 (Vaswani et al. 2017).
+
+Usage:
+    python scripts/sweep.py --sweep=configs/ablations/learned_positions.py --jobs=4
+"""
+
+from transformer.experiments.sweep import PaperRow, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        config="configs/ablations/small.py",
+        variants={name: {"model.position": name} for name in ("sinusoidal", "learned")},
+        baseline="sinusoidal",
+        seeds=10,
+        paper={
+            "base, sinusoidal": PaperRow(millions=65),
+            "learned": PaperRow(overrides={"model.position": "learned"}),
+        },
+        note="The paper finds no difference. `learned` adds 2 · `max_length` · D parameters.",
+    )

@@ -1,0 +1,36 @@
+"""The Transformer against recurrent encoder-decoders with attention, at equal parameters.
+
+Usage:
+    python scripts/sweep.py --sweep=configs/ablations/recurrence.py --jobs=4
+"""
+
+from transformer.experiments.sizing import match_width
+from transformer.experiments.sweep import Sweep
+
+CONFIG = "configs/ablations/small.py"
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+def get_sweep():
+    recurrent = {
+        cell: match_width(CONFIG, {"model.architecture": "recurrent", "model.cell": cell})
+        for cell in ("lstm", "gru")
+    }
+    kinds = {"transformer": {}} | recurrent
+    return Sweep(
+        config=CONFIG,
+        variants={
+            f"{name}, {rate}": {**overrides, "optimizer.learning_rate": rate}
+            for name, overrides in kinds.items()
+            for rate in RATES
+        },
+        baseline="transformer, 0.004",
+        seeds=5,
+        splits=("test_longer",),
+        note=(
+            "Four learning rates each, so that each has its own best. Widths are chosen for as "
+            "many parameters as the Transformer has: "
+            + ", ".join(f"{name} {each['model.width']}" for name, each in recurrent.items())
+            + "."
+        ),
+    )
