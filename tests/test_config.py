@@ -268,8 +268,8 @@ def test_every_config_names_itself_in_its_docstring():
             {"per_replica.dropout": (0.1, 1.5), "replicas": 2},
             r"dropout=1.5: it must be at least 0 and below 1",
         ),
-        ({"per_replica.seed": ("a", "b"), "replicas": 2}, r"it takes a number for each replica"),
-        ({"per_replica.seed": (0, 0.5), "replicas": 2}, r"seeds are whole numbers"),
+        ({"per_replica.seed": ("a", "b"), "replicas": 2}, r"takes a whole number for each"),
+        ({"per_replica.seed": (0, 0.5), "replicas": 2}, r"takes a whole number for each"),
         (
             {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1},
             r"weight_decay is for adamw, lion, muon",
