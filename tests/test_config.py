@@ -114,9 +114,9 @@ BESIDES = {
     "model.random_positions": {"model.max_length": 16},
     "model.cell": {"model.architecture": "recurrent"},
     "mesh.replica": {"replicas": 2},
-    "per_replica.weight_decay": {"replicas": 2, "optimizer.name": "adamw"},
+    "per_replica.weight_decay": {"replicas": 2, "mesh.replica": 1, "optimizer.name": "adamw"},
     **{
-        f"per_replica.{name}": {"replicas": 2}
+        f"per_replica.{name}": {"replicas": 2, "mesh.replica": 1}
         for name in (
             "seed",
             "learning_rate",

@@ -179,7 +179,7 @@ class ModelConfig:
         if self.reach(length) < length:
             raise UserError(
                 f"{what}: {length} tokens, and model.position={self.position} reaches to "
-                f"model.max_length={self.max_length}; raise it, or choose positions without limit"
+                f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
             )
 
 

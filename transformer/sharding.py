@@ -95,7 +95,7 @@ def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
     if needed > len(devices):
         raise UserError(
             f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower one of them"
+            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor or mesh.replica"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
