@@ -179,7 +179,7 @@ def test_replicas_take_as_many_ways_as_divide_them_and_the_devices(replicas, siz
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((-1, 1, 16), "needs 16 devices and there are 8 .*lower one"),
+        ((-1, 1, 16), "needs 16 devices and there are 8 .*lower mesh.data"),
         ((16, 1, 1), "needs 16 devices and there are 8"),
         ((4, 1, 1, 4, 4), "needs 16 devices and there are 8"),
         ((1, 1, 1, 16, 16), "needs 16 devices and there are 8"),
