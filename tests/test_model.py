@@ -109,6 +109,7 @@ def test_cached_decoding_is_teacher_forcing_several_positions_at_once_or_one_by_
     for tokens in jnp.split(PADDED.target_in, [3, 4, 5, 6, 7], axis=1):
         logits, cache = step(params, tokens, cache)
         parts.append(logits)
+    assert int(cache.filled) == length
     # A row that has ended reads padding: only real positions are compared.
     real = PADDED.target_segments == 1
     decoded = jnp.concatenate(parts, axis=1)
