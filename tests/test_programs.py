@@ -138,7 +138,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path, data_dir):
     kill_after(process, moved, 20)
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     out = finish(start("train.py", *flags, *mesh, f"--workdir={moved}", devices=8))
-    assert "8 × cpu, mesh replica 1, data 4, fsdp 2, tensor 1" in out
+    assert "mesh data 4, fsdp 2" in out
     for row, moved_row in zip(results(tmp_path / "whole"), results(moved), strict=True):
         assert moved_row == pytest.approx(row, rel=1e-3)
 

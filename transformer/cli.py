@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from transformer.config import flat_knobs
 from transformer.errors import UserError, nearest
+from transformer.sharding import cores
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,8 +55,7 @@ def set_up_jax(replicas: int = 1) -> None:
     cores better than one program over all of them does.
     """
     if replicas > 1 and not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", math.gcd(replicas, cores or 1))
+        jax.config.update("jax_num_cpu_devices", math.gcd(replicas, cores()))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         path = Path(cache, "transformer-jax", "xla").expanduser()

@@ -8,8 +8,10 @@ inside the model. One device is a mesh of one, and no code differs.
 
 import math
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -116,9 +118,29 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 
 def describe(mesh: Mesh) -> str:
-    """`8 × TPU v5 lite, mesh replica 1, data 4, fsdp 2, tensor 1`"""
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {axes}"
+    """`8 × TPU v5 lite, mesh data 4, fsdp 2`; of a CPU, the processor and the cores to run on."""
+    kind = mesh.devices.flat[0].device_kind
+    if kind == "cpu":
+        kind += f" ({processor()}, {cores()} core{'s' * (cores() > 1)})"
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} × {kind}" + (f", mesh {axes}" if axes else "")
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """How many CPU cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

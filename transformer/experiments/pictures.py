@@ -82,6 +82,7 @@ def forest(baseline: str, compared: Mapping[str, Any], path: Path) -> None:
             panel.plot([mean], [row], "o", color=INK, markerfacecolor=INK if found else "white")
         panel.axvline(0.0, color=SECOND, linewidth=1.0, linestyle="--", zorder=0)
         panel.set(xlabel=unit, title=title)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.grid(color=GRID, linewidth=0.6, axis="x")
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_yticks(range(len(names)), names, fontsize=8)

@@ -282,7 +282,7 @@ def make(
 def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
     """The title, what was done, and how to read it."""
     overrides = ", ".join(f"`{name}={value}`" for name, value in sweep.overrides.items())
-    return f"""# {root.name}
+    return f"""# {root.name.replace("_", " ").capitalize()}
 
 {sweep.note.strip()}
 
