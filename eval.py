@@ -13,16 +13,16 @@ from absl import flags
 from jax.sharding import Mesh
 
 from transformer import cli, evaluation, sharding
-from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import figure, percent, perplexity, table
 from transformer.data.batches import Dataset
-from transformer.data.load import Corpus, open_corpus
+from transformer.data.load import Corpus
 from transformer.data.tokenizer import BOS, PAD
 from transformer.errors import UserError
 from transformer.metrics import by_replica, mean_over
 from transformer.model import Model, Params
-from transformer.training import abstract_state, each_replica
+from transformer.trained import load
+from transformer.training import each_replica
 from transformer.workdir import Workdir, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -44,23 +44,17 @@ def main() -> None:
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
-    corpus = open_corpus(cfg.data, DATA_DIR.value)
+    _, corpus, model, step, variables = load(workdir, mesh, CHECKPOINT.value, DATA_DIR.value)
     data = corpus.load(split, cfg.batch_size)
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
     data = jax.device_put(data, sharding.replicated(mesh))
 
-    model = Model(cfg.model, corpus.tokenizer.vocab_size)
-    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
-    with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
-        step = checkpoints.find(CHECKPOINT.value)
-        state = checkpoints.restore(step, like)
-
     def each(function):
         return jax.jit(each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)))
 
-    scores = each(evaluation.score)(state.variables(), data)
+    scores = each(evaluation.score)(variables, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
-    decoded = each(partial(evaluation.decode, length=length))(state.variables(), data)
+    decoded = each(partial(evaluation.decode, length=length))(variables, data)
     data = jax.tree.map(np.asarray, data)
     replicas = []
     for seed, one in zip(
@@ -78,9 +72,9 @@ def main() -> None:
     write_json(
         workdir.path / f"eval_{split}.json", {"step": step, "split": split, "replicas": replicas}
     )
-    variables, decoded = by_replica((state.variables(), decoded), cfg.replicas)[0]
+    first, decoded = by_replica((variables, decoded), cfg.replicas)[0]
     write_samples(workdir, split, corpus, data, decoded)
-    draw(workdir, split, corpus, model, variables, data, by_length)
+    draw(workdir, split, corpus, model, first, data, by_length)
 
 
 def results(
@@ -100,9 +94,7 @@ def evaluation_mesh(cfg: RunConfig) -> Mesh:
         mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
         sharding.check_batch(mesh, cfg.batch_size)
     except UserError:
-        mesh = sharding.make_mesh(
-            sharding.MeshConfig(replica=1, data=1, fsdp=1, tensor=1), cfg.replicas
-        )
+        mesh = sharding.one_device()
     return mesh
 
 

@@ -117,6 +117,11 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
         )
 
 
+def one_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(replica=1, data=1, fsdp=1, tensor=1), 1)
+
+
 def describe(mesh: Mesh) -> str:
     """`8 × TPU v5 lite, mesh data 4, fsdp 2`; of a CPU, the processor and the cores to run on."""
     kind = mesh.devices.flat[0].device_kind

@@ -8,4 +8,5 @@ from configs.ablations.convergence_4 import convergence
 
 
 def get_sweep():
-    return convergence(batch_size=128, steps=320, eval_every=20, rates=(8e-3, 1.6e-2, 3.2e-2))
+    rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+    return convergence(batch_size=128, steps=320, eval_every=20, rates=rates)

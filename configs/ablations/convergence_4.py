@@ -13,9 +13,7 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
     """The norms in a deep and in a shallow stack, each at the same few learning rates."""
     depths = {f"{n} layer{'s' * (n > 1)}": {"model.layers": n} for n in (4, 1)}
     learning_rates = {str(rate): {"optimizer.learning_rate": rate} for rate in rates}
-
-    def norms(*names: str):
-        return {name: {"model.norm": name} for name in names}
+    norms = {name: {"model.norm": name} for name in ("layer", "batch", "none")}
 
     return Sweep(
         config="configs/ablations/small.py",
@@ -33,9 +31,8 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
             # a run was meant to be.
             "optimizer.schedule": "inverse_sqrt",
         },
-        variants=combined(norms("layer", "batch", "none"), depths, learning_rates)
-        | combined(norms("rms"), {"4 layers": depths["4 layers"]}, learning_rates),
-        baseline=f"layer, 4 layers, {rates[1]}",
+        variants=combined(norms, depths, learning_rates),
+        baseline=f"layer, 4 layers, {rates[2]}",
         seeds=5,
         target=0.5,
         note=(
@@ -46,4 +43,6 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
 
 
 def get_sweep():
-    return convergence(batch_size=4, steps=3_600, eval_every=100, rates=(4e-3, 8e-3, 1.6e-2))
+    return convergence(
+        batch_size=4, steps=3_600, eval_every=100, rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    )

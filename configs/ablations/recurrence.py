@@ -8,7 +8,7 @@ from transformer.experiments.sizing import match_width
 from transformer.experiments.sweep import Sweep
 
 CONFIG = "configs/ablations/small.py"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def get_sweep():
@@ -24,7 +24,7 @@ def get_sweep():
             for name, overrides in kinds.items()
             for rate in RATES
         },
-        baseline="transformer, 0.004",
+        baseline="transformer, 0.008",
         seeds=5,
         splits=("test_longer",),
         note=(

@@ -129,7 +129,11 @@ class Outcome:
 
 OUTCOMES = (
     Outcome(
-        "Sequences right", "accuracy", "{:.2%}".format, lambda x: f"{100 * x:.2g} points", "higher"
+        "Sequences right",
+        "accuracy",
+        lambda x: f"{x:.2%}".replace("-", "−"),
+        lambda x: f"{100 * x:.2g} points" if x < 0.1 else f"{100 * x:.0f} points",
+        "higher",
     ),
     Outcome("Loss", "loss", "{:.4g}".format, lambda x: f"{x:.2g} nats a token", "lower"),
     Outcome("Steps to the target", "steps", "{:,.0f}".format, lambda x: f"{x:,.0f} steps", "lower"),

@@ -1,0 +1,69 @@
+"""Puts the claims of the text to the test and writes the page that says what came of them.
+
+Sweeps that the claims rest on are carried out, or gone on with, where their runs are not there.
+
+Usage:
+    python scripts/claims.py [--workdir=runs] [--jobs=4] [--only=causality,moments]
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from transformer import cli, sharding
+from transformer.console import console, facts
+from transformer.errors import choose
+from transformer.experiments.claims import attention, complexity, norms, page, recurrence
+from transformer.workdir import commit
+
+# In the order of the page; each gives one claim or several.
+CLAIMS = {
+    "causality": attention.causality,
+    "probabilities": attention.probabilities,
+    "heads": attention.heads,
+    "moments": norms.moments,
+    "same_scale": norms.same_scale,
+    "convergence": norms.convergence,
+    "cost": complexity.cost,
+    "learning": recurrence.learning,
+    "sequential": recurrence.sequential,
+    "wall_time": recurrence.wall_time,
+    "parallel": recurrence.parallel,
+}
+
+WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder with the sweeps' folders.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Programs of a sweep at a time.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", "docs/results", "Takes claims.md and a folder of pictures.")
+ONLY = flags.DEFINE_list("only", list(CLAIMS), "Which claims.")
+
+
+def main() -> None:
+    """Measures, judges, writes."""
+    for name in ONLY.value:
+        choose(CLAIMS, name, "--only")
+    cli.set_up_jax()
+    folder = Path(OUTPUT.value, "claims")
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = page.Setting(Path(WORKDIR.value), DATA_DIR.value, JOBS.value, folder)
+    about = {
+        "command": "python scripts/claims.py"
+        + ("" if set(ONLY.value) == set(CLAIMS) else f" --only={','.join(ONLY.value)}"),
+        "devices": sharding.describe(sharding.one_device()),
+        "commit": commit(),
+        "jax": jax.__version__,
+    }
+    claims = []
+    for name in CLAIMS:
+        if name not in ONLY.value:
+            continue
+        found = CLAIMS[name](setting)
+        for claim in found if isinstance(found, list) else [found]:
+            console.print(f"{claim.title}: {claim.verdict()}")
+            claims.append(claim)
+    facts({"page": str(page.write(claims, folder, about))})
+
+
+if __name__ == "__main__":
+    cli.run(main)
