@@ -315,7 +315,10 @@ def test_heads_are_judged_from_a_trained_population(setting, data_dir):
             *(f"--workdir={folder}", f"--data_dir={data_dir}"),
         )
     )
-    found = {f"{n} heads": planted("", [1, 2], accuracy=n / 4) for n in (1, 4)}
+    found = {
+        name: planted("", [1, 2], accuracy=share)
+        for name, share in (("1 head", 0.25), ("4 heads", 1.0))
+    }
     setting = page.Setting(setting.root, data_dir, 1, setting.folder)
     claim = attention.judge_heads(setting, found, folder, examples=20)
     assert [len(claim.data[name]) for name in ("trained", "untrained")] == [2, 2]

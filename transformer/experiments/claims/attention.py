@@ -212,7 +212,7 @@ def judge_heads(
         for kind, name in KINDS.items()
     ]
     accuracy = {name: [100 * each.accuracy for each in found[name]] for name in found}
-    single = paired(accuracy["4 heads"], accuracy["1 heads"])
+    single = paired(accuracy["4 heads"], accuracy["1 head"])
     checks.append(
         Check(
             "one head as wide as four loses accuracy",
