@@ -47,7 +47,7 @@ class Claim:
     says: what the text says.
     method: what was measured and how, and when a check holds, in sentences.
     checks: the cases.
-    picture: the file in the setting's folder.
+    picture: the file in the setting's folder; None where nothing could be measured.
     tables: Markdown, below the checks.
     data: the numbers behind it, for JSON.
     """
@@ -56,12 +56,14 @@ class Claim:
     says: str
     method: str
     checks: Sequence[Check]
-    picture: str
+    picture: str | None
     tables: Sequence[str] = ()
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def verdict(self) -> str:
         """`holds` in all cases, in some (which those are not), or in none."""
+        if not self.checks:
+            return "could not be measured here"
         failed = [check.case for check in self.checks if not check.holds]
         if not failed:
             return "holds"
@@ -113,8 +115,8 @@ def section(claim: Claim, folder: str) -> str:
     rows = [(each.case, each.found, "yes" if each.holds else "**no**") for each in claim.checks]
     parts = (
         f"## {claim.title}\n\n> {claim.says}\n\n{claim.method}\n\n**{claim.verdict()}**\n",
-        table(("case", "found", "true"), rows),
-        f"![{claim.title}]({folder}/{claim.picture})\n",
+        table(("case", "found", "true"), rows) if rows else "",
+        f"![{claim.title}]({folder}/{claim.picture})\n" if claim.picture else "",
         *claim.tables,
     )
     return "\n".join(parts)
