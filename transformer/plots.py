@@ -58,7 +58,7 @@ def finish(figure: Figure, axes: Sequence, path: Path, legend: str = "best") -> 
         each.grid(color=GRID, linewidth=0.6)
         each.spines[["top", "right"]].set_visible(False)
         if legend != "beside":
-            each.legend(frameon=False, loc=legend)
+            each.legend(frameon=False, loc=legend, fontsize=8)
     if legend == "beside":
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)

@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformer.experiments.statistics import mean_interval
 from transformer.plots import GRID, INK, SECOND, finish
 
+CROWD = 8  # variants that can be told apart between one pair of axes
+
 
 def draw(
     sweep: Any, records: Mapping[str, Sequence[Any]], compared: Mapping[str, Any], root: Path
@@ -21,7 +23,7 @@ def draw(
         "Learning curves": "learning_curves.png",
         "Differences from the baseline": "forest.png",
     }
-    learning_curves(records, sweep.target, root / "learning_curves.png")
+    learning_curves(records, sweep.baseline, sweep.target, root / "learning_curves.png")
     forest(sweep.baseline, compared, root / "forest.png")
     for split in sweep.splits:
         drawn[f"Accuracy by source length, {split}"] = f"by_length_{split}.png"
@@ -39,21 +41,46 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def learning_curves(records: Mapping[str, Sequence[Any]], target: float, path: Path) -> None:
-    """Validation sequence accuracy over steps: means, and bands from lowest to highest seed."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, style in styles(list(records)).items():
-        steps = [step for step, _ in records[name][0].curve]
-        values = np.array([[value for _, value in record.curve] for record in records[name]])
-        axes.plot(steps, values.mean(0), label=name, **style)
-        axes.fill_between(
-            steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0
-        )
-    axes.axhline(target, color=GRID, linestyle=":", zorder=0)
-    axes.set(xlabel="step", ylabel="validation sequences right", ylim=(-0.02, 1.02))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    finish(figure, (axes,), path, legend="beside")
+def learning_curves(
+    records: Mapping[str, Sequence[Any]], baseline: str, target: float, path: Path
+) -> None:
+    """Validation sequence accuracy over steps: means, and bands from lowest to highest seed.
+
+    More than `CROWD` variants are told apart by panels, one for each first part of their
+    names, with the baseline in all of them.
+    """
+    groups = {"": list(records)}
+    if len(records) > CROWD:
+        groups = {}
+        for name in records:
+            groups.setdefault(name.split(", ")[0], []).append(name)
+    columns = 2 if len(groups) == 4 else min(len(groups), 3)
+    rows = -(-len(groups) // columns)
+    size = (8, 4.5) if len(groups) == 1 else (4.4 * columns, 3.2 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes, names in zip(panels, groups.values(), strict=False):
+        for name, style in styles(names).items():
+            band(axes, records[name], name, style)
+        if baseline not in names:
+            band(axes, records[baseline], f"{baseline} (baseline)", {"color": "gray"})
+        axes.axhline(target, color=GRID, linestyle=":", zorder=0)
+        axes.set(ylim=(-0.02, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in panels[len(groups) :]:
+        axes.remove()
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("validation sequences right", fontsize=10)
+    finish(figure, panels[: len(groups)], path, legend="beside" if len(groups) == 1 else "best")
+
+
+def band(axes: Any, records: Sequence[Any], name: str, style: Mapping[str, Any]) -> None:
+    """One variant's curve."""
+    steps = [step for step, _ in records[0].curve]
+    values = np.array([[value for _, value in record.curve] for record in records])
+    axes.plot(steps, values.mean(0), label=name, **style)
+    low, high = values.min(0), values.max(0)
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def forest(baseline: str, compared: Mapping[str, Any], path: Path) -> None:
@@ -63,10 +90,17 @@ def forest(baseline: str, compared: Mapping[str, Any], path: Path) -> None:
         "loss": ("loss", 1.0, "nats a token"),
         "steps": ("steps to the target", 1.0, "steps"),
     }
+    panels = {
+        outcome: panel
+        for outcome, panel in panels.items()
+        if any(each.difference for each in compared[outcome].values()) or outcome == "accuracy"
+    }
     names = [name for name in compared["accuracy"] if name != baseline]
-    figure = Figure(figsize=(10, 1.4 + 0.28 * max(len(names), 2)), layout="constrained")
+    figure = Figure(
+        figsize=(2.0 + 2.8 * len(panels), 1.4 + 0.28 * max(len(names), 2)), layout="constrained"
+    )
     for panel, (outcome, (title, scale, unit)) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
         for row, name in enumerate(names):
             comparison = compared[outcome][name]

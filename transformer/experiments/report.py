@@ -6,7 +6,7 @@ the baseline are taken seed by seed, which takes out what a seed does to all var
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from transformer.experiments.statistics import (
 from transformer.experiments.sweep import PaperRow, Program, Run, Sweep, all_runs, load_config
 from transformer.metrics import read_metrics
 from transformer.model import Model, ModelConfig
-from transformer.workdir import Workdir, commit, write_json
+from transformer.workdir import Workdir, write_json
 
 LEVEL = 0.95
 
@@ -236,14 +236,15 @@ def make(
         path.write_text(f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: no report.\n")
         return path
     compared = {outcome.name: compare(whole, sweep.baseline, outcome) for outcome in OUTCOMES}
-    devices = runner.read_results(root / programs[0].name)["devices"]
+    finished = [root / each.name for each in programs if each.name not in failures]
+    devices = runner.read_results(finished[0])["devices"]
 
     from transformer.experiments import pictures  # matplotlib is not needed before
 
     drawn = pictures.draw(sweep, whole, compared, root)
     facts = {
         "command": command,
-        "commit": commit(),
+        "commit": ", ".join(commits(finished)),
         "devices": devices,
         "config": sweep.config,
         "overrides": dict(sweep.overrides),
@@ -283,6 +284,12 @@ def make(
     return path
 
 
+def commits(folders: Iterable[Path]) -> list[str]:
+    """The commits that the runs were made with, by their own record."""
+    records = (json.loads(Workdir(str(folder)).config.read_text()) for folder in folders)
+    return sorted({record["commit"] or "unknown" for record in records})
+
+
 def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
     """The title, what was done, and how to read it."""
     overrides = ", ".join(f"`{name}={value}`" for name, value in sweep.overrides.items())
@@ -293,7 +300,7 @@ def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
     {facts["command"]}
 
 {sweep.seeds} seeds a variant, from `{sweep.config}`{f" with {overrides}" if overrides else ""}; \
-baseline **{sweep.baseline}**; {facts["devices"]} a program; commit {facts["commit"] or "unknown"}.
+baseline **{sweep.baseline}**; {facts["devices"]} a program; commit {facts["commit"]}.
 
 Brackets are 95% intervals of the mean over seeds (Student's t). Differences are from the
 baseline, seed by seed; p is of the paired t-test, corrected by Holm for the

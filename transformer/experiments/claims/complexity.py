@@ -187,7 +187,8 @@ def growth(setting: Setting, found: Sizes) -> Claim:
             "FLOPs and temporary memory are the compiler's for the compiled program (it counts the "
             "loop of the LSTM once; the other rounds are added), time is the median of rounds in "
             f"which all sizes take turns. Exponents are fitted to the {FITTED} largest sizes. True "
-            f"if within {tolerances} of the text's."
+            f"if within {tolerances} of the text's. (Softmax takes n² exponentials whatever d is, "
+            "which the text leaves out.)"
         ),
         checks=checks,
         picture="growth.png",

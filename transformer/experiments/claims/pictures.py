@@ -37,7 +37,7 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     style = styles(list(dict.fromkeys(name for panel in panels for name in panel.series)))
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, (x, y, *band) in panel.series.items():
@@ -54,7 +54,7 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         if "y" in panel.log:
             axes.set_yscale("log")
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-    finish(figure, list(all_axes), path)
+    finish(figure, all_axes, path)
 
 
 def maps(panels: Mapping[str, np.ndarray], x: str, y: str, path: Path) -> None:
