@@ -33,7 +33,7 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
         },
         variants=combined(norms, depths, learning_rates),
         baseline=f"layer, 4 layers, {rates[2]}",
-        seeds=5,
+        seeds=8,
         target=0.5,
         note=(
             f"Pre-norm, batches of {batch_size}. Every norm has the same {len(rates)} learning "

@@ -8,7 +8,7 @@ from transformer.experiments.sizing import match_width
 from transformer.experiments.sweep import Sweep
 
 CONFIG = "configs/ablations/small.py"
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def get_sweep():
@@ -19,16 +19,26 @@ def get_sweep():
     kinds = {"transformer": {}} | recurrent
     return Sweep(
         config=CONFIG,
+        # As in convergence_4.py: a schedule that knows no end cuts nobody short.
+        overrides={
+            "steps": 800,
+            "save_every": 800,
+            "log_every": 20,
+            "eval_every": 20,
+            "data.validation": "validation[:500]",
+            "optimizer.schedule": "inverse_sqrt",
+        },
         variants={
             f"{name}, {rate}": {**overrides, "optimizer.learning_rate": rate}
             for name, overrides in kinds.items()
             for rate in RATES
         },
         baseline="transformer, 0.008",
-        seeds=5,
+        seeds=8,
+        target=0.8,
         splits=("test_longer",),
         note=(
-            "Four learning rates each, so that each has its own best. Widths are chosen for as "
+            "Five learning rates each, so that each has its own best. Widths are chosen for as "
             "many parameters as the Transformer has: "
             + ", ".join(f"{name} {each['model.width']}" for name, each in recurrent.items())
             + "."

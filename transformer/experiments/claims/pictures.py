@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from transformer.experiments.pictures import styles
 from transformer.experiments.statistics import Interval
@@ -66,6 +67,8 @@ def maps(panels: Mapping[str, np.ndarray], x: str, y: str, path: Path) -> None:
         shown = np.ma.masked_equal(values, 0.0)
         image = axes.imshow(shown, norm=LogNorm(), cmap="viridis")
         axes.set(title=title, xlabel=x, ylabel=y)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, shrink=0.85)
     figure.suptitle("white: exactly zero", fontsize=9)
     figure.savefig(path, dpi=150)
