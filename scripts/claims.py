@@ -17,7 +17,7 @@ from transformer.errors import choose
 from transformer.experiments.claims import attention, complexity, norms, page, recurrence
 from transformer.workdir import commit
 
-# In the order of the page; each gives one claim or several.
+# In the order of the page.
 CLAIMS = {
     "causality": attention.causality,
     "probabilities": attention.probabilities,
@@ -25,7 +25,8 @@ CLAIMS = {
     "moments": norms.moments,
     "same_scale": norms.same_scale,
     "convergence": norms.convergence,
-    "cost": complexity.cost,
+    "growth": complexity.growth,
+    "meeting": complexity.meeting,
     "learning": recurrence.learning,
     "sequential": recurrence.sequential,
     "wall_time": recurrence.wall_time,
@@ -36,7 +37,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder with the sweeps' fo
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Programs of a sweep at a time.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", "docs/results", "Takes claims.md and a folder of pictures.")
-ONLY = flags.DEFINE_list("only", list(CLAIMS), "Which claims.")
+ONLY = flags.DEFINE_list("only", list(CLAIMS), "Which claims; the page keeps the others.")
 
 
 def main() -> None:
@@ -48,21 +49,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     setting = page.Setting(Path(WORKDIR.value), DATA_DIR.value, JOBS.value, folder)
     about = {
-        "command": "python scripts/claims.py"
-        + ("" if set(ONLY.value) == set(CLAIMS) else f" --only={','.join(ONLY.value)}"),
         "devices": sharding.describe(sharding.one_device()),
         "commit": commit(),
         "jax": jax.__version__,
     }
-    claims = []
-    for name in CLAIMS:
-        if name not in ONLY.value:
-            continue
-        found = CLAIMS[name](setting)
-        for claim in found if isinstance(found, list) else [found]:
-            console.print(f"{claim.title}: {claim.verdict()}")
-            claims.append(claim)
-    facts({"page": str(page.write(claims, folder, about))})
+    for name in (name for name in CLAIMS if name in ONLY.value):
+        claim = CLAIMS[name](setting)
+        page.store(claim, folder, about)
+        console.print(f"{claim.title}: {claim.verdict()}")
+    facts({"page": str(page.write(folder, list(CLAIMS)))})
 
 
 if __name__ == "__main__":

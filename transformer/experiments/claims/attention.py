@@ -1,10 +1,10 @@
 """Masked attention does not see the future, masked values have no probability, heads differ."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,18 @@ from jaxtyping import Array, Bool, Float
 
 from configs import base
 from transformer import evaluation, masking, sharding
-from transformer.attention import ATTENTION_BACKENDS, attention_weights
+from transformer.attention import ATTENTION_BACKENDS
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
 from transformer.experiments.claims import pictures
+from transformer.experiments.claims.judging import above_zero, shown
 from transformer.experiments.claims.page import Check, Claim, Setting, table
 from transformer.experiments.claims.sweeps import records
-from transformer.experiments.report import Record
-from transformer.experiments.statistics import Interval, holm, mean_interval, paired
+from transformer.experiments.statistics import mean_interval
 from transformer.metrics import by_replica
 from transformer.model import Model, ModelConfig, Params
 from transformer.trained import load
+from transformer.training import stream
 from transformer.workdir import Workdir
 
 KINDS = {"encoder": "encoder", "decoder": "masked decoder", "cross": "cross"}
@@ -77,7 +78,8 @@ def causality(setting: Setting, *, length: int = 12, seeds: int = 5) -> Claim:
         )
     pictures.maps(drawn, "input position", "output position", setting.folder / "causality.png")
     return Claim(
-        title="Masked attention sees no future",
+        name="causality",
+        title="Masked attention",
         says="With masked multi-head attention an output depends on earlier outputs alone.",
         method=(
             "The gradient of every logit with respect to the embedded token of every target "
@@ -86,7 +88,6 @@ def causality(setting: Setting, *, length: int = 12, seeds: int = 5) -> Claim:
             "magnitude of all that look ahead is exactly 0, and no other is."
         ),
         checks=checks,
-        picture="causality.png",
         data={name: found.tolist() for name, found in drawn.items()},
     )
 
@@ -94,55 +95,59 @@ def causality(setting: Setting, *, length: int = 12, seeds: int = 5) -> Claim:
 def probabilities(setting: Setting, *, length: int = 16, seeds: int = 5) -> Claim:
     """What attention gives to masked keys."""
     real = jnp.arange(length) < length - 5
+    packed = jnp.where(real, 1 + jnp.arange(length) // 5, 0)[None]
     mask_of: dict[str, Bool[Array, "1 1 T S"]] = {
         "causal": masking.causal(length),
         "padding": jnp.broadcast_to(masking.padding(real[None]), (1, 1, length, length)),
-        "causal, packed rows": masking.causal(length)
-        & masking.segment(*[jnp.where(real, 1 + jnp.arange(length) // 5, 0)[None]] * 2),
+        "causal, packed rows": masking.causal(length) & masking.segment(packed, packed),
     }
+    # Values that are the unit vectors: what comes out is the probabilities themselves.
+    units = jnp.broadcast_to(jnp.eye(length)[None, :, None], (1, length, 2, length))
     checks, drawn = [], {}
-    for (name, mask), scale in itertools.product(mask_of.items(), SCALES):
-        weights = []
+    for (name, mask), (backend, attend), scale in itertools.product(
+        mask_of.items(), ATTENTION_BACKENDS.items(), SCALES
+    ):
+        outputs = []
         for seed in range(seeds):
-            query, key = jax.random.normal(jax.random.key(seed), (2, 1, length, 2, 16))
-            weights.append(attention_weights(scale * query, key, mask))
-        found = np.asarray(jnp.concatenate(weights))
+            query, key = jax.random.normal(jax.random.key(seed), (2, 1, length, 2, length))
+            outputs.append(attend(scale * query, key, units, mask))
+        found = np.moveaxis(np.asarray(jnp.concatenate(outputs)), 2, 1)
         allowed = np.broadcast_to(np.asarray(mask), found.shape)
-        masked = found[~allowed].max()
+        masked = np.abs(found[~allowed]).max()
         sums, attends = found.sum(-1), allowed.any(-1)
         off = np.abs(sums - attends).max()  # a query that may attend to nothing gets zeros
         if scale == 1.0:
-            drawn[f"probabilities, {name}"] = found[0, 0]
+            drawn[name] = found[0, 0]
         checks.append(
             Check(
-                f"{name} mask, scores × {scale:g}",
+                f"{name} mask, backend {backend}, scores × {scale:g}",
                 f"masked: {masked:g}; the others' sum is off 1 by {off:.1g}",
                 bool(masked == 0.0 and off < 1e-5),
             )
         )
     pictures.maps(drawn, "key", "query", setting.folder / "probabilities.png")
     return Claim(
-        title="Masked values have no probability",
+        name="probabilities",
+        title="Probabilities of masked values",
         says="Masking sets illegal scores to -∞, so that their probability is zero.",
         method=(
-            f"Attention weights of random queries and keys (2 heads, {length} positions, {seeds} "
-            "seeds). True if the largest weight of a masked key is exactly 0 and the weights of "
-            "each query add up to 1 within 1e-5; to 0 where a query may attend to nothing."
+            f"What every attention backend gives for random queries and keys (2 heads, {length} "
+            f"positions, {seeds} seeds) where the values are unit vectors: the probabilities. True "
+            "if the largest of a masked key is exactly 0 and those of each query add up to 1 "
+            "within 1e-5; to 0 where a query may attend to nothing."
         ),
         checks=checks,
-        picture="probabilities.png",
         data={name: found.tolist() for name, found in drawn.items()},
     )
 
 
 def distance(maps: Float[np.ndarray, "B N T S"], real: Bool[np.ndarray, "B T"]) -> float:
-    """How far the maps of two heads are apart, 0 to 1: total variation, Σ|p - q| / 2.
+    """How far the maps of the two heads are apart that are most alike, 0 to 1.
 
-    The mean over all pairs of heads and all queries that are tokens.
+    Total variation, Σ|p - q| / 2, the mean over all queries that are tokens.
     """
     pairs = itertools.combinations(range(maps.shape[1]), 2)
-    apart = [np.abs(maps[:, i] - maps[:, j]).sum(-1)[real].mean() / 2 for i, j in pairs]
-    return float(np.mean(apart))
+    return float(min(np.abs(maps[:, i] - maps[:, j]).sum(-1)[real].mean() / 2 for i, j in pairs))
 
 
 def distances(model: Model, variables: Params, data: Dataset) -> dict[str, float]:
@@ -175,85 +180,105 @@ def right(model: Model, variables: Params, data: Dataset) -> float:
     return scores.metrics("test")["test/sequence_accuracy"]
 
 
-def heads(setting: Setting, *, examples: int = 500) -> Claim:
+def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
     """Whether heads look elsewhere, and what one is worth."""
     found = records(setting, "heads")
-    return judge_heads(setting, found, setting.root / "heads" / "4_heads", examples)
-
-
-def judge_heads(
-    setting: Setting, found: Mapping[str, list[Record]], folder: Path, examples: int
-) -> Claim:
-    """The same, from the sweep's records and the folder of its 4 heads."""
-    run = load(Workdir(str(folder)), sharding.one_device(), data_dir=setting.data_dir)
-    data = run.corpus.load(run.cfg.data.test, run.cfg.batch_size).head(examples)
-    trained, fresh, number = [], [], run.model.config.heads
-    lost: dict[tuple[str, int], list[float]] = {}
-    for k, variables in enumerate(by_replica(run.variables, run.cfg.replicas)):
-        variables = jax.tree.map(jnp.asarray, variables)
-        trained.append(distances(run.model, variables, data))
-        start = run.model.init(jax.random.key(1_000 + k))
-        fresh.append(distances(run.model, start, data))
-        whole = right(run.model, variables, data)
-        for kind in KINDS:
-            silent = (without_head(variables, kind, head) for head in range(number))
-            costs = sorted((whole - right(run.model, each, data) for each in silent), reverse=True)
-            for rank, cost in enumerate(costs, 1):  # head 0 of one seed is not head 0 of another
-                lost.setdefault((kind, rank), []).append(100 * cost)
-    tests = {k: paired([t[k] for t in trained], [f[k] for f in fresh]) for k in KINDS}
-    p = dict(zip(tests, holm([each.p for each in tests.values()]), strict=True))
-    checks = [
-        Check(
-            f"maps of the {name} attention differ",
-            f"apart by {shown(mean_interval([t[kind] for t in trained]))}, untrained "
-            f"{shown(mean_interval([f[kind] for f in fresh]))} (p {p[kind]:.2g})",
-            tests[kind].mean > 0.0 and p[kind] <= 0.05,
-        )
-        for kind, name in KINDS.items()
-    ]
     accuracy = {name: [100 * each.accuracy for each in found[name]] for name in found}
-    single = paired(accuracy["4 heads"], accuracy["1 head"])
-    checks.append(
-        Check(
-            "one head as wide as four loses accuracy",
-            f"{np.mean(accuracy['4 heads']):.1f}% with 4, {np.mean(accuracy['1 heads']):.1f}% "
-            f"with 1: {shown(single)} points lost (p {single.p:.2g})",
-            single.mean > 0.0 and single.p <= 0.05,
-        )
-    )
-    cut = {key: mean_interval(each) for key, each in lost.items()}
+    folder = setting.root / "heads" / "4_heads"
+    return judge_heads(setting, measure_heads(folder, setting.data_dir, examples), accuracy)
+
+
+class Heads(NamedTuple):
+    """What the heads of a trained population are like, a value for each seed.
+
+    trained, untrained: kind of attention → `distance` after training and before.
+    lost: (kind, rank) → points of sequences right that are lost without that head; the rank
+      is by the loss on one half of the examples, the value is of the other half.
+    """
+
+    trained: dict[str, list[float]]
+    untrained: dict[str, list[float]]
+    lost: dict[tuple[str, int], list[float]]
+
+
+def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
+    """Of the population whose folder that is, on so many test strings."""
+    run = load(Workdir(str(folder)), sharding.one_device(), data_dir=data_dir)
+    data = run.corpus.load(run.cfg.data.test, run.cfg.batch_size).head(examples)
+    half = examples // 2
+    halves = data.head(half), Dataset(data.source[half:], data.target[half:], half)
+    heads = Heads({kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}, {})
+    for variables, seed in zip(
+        by_replica(run.variables, run.cfg.replicas), np.atleast_1d(run.cfg.seeds()), strict=True
+    ):
+        variables = jax.tree.map(jnp.asarray, variables)
+        fresh = run.model.init(stream(jnp.asarray(seed), "init"))  # what this very seed began with
+        for into, each in ((heads.trained, variables), (heads.untrained, fresh)):
+            for kind, apart in distances(run.model, each, halves[0]).items():
+                into[kind].append(apart)
+        whole = [right(run.model, variables, each) for each in halves]
+        for kind in KINDS:
+            costs = []
+            for head in range(run.model.config.heads):
+                silent = without_head(variables, kind, head)
+                left = [right(run.model, silent, each) for each in halves]
+                costs.append([100 * (a - b) for a, b in zip(whole, left, strict=True)])
+            for rank, (_, cost) in enumerate(sorted(costs, reverse=True), 1):
+                heads.lost.setdefault((kind, rank), []).append(cost)
+    return heads
+
+
+def judge_heads(setting: Setting, heads: Heads, accuracy: Mapping[str, Sequence[float]]) -> Claim:
+    """The verdict on them, and on the accuracy (in %) by seed of models with other numbers."""
+    single = [a - b for a, b in zip(accuracy["4 heads"], accuracy["1 head"], strict=True)]
+    cases = {
+        f"{name}: heads are further apart than before training": [
+            a - b for a, b in zip(heads.trained[kind], heads.untrained[kind], strict=True)
+        ]
+        for kind, name in KINDS.items()
+    }
+    cases |= {
+        f"{name}: points lost without its most useful head": heads.lost[kind, 1]
+        for kind, name in KINDS.items()
+    }
+    cases["points lost with one head as wide as four"] = single
+    ranks = {key: mean_interval(each) for key, each in heads.lost.items()}
     pictures.points(
         {
-            "distance of the heads' maps (total variation)": {
-                f"{KINDS[kind]}, {when}": mean_interval([each[kind] for each in values])
+            "distance of the two heads most alike (total variation)": {
+                f"{KINDS[kind]}, {when}": mean_interval(values[kind])
                 for kind in KINDS
-                for when, values in (("trained", trained), ("untrained", fresh))
+                for when, values in (("trained", heads.trained), ("untrained", heads.untrained))
             },
             "points of sequences right lost without that head": {
-                f"{KINDS[kind]}, rank {rank}": each for (kind, rank), each in cut.items()
+                f"{KINDS[kind]}, rank {rank}": each for (kind, rank), each in ranks.items()
+            },
+            "% of sequences right": {
+                name: mean_interval(values) for name, values in accuracy.items()
             },
         },
         setting.folder / "heads.png",
     )
-    rows = [(KINDS[kind], str(rank), shown(each, ".1f")) for (kind, rank), each in cut.items()]
+    rows = [(KINDS[kind], str(rank), shown(each, ".1f")) for (kind, rank), each in ranks.items()]
     return Claim(
-        title="Heads attend differently",
-        says="Several heads let the model attend in several ways at once; one head averages them.",
+        name="heads",
+        title="Several heads",
+        says="Several heads attend in several ways at once; one head averages them.",
         method=(
-            f"The {run.cfg.replicas} trained seeds of 4 heads of `configs/ablations/heads.py` on "
-            f"{examples} test strings: the total variation distance between the maps of two "
-            "heads, over all pairs and queries. True if it is larger than before training "
-            "(paired t, Holm). And what one head as wide as the four comes to: true if it is "
-            "worse (paired t). Below, the points of sequences right that a trained model loses "
-            "when one of its heads is silent, heads ranked by it in each seed."
+            f"The {len(single)} trained seeds of 4 heads of `configs/ablations/heads.py`, on the "
+            "test strings. How far the maps of two heads are apart is their total variation "
+            "distance, of the two that are most alike; compared with the same seed before "
+            "training, it says that training drew them apart, and not what for. What a head is "
+            "worth is what the model loses when it is silent: heads are ranked on one half of the "
+            "strings and measured on the other. And one head as wide as the four is compared with "
+            "them, trained alike. True if the mean over seeds is above 0 (paired t, Holm)."
         ),
-        checks=checks,
-        picture="heads.png",
+        checks=above_zero(cases, shown),
         tables=[table(("attention", "rank", "points lost without that head"), rows)],
-        data={"trained": trained, "untrained": fresh, "accuracy": accuracy},
+        data={
+            "trained": heads.trained,
+            "untrained": heads.untrained,
+            "lost": {f"{kind}, rank {rank}": each for (kind, rank), each in heads.lost.items()},
+            "accuracy": accuracy,
+        },
     )
-
-
-def shown(interval: Interval | Any, figures: str = ".2f") -> str:
-    """`0.52 [0.40, 0.64]`"""
-    return f"{interval.mean:{figures}} [{interval.low:{figures}}, {interval.high:{figures}}]"

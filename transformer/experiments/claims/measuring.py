@@ -2,17 +2,18 @@
 
 import multiprocessing
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from scipy import stats
 
-from transformer.experiments.statistics import critical
+from transformer import cli
 
 Numbers = Sequence[Any] | np.ndarray
 
@@ -24,16 +25,17 @@ def interleaved(
 ) -> dict[Any, list[float]]:
     """Seconds a call takes, in each of several rounds in which every call has its turn.
 
-    What slows the machine for a while then slows all of them.
+    What slows the machine for a while then slows all of them. The order is another in each
+    round, so that no call always follows the same one.
     """
     repeats = {}
     for name, call in calls.items():
         jax.block_until_ready(call())  # compiles, and warms the caches
         repeats[name] = max(1, round(shortest / timed(call, 1)))
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call, repeats[name]))
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(calls), len(calls)):
+            seconds[name].append(timed(calls[name], repeats[name]))
     return seconds
 
 
@@ -45,37 +47,24 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-class Slope(NamedTuple):
-    """y ~ x^exponent, with the 95% interval of the exponent."""
-
-    exponent: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def slope(x: Numbers, y: Numbers) -> Slope:
-    """The straight line through log y over log x, by least squares."""
+def slope(x: Numbers, y: Numbers) -> float:
+    """The exponent of y ~ x^exponent: the straight line through log y over log x."""
     fit: Any = stats.linregress(np.log(x), np.log(y))
-    margin = critical(len(x) - 1, 0.95) * fit.stderr  # two numbers are fitted: n - 2 degrees
-    return Slope(float(fit.slope), float(fit.slope - margin), float(fit.slope + margin))
+    return float(fit.slope)
 
 
-def crossing(x: Numbers, rising: Numbers, other: Numbers) -> float | None:
-    """Where `rising` overtakes `other` for good, straight lines between logs; None: nowhere in x.
+def crossing(x: Numbers, rising: Numbers, other: Numbers) -> float:
+    """Where `rising` overtakes `other` for good, straight lines between logs.
 
-    Args:
-      x: ascending.
-      rising: below the other at first, if they cross.
-      other: likewise.
+    0.0 if it is ahead from the first x on, infinity if it is not at the last.
     """
     ahead = np.log(rising) - np.log(other)
     below = np.flatnonzero(ahead < 0.0)
-    if below.size == 0 or below[-1] == len(x) - 1:
-        return None
+    if below.size == 0:
+        return 0.0
     i = below[-1]
+    if i == len(x) - 1:
+        return np.inf
     share = -ahead[i] / (ahead[i + 1] - ahead[i])
     return float(np.exp(np.log(x[i]) + share * (np.log(x[i + 1]) - np.log(x[i]))))
 
@@ -96,16 +85,23 @@ def trip_counts(program: str) -> list[int]:
     return sorted((int(count[1]) for count in counts if count), reverse=True)
 
 
-def on_cores(cores: int, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a process of its own that has so many CPU cores to run on.
+def instructions(program: str) -> int:
+    """How many instructions a compiled program has, by its HLO text, fused ones included."""
+    return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", program, re.MULTILINE))
 
-    `function` and its arguments are pickled to a fresh interpreter.
+
+def in_a_process(cores: int | None, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a fresh process, on so many CPU cores, or on all of them.
+
+    `function` and its arguments are pickled to a new interpreter.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=stay_on, initargs=(cores,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=begin, initargs=(cores,)) as pool:
         return pool.submit(function, *args).result()
 
 
-def stay_on(cores: int) -> None:
-    """Keeps this process, which has not started JAX's threads yet, on its first `cores` cores."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+def begin(cores: int | None) -> None:
+    """Keeps this process, which has no threads of JAX yet, on its first `cores` cores."""
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    cli.set_up_jax()

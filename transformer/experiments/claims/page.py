@@ -1,6 +1,7 @@
 """What a claim is, how its verdict follows from its checks, and the page that shows them."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,77 +32,84 @@ class Check:
 
     case: which.
     found: the number, with its spread.
-    holds: whether the claim is true of it.
+    holds: whether the claim is true of it; None: these numbers do not tell.
     """
 
     case: str
     found: str
-    holds: bool
+    holds: bool | None
 
 
 @dataclass(frozen=True)
 class Claim:
     """A claim of the text and what became of it.
 
+    name: of its picture and of the file with its numbers.
     title: of its section.
     says: what the text says.
     method: what was measured and how, and when a check holds, in sentences.
     checks: the cases.
-    picture: the file in the setting's folder; None where nothing could be measured.
     tables: Markdown, below the checks.
-    data: the numbers behind it, for JSON.
+    data: the numbers behind it.
     """
 
+    name: str
     title: str
     says: str
     method: str
     checks: Sequence[Check]
-    picture: str | None
     tables: Sequence[str] = ()
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def verdict(self) -> str:
-        """`holds` in all cases, in some (which those are not), or in none."""
+        """`holds` if it is true of all cases, `with a condition` if of some."""
+        cases = {
+            answer: [check.case for check in self.checks if check.holds is answer]
+            for answer in (True, False, None)
+        }
         if not self.checks:
             return "could not be measured here"
-        failed = [check.case for check in self.checks if not check.holds]
-        if not failed:
-            return "holds"
-        if len(failed) == len(self.checks):
+        if not cases[True]:
             return "does not hold here"
-        return f"holds with a condition; not for: {'; '.join(failed)}"
+        if len(cases[True]) == len(self.checks):
+            return "holds"
+        parts = [
+            f"{words}: {'; '.join(cases[answer])}"
+            for answer, words in ((False, "not for"), (None, "undecided"))
+            if cases[answer]
+        ]
+        return f"holds with a condition; {'; '.join(parts)}"
 
 
-def write(claims: Iterable[Claim], folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Writes the page beside `folder` and the numbers into it; returns the page."""
-    claims = list(claims)
-    record = [dataclasses.asdict(each) | {"verdict": each.verdict()} for each in claims]
-    write_json(folder / "claims.json", {**facts, "claims": record})
+def store(claim: Claim, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes a claim with its numbers and `facts` to its own file, as soon as it is measured."""
+    record = {**facts, "verdict": claim.verdict(), **dataclasses.asdict(claim)}
+    write_json(folder / f"{claim.name}.json", record)
+
+
+def write(folder: Path, names: Sequence[str]) -> Path:
+    """Writes the page of all claims that `folder` has numbers of, in the order of `names`."""
+    found = [folder / f"{name}.json" for name in names]
+    records = [json.loads(path.read_text()) for path in found if path.exists()]
     path = folder.with_suffix(".md")
-    path.write_text(text(claims, facts, folder.name))
+    path.write_text(text(records, folder))
     return path
 
 
-def text(claims: Sequence[Claim], facts: Mapping[str, Any], folder: str) -> str:
+def text(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
     """The page."""
-    head = f"""# The claims of the text, checked
+    head = """# The claims of the text, checked
 
-    {facts["command"]}
+    python scripts/claims.py --jobs=4
 
-On {facts["devices"]}; commit {facts["commit"] or "unknown"}; JAX {facts["jax"]}.
-
-Each claim is put to the test in several cases. It *holds* if it is true of every case, *holds with
-a condition* if of some, which is then said, and *does not hold here* if of none. Brackets are 95%
-intervals (Student's t). The toy task is small: what does not show on it may show elsewhere.
+Each claim is put to the test in several cases, of each of which it is true, or is not, or the
+numbers do not tell. It *holds* if it is true of all of them, *holds with a condition* if of some,
+and *does not hold here* if of none. Brackets are 95% intervals (Student's t). The toy task is
+small: what does not show on it may show elsewhere.
 """
-    rows = [(link(each.title), each.says, f"**{each.verdict()}**") for each in claims]
-    return "\n".join(
-        (
-            head,
-            table(("claim", "the text", "verdict"), rows),
-            *(section(each, folder) for each in claims),
-        )
-    )
+    rows = [(link(each["title"]), each["says"], f"**{each['verdict']}**") for each in records]
+    summary = table(("claim", "the text", "verdict"), rows)
+    return "\n".join((head, summary, *(section(each, folder) for each in records)))
 
 
 def link(title: str) -> str:
@@ -110,16 +118,20 @@ def link(title: str) -> str:
     return f"[{title}](#{anchor})"
 
 
-def section(claim: Claim, folder: str) -> str:
+def section(record: Mapping[str, Any], folder: Path) -> str:
     """A claim with its cases, its picture and its tables."""
-    rows = [(each.case, each.found, "yes" if each.holds else "**no**") for each in claim.checks]
-    parts = (
-        f"## {claim.title}\n\n> {claim.says}\n\n{claim.method}\n\n**{claim.verdict()}**\n",
+    answers = {True: "yes", False: "**no**", None: "undecided"}
+    rows = [(each["case"], each["found"], answers[each["holds"]]) for each in record["checks"]]
+    picture = f"{record['name']}.png"
+    parts = [
+        f"## {record['title']}\n\n> {record['says']}\n\n{record['method']}\n",
+        f"**{record['verdict']}**\n",
         table(("case", "found", "true"), rows) if rows else "",
-        f"![{claim.title}]({folder}/{claim.picture})\n" if claim.picture else "",
-        *claim.tables,
-    )
-    return "\n".join(parts)
+        f"![{record['title']}]({folder.name}/{picture})\n" if (folder / picture).exists() else "",
+        *record["tables"],
+        f"On {record['devices']}; JAX {record['jax']}; commit {record['commit'] or 'unknown'}.\n",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

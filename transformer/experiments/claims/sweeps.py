@@ -1,7 +1,6 @@
-"""What the claims take from sweeps: their records, and each kind at its own best learning rate."""
+"""What the claims take from sweeps: their records, and how long a step of a variant takes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer import sharding
 from transformer.config import RunConfig
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.experiments import report, runner
-from transformer.experiments.claims.measuring import interleaved
-from transformer.experiments.claims.page import Check, Setting
+from transformer.experiments.claims.measuring import in_a_process, interleaved
+from transformer.experiments.claims.page import Setting
 from transformer.experiments.report import Record
-from transformer.experiments.statistics import holm, mean_interval, paired
 from transformer.experiments.sweep import Program, Run, Sweep, all_runs, load_sweep, plan
-from transformer.model import Model
+from transformer.metrics import by_replica
+from transformer.model import Model, Params
+from transformer.trained import load
 from transformer.training import init_state, make_train_step, make_train_steps, zero_sums
+from transformer.workdir import Workdir
 
+STEPS, ROUNDS = 10, 5  # of training, in a timing; of timings, in a process
 REPLICAS = 8  # as `scripts/sweep.py` groups them unless told otherwise, so that both share runs
 
 
@@ -53,40 +56,25 @@ def records(setting: Setting, name: str) -> dict[str, list[Record]]:
     return {name: sorted(each, key=lambda one: one.run.seed) for name, each in found.items()}
 
 
-@dataclass(frozen=True)
-class Best:
-    """A kind at the learning rate at which it gets to the target soonest.
-
-    variant: of the sweep.
-    rate: the learning rate.
-    records: its seeds.
-    """
-
-    variant: str
-    rate: float
-    records: Sequence[Record]
-
-    def steps(self) -> list[int]:
-        """To the target, of the seeds that reach it."""
-        return [each.steps for each in self.records if each.steps is not None]
+def target_of(name: str) -> float:
+    """The validation accuracy that a shipped sweep is run to."""
+    return load_sweep(file_of(name)).target
 
 
-def bests(found: Mapping[str, Sequence[Record]]) -> dict[str, Best]:
-    """Each kind of a sweep whose variants are called `kind, rate`, at its own best rate.
-
-    The one at which most seeds reach the target; among those the one that takes the
-    fewest steps, or, where none does, the most accurate one.
-    """
-
-    def order(best: Best) -> tuple[Any, ...]:
-        steps, accuracy = best.steps(), [each.accuracy for each in best.records]
-        return (-len(steps), float(np.mean(steps)) if steps else 0.0, -float(np.mean(accuracy)))
-
-    kinds: dict[str, list[Best]] = {}
-    for variant, each in found.items():
-        kind, _, rate = variant.rpartition(", ")
-        kinds.setdefault(kind, []).append(Best(variant, float(rate), each))
-    return {kind: min(candidates, key=order) for kind, candidates in kinds.items()}
+def trained(setting: Setting, name: str, variant: str) -> list[tuple[Model, Params]]:
+    """Each seed of a variant as it ended; `records` has been called before."""
+    found, loaded = [], {}
+    for program, replica, run in all_runs(plan(load_sweep(file_of(name)), REPLICAS)):
+        if run.variant == variant:
+            if program.name not in loaded:
+                workdir = Workdir(str(setting.root / name / program.name))
+                loaded[program.name] = load(
+                    workdir, sharding.one_device(), data_dir=setting.data_dir
+                )
+            one = loaded[program.name]
+            variables = by_replica(one.variables, one.cfg.replicas)[replica]
+            found.append((one.model, jax.tree.map(jnp.asarray, variables)))
+    return found
 
 
 def trainer(sweep: Sweep, variant: str, data_dir: str | None, steps: int) -> Callable[[], Any]:
@@ -102,88 +90,31 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None, steps: int) -> Cal
     return lambda: train_steps(state, zero_sums(), data, jnp.int32(steps))
 
 
-def seconds_a_step(
-    sweep: Sweep, variants: Sequence[str], data_dir: str | None, *, rounds: int, steps: int = 10
+def seconds_a_step(name: str, variants: Sequence[str], data_dir: str | None) -> dict[str, float]:
+    """Of each variant of a shipped sweep: a single run on all cores of this process, in turns."""
+    sweep = load_sweep(file_of(name))
+    calls = {variant: trainer(sweep, variant, data_dir, STEPS) for variant in variants}
+    return {
+        variant: float(np.median(found)) / STEPS
+        for variant, found in interleaved(calls, ROUNDS).items()
+    }
+
+
+def step_times(
+    name: str, variants: Sequence[str], data_dir: str | None, processes: int
 ) -> dict[str, list[float]]:
-    """Of each variant in every round, one run on all cores, taken in turns."""
-    calls = {variant: trainer(sweep, variant, data_dir, steps) for variant in variants}
-    timings = interleaved(calls, rounds)
-    return {variant: [each / steps for each in found] for variant, found in timings.items()}
+    """`seconds_a_step` in each of several fresh processes."""
+    found = [in_a_process(None, seconds_a_step, name, variants, data_dir) for _ in range(processes)]
+    return {variant: [each[variant] for each in found] for variant in variants}
 
 
-@dataclass(frozen=True)
-class Race:
-    """One kind against another to the target.
-
-    case: of the check.
-    ours, theirs: at their best.
-    ours_step, theirs_step: median seconds a step.
-    """
-
-    case: str
-    ours: Best
-    theirs: Best
-    ours_step: float
-    theirs_step: float
+def curves(records: Sequence[Record]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, and the mean, the lowest and the highest validation accuracy over seeds."""
+    values = np.array([[y for _, y in seed.curve] for seed in records])
+    return [x for x, _ in records[0].curve], values.mean(0), values.min(0), values.max(0)
 
 
-def judge(races: Sequence[Race]) -> list[Check]:
-    """Ours gets there sooner, in steps and in seconds, corrected by Holm for all of them.
-
-    Who reaches the target on every seed beats who does not. Where neither does, it cannot
-    be told, which does not count for the claim.
-    """
-    tests, entries = [], []
-    for race in races:
-        for unit, own, other in (
-            ("steps", 1.0, 1.0),
-            ("seconds", race.ours_step, race.theirs_step),
-        ):
-            ours = [own * steps for steps in race.ours.steps()]
-            theirs = [other * steps for steps in race.theirs.steps()]
-            whole = [
-                len(x) == len(b.records) for x, b in ((ours, race.ours), (theirs, race.theirs))
-            ]
-            test = paired(ours, theirs) if all(whole) else None
-            entries.append((race, unit, ours, theirs, whole, test))
-            tests.append(np.nan if test is None else test.p)
-    checks = []
-    for (race, unit, ours, theirs, whole, test), p in zip(entries, holm(tests), strict=True):
-        text = f"{reach(ours, race.ours)} against {reach(theirs, race.theirs)} {unit}"
-        if test is None:
-            holds = whole[0] and not whole[1]
-        else:
-            text += f" (p {p:.2g})"
-            holds = test.mean < 0.0 and p <= 0.05
-        checks.append(Check(f"{race.case}, {unit}", text, holds))
-    return checks
-
-
-def reach(values: Sequence[float], best: Best) -> str:
-    """The mean of those that arrive, with its interval, and how many where not all do."""
-    if not values:
-        return f"none of {len(best.records)} seeds arrives"
-    each = mean_interval(values)
-    text = f"{each.mean:.3g}"
-    if each.n > 1:
-        text += f" [{each.low:.3g}, {each.high:.3g}]"
-    return text if each.n == len(best.records) else f"{text} ({each.n}/{len(best.records)} seeds)"
-
-
-def rates_table(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, str, str, str]]:
-    """Rows (variant, seeds that arrive, steps, remark) of every rate that was tried."""
-    rows, best = [], bests(found)
-    rates: dict[str, list[float]] = {}
-    for variant in found:
-        kind, _, rate = variant.rpartition(", ")
-        rates.setdefault(kind, []).append(float(rate))
-    for variant, each in found.items():
-        steps = [one.steps for one in each if one.steps is not None]
-        mean = f"{np.mean(steps):,.0f}" if steps else ""
-        kind, _, rate = variant.rpartition(", ")
-        remark = ""
-        if best[kind].variant == variant:
-            end = float(rate) in (min(rates[kind]), max(rates[kind]))
-            remark = "best, at the end of what was tried" if end else "best"
-        rows.append((variant, f"{len(steps)}/{len(each)}", mean, remark))
-    return rows
+def in_seconds(curve: tuple, seconds_a_step: Sequence[float]) -> tuple:
+    """A curve over seconds of training instead of steps."""
+    steps, *band = curve
+    return ([step * float(np.median(seconds_a_step)) for step in steps], *band)
