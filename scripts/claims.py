@@ -56,7 +56,7 @@ def main() -> None:
     for name in (name for name in CLAIMS if name in ONLY.value):
         claim = CLAIMS[name](setting)
         page.store(claim, folder, about)
-        console.print(f"{claim.title}: {claim.verdict()}")
+        console.print(f"{claim.title}: {page.verdict(claim.checks)}")
     facts({"page": str(page.write(folder, list(CLAIMS)))})
 
 

@@ -28,6 +28,7 @@ from transformer.training import stream
 from transformer.workdir import Workdir
 
 KINDS = {"encoder": "encoder", "decoder": "masked decoder", "cross": "cross"}
+APART = 0.1  # total variation, beyond which the maps of two heads are said to differ
 SCALES = (1.0, 1e4)  # of scores: ordinary, and far beyond what an exponential can hold
 
 
@@ -232,7 +233,13 @@ def judge_heads(setting: Setting, heads: Heads, accuracy: Mapping[str, Sequence[
     """The verdict on them, and on the accuracy (in %) by seed of models with other numbers."""
     single = [a - b for a, b in zip(accuracy["4 heads"], accuracy["1 head"], strict=True)]
     cases = {
-        f"{name}: heads are further apart than before training": [
+        f"{name}: the two heads most alike are more than {APART} apart": [
+            each - APART for each in heads.trained[kind]
+        ]
+        for kind, name in KINDS.items()
+    }
+    cases |= {
+        f"{name}: they are further apart than before training": [
             a - b for a, b in zip(heads.trained[kind], heads.untrained[kind], strict=True)
         ]
         for kind, name in KINDS.items()
@@ -259,6 +266,13 @@ def judge_heads(setting: Setting, heads: Heads, accuracy: Mapping[str, Sequence[
         },
         setting.folder / "heads.png",
     )
+    apart = [
+        (
+            KINDS[kind],
+            *(shown(mean_interval(each[kind])) for each in (heads.trained, heads.untrained)),
+        )
+        for kind in KINDS
+    ]
     rows = [(KINDS[kind], str(rank), shown(each, ".1f")) for (kind, rank), each in ranks.items()]
     return Claim(
         name="heads",
@@ -267,14 +281,18 @@ def judge_heads(setting: Setting, heads: Heads, accuracy: Mapping[str, Sequence[
         method=(
             f"The {len(single)} trained seeds of 4 heads of `configs/ablations/heads.py`, on the "
             "test strings. How far the maps of two heads are apart is their total variation "
-            "distance, of the two that are most alike; compared with the same seed before "
-            "training, it says that training drew them apart, and not what for. What a head is "
-            "worth is what the model loses when it is silent: heads are ranked on one half of the "
-            "strings and measured on the other. And one head as wide as the four is compared with "
-            "them, trained alike. True if the mean over seeds is above 0 (paired t, Holm)."
+            "distance (the share of its weight that one gives to other keys), here of the two "
+            f"that are most alike: more than {APART}, and further than in the same seed before "
+            "training. What a head is worth is what the model loses when it is silent: heads are "
+            "ranked on one half of the strings and measured on the other. And one head as wide as "
+            "the four is compared with them, trained alike. True if the mean over seeds is above "
+            "0, or above what is said (t-tests, Holm)."
         ),
         checks=above_zero(cases, shown),
-        tables=[table(("attention", "rank", "points lost without that head"), rows)],
+        tables=[
+            table(("attention", "two heads most alike are apart by", "before training"), apart),
+            table(("attention", "rank", "points lost without that head"), rows),
+        ],
         data={
             "trained": heads.trained,
             "untrained": heads.untrained,

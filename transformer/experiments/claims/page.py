@@ -9,6 +9,8 @@ from typing import Any
 
 from transformer.workdir import write_json
 
+NAMED = 4  # exceptions that a verdict names; it counts more of them
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -61,36 +63,47 @@ class Claim:
     tables: Sequence[str] = ()
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def verdict(self) -> str:
-        """`holds` if it is true of all cases, `with a condition` if of some."""
-        cases = {
-            answer: [check.case for check in self.checks if check.holds is answer]
-            for answer in (True, False, None)
-        }
-        if not self.checks:
-            return "could not be measured here"
-        if not cases[True]:
-            return "does not hold here"
-        if len(cases[True]) == len(self.checks):
-            return "holds"
-        parts = [
-            f"{words}: {'; '.join(cases[answer])}"
-            for answer, words in ((False, "not for"), (None, "undecided"))
-            if cases[answer]
-        ]
-        return f"holds with a condition; {'; '.join(parts)}"
+
+def verdict(checks: Sequence[Check]) -> str:
+    """What the checks come to: `holds` if all are true, `with a condition` if some are.
+
+    The exceptions are named, or counted where they are many.
+    """
+    cases = {
+        answer: [check.case for check in checks if check.holds is answer]
+        for answer in (True, False, None)
+    }
+    exceptions = len(checks) - len(cases[True])
+    if not checks:
+        return "could not be measured here"
+    if not cases[True]:
+        return "does not hold here"
+    if not exceptions:
+        return "holds"
+    if exceptions > NAMED:
+        return (
+            f"holds with a condition: in {len(cases[True])} of {len(checks)} cases, not in "
+            f"{len(cases[False])}, undecided in {len(cases[None])}"
+        )
+    parts = [
+        f"{words}: {'; '.join(cases[answer])}"
+        for answer, words in ((False, "not for"), (None, "undecided"))
+        if cases[answer]
+    ]
+    return f"holds with a condition; {'; '.join(parts)}"
 
 
 def store(claim: Claim, folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes a claim with its numbers and `facts` to its own file, as soon as it is measured."""
-    record = {**facts, "verdict": claim.verdict(), **dataclasses.asdict(claim)}
-    write_json(folder / f"{claim.name}.json", record)
+    write_json(folder / f"{claim.name}.json", {**facts, **dataclasses.asdict(claim)})
 
 
 def write(folder: Path, names: Sequence[str]) -> Path:
     """Writes the page of all claims that `folder` has numbers of, in the order of `names`."""
     found = [folder / f"{name}.json" for name in names]
     records = [json.loads(path.read_text()) for path in found if path.exists()]
+    for each in records:
+        each["verdict"] = verdict([Check(**check) for check in each["checks"]])
     path = folder.with_suffix(".md")
     path.write_text(text(records, folder))
     return path

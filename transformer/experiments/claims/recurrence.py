@@ -296,7 +296,7 @@ def judge_parallel(
         for kind in KINDS:
             each = np.exp([gains[kind, number] for number in numbers])
             series[kind] = (numbers, np.median(each, 1), each.min(1), each.max(1))
-        panel = pictures.Panel(f"n = {length}", "cores", "times as fast as on one", series)
+        panel = pictures.Panel(f"n = {length}", "cores", "times as fast as on one", series, "x")
         pictures.lines([panel], setting.folder / "parallel.png")
     rows = [
         (kind, str(number), times(mean_interval(gains[kind, number].tolist())))
