@@ -28,7 +28,7 @@ from transformer.console import (
     perplexity,
     table,
 )
-from transformer.data.batches import Dataset
+from transformer.data.batches import Dataset, pack
 from transformer.data.load import Corpus, open_corpus
 from transformer.errors import UserError
 from transformer.metrics import (
@@ -85,6 +85,9 @@ def run(
     data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
     for name, dataset in data.items():
         cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
+    examples = len(data["train"])
+    if cfg.data.pack:
+        data["train"] = pack(data["train"], cfg.data.pack)
     data = jax.device_put(data, sharding.replicated(mesh))
 
     # Model and optimizer: structure and shapes, no arrays yet.
@@ -94,7 +97,8 @@ def run(
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
     facts(
         {
-            "data": f"{corpus.builder.info.full_name}, {len(data['train']):,} training examples",
+            "data": f"{corpus.builder.info.full_name}, {examples:,} training examples"
+            + (f" in {len(data['train']):,} rows" if cfg.data.pack else ""),
             "devices": sharding.describe(mesh),
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),

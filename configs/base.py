@@ -33,6 +33,7 @@ def get_config() -> Any:
     config.data.train = "train"  # TFDS splits, slices too: train[:10%]
     config.data.validation = "validation"
     config.data.test = "test"
+    config.data.pack = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 
     # Where the replicas of a population differ: a value each, in order; empty: in nothing (but
     # in their seeds).

@@ -106,6 +106,8 @@ def logits_of(
         batch.source_segments,
         batch.target_in,
         batch.target_segments,
+        source_positions=batch.source_positions,
+        target_positions=batch.target_positions,
         training=None if dropout is None else training_of(model, dropout),
     )
 

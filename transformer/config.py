@@ -92,6 +92,11 @@ class RunConfig:
                 f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
                 "where the order of the data would repeat; lower one of them"
             )
+        if self.data.pack and self.model.architecture == "recurrent":
+            raise UserError(
+                f"data.pack={self.data.pack}: model.architecture=recurrent reads one example a "
+                "row; set it to 0"
+            )
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "

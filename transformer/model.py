@@ -395,6 +395,8 @@ class Transformer(nnx.Module):
         target_in: Int[Array, "B T"],
         target_segments: Int[Array, "B T"],
         *,
+        source_positions: Int[Array, "B S"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
     ) -> Float[Array, "B T V"]:
@@ -402,17 +404,21 @@ class Transformer(nnx.Module):
 
         Args:
           source: tokens that the encoder reads.
-          source_segments: 0 = padding.
+          source_segments: 0 = padding; of packed rows, which of its examples a token is of.
           target_in: BOS and the target's tokens.
-          target_segments: 0 = padding.
+          target_segments: likewise; attention does not cross from a segment into another.
+          source_positions: where a token stands in its segment; None: where it is in its row.
+          target_positions: likewise.
           training: dropout and what else training brings; None in evaluation.
           maps: `{"encoder": [], "decoder": [], "cross": []}`, to be filled with the
             attention weights of each layer; None costs nothing.
         """
-        memory = self.encode(source, source_segments, training=training, maps=maps)
+        memory = self.encode(
+            source, source_segments, positions=source_positions, training=training, maps=maps
+        )
         training = training and training.over(target_segments)
         length = target_in.shape[1]
-        positions = self.positions(jnp.arange(length), training)
+        positions = self.positions(in_row(length, target_positions), training)
         mask = masking.causal(length) & masking.segment(target_segments, target_segments)
         mask = self.in_window(mask)
         memory_mask = masking.segment(target_segments, source_segments)
@@ -432,19 +438,20 @@ class Transformer(nnx.Module):
         source: Int[Array, "B S"],
         source_segments: Int[Array, "B S"],
         *,
+        positions: Int[Array, "B S"] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's memory of `source`."""
         training = training and training.over(source_segments)
-        positions = self.positions(jnp.arange(source.shape[1]), training)
+        positions = self.positions(in_row(source.shape[1], positions), training)
         x = drop(self.source_position.embed(self.embedding(source), positions), training)
         mask = self.in_window(masking.segment(source_segments, source_segments))
         related = relations(self.source_position, mask, positions, positions)
         return self.encoder(x, related, training, maps["encoder"] if maps else None)
 
-    def positions(self, index: Int[Array, "T"], training: Training | None) -> Int[Array, "1 T"]:
-        """Where the tokens `index` of a sequence stand.
+    def positions(self, index: Int[Array, "#B T"], training: Training | None) -> Int[Array, "#B T"]:
+        """Where the tokens `index` of their sequences stand.
 
         With `random_positions` L above 0, a batch's positions in training are a sorted
         draw from 0 … L - 1 without replacement; so the model meets positions that
@@ -454,11 +461,13 @@ class Transformer(nnx.Module):
         """
         reach = self.config.random_positions
         if not reach:
-            return index[None]
+            return index
         if training is None:
-            return index[None] * (reach // self.config.max_length)
-        drawn = jax.random.choice(training.rngs.positions(), reach, index.shape, replace=False)
-        return jnp.sort(drawn)[None]
+            return index * (reach // self.config.max_length)
+        # As many as an example has tokens at most; the rows of packed ones say nothing of that.
+        length = index.shape[1] if index.shape[0] == 1 else self.config.max_length
+        drawn = jax.random.choice(training.rngs.positions(), reach, (length,), replace=False)
+        return jnp.sort(drawn)[index]
 
     def in_window(
         self, mask: Bool[Array, "#B 1 T S"], offset: int | Int[Array, ""] = 0
@@ -504,13 +513,11 @@ class Transformer(nnx.Module):
         the whole target. Past the cache's length the logits are NaN.
         """
         steps, room = tokens.shape[1], cache.decoded[0].key.shape[1]
-        positions = self.positions(cache.filled + jnp.arange(steps), None)
+        positions = self.positions(cache.filled + in_row(steps), None)
         mask = self.in_window(masking.causal(steps, room, cache.filled), cache.filled)
         x, decoded = self.decoder(
             self.embed_target(tokens, positions, None),
-            relations(
-                self.target_position, mask, positions, self.positions(jnp.arange(room), None)
-            ),
+            relations(self.target_position, mask, positions, self.positions(in_row(room), None)),
             cache.memory,
             masking.segment(jnp.ones_like(tokens), cache.source_segments),
             (cache.decoded, cache.filled),
@@ -519,8 +526,13 @@ class Transformer(nnx.Module):
         return logits, cache._replace(filled=cache.filled + steps, decoded=decoded)
 
 
+def in_row(length: int, positions: Int[Array, "B T"] | None = None) -> Int[Array, "#B T"]:
+    """The given positions, or where none are given those of a row's tokens themselves."""
+    return jnp.arange(length)[None] if positions is None else positions
+
+
 def relations(
-    position: Any, mask: Array, queries: Int[Array, "1 T"], keys: Int[Array, "1 S"]
+    position: Any, mask: Array, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
 ) -> Relations:
     """How queries that stand at `queries`, and so do the new keys, stand to the keys at `keys`."""
     rotate = partial(position.rotate, positions=queries)

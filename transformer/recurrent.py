@@ -218,10 +218,15 @@ class Recurrent(nnx.Module):
         target_in: Int[Array, "B T"],
         target_segments: Int[Array, "B T"],
         *,
+        source_positions: None = None,
+        target_positions: None = None,
         training: Training | None = None,
         maps: dict[str, list[Array]] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits for each target position; the arguments are those of `model.Transformer`."""
+        """Logits for each target position; the arguments are those of `model.Transformer`.
+
+        One example a row: there are no positions to give.
+        """
         memory = self.encode(source, source_segments, training=training)
         cache = self.start_cache(memory, source_segments, target_in.shape[1])
         return self.advance(target_in, cache, training, maps)[0]

@@ -218,6 +218,8 @@ def make_train_step(
                 batch.source_segments,
                 batch.target_in,
                 batch.target_segments,
+                source_positions=batch.source_positions,
+                target_positions=batch.target_positions,
                 training=Training(streams(key), numbers.dropout, numbers.attention_dropout),
             )
             loss = cross_entropy(logits, batch.target_out, numbers.label_smoothing)

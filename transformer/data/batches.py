@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from transformer.data.tokenizer import BOS, PAD
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.errors import UserError
 from transformer.sharding import constrain
+
+OPEN = 64  # rows that `pack` still looks for room in
 
 
 class Batch(NamedTuple):
-    """What a step reads; the nouns are explained in `transformer`."""
+    """What a step reads; the nouns are explained in `transformer`.
+
+    Positions are None where a row holds one example: a token then stands where it is.
+    """
 
     source: Int[Array, "B S"]
     source_segments: Int[Array, "B S"]
@@ -22,20 +28,55 @@ class Batch(NamedTuple):
     target_out: Int[Array, "B T"]
     target_segments: Int[Array, "B T"]
     weights: Float[Array, "B T"]
+    source_positions: Int[Array, "B S"] | None = None
+    target_positions: Int[Array, "B T"] | None = None
 
 
-def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"]) -> Batch:
-    """One example a row: `target` ends with EOS, and both are padded at their end."""
+def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: bool = False) -> Batch:
+    """Examples a row: each source and each target ends with EOS, rows are padded at their end.
+
+    Args:
+      source: one source a row; packed, as many as fit, one after another.
+      target: their targets in the same order.
+      packed: whether a row may hold several. Segment k of a target then belongs to segment
+        k of its row's source, and positions start anew in each.
+    """
     real = target != PAD
     start = jnp.full_like(target[:, :1], BOS)
+    before = jnp.concatenate([start, target[:, :-1]], axis=1)
+    if not packed:
+        return Batch(
+            source=source,
+            source_segments=(source != PAD).astype(jnp.int32),
+            target_in=jnp.where(real, before, PAD),
+            target_out=target,
+            target_segments=real.astype(jnp.int32),
+            weights=real.astype(jnp.float32),
+        )
     return Batch(
         source=source,
-        source_segments=(source != PAD).astype(jnp.int32),
-        target_in=jnp.where(real, jnp.concatenate([start, target[:, :-1]], axis=1), PAD),
+        source_segments=segments(source),
+        target_in=jnp.where(real, jnp.where(before == EOS, BOS, before), PAD),
         target_out=target,
-        target_segments=real.astype(jnp.int32),
+        target_segments=segments(target),
         weights=real.astype(jnp.float32),
+        source_positions=positions(source),
+        target_positions=positions(target),
     )
+
+
+def segments(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Of packed rows: 1, 2, … for the tokens up to each EOS, 0 for padding."""
+    ends = (tokens == EOS).astype(jnp.int32)
+    return jnp.where(tokens != PAD, 1 + jnp.cumsum(ends, axis=1) - ends, 0)
+
+
+def positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Of packed rows: 0, 1, … from the first token of each segment; 0 for padding."""
+    index = jnp.arange(tokens.shape[1])
+    first = jnp.pad(tokens[:, :-1] == EOS, ((0, 0), (1, 0)))
+    place = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return jnp.where(tokens != PAD, place, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -43,14 +84,16 @@ def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"]) -> Batch:
 class Dataset:
     """A split as two arrays of tokens: a pytree that jitted functions take as an argument.
 
-    source: [examples, S] int32, EOS at each end, then padding.
-    target: [examples, T] int32, likewise.
-    batch_size: examples a batch.
+    source: [rows, S] int32, EOS at each end, then padding.
+    target: [rows, T] int32, likewise.
+    batch_size: rows a batch.
+    packed: whether a row may hold several examples; see `pack`.
     """
 
     source: Array | np.ndarray
     target: Array | np.ndarray
     batch_size: int = field(metadata={"static": True})
+    packed: bool = field(default=False, metadata={"static": True})
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -77,7 +120,55 @@ class Dataset:
         source, target = (
             constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
         )
-        return make_batch(source, target)
+        return make_batch(source, target, self.packed)
+
+
+def pack(data: Dataset, length: int) -> Dataset:
+    """`data` with as many examples in each row of `length` tokens as fit.
+
+    Examples go, in an order that depends on their number alone, into the first of the
+    `OPEN` youngest rows that has room for source and target. What lies together does so in every
+    epoch, so that a batch stays a function of its number.
+
+    Raises:
+      UserError: an example is longer than a row.
+    """
+    if data.longest() > length:
+        raise UserError(
+            f"data.pack={length}: the longest example has {data.longest()} tokens, its end "
+            "included; raise it to that, or to 0 for an example a row"
+        )
+    source, target = np.asarray(data.source), np.asarray(data.target)
+    sizes = np.stack([(source != PAD).sum(1), (target != PAD).sum(1)], axis=1)
+    rows: list[list[int]] = []
+    room = np.zeros((0, 2), int)  # of the open rows, the last ones of `rows`
+    for example in np.random.default_rng(len(data)).permutation(len(data)).tolist():
+        fits = np.flatnonzero((room >= sizes[example]).all(1))
+        if fits.size:
+            place = fits[0]
+            rows[place - len(room)].append(example)
+        else:
+            room = np.concatenate([room, [[length, length]]])[-OPEN:]
+            rows.append([example])
+            place = len(room) - 1
+        room[place] -= sizes[example]
+    return Dataset(
+        source=packed_rows(source, rows, length),
+        target=packed_rows(target, rows, length),
+        batch_size=data.batch_size,
+        packed=True,
+    )
+
+
+def packed_rows(
+    tokens: Int[np.ndarray, "examples _"], rows: list[list[int]], length: int
+) -> Int[np.ndarray, "rows {length}"]:
+    """The tokens of each row's examples, one after another, then padding."""
+    packed = np.full((len(rows), length), PAD, tokens.dtype)
+    for into, row in zip(packed, rows, strict=True):
+        together = tokens[row][tokens[row] != PAD]
+        into[: len(together)] = together
+    return packed
 
 
 def permute(index: UInt32[Array, ""], size: int, key: Array) -> UInt32[Array, ""]:

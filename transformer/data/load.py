@@ -24,8 +24,11 @@ class DataConfig:
     train: str
     validation: str
     test: str
+    pack: int
 
     def __post_init__(self):
+        if self.pack < 0:
+            raise UserError(f"data.pack={self.pack}: it must be at least 0")
         choose(toy.TASKS, self.task, "data.task")
         choose(toy.SIZES, self.size, "data.size")
 
