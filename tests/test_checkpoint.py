@@ -11,6 +11,7 @@ from tests.helpers import small_model
 from tests.test_programs import ROOT, TINY
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, initial, small_recipe
+from transformer import checkpoint
 from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints
 from transformer.data.load import DataConfig, open_corpus
 from transformer.errors import UserError
@@ -156,6 +157,23 @@ def test_any_damage_to_any_file_is_named_with_the_checkpoint_before(five, how):
         assert int(checkpoints.restore(50, like).step) == 50
 
 
+def test_a_deletion_that_is_cut_off_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    """The old checkpoint is moved aside as a whole before anything of it is deleted."""
+    state, like = make(ONE)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # killed there
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 1), metrics(0.1))
+        checkpoints.save(at(state, 2), metrics(0.2))
+    (moved,) = (tmp_path / "trash").iterdir()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["2", "trash"]
+    (moved / "metrics" / "metrics").unlink()  # deleted by half
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert equal(checkpoints.restore(checkpoints.find("latest"), like), at(state, 2))
+        checkpoints.save(at(state, 3), metrics(0.3))
+    assert [each.name for each in tmp_path.iterdir()] == ["3"]
+
+
 @pytest.mark.parametrize("how", ["delete", "empty"])
 def test_damaged_metrics_are_named_when_the_checkpoints_are_opened(five, how):
     path = five[0] / "50" / "metrics" / "metrics"
@@ -168,7 +186,7 @@ def test_damaged_metrics_are_named_when_the_checkpoints_are_opened(five, how):
 @pytest.mark.slow
 def test_a_disk_that_refuses_is_explained(tmp_path, data_dir):
     splits = {"train": "train", "validation": "validation", "test": "test"}
-    open_corpus(DataConfig(task="reverse", size="tiny", **splits), data_dir)
+    open_corpus(DataConfig(task="reverse", size="tiny", pack=0, **splits), data_dir)
     flags = " ".join((*TINY, "--config.steps=20", f"--data_dir={data_dir}"))
     run = f"ulimit -f 8; exec {sys.executable} train.py {flags} --workdir={tmp_path / 'run'}"
     done = subprocess.run(["bash", "-c", run], cwd=ROOT, capture_output=True, text=True)

@@ -20,7 +20,8 @@ SPLITS = ("train", "validation", "test", "test_longer")
 
 
 def config(task="reverse", size="tiny"):
-    return DataConfig(task=task, size=size, train="train", validation="validation", test="test")
+    splits = {"train": "train", "validation": "validation", "test": "test"}
+    return DataConfig(task=task, size=size, pack=0, **splits)
 
 
 def test_tasks_by_example():

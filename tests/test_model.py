@@ -243,7 +243,7 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
     @jax.jit
     @jax.vmap
     def draw(key):
-        return model.bind(params).positions(jnp.arange(8), training_of(model, key))[0]
+        return model.bind(params).positions(jnp.arange(8)[None], training_of(model, key))[0]
 
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert drawn.min() == 0
@@ -256,7 +256,7 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
 
 def test_random_positions_in_evaluation_are_evenly_spaced_over_the_same_range():
     module = small_model(random_positions=64).build(jax.random.key(0))
-    np.testing.assert_array_equal(module.positions(jnp.arange(32), None), [range(0, 64, 2)])
+    np.testing.assert_array_equal(module.positions(jnp.arange(32)[None], None), [range(0, 64, 2)])
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -7,6 +7,7 @@ of sizes and checksums, written into each checkpoint before the renaming, does.
 
 import contextlib
 import json
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from transformer.errors import UserError
 from transformer.training import TrainState
 
 MANIFEST = "manifest.json"
+# Where a checkpoint that is to go is first moved to: deleted where it stands, one that was cut
+# off in the middle of that would be taken for a damaged one.
+TRASH = "trash"
 # Orbax writes these once more after the manifest; what they say is not part of the state.
 UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
@@ -41,8 +45,10 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None):
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
+        if keep is not None:
+            clear_trash(directory)
         check_metrics(directory)
-        self.directory = directory
+        self.directory, self.writes = directory, keep is not None
         self.sealing: tuple[int, TrainState] | None = None
         kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
         self.manager = ocp.CheckpointManager(
@@ -51,6 +57,7 @@ class Checkpoints:
                 preservation_policy=policy.AnyPreservationPolicy(kept),
                 best_fn=lambda metrics: merit(metrics)[0],
                 async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
+                todelete_subdir=TRASH,
                 cleanup_tmp_directories=keep is not None,
                 create=keep is not None,
                 read_only=keep is None,
@@ -63,12 +70,15 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         with explained(f"the last checkpoint in {self.directory}"):
             self.manager.close()
+        if self.writes:
+            clear_trash(self.directory)
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
         step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
+            clear_trash(self.directory)
             self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
@@ -152,6 +162,11 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(
             f"{what} could not be written: {reason}; free space, or choose another --workdir"
         ) from error
+
+
+def clear_trash(directory: Path) -> None:
+    """Deletes the checkpoints that are no longer kept."""
+    shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
 def check_metrics(directory: Path) -> None:

@@ -481,7 +481,7 @@ class Transformer(nnx.Module):
         )
 
     def embed_target(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "1 T"], training: Training | None
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], training: Training | None
     ) -> Float[Array, "B T D"]:
         embedding = self.target_embedding or self.embedding
         return drop(self.target_position.embed(embedding(tokens), positions), training)

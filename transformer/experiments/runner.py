@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from transformer.config import differences
+from transformer.config import RunConfig, differences
 from transformer.console import console
+from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.experiments.sweep import Program
 from transformer.metrics import read_metrics
@@ -102,6 +103,9 @@ def run_all(
         console.print(
             f"{len(programs) - len(waiting)} of {len(programs)} programs are done already"
         )
+    # Once, and not by every program that starts: they would be in each other's way.
+    for data in {RunConfig.resolve(each.resolved()).data for each in waiting}:
+        open_corpus(data, data_dir)
     for each in waiting:  # a result that is there will be that of this run
         Workdir(str(root / each.name)).results.unlink(missing_ok=True)
     if cluster is None:
