@@ -357,7 +357,11 @@ def cost_table(records: Mapping[str, Sequence[Record]]) -> str:
     ]
     for name, each in records.items():
         seconds = [record.seconds for record in each if record.seconds is not None]
-        shown = f"{sum(seconds) / len(seconds):.1f}" if seconds else "not reached"
+        shown = "not reached"
+        if seconds:
+            mean = mean_interval(seconds, LEVEL)
+            shown = f"{mean.mean:.1f}"
+            shown += f" [{mean.low:.1f}, {mean.high:.1f}]" if mean.n > 1 else ""
         if seconds and len(seconds) < len(each):
             shown += f" ({len(seconds)}/{len(each)})"
         speed = sum(record.tokens_per_second for record in each) / len(each)
