@@ -272,6 +272,10 @@ def test_every_config_names_itself_in_its_docstring():
             {"data.pack": 64, "model.architecture": "recurrent"},
             r"data.pack=64: model.architecture=recurrent reads one example a row",
         ),
+        (
+            {"mesh.fsdp": 2, "model.architecture": "recurrent"},
+            r"mesh.fsdp=2, mesh.tensor=1: model.architecture=recurrent is split over the batch",
+        ),
         ({"data.size": "big"}, r"data.size=big: choose one of tiny, small"),
         ({"model.norm": "rmsnorm"}, r"model.norm=rmsnorm: choose one of layer, rms"),
         ({"model.norm_placement": "pos"}, r"choose one of pre, post, both .*mean post\?\)"),

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
 
-from tests.helpers import small_model, strings
+from tests.helpers import VARIANTS, random_params, small_model, strings, training_of
 from tests.test_training import initial, small_recipe
 from transformer import evaluation
 from transformer.data.batches import Dataset
 from transformer.errors import UserError
+from transformer.loss import cross_entropy
+from transformer.model import flatten
+from transformer.normalization import Statistic
 from transformer.optimizer import OPTIMIZERS
 from transformer.sharding import (
     RULES,
@@ -22,9 +27,12 @@ from transformer.sharding import (
     cores,
     describe,
     make_mesh,
+    parameter_shardings,
     processor,
     replicated,
+    spec,
 )
+from transformer.sharding import one_device as one_device_mesh
 from transformer.training import (
     abstract_state,
     make_train_step,
@@ -104,6 +112,39 @@ def check_shards(sizes, state):
             assert shapes == {expected}, name
         split += np.prod(ways) > 1
     assert (split > len(axes_of) / 3) == (sizes != MESHES["data"])  # all matrices, or none
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes):
+    """In training: the outputs, the statistics that batch norm sees, and the gradients."""
+    model = small_model(**changes)
+    variables, key = random_params(model, 0), jax.random.key(1)
+
+    def outputs(variables, batch):
+        module = model.bind(variables)
+        logits = module(
+            *(batch.source, batch.source_segments, batch.target_in, batch.target_segments),
+            training=training_of(model, key),
+        )
+        seen = flatten(nnx.state(module, Statistic))
+        return (cross_entropy(logits, batch.target_out) * batch.weights).sum(), (logits, seen)
+
+    def on(mesh):
+        where = parameter_shardings(mesh, model.shapes, model.axes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(variables, where)
+            batch = jax.device_put(BATCH, NamedSharding(mesh, spec(("batch",))))
+            result = jax.jit(jax.value_and_grad(outputs, has_aux=True))(placed, batch)
+        return jax.device_get(result)
+
+    sizes = (2, 2, 2)
+    if changes.get("heads") == 1:
+        sizes = (4, 2, 1)  # a single head cannot be split in two
+    if "architecture" in changes:
+        sizes = (8, 1, 1)  # other meshes are refused: see RunConfig
+    one, other = on(one_device_mesh()), on(mesh_of(*sizes))
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(right, left, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
