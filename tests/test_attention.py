@@ -34,7 +34,7 @@ each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
 
 
 def make_qkv(rng, kv_heads, value_width=H):
-    shapes = ((B, T, N, H), (B, S, kv_heads, H), (B, S, kv_heads, value_width))
+    shapes = ((B, N, T, H), (B, kv_heads, S, H), (B, kv_heads, S, value_width))
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
@@ -51,13 +51,13 @@ def by_hand(query, key, value, mask, bias):
     query, key, value = (np.asarray(each, np.float64) for each in (query, key, value))
     mask = np.broadcast_to(True if mask is None else mask, (B, N, T, S))
     bias = np.broadcast_to(0.0 if bias is None else bias, (B, N, T, S))
-    out = np.zeros((B, T, N, value.shape[-1]))
-    for b, t, n in np.ndindex(B, T, N):
-        keys, k = np.flatnonzero(mask[b, n, t]), n * key.shape[2] // N
+    out = np.zeros((B, N, T, value.shape[-1]))
+    for b, n, t in np.ndindex(B, N, T):
+        keys, k = np.flatnonzero(mask[b, n, t]), n * key.shape[1] // N
         if len(keys):
-            scores = key[b, keys, k] @ query[b, t, n] / np.sqrt(H) + bias[b, n, t, keys]
+            scores = key[b, k, keys] @ query[b, n, t] / np.sqrt(H) + bias[b, n, t, keys]
             weights = np.exp(scores - scores.max())
-            out[b, t, n] = weights / weights.sum() @ value[b, keys, k]
+            out[b, n, t] = weights / weights.sum() @ value[b, k, keys]
     return out
 
 
@@ -104,8 +104,8 @@ def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_hea
 def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, qkv):
     out = ATTENTION_BACKENDS[backend](*qkv, MASKS["nothing"])
     np.testing.assert_array_equal(out[1], 0.0)
-    np.testing.assert_array_equal(out[0, [0, 2, 3]], 0.0)
-    assert (out[0, 1] != 0).all()
+    np.testing.assert_array_equal(out[0, :, [0, 2, 3]], 0.0)
+    assert (out[0, :, 1] != 0).all()
 
 
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
@@ -115,8 +115,8 @@ def test_masked_keys_have_no_influence_at_all(backend, qkv):
         lambda key, value: jnp.sin(attend(qkv[0], key, value, mask)).sum(), argnums=(0, 1)
     )(*qkv[1:])
     for gradient in (key_gradient, value_gradient):
-        np.testing.assert_array_equal(gradient[0, 3:], 0.0)
-        assert (jnp.abs(gradient[0, :3]).sum((1, 2)) > 0).all()
+        np.testing.assert_array_equal(gradient[0, :, 3:], 0.0)
+        assert (jnp.abs(gradient[0, :, :3]).sum((0, 2)) > 0).all()
 
 
 def test_weights_of_masked_keys_are_exactly_zero_and_the_others_sum_to_one(qkv):
@@ -129,9 +129,9 @@ def test_weights_of_masked_keys_are_exactly_zero_and_the_others_sum_to_one(qkv):
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_scores_and_softmax_are_float32_under_bfloat16(backend, qkv):
     # Scores near 1000 that differ by less than bfloat16 can tell apart there (4).
-    key = jnp.zeros((1, 2, 1, 2)).at[0, :, 0, 0].set(32.0).at[0, 1, 0, 1].set(1.0)
+    key = jnp.zeros((1, 1, 2, 2)).at[0, 0, :, 0].set(32.0).at[0, 0, 1, 1].set(1.0)
     query = jnp.zeros((1, 1, 1, 2)).at[..., 0].set(44.0).at[..., 1].set(1.0)
-    value = jnp.array([0.0, 1.0]).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 2))
+    value = jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1) * jnp.ones((1, 1, 2, 2))
     query, key, value = (each.astype(jnp.bfloat16) for each in (query, key, value))
     with jax.numpy_dtype_promotion("standard"):  # jax.nn's own function relies on it
         out = ATTENTION_BACKENDS[backend](query, key, value)
@@ -150,8 +150,8 @@ def test_softmax_survives_large_scores():
 def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
     """With the identity for values, what comes out is the weights."""
     size = 64
-    query, key = (jnp.asarray(rng.normal(size=(2, size, 2, 4)), jnp.float32) for _ in range(2))
-    value = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, 2, size))
+    query, key = (jnp.asarray(rng.normal(size=(2, 2, size, 4)), jnp.float32) for _ in range(2))
+    value = jnp.broadcast_to(jnp.eye(size), (2, 2, size, size))
     mask = masking.causal(size)
     attend = partial(ATTENTION_BACKENDS[backend], query, key, value, mask)
     whole, rate = attend(), 0.3
@@ -285,7 +285,7 @@ def test_qk_norm_has_gains_of_its_own_and_comes_before_positions(rng):
     x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
 
     def by_hand(name):
-        y = jnp.einsum("btd,dnh->btnh", x, getattr(attention, name).kernel[...])
+        y = jnp.einsum("btd,dnh->bnth", x, getattr(attention, name).kernel[...])
         y = y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * gains[name]
         return y @ turn
 
@@ -312,8 +312,8 @@ def test_weights_come_out_when_asked_for_and_cost_nothing_when_not(rng):
 
 
 def test_write_places_new_positions_at_the_index(rng):
-    cache = KeyValue(jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 4, 1, 2)))
-    new = KeyValue(jnp.ones((1, 2, 1, 2)), 2 * jnp.ones((1, 2, 1, 2)))
+    cache = KeyValue(jnp.zeros((1, 1, 4, 2)), jnp.zeros((1, 1, 4, 2)))
+    new = KeyValue(jnp.ones((1, 1, 2, 2)), 2 * jnp.ones((1, 1, 2, 2)))
     written = cache.write(new, jnp.int32(1))
-    np.testing.assert_array_equal(written.key[0, :, 0, 0], [0, 1, 1, 0])
-    np.testing.assert_array_equal(written.value[0, :, 0, 0], [0, 2, 2, 0])
+    np.testing.assert_array_equal(written.key[0, 0, :, 0], [0, 1, 1, 0])
+    np.testing.assert_array_equal(written.value[0, 0, :, 0], [0, 2, 2, 0])

@@ -1,3 +1,6 @@
+import itertools
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,8 @@ import pytest
 
 from tests.helpers import VARIANTS, logits_of, random_params, small_model, strings
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import greedy
+from transformer.decoding import beam_search, greedy
+from transformer.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 
@@ -71,3 +75,158 @@ def test_a_row_without_a_source_stays_padding():
     segments = BATCH.source_segments.at[1].set(0)
     decoded = greedy(module, BATCH.source, segments, 4)
     np.testing.assert_array_equal(decoded[1], PAD)
+
+
+LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
+
+
+@cache
+def tiny_tokens(**changes):
+    """A model over 6 tokens, and its parameters."""
+    model = Model(small_model(**changes).config, 6)
+    params = random_params(model, 3)
+    return model, params
+
+
+SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
+SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
+
+
+def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE, segments=None):
+    segments = SEGMENTS if segments is None else segments
+    found = jax.jit(
+        lambda params: beam_search(
+            model.bind(params),
+            source,
+            segments,
+            length,
+            beam_size=beam_size,
+            length_penalty=alpha,
+        )
+    )(params)
+    return jax.tree.map(np.asarray, found)
+
+
+def every_sequence(vocab):
+    """All sequences of up to `LENGTH` tokens that end with EOS, and all cut off there."""
+    others = [token for token in range(vocab) if token != EOS]
+    for n in range(LENGTH):
+        yield from ((*start, EOS) for start in itertools.product(others, repeat=n))
+    yield from itertools.product(others, repeat=LENGTH)
+
+
+def scored(model, params, alpha):
+    """Each source's sequences, the best first, those that end before those that do not.
+
+    (has an end, score, tokens), each by a call of the whole model, without a cache.
+    """
+    sequences = list(every_sequence(model.vocab_size))
+    target = np.full((len(sequences), LENGTH), PAD, np.int32)
+    for row, sequence in zip(target, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    lengths = np.array([len(sequence) for sequence in sequences])
+    real = np.arange(LENGTH) < lengths[:, None]
+    target_in = np.concatenate([np.full((len(target), 1), BOS), target[:, :-1]], axis=1)
+    ranked = []
+    for source, segments in zip(SOURCE, SEGMENTS, strict=True):
+        repeated = [jnp.broadcast_to(each, (len(target), 4)) for each in (source, segments)]
+        logits = jax.jit(lambda *args: model.bind(params)(*args))(
+            *repeated, jnp.asarray(target_in, jnp.int32), jnp.asarray(real, jnp.int32)
+        )
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        log_p = np.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+        scores = (log_p * real).sum(1) / ((5 + lengths) / 6) ** alpha
+        ends = [EOS in sequence for sequence in sequences]
+        rows = zip(ends, scores, map(tuple, target.tolist()), strict=True)
+        ranked.append(sorted(rows, reverse=True))
+    return ranked
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize(
+    "changes", [{}, {"position": "alibi"}, {"architecture": "recurrent"}], ids=str
+)
+def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
+    model, params = tiny_tokens(**changes)
+    found = search(model, params, len(list(every_sequence(model.vocab_size))), alpha)
+    for tokens, scores, ranked in zip(*found, scored(model, params, alpha), strict=True):
+        assert [tuple(each) for each in tokens.tolist()] == [each[2] for each in ranked]
+        np.testing.assert_allclose(scores, [each[1] for each in ranked], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 2},
+        {"kv_heads": 1, "window": 2, "position": "rotary"},
+        {"architecture": "recurrent", "layers": 2},
+    ],
+    ids=str,
+)
+def test_a_beam_of_one_is_greedy(changes):
+    model = small_model(**changes)
+    for seed in range(3):
+        params = random_params(model, seed)
+        found = search(model, params, 1, 0.0, 6, BATCH.source, BATCH.source_segments)
+        decode = jax.jit(
+            lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6)
+        )
+        np.testing.assert_array_equal(found.tokens[:, 0], decode(params))
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": "recurrent"}], ids=str)
+def test_scores_are_those_of_the_model_on_the_hypotheses(changes):
+    """And a beam of 3 follows its own cache: what it says of an output is true of it."""
+    model, params = tiny_tokens(**changes)
+    found = search(model, params, 3, 0.6)
+    for tokens, scores, ranked in zip(*found, scored(model, params, 0.6), strict=True):
+        table = {tokens: score for _, score, tokens in ranked}
+        expected = [table[tuple(each)] for each in tokens.tolist()]
+        np.testing.assert_allclose(scores, expected, rtol=1e-4)
+        ends = [EOS in each for each in tokens.tolist()]
+        assert ends == sorted(ends, reverse=True)
+        order = list(zip(ends, scores, strict=True))
+        assert order == sorted(order, reverse=True)
+        assert len(set(map(tuple, tokens.tolist()))) == 3
+
+
+def test_what_shares_a_batch_changes_nothing():
+    model, params = tiny_tokens()
+    together = search(model, params, 2, 0.6, 8)
+    for i in range(3):
+        alone = search(model, params, 2, 0.6, 8, SOURCE[i : i + 1], SEGMENTS[i : i + 1])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+        np.testing.assert_allclose(alone.scores[0], together.scores[i], rtol=1e-5)
+
+
+def test_longer_outputs_win_as_the_penalty_grows():
+    model, params = tiny_tokens()
+    lengths = [(search(model, params, 30, alpha).tokens[:, 0] != PAD).sum() for alpha in (0.0, 5.0)]
+    assert lengths[0] < lengths[1]
+
+
+def test_the_search_stops_when_nothing_can_get_better(monkeypatch):
+    """Every source ends at once with probability nearly 1: one step is enough for one beam."""
+    module, steps = ending_at_once(), []
+    original = type(module).decode_step
+
+    def counted(self, tokens, cache):
+        jax.debug.callback(lambda filled: steps.append(int(filled)), cache.filled)
+        return original(self, tokens, cache)
+
+    monkeypatch.setattr(type(module), "decode_step", counted)
+    found = beam_search(
+        module, BATCH.source, BATCH.source_segments, 50, beam_size=1, length_penalty=0.6
+    )
+    jax.effects_barrier()
+    assert steps == [0]
+    np.testing.assert_array_equal(found.tokens[:, 0, :2], [[EOS, PAD]] * 3)
+
+
+def test_without_a_source_there_is_no_hypothesis():
+    model, params = tiny_tokens()
+    found = search(model, params, 2, 0.6, segments=SEGMENTS.at[1].set(0))
+    np.testing.assert_array_equal(found.tokens[1], PAD)
+    np.testing.assert_array_equal(found.scores[1], -np.inf)
+    whole = search(model, params, 2, 0.6)
+    np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])

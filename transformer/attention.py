@@ -34,11 +34,13 @@ class KeyValue(NamedTuple):
     """The projected keys and values of S positions, or of a cache with room for S.
 
     K is the number of heads, or fewer where groups of heads share keys and values. H is the
-    width of keys, E that of values, the paper's d_k and d_v.
+    width of keys, E that of values, the paper's d_k and d_v. Heads come before positions, so
+    that a step of decoding reads each head's cache as it lies in memory; the other way
+    round, copying it was half of the step.
     """
 
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K E"]
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S E"]
 
     def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
         """This cache with `new`'s positions written from position `index` on.
@@ -48,14 +50,14 @@ class KeyValue(NamedTuple):
         """
         update = jax.lax.dynamic_update_slice_in_dim
         return KeyValue(
-            update(self.key, new.key.astype(self.key.dtype), index, axis=1),
-            update(self.value, new.value.astype(self.value.dtype), index, axis=1),
+            update(self.key, new.key.astype(self.key.dtype), index, axis=2),
+            update(self.value, new.value.astype(self.value.dtype), index, axis=2),
         )
 
 
-def share(x: Float[Array, "B S K H"], heads: int) -> Float[Array, "B S N H"]:
+def share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
     """Keys or values for each of N heads, N/K neighbours sharing one of K."""
-    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
 def masked_softmax(
@@ -75,14 +77,14 @@ def masked_softmax(
 
 
 def attention_weights(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 whatever the inputs' dtype."""
-    key = share(key, query.shape[2])
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    key = share(key, query.shape[1])
+    scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
@@ -90,42 +92,40 @@ def attention_weights(
 
 
 def einsum_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K E"],
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "B T N E"]:
+) -> Float[Array, "B N T E"]:
     """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V, as the equation reads.
 
     The reference that every other backend is tested against, and the one that has the
     weights at hand, for `drop` to be applied to. (Equation 1.)
     """
     weights = drop(attention_weights(query, key, mask, bias))
-    value = share(value, query.shape[2])
-    return jnp.einsum("BNTS,BSNE->BTNE", weights.astype(value.dtype), value)
+    value = share(value, query.shape[1])
+    return jnp.einsum("BNTS,BNSE->BNTE", weights.astype(value.dtype), value)
 
 
 def xla_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K E"],
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
     mask: Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
-) -> Float[Array, "B T N E"]:
+) -> Float[Array, "B N T E"]:
     """The same through `jax.nn.dot_product_attention`, which wants E = H.
 
     That function gives a query with no allowed key the mean of the values, so its
     output is set to zero here.
     """
+    query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
     out = jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=mask, implementation="xla"
-    )
-    if mask is None:
-        return out
-    attends = mask.any(-1)  # [B|1, N|1, T]
-    return jnp.where(jnp.moveaxis(attends, 1, 2)[..., None], out, 0)
+    ).swapaxes(1, 2)
+    return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
 ATTENTION_BACKENDS = {"einsum": einsum_attention, "xla": xla_attention}
@@ -214,7 +214,8 @@ class MultiHeadAttention(nnx.Module):
         axes = ("batch", "length", self.kv_axis, "head")
         key = self.key(y) if self.key_norm is None else self.key_norm(self.key(y))
         key = key if rotate is None else rotate(key)
-        return KeyValue(constrain(key, *axes), constrain(self.value(y), *axes))
+        key, value = constrain(key, *axes), constrain(self.value(y), *axes)
+        return KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     def __call__(
         self,
@@ -240,13 +241,13 @@ class MultiHeadAttention(nnx.Module):
         """
         query = self.query(x) if self.query_norm is None else self.query_norm(self.query(x))
         query = query if rotate is None else rotate(query)
-        query = constrain(query, "batch", "length", "heads", "head")
+        query = constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
         if maps is not None:
             maps.append(attention_weights(query, key_value.key, mask, bias))
         heads = self.attend(
             query, key_value.key, key_value.value, mask, bias, **weight_dropout(training)
         )
-        return self.out(heads)
+        return self.out(heads.swapaxes(1, 2))
 
 
 def weight_dropout(training: Training | None) -> dict[str, Any]:

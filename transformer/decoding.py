@@ -1,8 +1,10 @@
 """Decoding: from a source to the model's own target."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.model import Transformer
@@ -40,3 +42,136 @@ def greedy(
         return advanced, tokens, token[:, None], done | (token == EOS)
 
     return jax.lax.while_loop(going, step, (cache, tokens, last, done))[1]
+
+
+class Beams(NamedTuple):
+    """The best hypotheses of each source, the best first; J of them.
+
+    tokens: up to and with EOS, then padding. One that found no end in the room there was
+      has none, and stands behind those that did.
+    scores: log p / penalty(tokens, EOS included), in nats; -inf where there are no more.
+    """
+
+    tokens: Int[Array, "*B J T"]
+    scores: Float[Array, "*B J"]
+
+
+class Search(NamedTuple):
+    """What beam search carries from token to token.
+
+    cache: of B · J rows, the hypotheses of a source side by side.
+    going: the J likeliest hypotheses without an end, [B, J, T].
+    log_p: of each of them; -inf where there are fewer.
+    ended: the J best that have ended.
+    """
+
+    cache: Any
+    going: Int[Array, "B J T"]
+    log_p: Float[Array, "B J"]
+    ended: Beams
+
+
+def penalty(length: int | Int[Array, ""], alpha: float) -> Float[Array, ""]:
+    """((5 + length) / 6)^α, which a hypothesis' log p is divided by (Wu et al. 2016, section 7)."""
+    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
+def beam_search(
+    model: Transformer | Recurrent,
+    source: Int[Array, "B S"],
+    source_segments: Int[Array, "B S"],
+    length: int,
+    *,
+    beam_size: int,
+    length_penalty: float,
+) -> Beams:
+    """The J = `beam_size` best hypotheses that a search J wide finds for each source.
+
+    Each step extends the J hypotheses at hand by every token. Of the 2J likeliest results
+    those that end, and are among the first J, are kept by their score; the J likeliest of
+    the others go on. A row is done when no hypothesis at hand can still enter its J best:
+    log p only falls, and the penalty of the longest output divides it the most. The loop
+    stops when all rows are done, so the answer does not depend on what shares a batch.
+
+    At J = 1 without a length penalty it is greedy decoding; with J the number of all
+    sequences, it ranks them all.
+
+    Args:
+      model: the module.
+      source: as the encoder reads it.
+      source_segments: 0 = padding; a row without a source gets no hypothesis.
+      length: tokens in an output at most, EOS included.
+      beam_size: J.
+      length_penalty: α ≥ 0; 0 ranks by probability, more favours longer outputs.
+    """
+    rows, width = source.shape[0], beam_size
+    memory = model.encode(source, source_segments)
+    cache = model.start_cache(memory, source_segments, length, hypotheses=width)
+    blank = jnp.full((rows, width, length), PAD, jnp.int32)
+    nothing = jnp.full((rows, width), -jnp.inf)
+    has_source = (source_segments > 0).any(-1)
+    search = Search(
+        cache=cache,
+        going=blank,
+        log_p=nothing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf)),
+        ended=Beams(blank, nothing),
+    )
+
+    def is_going(search: Search) -> Bool[Array, ""]:
+        within_reach = search.log_p[:, 0] / penalty(length, length_penalty)
+        hopeful = within_reach > search.ended.scores[:, -1]
+        return (search.cache.filled < length) & hopeful.any()
+
+    def step(search: Search) -> Search:
+        index = search.cache.filled
+        before = jnp.maximum(index - 1, 0)
+        last = jax.lax.dynamic_index_in_dim(search.going, before, axis=2)
+        last = jnp.where(index == 0, BOS, last).reshape(rows * width, 1)
+        logits, cache = model.decode_step(last, search.cache)
+        log_p = jax.nn.log_softmax(logits.reshape(rows, width, -1).astype(jnp.float32))
+        log_p, place = jax.lax.top_k((search.log_p[..., None] + log_p).reshape(rows, -1), 2 * width)
+        parent, token = place // logits.shape[-1], (place % logits.shape[-1]).astype(jnp.int32)
+        tokens = take(search.going, parent)
+        tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], (0, 0, index))
+
+        ends = token == EOS
+        finishes = ends & (jnp.arange(2 * width) < width)
+        scores = jnp.where(finishes, log_p, -jnp.inf) / penalty(index + 1, length_penalty)
+        ended = best(
+            Beams(
+                jnp.concatenate([search.ended.tokens, tokens], axis=1),
+                jnp.concatenate([search.ended.scores, scores], axis=1),
+            ),
+            width,
+        )
+        log_p, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), width)
+        parent = jnp.take_along_axis(parent, chosen, axis=1)
+        origin = (jnp.arange(rows)[:, None] * width + parent).reshape(-1)
+        return Search(cache.pick(origin), take(tokens, chosen), log_p, ended)
+
+    search = jax.lax.while_loop(is_going, step, search)
+    scores = search.log_p / penalty(length, length_penalty)
+    return followed_by(search.ended, Beams(search.going, scores))
+
+
+def take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:
+    """The hypotheses called `index` in each row."""
+    return jnp.take_along_axis(tokens, index[..., None], axis=1)
+
+
+def best(beams: Beams, number: int) -> Beams:
+    """The `number` best of them, the best first."""
+    scores, place = jax.lax.top_k(beams.scores, number)
+    return Beams(take(beams.tokens, place), scores)
+
+
+def followed_by(first: Beams, second: Beams) -> Beams:
+    """As many as each holds: those of `first` that there are, then those of `second`."""
+    width = first.scores.shape[1]
+    number = jnp.isfinite(first.scores).sum(1, keepdims=True)
+    place = jnp.arange(width)
+    place = jnp.where(place < number, place, width + place - number)
+    scores = jnp.concatenate([first.scores, second.scores], axis=1)
+    scores = jnp.take_along_axis(scores, place, axis=1)
+    tokens = take(jnp.concatenate([first.tokens, second.tokens], axis=1), place)
+    return Beams(jnp.where(jnp.isfinite(scores)[..., None], tokens, PAD), scores)

@@ -186,6 +186,9 @@ class ModelConfig:
 class Cache(NamedTuple):
     """What decoding carries from token to token; passed in and handed back, never stored.
 
+    Of several hypotheses of a source, side by side, each has a row of its own in `decoded`;
+    the memory is theirs together.
+
     filled: int32 scalar, how many target positions have been decoded.
     decoded: each layer's self-attention keys and values, with room for the whole target.
     memory: each layer's cross-attention keys and values, computed once.
@@ -196,6 +199,10 @@ class Cache(NamedTuple):
     decoded: tuple[KeyValue, ...]
     memory: tuple[KeyValue, ...]
     source_segments: Int[Array, "B S"]
+
+    def pick(self, rows: Int[Array, "rows"]) -> "Cache":
+        """The cache whose hypotheses are these rows of this one, each of its own source."""
+        return self._replace(decoded=jax.tree.map(lambda each: each[rows], self.decoded))
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -274,7 +281,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: KeyValue,
-        memory_mask: Bool[Array, "#B 1 T S"],
+        memory_mask: Bool[Array, "sources 1 #T S"],
         cache: tuple[KeyValue, Int[Array, ""]] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
@@ -300,9 +307,11 @@ class DecoderLayer(nnx.Module):
         y = self.self_attention(h, key_value, *relations, training=training, maps=into)
         x = self_attention.add(x, y, training)
         h = cross_attention.input(x, training)
+        # Hypotheses of one source, each with a row of its own, are queries to one memory.
+        h = h.reshape(memory.key.shape[0], -1, h.shape[-1])
         into = maps["cross"] if maps else None
         y = self.cross_attention(h, memory, memory_mask, training=training, maps=into)
-        x = cross_attention.add(x, y, training)
+        x = cross_attention.add(x, y.reshape(x.shape), training)
         y = self.feed_forward(feed_forward.input(x, training))
         return feed_forward.add(x, y, training), key_value
 
@@ -342,7 +351,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: tuple[KeyValue, ...],
-        memory_mask: Bool[Array, "#B 1 T S"],
+        memory_mask: Bool[Array, "sources 1 #T S"],
         cache: tuple[tuple[KeyValue, ...], Int[Array, ""]] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
@@ -490,13 +499,17 @@ class Transformer(nnx.Module):
         return (self.output_embedding or self.embedding).logits(x)
 
     def start_cache(
-        self, memory: Float[Array, "B S D"], source_segments: Int[Array, "B S"], length: int
+        self,
+        memory: Float[Array, "B S D"],
+        source_segments: Int[Array, "B S"],
+        length: int,
+        hypotheses: int = 1,
     ) -> Cache:
-        """An empty cache for decoding up to `length` target positions."""
-        batch = memory.shape[0]
+        """An empty cache for decoding up to `length` target positions of each hypothesis."""
+        batch = memory.shape[0] * hypotheses
         heads = self.config.kv_heads or self.config.heads
         widths = self.config.attention_width(), self.config.values_width()
-        empty = KeyValue(*(jnp.zeros((batch, length, heads, w), memory.dtype) for w in widths))
+        empty = KeyValue(*(jnp.zeros((batch, heads, length, w), memory.dtype) for w in widths))
         return Cache(
             filled=jnp.zeros((), jnp.int32),
             decoded=(empty,) * self.config.layers,
@@ -512,14 +525,14 @@ class Transformer(nnx.Module):
         The same as the positions `cache.filled … cache.filled + T - 1` of a call with
         the whole target. Past the cache's length the logits are NaN.
         """
-        steps, room = tokens.shape[1], cache.decoded[0].key.shape[1]
+        steps, room = tokens.shape[1], cache.decoded[0].key.shape[2]
         positions = self.positions(cache.filled + in_row(steps), None)
         mask = self.in_window(masking.causal(steps, room, cache.filled), cache.filled)
         x, decoded = self.decoder(
             self.embed_target(tokens, positions, None),
             relations(self.target_position, mask, positions, self.positions(in_row(room), None)),
             cache.memory,
-            masking.segment(jnp.ones_like(tokens), cache.source_segments),
+            masking.padding(cache.source_segments > 0),
             (cache.decoded, cache.filled),
         )
         logits = jnp.where(cache.filled + steps <= room, self.logits(x), jnp.nan)

@@ -120,16 +120,22 @@ class Cache(NamedTuple):
 
     filled: int32 scalar, how many target positions have been decoded.
     states: of each layer.
-    attended: [B, D], the last output, which the next step reads beside its token.
+    attended: [rows, D], the last output, which the next step reads beside its token; rows are B, or
+      B times the hypotheses of a source, side by side.
     memory: keys and values of the encoder's memory.
     mask: [B, 1, 1, S], which of them are tokens.
     """
 
     filled: Int[Array, ""]
     states: tuple[State, ...]
-    attended: Float[Array, "B D"]
+    attended: Float[Array, "rows D"]
     memory: KeyValue
     mask: Bool[Array, "B 1 1 S"]
+
+    def pick(self, rows: Int[Array, "rows"]) -> "Cache":
+        """The cache whose hypotheses are these rows of this one, each of its own source."""
+        states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
+        return self._replace(states=states, attended=attended)
 
 
 class Recurrent(nnx.Module):
@@ -248,10 +254,14 @@ class Recurrent(nnx.Module):
         return x
 
     def start_cache(
-        self, memory: Float[Array, "B S D"], source_segments: Int[Array, "B S"], length: int
+        self,
+        memory: Float[Array, "B S D"],
+        source_segments: Int[Array, "B S"],
+        length: int,
+        hypotheses: int = 1,
     ) -> Cache:
         """The decoder before its first token; `length` tokens need no more room than one."""
-        first = memory[:, 0, memory.shape[-1] // 2 :]
+        first = jnp.repeat(memory[:, 0, memory.shape[-1] // 2 :], hypotheses, axis=0)
         states = tuple(
             (jnp.tanh(bridge(first)), *cell.start(first.shape[0])[1:])
             for bridge, cell in zip(self.bridge, self.decoder, strict=True)
@@ -259,7 +269,7 @@ class Recurrent(nnx.Module):
         return Cache(
             filled=jnp.zeros((), jnp.int32),
             states=states,
-            attended=jnp.zeros_like(memory[:, 0]),
+            attended=jnp.zeros((first.shape[0], memory.shape[-1]), memory.dtype),
             memory=self.attention.project(memory),
             mask=masking.padding(source_segments > 0),
         )
@@ -292,7 +302,9 @@ class Recurrent(nnx.Module):
                 fresh.append(cell.step(states[i], cell.input(x)))
                 x = fresh[-1][0]
             weights: list[Array] | None = None if maps is None else []
-            read = self.attention(x[:, None], cache.memory, cache.mask, maps=weights)[:, 0]
+            # Hypotheses of one source, each with a row of its own, are queries to one memory.
+            query = x.reshape(cache.mask.shape[0], -1, x.shape[-1])
+            read = self.attention(query, cache.memory, cache.mask, maps=weights).reshape(x.shape)
             attended = jnp.tanh(self.combine(jnp.concatenate([x, read], axis=-1)))
             return (tuple(fresh), attended), (attended, weights)
 
