@@ -2,12 +2,15 @@
 
 Usage:
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
+    python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -18,6 +21,7 @@ from transformer.console import figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus
 from transformer.data.tokenizer import BOS, PAD
+from transformer.decoding import Beams, beam_search, greedy
 from transformer.errors import UserError
 from transformer.metrics import by_replica, mean_over
 from transformer.model import Model, Params
@@ -28,6 +32,10 @@ from transformer.workdir import Workdir, write_json
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
+BEAM_SIZE = flags.DEFINE_integer("beam_size", 1, "Hypotheses; 1: greedy decoding.", lower_bound=1)
+LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 0.6, "Of beam search; 0: none, more favours longer outputs.", lower_bound=0.0
+)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 
 SHOWN = 3  # examples whose attention is drawn
@@ -40,7 +48,7 @@ def main() -> None:
     cfg = RunConfig.resolve(workdir.read_config())
     split = SPLIT.value or cfg.data.test
 
-    cli.set_up_jax(cfg.replicas)
+    cli.set_up_jax(cfg.replicas, cfg.batch_size)
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
@@ -54,11 +62,11 @@ def main() -> None:
 
     scores = each(evaluation.score)(variables, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
-    decoded = each(partial(evaluation.decode, length=length))(variables, data)
+    found = each(partial(evaluation.decode, length=length, search=search()))(variables, data)
     data = jax.tree.map(np.asarray, data)
     replicas = []
     for seed, one in zip(
-        np.atleast_1d(cfg.seeds()), by_replica((scores, decoded), cfg.replicas), strict=True
+        np.atleast_1d(cfg.seeds()), by_replica((scores, found), cfg.replicas), strict=True
     ):
         replicas.append({"seed": int(seed)} | results(split, data, *jax.tree.map(np.asarray, one)))
     means = mean_over([each["metrics"] for each in replicas])
@@ -69,19 +77,27 @@ def main() -> None:
     title = f"{workdir.path}, step {step}, {split}"
     title += f", mean of {cfg.replicas} replicas" if cfg.replicas > 1 else ""
     show(title, split, means, by_length)
+    decoding = {"beam_size": BEAM_SIZE.value}
+    decoding |= {"length_penalty": LENGTH_PENALTY.value} if BEAM_SIZE.value > 1 else {}
     write_json(
-        workdir.path / f"eval_{split}.json", {"step": step, "split": split, "replicas": replicas}
+        workdir.path / f"eval_{split}.json",
+        {"step": step, "split": split, **decoding, "replicas": replicas},
     )
-    first, decoded = by_replica((variables, decoded), cfg.replicas)[0]
-    write_samples(workdir, split, corpus, data, decoded)
+    first, found = by_replica((variables, found), cfg.replicas)[0]
+    write_samples(workdir, split, corpus, data, jax.tree.map(np.asarray, found))
     draw(workdir, split, corpus, model, first, data, by_length)
 
 
-def results(
-    split: str, data: Dataset, scores: evaluation.Scores, decoded: np.ndarray
-) -> dict[str, Any]:
+def search() -> Callable[..., Beams]:
+    """How outputs are looked for."""
+    if BEAM_SIZE.value > 1:
+        return partial(beam_search, beam_size=BEAM_SIZE.value, length_penalty=LENGTH_PENALTY.value)
+    return lambda *args: Beams(greedy(*args)[:, None], jnp.zeros((len(args[1]), 1)))
+
+
+def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) -> dict[str, Any]:
     """What one replica came to, on the whole split and for each length."""
-    exact = evaluation.exact_match(decoded, np.asarray(data.target))
+    exact = evaluation.exact_match(np.asarray(found.tokens)[:, 0], np.asarray(data.target))
     return {
         "metrics": scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())},
         "by_source_length": accuracy_by_length(np.asarray(data.source), scores, exact),
@@ -154,13 +170,22 @@ def show(
 
 
 def write_samples(
-    workdir: Workdir, split: str, corpus: Corpus, data: Dataset, decoded: np.ndarray
+    workdir: Workdir, split: str, corpus: Corpus, data: Dataset, found: Beams
 ) -> None:
-    """`samples_<split>.tsv`: source, target and output of the first examples."""
+    """`samples_<split>.tsv`: source, target and output of the first examples.
+
+    Of beam search each hypothesis has a line, the best first, with its score.
+    """
     text = corpus.tokenizer.decode
-    columns = (data.source[:SAMPLES], data.target[:SAMPLES], decoded[:SAMPLES])
-    rows = zip(*(map(text, column.tolist()) for column in columns), strict=True)
-    lines = ("\t".join(row) + "\n" for row in (("source", "target", "output"), *rows))
+    rows = [("source", "target", "output") + (("score",) if BEAM_SIZE.value > 1 else ())]
+    columns = (data.source, data.target, found.tokens, found.scores)
+    for source, target, tokens, scores in zip(
+        *(column[:SAMPLES].tolist() for column in columns), strict=True
+    ):
+        for output, score in zip(tokens, scores, strict=True):
+            row = (text(source), text(target), text(output))
+            rows.append(row + ((f"{score:.4f}",) if BEAM_SIZE.value > 1 else ()))
+    lines = ("\t".join(row) + "\n" for row in rows)
     (workdir.path / f"samples_{split}.tsv").write_text("".join(lines))
 
 

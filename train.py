@@ -65,7 +65,7 @@ def main() -> None:
     file = Path(config_flags.get_config_filename(flag))
     overrides = config_flags.get_override_values(flag)
     facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
-    cli.set_up_jax(CONFIG.value.replicas)
+    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size)
     workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
     run(CONFIG.value, workdir, DATA_DIR.value, allow_changes=ALLOW_CHANGES.value)
 

@@ -10,6 +10,7 @@ from tests.test_training import pieces
 from transformer import evaluation
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
+from transformer.decoding import beam_search, greedy
 from transformer.loss import cross_entropy
 from transformer.training import make_train_step, make_train_steps, zero_sums
 
@@ -59,6 +60,37 @@ def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decodin
         np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
         shares.append(exact.mean())
     assert any(0 < share < 1 for share in shares)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_decoding_restores_the_order_of_the_examples(batch_size):
+    model = small_model(tie_embeddings=False)
+    params = random_params(model, 0)
+    decode = jax.jit(partial(evaluation.decode, model, length=9))
+    expected = greedy(model.bind(params), BATCH.source, BATCH.source_segments, 9)
+    assert len(np.unique(expected, axis=0)) > 3
+    np.testing.assert_array_equal(decode(params, dataset(batch_size)), expected)
+
+
+def test_sources_of_like_length_are_decoded_together():
+    def longest(module, source, segments, length):
+        return jnp.full(len(source), segments.sum(1).max())
+
+    model = small_model()
+    found = evaluation.decode(model, random_params(model, 0), dataset(3), 9, longest)
+    # Tokens with EOS: 2 3 3 | 4 4 5 | 6; each source says how long the longest of its batch is.
+    np.testing.assert_array_equal(found, [5, 3, 5, 3, 6, 3, 5])
+
+
+def test_beams_of_a_split_are_those_of_its_sources():
+    model = small_model(tie_embeddings=False)
+    params = random_params(model, 0)
+    search = partial(beam_search, beam_size=3, length_penalty=0.6)
+    decode = jax.jit(partial(evaluation.decode, model, length=9, search=search))
+    found = decode(params, dataset(3))
+    expected = search(model.bind(params), BATCH.source, BATCH.source_segments, 9)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
 def test_exact_match_does_not_mind_the_width_of_the_padding():

@@ -14,6 +14,7 @@ from tests.helpers import VARIANTS, random_params, small_model, strings, trainin
 from tests.test_training import initial, small_recipe
 from transformer import evaluation
 from transformer.data.batches import Dataset
+from transformer.decoding import beam_search
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
 from transformer.model import flatten
@@ -76,8 +77,12 @@ def train(sizes, steps=5, recipe=(), **changes):
             state, sums = step(state, zero_sums(), data, jnp.int32(1))
             losses.append(float(sums["loss"] / sums["tokens"]))
         scores = jax.jit(partial(evaluation.score, model))(state.variables(), data)
-        decoded = jax.jit(partial(evaluation.decode, model, length=6))(state.variables(), data)
-    return losses, state, float(scores.nll.sum()), np.asarray(decoded)
+        decode = partial(evaluation.decode, model, length=6)
+        decoded = jax.jit(decode)(state.variables(), data)
+        beams = partial(beam_search, beam_size=3, length_penalty=0.6)
+        beams = jax.jit(partial(decode, search=beams))(state.variables(), data)
+    decoded = np.concatenate([decoded[:, None], beams.tokens], axis=1)
+    return losses, state, float(scores.nll.sum()), decoded
 
 
 @pytest.fixture(scope="module")

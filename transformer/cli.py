@@ -1,7 +1,6 @@
 """What every command line shares: flags, and errors that end in one line."""
 
 import functools
-import math
 import os
 import re
 import runpy
@@ -48,14 +47,17 @@ def explained(function: Callable, *args) -> Any:
     sys.exit(2)
 
 
-def set_up_jax(replicas: int = 1) -> None:
-    """Keeps compiled programs for the next start, and gives a population's replicas devices.
+def set_up_jax(replicas: int = 1, batch_size: int = 1) -> None:
+    """Keeps compiled programs for the next start, and makes each core of a CPU a device.
 
-    On a CPU, one device for each core that has a replica: side by side they use the
-    cores better than one program over all of them does.
+    As many as divide the replicas or, in a single run, a batch. Side by side, with a part
+    of the batch each, they use the cores better than one program over all of them does: at
+    the sizes that a CPU is for, most operations are too small to be shared out one by one.
     """
-    if replicas > 1 and not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
-        jax.config.update("jax_num_cpu_devices", math.gcd(replicas, cores()))
+    if not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
+        parts = replicas if replicas > 1 else batch_size
+        number = max(n for n in range(1, cores() + 1) if parts % n == 0)
+        jax.config.update("jax_num_cpu_devices", number)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         path = Path(cache, "transformer-jax", "xla").expanduser()

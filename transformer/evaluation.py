@@ -14,6 +14,7 @@ from transformer.data.tokenizer import PAD
 from transformer.decoding import greedy
 from transformer.loss import cross_entropy
 from transformer.model import Maps, Model, Params
+from transformer.sharding import constrain, each_part, parts
 
 
 class Scores(NamedTuple):
@@ -46,7 +47,10 @@ class Scores(NamedTuple):
 
 
 def map_batches(function: Callable, data: Dataset) -> Any:
-    """`function` of each batch's (source, target), the rows' results joined in order."""
+    """`function` of each batch's (source, target), the rows' results joined in order.
+
+    A batch is split over the devices as one of training is.
+    """
     rows, size = len(data), data.batch_size
     batches = -(-rows // size)
 
@@ -54,7 +58,10 @@ def map_batches(function: Callable, data: Dataset) -> Any:
         padded = jnp.pad(tokens, ((0, batches * size - rows), (0, 0)), constant_values=PAD)
         return padded.reshape(batches, size, -1)
 
-    results = jax.lax.map(lambda pair: function(*pair), (fold(data.source), fold(data.target)))
+    def of_batch(pair):
+        return function(*(constrain(tokens, "batch", "length") for tokens in pair))
+
+    results = jax.lax.map(of_batch, (fold(data.source), fold(data.target)))
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
 
 
@@ -72,14 +79,40 @@ def score(model: Model, params: Params, data: Dataset) -> Scores:
     return map_batches(score_batch, data)
 
 
-def decode(model: Model, params: Params, data: Dataset, length: int) -> Int[Array, "examples T"]:
-    """The greedy output for every source of `data`, at most `length` tokens with EOS."""
-    module = model.bind(params)
+def decode(
+    model: Model, params: Params, data: Dataset, length: int, search: Callable[..., Any] = greedy
+) -> Any:
+    """What `search` finds for every source of `data`, at most `length` tokens with EOS.
 
-    def decode_batch(source, target):
-        return greedy(module, source, make_batch(source, target).source_segments, length)
+    A batch takes as many steps as its longest output, so sources of like length are
+    decoded together, and each device has some of every length.
 
-    return map_batches(decode_batch, data)
+    Args:
+      model: the model.
+      params: its variables.
+      data: the examples, of which only the sources are read.
+      length: of an output, at most.
+      search: `decoding.greedy`, or `decoding.beam_search` with its settings.
+
+    Returns:
+      What `search` returns, with the examples in their order: [examples, T] int32, or Beams.
+    """
+    source, ways = jnp.asarray(data.source), parts()
+    order = jnp.argsort((source != PAD).sum(1))
+    order = jnp.pad(order, (0, -len(data) % ways), constant_values=len(data))
+    order = order.reshape(-1, ways).T.reshape(-1)
+
+    def decode_part(params, source):
+        module = model.bind(params)
+
+        def decode_batch(source, _):
+            return search(module, source, (source != PAD).astype(jnp.int32), length)
+
+        return map_batches(decode_batch, Dataset(source, source, max(data.batch_size // ways, 1)))
+
+    dealt = source.at[order].get(mode="fill", fill_value=PAD)
+    found = each_part(decode_part, ways)(params, dealt)
+    return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
 
 def attention_maps(model: Model, params: Params, data: Dataset) -> Maps:

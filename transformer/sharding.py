@@ -9,7 +9,7 @@ inside the model. One device is a mesh of one, and no code differs.
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +154,34 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how `x` is split; does nothing without a mesh or on one device."""
+    """Tells the compiler how `x` is split; does nothing where there is nothing for it to split."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def each_part(function: Callable, ways: int) -> Callable:
+    """`function(everything, rows)` with the rows split over the `ways` of mesh axis `data`.
+
+    Each device calls it with its own part and needs nothing of the others: a loop ends
+    where its own rows do, and what moves rows about moves them within a device.
+    """
+    if ways == 1:
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def parts() -> int:
+    """How many ways `each_part` may split rows: those of `data`, if nothing else is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.shape["data"] < mesh.size else mesh.size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
