@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from configs import base
-from transformer.attention import ATTENTION_BACKENDS
+from transformer.attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import CharTokenizer
 from transformer.data.toy import ALPHABET
@@ -31,7 +31,7 @@ ENTRIES: list[dict[str, Any]] = [
         "norm": NORMS,
         "norm_placement": NORM_PLACEMENTS,
         "position": POSITIONS,
-        "attention_backend": ATTENTION_BACKENDS,
+        "attention_backend": [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS],
         "feed_forward": FEED_FORWARDS,
     }.items()
     for value in values

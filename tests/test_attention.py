@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,13 +11,19 @@ from flax import nnx
 from transformer import masking
 from transformer.attention import (
     ATTENTION_BACKENDS,
+    BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
+    SHORT_MASK_BACKENDS,
     KeyValue,
     MultiHeadAttention,
     attention_weights,
+    chunked_attention,
+    einsum_attention,
     masked_softmax,
+    pick,
 )
 from transformer.dropout import Training, dropout, streams
+from transformer.errors import UserError
 
 B, T, S, N, H = 2, 4, 5, 4, 6
 
@@ -27,6 +34,11 @@ MASKS = {
     "nothing": jnp.zeros((B, 1, T, S), bool).at[0, 0, 1].set(True),
     "heads": jnp.arange(B * N * T * S).reshape(B, N, T, S) % 3 > 0,
 }
+
+
+# Those that run here; cuDNN wants its GPU. What they take as an array the kernels leave to the
+# reference: see MASKS_IN_SHORT for what they take themselves.
+HERE = [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS]
 
 
 # K, how many heads the keys and values have.
@@ -64,7 +76,7 @@ def by_hand(query, key, value, mask, bias):
 @pytest.mark.parametrize("with_bias", [False, True])
 @each_sharing
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng):
     qkv = make_qkv(rng, kv_heads)
     bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32) if with_bias else None
@@ -84,7 +96,7 @@ def test_values_may_have_a_width_of_their_own(backend, kv_heads, rng):
 
 @each_sharing
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", [name for name in ATTENTION_BACKENDS if name != "einsum"])
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "einsum"])
 def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_heads, rng):
     qkv = make_qkv(rng, kv_heads)
     bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32)
@@ -100,7 +112,7 @@ def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_hea
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, qkv):
     out = ATTENTION_BACKENDS[backend](*qkv, MASKS["nothing"])
     np.testing.assert_array_equal(out[1], 0.0)
@@ -108,7 +120,7 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, qkv):
     assert (out[0, :, 1] != 0).all()
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_masked_keys_have_no_influence_at_all(backend, qkv):
     attend, mask = ATTENTION_BACKENDS[backend], MASKS["padding"]
     key_gradient, value_gradient = jax.grad(
@@ -126,7 +138,7 @@ def test_weights_of_masked_keys_are_exactly_zero_and_the_others_sum_to_one(qkv):
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_scores_and_softmax_are_float32_under_bfloat16(backend, qkv):
     # Scores near 1000 that differ by less than bfloat16 can tell apart there (4).
     key = jnp.zeros((1, 1, 2, 2)).at[0, 0, :, 0].set(32.0).at[0, 0, 1, 1].set(1.0)
@@ -317,3 +329,138 @@ def test_write_places_new_positions_at_the_index(rng):
     written = cache.write(new, jnp.int32(1))
     np.testing.assert_array_equal(written.key[0, 0, :, 0], [0, 1, 1, 0])
     np.testing.assert_array_equal(written.value[0, 0, :, 0], [0, 2, 2, 0])
+
+
+def packed(length):
+    """Two rows: three examples and padding; one example, then nothing."""
+    eighths = np.arange(length) * 8 // length
+    first = np.array([1, 1, 1, 1, 2, 2, 3, 0])[eighths]
+    second = (np.arange(length) < length // 3).astype(int)
+    return jnp.asarray(np.stack([first, second]), jnp.int32)
+
+
+LENGTHS = 70, 45  # T, S: several chunks once a chunk is 32 queries, and no multiple of anything
+
+MASKS_IN_SHORT = {
+    "segments": masking.Mask(packed(70), packed(45)),
+    "padding": masking.Mask(
+        jnp.ones((B, 70), jnp.int32), (packed(45) == 1).astype(jnp.int32).at[1].set(0)
+    ),
+    "causal": masking.Mask(packed(70), packed(70), causal=True),
+    "window": masking.Mask(packed(70), packed(70), window=5),
+    "causal window": masking.Mask(packed(70), packed(70), causal=True, window=5),
+    "no source": masking.Mask(packed(70), packed(45).at[0].set(0)),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("transformer.attention.CHUNK", 32)
+
+
+def long_qkv(rng, mask, kv_heads=N, width=H):
+    lengths = mask.queries.shape[1], mask.keys.shape[1]
+    shapes = ((N, lengths[0]), (kv_heads, lengths[1]), (kv_heads, lengths[1]))
+    return [jnp.asarray(rng.normal(size=(B, *each, width)), jnp.float32) for each in shapes]
+
+
+@pytest.mark.parametrize("kv_heads", [N, 2])
+@pytest.mark.parametrize("mask", MASKS_IN_SHORT.values(), ids=MASKS_IN_SHORT.keys())
+@pytest.mark.parametrize("backend", SHORT_MASK_BACKENDS)
+def test_masks_in_short_give_outputs_and_gradients_of_the_reference(
+    backend, mask, kv_heads, rng, small_chunks
+):
+    """Kernels are interpreted here; fully masked rows are zero and have finite gradients."""
+    inputs = long_qkv(rng, mask, kv_heads)
+
+    def both(name, mask):
+        def loss(*inputs):
+            out = ATTENTION_BACKENDS[name](*inputs, mask)
+            return jnp.sin(out + 1.0).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+        return (out, *gradients)
+
+    mine, theirs = both(backend, mask), both("einsum", mask.array())
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+    nothing = ~np.asarray(mask.array().any(-1))[:, 0]
+    assert nothing.any()
+    np.testing.assert_array_equal(mine[0].swapaxes(1, 2)[nothing], 0.0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("mask", [None, "keys", "rows"])
+def test_chunks_take_arrays_too(mask, with_bias, rng, small_chunks):
+    inputs = long_qkv(rng, MASKS_IN_SHORT["segments"])
+    mask = {
+        None: None,
+        "keys": masking.padding(packed(45) == 1),
+        "rows": MASKS_IN_SHORT["segments"].array(),
+    }[mask]
+    bias = jnp.asarray(rng.normal(size=(1, N, *LENGTHS)), jnp.float32) if with_bias else None
+
+    def gradients(attend):
+        return jax.grad(lambda *args: jnp.sin(attend(*args, mask, bias)).sum(), (0, 1, 2))(*inputs)
+
+    for one, other in zip(gradients(chunked_attention), gradients(einsum_attention), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+def test_memory_of_chunks_grows_with_the_length_and_that_of_the_reference_with_its_square():
+    def temporaries(attend, length):
+        mask = masking.Mask(*(jnp.ones((1, length), jnp.int32),) * 2, causal=True)
+        x = jnp.zeros((1, 1, length, 8))
+        compiled = jax.jit(jax.grad(lambda x: attend(x, x, x, mask).sum())).lower(x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = {
+        attend: temporaries(attend, 4096) / temporaries(attend, 2048)
+        for attend in (chunked_attention, einsum_attention)
+    }
+    assert growth[chunked_attention] < 2.3
+    assert growth[einsum_attention] > 3.5
+
+
+def test_the_kernel_is_what_runs_where_it_can(rng):
+    mask = MASKS_IN_SHORT["causal"]
+    inputs = long_qkv(rng, mask)
+
+    def has_kernel(*args):
+        return "pallas_call" in str(jax.make_jaxpr(ATTENTION_BACKENDS["splash"])(*args))
+
+    assert has_kernel(*inputs, mask)
+    assert not has_kernel(*inputs, mask.array())
+    assert not has_kernel(
+        inputs[0][:, :, :1], *inputs[1:], replace(mask, queries=mask.queries[:, :1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "platform", "changes"),
+    [
+        ("einsum", "cpu", {}),
+        ("chunked", "cpu", {"lengths": (4096, 4096)}),
+        ("splash", "tpu", {"lengths": (512, 512)}),
+        ("einsum", "tpu", {}),
+        ("einsum", "tpu", {"lengths": (512, 512), "biased": True}),
+        ("einsum", "tpu", {"lengths": (512, 512), "flexible": True}),
+        ("cudnn", "gpu", {"dtype": jnp.dtype("bfloat16")}),
+        ("einsum", "gpu", {}),
+        ("einsum", "gpu", {"dtype": jnp.dtype("bfloat16"), "head_width": 12}),
+    ],
+)
+def test_auto_picks_by_platform_and_shapes(expected, platform, changes):
+    usual = {
+        "dtype": jnp.dtype("float32"),
+        "head_width": 64,
+        "lengths": (64, 64),
+        "biased": False,
+        "flexible": False,
+    }
+    assert pick(platform, **usual | changes) == expected
+
+
+def test_without_its_gpu_cudnn_is_one_line(qkv):
+    with pytest.raises(UserError, match=r"attention_backend=cudnn.*choose another"):
+        ATTENTION_BACKENDS["cudnn"](*(each.astype(jnp.bfloat16) for each in qkv))

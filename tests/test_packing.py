@@ -114,7 +114,7 @@ def test_a_packed_example_has_the_logits_that_it_has_alone(changes):
         start += len(alone)
 
 
-@pytest.mark.parametrize("backend", ["einsum", "xla"])
+@pytest.mark.parametrize("backend", ["einsum", "xla", "chunked", "splash"])
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "relative"])
 def test_another_neighbour_changes_no_bit(backend, position):
     """Neither of the outputs of the other examples, nor of the gradients of their loss."""

@@ -4,6 +4,7 @@ Vaswani et al. 2017, section 3.2.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.dropout import Training, dropout
+from transformer.errors import UserError
+from transformer.masking import Mask, written_out
 from transformer.normalization import RMSNorm
-from transformer.sharding import constrain
+from transformer.sharding import constrain, each_shard
 
 
 class Relations(NamedTuple):
@@ -25,7 +28,7 @@ class Relations(NamedTuple):
     bias: added to the scores.
     """
 
-    mask: Bool[Array, "#B 1 #T S"]
+    mask: Mask | Bool[Array, "#B 1 #T S"]
     rotate: Callable[[Array], Array]
     bias: Float[Array, "#B N T S"] | None
 
@@ -95,7 +98,7 @@ def einsum_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S E"],
-    mask: Bool[Array, "#B #N #T S"] | None = None,
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "B N T E"]:
@@ -104,7 +107,7 @@ def einsum_attention(
     The reference that every other backend is tested against, and the one that has the
     weights at hand, for `drop` to be applied to. (Equation 1.)
     """
-    weights = drop(attention_weights(query, key, mask, bias))
+    weights = drop(attention_weights(query, key, written_out(mask), bias))
     value = share(value, query.shape[1])
     return jnp.einsum("BNTS,BNSE->BNTE", weights.astype(value.dtype), value)
 
@@ -113,26 +116,231 @@ def xla_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S E"],
-    mask: Bool[Array, "#B #N #T S"] | None = None,
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
     bias: Float[Array, "#B #N #T S"] | None = None,
+    implementation: Any = "xla",
 ) -> Float[Array, "B N T E"]:
     """The same through `jax.nn.dot_product_attention`, which wants E = H.
 
     That function gives a query with no allowed key the mean of the values, so its
     output is set to zero here.
     """
+    mask = written_out(mask)
     query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
     out = jax.nn.dot_product_attention(
-        query, key, value, bias=bias, mask=mask, implementation="xla"
+        query, key, value, bias=bias, mask=mask, implementation=implementation
     ).swapaxes(1, 2)
     return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
-ATTENTION_BACKENDS = {"einsum": einsum_attention, "xla": xla_attention}
+def cudnn_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
+) -> Float[Array, "B N T E"]:
+    """cuDNN's flash attention, through the same function: for bfloat16 on an NVIDIA GPU.
 
+    A single query, as in decoding, is left to the reference.
+
+    Raises:
+      UserError: there is no such GPU, or cuDNN has no kernel for these shapes.
+    """
+    if query.shape[2] == 1:
+        return einsum_attention(query, key, value, mask, bias)
+    try:
+        return xla_attention(query, key, value, mask, bias, "cudnn")
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.attention_backend=cudnn: {reason}; choose another, or auto"
+        ) from error
+
+
+def chunked_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
+) -> Float[Array, "B N T E"]:
+    """`CHUNK` queries at a time, and their weights again in the gradient.
+
+    So memory grows with S, not with T · S; a bias and a mask that is an array are as large as they
+    are. (After Rabe and Staats 2021, who cut the keys too.)
+    """
+    length, chunks = query.shape[2], -(-query.shape[2] // CHUNK)
+    if chunks == 1:
+        return einsum_attention(query, key, value, mask, bias)
+
+    def cut(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, chunks * CHUNK - length)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(
+            x.reshape(*x.shape[:axis], chunks, CHUNK, *x.shape[axis + 1 :]), axis, 0
+        )
+
+    parts, whole = {"query": cut(query, 2), "first": jnp.arange(chunks) * CHUNK}, {}
+    if isinstance(mask, Mask):
+        parts["queries"] = cut(mask.queries, 1)
+    for name, each in (("mask", mask), ("bias", bias)):
+        if isinstance(each, Array):  # one for each query, or one for all of them
+            whole[name] = each
+            if each.shape[2] > 1:
+                parts[name] = cut(whole.pop(name), 2)
+
+    @jax.checkpoint
+    def attend(part: dict[str, Array]) -> Array:
+        part = whole | part
+        seen = part.get("mask")
+        if isinstance(mask, Mask):
+            seen = replace(mask, queries=part["queries"]).array(part["first"])
+        return einsum_attention(part["query"], key, value, seen, part.get("bias"))
+
+    out = jnp.moveaxis(jax.lax.map(attend, parts), 0, 2)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
+
+
+def splash_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
+) -> Float[Array, "B N T E"]:
+    """Splash attention, the flash kernel for TPUs that comes with JAX; elsewhere interpreted.
+
+    It takes a mask as segments, causality and a window, and skips the blocks in which
+    nothing is allowed. It knows no bias. What it cannot take, and single queries, are left to
+    the reference.
+    """
+    if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
+        return einsum_attention(query, key, value, mask, bias)
+    attend = each_shard(
+        partial(splash_kernel, causal=mask.causal, window=mask.window),
+        (
+            ("batch", "heads", None, None),
+            *(("batch", "heads" if query.shape[1] == key.shape[1] else None, None, None),) * 2,
+            *(("batch", None),) * 2,
+        ),
+        ("batch", "heads", None, None),
+    )
+    out = attend(query * query.shape[-1] ** -0.5, key, value, mask.queries, mask.keys)
+    return jnp.where(mask.attends()[:, None, :, None], out, 0)
+
+
+def splash_kernel(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    *,
+    causal: bool,
+    window: int | None,
+) -> Float[Array, "B N T E"]:
+    """The kernel itself, on lengths made multiples of its blocks; queries are scaled."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def pad(x: Array, axis: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, -x.shape[axis] % LANES)
+        return jnp.pad(x, widths)
+
+    length = query.shape[2]
+    query, key, value = (pad(each, 2) for each in (query, key, value))
+    segments = splash.SegmentIds(pad(query_segments, 1), pad(key_segments, 1))
+    shape = query.shape[2], key.shape[2]
+    if window is not None:
+        near = (window - 1, 0 if causal else window - 1)
+        one_head = splash.LocalMask(shape, near, offset=0)
+    else:
+        one_head = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    heads = splash.MultiHeadMask([one_head] * query.shape[1])
+    q, kv = (next(size for size in (512, 256, LANES) if n % size == 0) for n in shape)
+    sizes = splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv)
+
+    def attend(*inputs: Array, interpret: bool) -> Any:
+        kernel = splash.make_splash_mha(
+            heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        return jax.vmap(kernel)(*inputs[:3], splash.SegmentIds(*inputs[3:]))
+
+    out = jax.lax.platform_dependent(
+        *(query, key, value, *segments),
+        tpu=partial(attend, interpret=False),
+        default=partial(attend, interpret=True),
+    )
+    return out[:, :, :length]
+
+
+def auto_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S E"],
+    mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
+    bias: Float[Array, "#B #N #T S"] | None = None,
+    **drop: Callable[[Array], Array],
+) -> Float[Array, "B N T E"]:
+    """The backend that `pick` names for these shapes, on this platform."""
+    flexible = bool(drop) or query.shape[-1] != value.shape[-1]
+    lengths = query.shape[2], key.shape[2]
+    name = pick(
+        jax.default_backend(), query.dtype, query.shape[-1], lengths, bias is not None, flexible
+    )
+    return ATTENTION_BACKENDS[name](query, key, value, mask, bias, **drop)
+
+
+def pick(
+    platform: str,
+    dtype: jnp.dtype,
+    head_width: int,
+    lengths: tuple[int, int],
+    biased: bool,
+    flexible: bool,
+) -> str:
+    """The name of the backend for a platform and what is to be computed there.
+
+    Args:
+      platform: cpu, gpu or tpu.
+      dtype: of queries.
+      head_width: H.
+      lengths: T and S.
+      biased: whether scores get a bias.
+      flexible: whether weights are dropped, or E is not H.
+    """
+    if flexible:
+        return "einsum"
+    if platform == "tpu" and not biased and min(lengths) >= 512:
+        return "splash"
+    if platform == "gpu" and dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128:
+        return "cudnn"
+    return "chunked" if min(lengths) >= LONG else "einsum"
+
+
+CHUNK = 256  # queries at a time
+LONG = 2048  # tokens from which weights take more memory than anything else
+LANES = 128  # of a TPU's vector unit: what the lengths of a kernel are multiples of
+
+ATTENTION_BACKENDS: dict[str, Callable[..., Array]] = {
+    "auto": auto_attention,
+    "einsum": einsum_attention,
+    "xla": xla_attention,
+    "chunked": chunked_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
 
 # The backends that can drop attention weights, and have values of another width than keys.
-FLEXIBLE_BACKENDS = ("einsum",)
+FLEXIBLE_BACKENDS = ("auto", "einsum")
+
+# Those that compute in bfloat16 alone, on the device that they are for.
+BFLOAT16_BACKENDS = ("cudnn",)
+
+# Those that take a mask in short, and never hold T · S of it.
+SHORT_MASK_BACKENDS = ("auto", "chunked", "splash")
 
 
 class MultiHeadAttention(nnx.Module):
@@ -221,7 +429,7 @@ class MultiHeadAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         key_value: KeyValue,
-        mask: Bool[Array, "#B #N #T S"] | None = None,
+        mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
         rotate: Callable[[Array], Array] | None = None,
         bias: Float[Array, "#B #N #T S"] | None = None,
         training: Training | None = None,
@@ -243,7 +451,7 @@ class MultiHeadAttention(nnx.Module):
         query = query if rotate is None else rotate(query)
         query = constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
         if maps is not None:
-            maps.append(attention_weights(query, key_value.key, mask, bias))
+            maps.append(attention_weights(query, key_value.key, written_out(mask), bias))
         heads = self.attend(
             query, key_value.key, key_value.value, mask, bias, **weight_dropout(training)
         )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +16,11 @@ from transformer.training import Recipe, init_state, make_train_step
 
 
 def step_flops(model: Model, recipe: Recipe, data: Dataset) -> int:
-    """Floating-point operations of the matrix products in one step of one run."""
+    """Floating-point operations of the matrix products in one step of one run.
+
+    Those of the model, which are the same whatever an attention backend computes twice.
+    """
+    model = Model(replace(model.config, attention_backend="einsum"), model.vocab_size)
     state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), {})
     batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
     return matmul_flops(make_train_step(model, recipe), state, batch)

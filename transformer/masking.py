@@ -15,8 +15,14 @@ the softmax becomes exp(-inf) / 0, a NaN that spreads through every gradient. A
 boolean mask says what is meant, and `attention.masked_softmax` gives such a row
 zeros, with finite gradients. See `additive` for M itself, and its test for the
 equivalence.
+
+`Mask` is what such an array is made of, for the backends of attention that never hold
+all T · S of it at once.
 """
 
+from dataclasses import dataclass, field
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -98,6 +104,44 @@ def segment(
     """
     query, key = query_segments[:, None, :, None], key_segments[:, None, None, :]
     return (query == key) & (key != 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """A mask said in short: segments, and of a sequence with itself causality and a window.
+
+    queries: [B, T] int32, the segment of each query; 0 = padding.
+    keys: [B, S] int32, likewise.
+    causal: whether a query may attend to the keys up to it alone.
+    window: how near a key must be, see `window`; None: anywhere.
+    """
+
+    queries: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    causal: bool = field(default=False, metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+
+    def array(self, first: int | Int[Array, ""] = 0) -> Bool[Array, "B 1 T S"]:
+        """The mask written out; `queries` are those from position `first` on."""
+        length, keys = self.queries.shape[1], self.keys.shape[1]
+        mask = segment(self.queries, self.keys)
+        if self.causal:
+            mask = mask & causal(length, keys, first)
+        if self.window is not None:
+            mask = mask & window(length, keys, self.window, first)
+        return mask
+
+    def attends(self) -> Bool[Array, "B T"]:
+        """Which queries have any key: in a sequence with itself, those that are not padding."""
+        if self.causal or self.window is not None:
+            return self.queries != 0
+        return segment(self.queries, self.keys)[:, 0].any(-1)
+
+
+def written_out(mask: Mask | Bool[Array, "#B #N #T S"] | None) -> Bool[Array, "#B #N #T S"] | None:
+    """The array of a mask, whichever form it has."""
+    return mask.array() if isinstance(mask, Mask) else mask
 
 
 def padding(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:

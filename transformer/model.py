@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer import masking
 from transformer.attention import (
     ATTENTION_BACKENDS,
+    BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
+    SHORT_MASK_BACKENDS,
     KeyValue,
     MultiHeadAttention,
     Relations,
@@ -133,6 +135,11 @@ class ModelConfig:
                 "weights; choose it, or set the rate to 0"
             )
 
+        if self.attention_backend in BFLOAT16_BACKENDS and self.dtype != "bfloat16":
+            raise UserError(
+                f"model.attention_backend={self.attention_backend} computes in bfloat16 alone; set "
+                "model.dtype=bfloat16, or choose another"
+            )
         if self.values_width() != self.attention_width() and (
             self.attention_backend not in FLEXIBLE_BACKENDS
         ):
@@ -281,7 +288,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: KeyValue,
-        memory_mask: Bool[Array, "sources 1 #T S"],
+        memory_mask: masking.Mask | Bool[Array, "sources 1 #T S"],
         cache: tuple[KeyValue, Int[Array, ""]] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
@@ -351,7 +358,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: tuple[KeyValue, ...],
-        memory_mask: Bool[Array, "sources 1 #T S"],
+        memory_mask: masking.Mask | Bool[Array, "sources 1 #T S"],
         cache: tuple[tuple[KeyValue, ...], Int[Array, ""]] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
@@ -428,9 +435,8 @@ class Transformer(nnx.Module):
         training = training and training.over(target_segments)
         length = target_in.shape[1]
         positions = self.positions(in_row(length, target_positions), training)
-        mask = masking.causal(length) & masking.segment(target_segments, target_segments)
-        mask = self.in_window(mask)
-        memory_mask = masking.segment(target_segments, source_segments)
+        mask = self.mask(target_segments, target_segments, causal=True, window=self.config.window)
+        memory_mask = self.mask(target_segments, source_segments)
         memory = self.decoder.project_memory(memory)
         x, _ = self.decoder(
             self.embed_target(target_in, positions, training),
@@ -455,7 +461,7 @@ class Transformer(nnx.Module):
         training = training and training.over(source_segments)
         positions = self.positions(in_row(source.shape[1], positions), training)
         x = drop(self.source_position.embed(self.embedding(source), positions), training)
-        mask = self.in_window(masking.segment(source_segments, source_segments))
+        mask = self.mask(source_segments, source_segments, window=self.config.window)
         related = relations(self.source_position, mask, positions, positions)
         return self.encoder(x, related, training, maps["encoder"] if maps else None)
 
@@ -478,16 +484,13 @@ class Transformer(nnx.Module):
         drawn = jax.random.choice(training.rngs.positions(), reach, (length,), replace=False)
         return jnp.sort(drawn)[index]
 
-    def in_window(
-        self, mask: Bool[Array, "#B 1 T S"], offset: int | Int[Array, ""] = 0
-    ) -> Bool[Array, "#B 1 T S"]:
-        """`mask` within the window of self-attention, if there is one."""
-        width = self.config.window
-        return (
-            mask
-            if width is None
-            else mask & masking.window(mask.shape[2], mask.shape[3], width, offset)
-        )
+    def mask(
+        self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], **relations: Any
+    ) -> masking.Mask | Bool[Array, "B 1 T S"]:
+        """The mask between segments in the form that the attention backend takes."""
+        mask = masking.Mask(queries, keys, **relations)
+        short = self.config.attention_backend in SHORT_MASK_BACKENDS
+        return mask if short else mask.array()
 
     def embed_target(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], training: Training | None
@@ -527,7 +530,9 @@ class Transformer(nnx.Module):
         """
         steps, room = tokens.shape[1], cache.decoded[0].key.shape[2]
         positions = self.positions(cache.filled + in_row(steps), None)
-        mask = self.in_window(masking.causal(steps, room, cache.filled), cache.filled)
+        mask = masking.causal(steps, room, cache.filled)
+        if self.config.window is not None:
+            mask = mask & masking.window(steps, room, self.config.window, cache.filled)
         x, decoded = self.decoder(
             self.embed_target(tokens, positions, None),
             relations(self.target_position, mask, positions, self.positions(in_row(room), None)),
@@ -545,7 +550,7 @@ def in_row(length: int, positions: Int[Array, "B T"] | None = None) -> Int[Array
 
 
 def relations(
-    position: Any, mask: Array, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
+    position: Any, mask: masking.Mask | Array, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
 ) -> Relations:
     """How queries that stand at `queries`, and so do the new keys, stand to the keys at `keys`."""
     rotate = partial(position.rotate, positions=queries)

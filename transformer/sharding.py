@@ -178,6 +178,28 @@ def each_part(function: Callable, ways: int) -> Callable:
     )
 
 
+def each_shard(function: Callable, inside: tuple, outside: tuple) -> Callable:
+    """`function` called on each device with its own part of the arrays.
+
+    For what XLA cannot split by itself, such as a kernel. A part does not depend on another.
+
+    Args:
+      function: of arrays, that gives one.
+      inside: the logical axes of each of its arguments.
+      outside: those of its result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1:
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=tuple(map(spec, inside)),
+        out_specs=spec(outside),
+        axis_names=set(mesh.auto_axes) - {"replica"},
+        check_vma=False,
+    )
+
+
 def parts() -> int:
     """How many ways `each_part` may split rows: those of `data`, if nothing else is split."""
     mesh = jax.sharding.get_abstract_mesh()
