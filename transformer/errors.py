@@ -14,6 +14,10 @@ class UserError(Exception):
     lines print it and exit with status 2 (`transformer.cli.run`).
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it in a notebook, instead of a traceback."""
+        return [f"error: {self}"]
+
 
 def choose(table: Mapping[str, Entry], name: str, knob: str) -> Entry:
     """The entry of `table` called `name`; otherwise an error that lists the names."""
