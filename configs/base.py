@@ -89,5 +89,6 @@ def get_config() -> Any:
     config.mesh.data = -1  # the batch
     config.mesh.fsdp = 1  # the batch, parameters and optimizer moments
     config.mesh.tensor = 1  # heads, feed-forward and vocabulary inside each layer
+    config.mesh.context = 1  # the positions of each sequence, for long ones
 
     return config

@@ -107,6 +107,7 @@ OTHER = {
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
+    "mesh.context": 2,
 }
 BESIDES = {
     "optimizer.name": {"optimizer.weight_decay": 0.1},
@@ -274,7 +275,11 @@ def test_every_config_names_itself_in_its_docstring():
         ),
         (
             {"mesh.fsdp": 2, "model.architecture": "recurrent"},
-            r"mesh.fsdp=2, mesh.tensor=1: model.architecture=recurrent is split over the batch",
+            r"mesh.fsdp=2, mesh.tensor=1, .*: model.architecture=recurrent is split over the batch",
+        ),
+        (
+            {"mesh.context": 2, "model.architecture": "recurrent"},
+            r"mesh.context=2: model.architecture=recurrent is split over the batch alone; set all",
         ),
         ({"data.size": "big"}, r"data.size=big: choose one of tiny, small"),
         ({"model.norm": "rmsnorm"}, r"model.norm=rmsnorm: choose one of layer, rms"),

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from tests.helpers import VARIANTS, random_params, small_model, strings, training_of
 from tests.test_training import initial, small_recipe
 from transformer import evaluation
-from transformer.data.batches import Dataset
+from transformer.data.batches import Dataset, make_batch, pack
 from transformer.decoding import beam_search
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
@@ -47,6 +47,8 @@ MESHES = {
     "tensor": (1, 1, 8),
     "all three": (2, 2, 2),
 }
+# data, fsdp, tensor, and context, which divides the lengths of DATA (10) or does not
+LONG_MESHES = [((1, 1, 1), 2), ((1, 1, 1), 4), ((2, 1, 2), 2), ((1, 2, 1), 4), ((1, 1, 1), 8)]
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
@@ -54,19 +56,20 @@ CHANGES = {"heads": 8, "head_width": 4, "attention_bias": True, "layers": 2}
 RECIPE = {"warmup_steps": 2, "dropout": 0.2, "attention_dropout": 0.1, "label_smoothing": 0.1}
 
 
-def mesh_of(data, fsdp, tensor, replica=1, replicas=1):
-    return make_mesh(MeshConfig(replica=replica, data=data, fsdp=fsdp, tensor=tensor), replicas)
+def mesh_of(data, fsdp, tensor, replica=1, replicas=1, context=1):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    return make_mesh(MeshConfig(replica=replica, **sizes), replicas)
 
 
-def train(sizes, steps=5, recipe=(), **changes):
+def train(sizes, steps=5, recipe=(), context=1, data=DATA, **changes):
     """The losses of each step, the final state and the validation loss, on a mesh."""
     model = small_model(**CHANGES | changes)
     knobs: dict[str, Any] = RECIPE | dict(recipe)
     recipe = small_recipe(**knobs)
-    mesh = mesh_of(*sizes)
+    mesh = mesh_of(*sizes, context=context)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
     with jax.set_mesh(mesh):
-        data = jax.device_put(DATA, replicated(mesh))
+        data = jax.device_put(data, replicated(mesh))
         init = jax.jit(initial(model, recipe), out_shardings=where)
         step = jax.jit(
             make_train_steps(make_train_step(model, recipe)),
@@ -77,6 +80,7 @@ def train(sizes, steps=5, recipe=(), **changes):
             state, sums = step(state, zero_sums(), data, jnp.int32(1))
             losses.append(float(sums["loss"] / sums["tokens"]))
         scores = jax.jit(partial(evaluation.score, model))(state.variables(), data)
+        data = jax.device_put(DATA, replicated(mesh))  # one example a row, in any case
         decode = partial(evaluation.decode, model, length=6)
         decoded = jax.jit(decode)(state.variables(), data)
         beams = partial(beam_search, beam_size=3, length_penalty=0.6)
@@ -90,9 +94,11 @@ def one_device():
     return train((1, 1, 1))
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
-def test_a_mesh_gives_the_losses_of_one_device_dropout_included(sizes, one_device):
-    losses, state, nll, decoded = train(sizes)
+@pytest.mark.parametrize(
+    ("sizes", "context"), [*((sizes, 1) for sizes in MESHES.values()), *LONG_MESHES]
+)
+def test_a_mesh_gives_the_losses_of_one_device_dropout_included(sizes, context, one_device):
+    losses, state, nll, decoded = train(sizes, context=context)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     np.testing.assert_allclose(nll, one_device[2], rtol=1e-4)
     np.testing.assert_array_equal(decoded, one_device[3])
@@ -100,7 +106,8 @@ def test_a_mesh_gives_the_losses_of_one_device_dropout_included(sizes, one_devic
         if name.endswith("key/bias"):  # its gradient is 0 but for rounding, which Adam scales up
             continue
         np.testing.assert_allclose(value, one_device[1].params[name], atol=1e-3, err_msg=name)
-    check_shards(sizes, state)
+    if context == 1:
+        check_shards(sizes, state)
 
 
 def check_shards(sizes, state):
@@ -119,9 +126,12 @@ def check_shards(sizes, state):
     assert (split > len(axes_of) / 3) == (sizes != MESHES["data"])  # all matrices, or none
 
 
+@pytest.mark.parametrize("context", [1, 4])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes):
+def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes, context):
     """In training: the outputs, the statistics that batch norm sees, and the gradients."""
+    if context > 1 and "architecture" in changes:
+        pytest.skip("the recurrent architecture is split over the batch alone")
     model = small_model(**changes)
     variables, key = random_params(model, 0), jax.random.key(1)
 
@@ -142,12 +152,12 @@ def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes):
             result = jax.jit(jax.value_and_grad(outputs, has_aux=True))(placed, batch)
         return jax.device_get(result)
 
-    sizes = (2, 2, 2)
+    sizes = (2, 2, 2) if context == 1 else (1, 1, 2)
     if changes.get("heads") == 1:
-        sizes = (4, 2, 1)  # a single head cannot be split in two
+        sizes = (4, 2, 1) if context == 1 else (1, 2, 1)  # a single head cannot be split in two
     if "architecture" in changes:
         sizes = (8, 1, 1)  # other meshes are refused: see RunConfig
-    one, other = on(one_device_mesh()), on(mesh_of(*sizes))
+    one, other = on(one_device_mesh()), on(mesh_of(*sizes, context=context))
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(right, left, rtol=1e-4, atol=1e-4)
 
@@ -177,6 +187,36 @@ def test_what_looks_at_whole_arrays_and_batches_is_the_same_on_a_mesh():
     np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
 
 
+def test_packed_rows_split_along_their_length_give_the_losses_of_one_device():
+    """Segments and positions are counted across the places where a row is cut."""
+    packed = pack(DATA, 21)
+    one, other = (train((1, 1, 1), 3, context=context, data=packed) for context in (1, 4))
+    np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
+    assert len(packed) < len(DATA)
+
+
+def test_context_divides_what_a_long_sequence_holds_on_a_device():
+    """Bytes for the gradient at length 512: mostly scores, of whose queries each has a part."""
+    model = small_model(width=8, heads=2, ff_width=8)
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+    def loss(params, tokens):
+        batch = make_batch(tokens, tokens)
+        logits = model.bind(params)(
+            batch.source, batch.source_segments, batch.target_in, batch.target_segments
+        )
+        return (cross_entropy(logits, batch.target_out) * batch.weights).sum()
+
+    def needed(context):
+        mesh = mesh_of(1, 1, 1, context=context)
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(jax.grad(loss)).lower(model.shapes, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, part = needed(1), needed(4)
+    assert part < 0.3 * whole, (whole, part)
+
+
 def test_every_matrix_is_split_over_fsdp_and_over_tensor():
     """No matrix of the model is left whole: its axes are named in the table."""
     for name, axes in small_model(position="learned", tie_embeddings=False).axes.items():
@@ -201,7 +241,7 @@ def test_constrain_does_nothing_without_a_mesh():
 
 
 def test_minus_one_takes_what_is_left():
-    sizes = {"replica": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    sizes = {"replica": 1, "data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     assert dict(mesh_of(-1, 2, 1).shape) == sizes
     kind = f"cpu ({processor()}, {cores()} cores)"
     assert describe(mesh_of(-1, 2, 1)) == f"8 × {kind}, mesh data 4, fsdp 2"

@@ -418,11 +418,14 @@ class MultiHeadAttention(nnx.Module):
     def project(
         self, y: Float[Array, "B S D"], rotate: Callable[[Array], Array] | None = None
     ) -> KeyValue:
-        """Keys and values of `y`, each projected once for each head."""
-        axes = ("batch", "length", self.kv_axis, "head")
+        """Keys and values of `y`, each projected once for each head, on the device of its position.
+
+        Then they are gathered (over the mesh axis `context`), for every query looks at them all.
+        """
+        split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
         key = self.key(y) if self.key_norm is None else self.key_norm(self.key(y))
         key = key if rotate is None else rotate(key)
-        key, value = constrain(key, *axes), constrain(self.value(y), *axes)
+        key, value = (constrain(constrain(x, *split), *whole) for x in (key, self.value(y)))
         return KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     def __call__(

@@ -97,11 +97,12 @@ class RunConfig:
                 f"data.pack={self.data.pack}: model.architecture=recurrent reads one example a "
                 "row; set it to 0"
             )
-        if self.model.architecture == "recurrent" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
+        inside = self.mesh.fsdp, self.mesh.tensor, self.mesh.context
+        if self.model.architecture == "recurrent" and inside != (1, 1, 1):
             # XLA's partitioner (jaxlib 0.10.2) gives wrong numbers in the decoder's loop.
             raise UserError(
-                f"mesh.fsdp={self.mesh.fsdp}, mesh.tensor={self.mesh.tensor}: "
-                "model.architecture=recurrent is split over the batch alone; set both to 1"
+                f"mesh.fsdp={inside[0]}, mesh.tensor={inside[1]}, mesh.context={inside[2]}: "
+                "model.architecture=recurrent is split over the batch alone; set all three to 1"
             )
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(

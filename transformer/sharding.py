@@ -23,7 +23,8 @@ from transformer.errors import UserError
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
+    "keys": None,  # of attention: a query may look at any
     "width": None,
     # parameters; heads, mlp and vocab are also axes of activations
     "embed": "fsdp",
@@ -46,12 +47,17 @@ class MeshConfig:
     data: copies of the model, each on its part of the batch.
     fsdp: the batch is split too, and so is every matrix, along the model width.
     tensor: heads, feed-forward and vocabulary are split inside each layer.
+    context: the positions of each sequence are split. Attention gathers the keys and values of
+      all of them: in each layer every device receives and holds B · S · K · (H + E) numbers of
+      its batch, whose gradients are summed over the devices on the way back; queries, scores
+      and all that is computed a token at a time stay split.
     """
 
     replica: int
     data: int
     fsdp: int
     tensor: int
+    context: int
 
 
 def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
@@ -69,7 +75,12 @@ def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
         raise UserError(
             f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
         ) from error
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {
+        "data": config.data,
+        "fsdp": config.fsdp,
+        "tensor": config.tensor,
+        "context": config.context,
+    }
     taken = math.prod(size for size in sizes.values() if size > 0)
     replica = config.replica
     if replica == -1:
@@ -97,7 +108,8 @@ def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
     if needed > len(devices):
         raise UserError(
             f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor or mesh.replica"
+            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor, mesh.context or "
+            "mesh.replica"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -119,7 +131,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 def one_device() -> Mesh:
     """A mesh of the first device alone."""
-    return make_mesh(MeshConfig(replica=1, data=1, fsdp=1, tensor=1), 1)
+    return make_mesh(MeshConfig(replica=1, data=1, fsdp=1, tensor=1, context=1), 1)
 
 
 def describe(mesh: Mesh) -> str:
@@ -154,11 +166,26 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how `x` is split; does nothing where there is nothing for it to split."""
+    """Tells the compiler how `x` is split; does nothing where there is nothing to split.
+
+    What its ways do not divide, such as a length that the data decide, the compiler pads,
+    and no result depends on that. What is shorter than they are many stays whole: the one
+    position that a step of decoding computes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    parts = [
+        part if size >= ways(mesh, part) else None
+        for size, part in zip(x.shape, spec(axes), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def ways(mesh: Any, part: str | tuple[str, ...] | None) -> int:
+    """How many ways a mesh axis, or several together, or none, split a dimension."""
+    names = (part,) if isinstance(part, str) else part or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def each_part(function: Callable, ways: int) -> Callable:
