@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from transformer import cli, evaluation, sharding
+from transformer import cli, evaluation, hosts, sharding
 from transformer.config import RunConfig
 from transformer.console import figure, percent, perplexity, table
 from transformer.data.batches import Dataset
@@ -37,6 +37,7 @@ LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 0.6, "Of beam search; 0: none, more favours longer outputs.", lower_bound=0.0
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+cli.define_host_flags()
 
 SHOWN = 3  # examples whose attention is drawn
 SAMPLES = 50  # outputs written to the samples file
@@ -49,16 +50,20 @@ def main() -> None:
     split = SPLIT.value or cfg.data.test
 
     cli.set_up_jax(cfg.replicas, cfg.batch_size)
+    cli.join_hosts()
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
     _, corpus, model, step, variables = load(workdir, mesh, CHECKPOINT.value, DATA_DIR.value)
     data = corpus.load(split, cfg.batch_size)
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
-    data = jax.device_put(data, sharding.replicated(mesh))
+    data = sharding.place(data, sharding.replicated(mesh))
 
     def each(function):
-        return jax.jit(each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)))
+        return jax.jit(
+            each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)),
+            out_shardings=sharding.replicated(mesh),
+        )
 
     scores = each(evaluation.score)(variables, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
@@ -84,7 +89,8 @@ def main() -> None:
         {"step": step, "split": split, **decoding, "replicas": replicas},
     )
     first, found = by_replica((variables, found), cfg.replicas)[0]
-    write_samples(workdir, split, corpus, data, jax.tree.map(np.asarray, found))
+    if hosts.first():
+        write_samples(workdir, split, corpus, data, jax.tree.map(np.asarray, found))
     draw(workdir, split, corpus, model, first, data, by_length)
 
 
@@ -105,11 +111,16 @@ def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) 
 
 
 def evaluation_mesh(cfg: RunConfig) -> Mesh:
-    """The mesh that the run was trained on, or one device where that is not to be had."""
+    """The mesh that the run was trained on, or one device where that is not to be had.
+
+    Several processes must have the mesh: each has a part in it.
+    """
     try:
         mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
         sharding.check_batch(mesh, cfg.batch_size)
     except UserError:
+        if hosts.several():
+            raise
         mesh = sharding.one_device()
     return mesh
 
@@ -199,6 +210,10 @@ def draw(
     by_length: list[dict[str, Any]],
 ) -> None:
     """Accuracy by length, and the attention maps of the first examples."""
+    examples = data.head(SHOWN)
+    maps = hosts.fetch(jax.jit(partial(evaluation.attention_maps, model))(params, examples))
+    if not hosts.first():
+        return
     from transformer import plots  # matplotlib is not needed before
 
     plots.accuracy_by_length(
@@ -207,8 +222,6 @@ def draw(
         [row["sequence_accuracy"] for row in by_length],
         workdir.plots / f"accuracy_by_length_{split}.png",
     )
-    examples = data.head(SHOWN)
-    maps = jax.device_get(jax.jit(partial(evaluation.attention_maps, model))(params, examples))
     for i in range(len(examples)):
         source, target = (
             [corpus.tokenizer.symbol(token) for token in tokens[i] if token != PAD]

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from transformer import cli, costs, evaluation, sharding
+from transformer import cli, costs, evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import (
@@ -56,16 +56,18 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; def
 ALLOW_CHANGES = flags.DEFINE_bool(
     "allow_changes", False, "Go on from the checkpoint of a run of another config."
 )
+cli.define_host_flags()
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     """Reads the flags and runs."""
+    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size)
+    cli.join_hosts()
     flag = flags.FLAGS["config"]
     file = Path(config_flags.get_config_filename(flag))
     overrides = config_flags.get_override_values(flag)
     facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
-    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size)
     workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
     run(CONFIG.value, workdir, DATA_DIR.value, allow_changes=ALLOW_CHANGES.value)
 
@@ -79,7 +81,7 @@ def run(
     sharding.check_batch(mesh, cfg.batch_size)
     workdir.claim(config, allow_changes=allow_changes)
 
-    # Data, all of it on the device.
+    # Data, all of it on each device.
     corpus = open_corpus(cfg.data, data_dir)
     splits = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
     data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
@@ -88,7 +90,7 @@ def run(
     examples = len(data["train"])
     if cfg.data.pack:
         data["train"] = pack(data["train"], cfg.data.pack)
-    data = jax.device_put(data, sharding.replicated(mesh))
+    data = sharding.place(data, sharding.replicated(mesh))
 
     # Model and optimizer: structure and shapes, no arrays yet.
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
@@ -113,7 +115,7 @@ def run(
             state = jax.jit(init, out_shardings=where)(cfg.seeds(), numbers)
         else:
             state = checkpoints.restore(step, like)
-            seed, seeds = np.asarray(state.seed).tolist(), cfg.seeds().tolist()
+            seed, seeds = hosts.fetch(state.seed).tolist(), cfg.seeds().tolist()
             if seed != seeds or step > cfg.steps:
                 raise UserError(
                     f"the checkpoint in {workdir.path} has seed {seed} and step {step}, "
@@ -121,7 +123,7 @@ def run(
                     "choose another --workdir"
                 )
             # Not the checkpoint's: --allow_changes may have brought others.
-            state = state._replace(numbers=jax.device_put(numbers, where.numbers))
+            state = state._replace(numbers=sharding.place(numbers, where.numbers))
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
         workdir.write_config(config)  # only now: nothing stands in the way of training
         train_steps = make_train_steps(make_train_step(model, recipe))
@@ -131,13 +133,18 @@ def run(
             out_shardings=(where, sharding.replicated(mesh)),
         )
         score = partial(evaluation.score, model)
-        score = jax.jit(each_replica(score, cfg.replicas, in_axes=(0, None)))
+        score = jax.jit(
+            each_replica(score, cfg.replicas, in_axes=(0, None)),
+            out_shardings=sharding.replicated(mesh),
+        )
         with MetricsWriter(workdir.path, step or 0, cfg.replicas) as writer:
             state = train(cfg, state, train_steps, score, data, checkpoints, writer)
 
-        from transformer import plots  # matplotlib is not needed before
+        if hosts.first():
+            from transformer import plots  # matplotlib is not needed before
 
-        plots.learning_curve(read_metrics(workdir.metrics), workdir.plots / "learning_curve.png")
+            curve = workdir.plots / "learning_curve.png"
+            plots.learning_curve(read_metrics(workdir.metrics), curve)
         results = evaluate(cfg, state, score, data)
         workdir.write_results(
             {
@@ -243,7 +250,8 @@ def show_samples(
     """Prints what the model, or the first replica, makes of a few sources."""
     length = cfg.model.reach(samples.source.shape[1] + cfg.decode_margin)
     variables = by_replica(state.variables(), cfg.replicas)[0]
-    decoded = jax.jit(partial(evaluation.decode, model, length=length))(variables, samples)
+    decode = jax.jit(partial(evaluation.decode, model, length=length))
+    decoded = hosts.fetch(decode(variables, samples))
     text = corpus.tokenizer.decode
     rows = zip(
         *(map(text, each.tolist()) for each in (samples.source, samples.target, decoded)),

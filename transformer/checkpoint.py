@@ -3,6 +3,9 @@
 Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so one
 that was cut off is never seen. It does not notice when a file is damaged later; a manifest
 of sizes and checksums, written into each checkpoint before the renaming, does.
+
+Several hosts write a checkpoint together, each the arrays of its devices, into a folder that all
+of them see. Orbax waits for the last; the first host then seals and renames.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from transformer import hosts
 from transformer.errors import UserError
 from transformer.training import TrainState
 
@@ -45,7 +50,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None):
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
-        if keep is not None:
+        if keep is not None and hosts.first():
             clear_trash(directory)
         check_metrics(directory)
         self.directory, self.writes = directory, keep is not None
@@ -70,7 +75,7 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         with explained(f"the last checkpoint in {self.directory}"):
             self.manager.close()
-        if self.writes:
+        if self.writes and hosts.first():
             clear_trash(self.directory)
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
@@ -78,7 +83,8 @@ class Checkpoints:
         step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
-            clear_trash(self.directory)
+            if hosts.first():
+                clear_trash(self.directory)
             self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
@@ -129,14 +135,7 @@ class Checkpoints:
           UserError: the checkpoint is damaged or of another model.
         """
         folder = self.directory / str(step)
-        try:
-            saved = verify(folder)
-        except DamageError as fault:
-            others = [other for other in sorted(self.manager.all_steps()) if other != step]
-            remedy = f"to go on from step {others[-1]}" if others else "and train anew"
-            raise UserError(
-                f"checkpoint {folder} is damaged ({fault}); delete it {remedy}"
-            ) from fault
+        saved = hosts.once(partial(self.verified, step))
         wanted = shapes_of(like)
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
@@ -150,6 +149,22 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
         return state
+
+    def verified(self, step: int) -> dict[str, str]:
+        """The shapes of the arrays saved at `step`, whose files are as they were written.
+
+        Raises:
+          UserError: they are not.
+        """
+        folder = self.directory / str(step)
+        try:
+            return verify(folder)
+        except DamageError as fault:
+            others = [other for other in sorted(self.manager.all_steps()) if other != step]
+            remedy = f"to go on from step {others[-1]}" if others else "and train anew"
+            raise UserError(
+                f"checkpoint {folder} is damaged ({fault}); delete it {remedy}"
+            ) from fault
 
 
 @contextlib.contextmanager

@@ -6,17 +6,23 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from transformer import hosts
 from transformer.config import flat_knobs
+from transformer.console import console
 from transformer.errors import UserError, nearest
-from transformer.sharding import cores
+from transformer.sharding import cores, find_devices
+
+GRACE = 5  # seconds for the other processes to stop too, after an error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -25,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
     What a person can cause ends with one line on standard error and exit status 2:
     a `UserError`, a flag that does not parse, and what the disk or the system refuses.
     """
-    app.run(lambda _: explained(main), flags_parser=lambda argv: explained(parse, argv))
+    app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
 
 
 def explained(function: Callable, *args) -> Any:
@@ -37,14 +43,34 @@ def explained(function: Callable, *args) -> Any:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.several():
+            raise
+        reason = " ".join(str(error).split())[:200]
+        message = f"stopped together with another process, which may say why: {reason}"
     except KeyboardInterrupt:
         print(
             "interrupted; training goes on from its last checkpoint, if any",
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGINT)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # Those who stop for the same reason part in order. Others would keep this one waiting;
+        # they are ended by JAX, which misses it.
+        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        parting.start()
+        parting.join(GRACE)
+        os._exit(2)
     sys.exit(2)
+
+
+def together(main: Callable[[], None]) -> None:
+    """Calls `main`; of several processes none ends before all have come to its end."""
+    main()
+    if hosts.several():
+        multihost_utils.sync_global_devices("end")
+        jax.distributed.shutdown()
 
 
 def set_up_jax(replicas: int = 1, batch_size: int = 1) -> None:
@@ -63,6 +89,26 @@ def set_up_jax(replicas: int = 1, batch_size: int = 1) -> None:
         path = Path(cache, "transformer-jax", "xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def define_host_flags() -> None:
+    """Defines the flags by which a program is told of its other processes; see `hosts.join`."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, of several; or auto: JAX finds them."
+    )
+    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def join_hosts() -> None:
+    """Joins the other processes, if there are any; only the first of them prints."""
+    given = flags.FLAGS
+    hosts.join(given.coordinator, given.processes, given.process)
+    if jax.distributed.is_initialized():
+        find_devices()
+        # Now, while all have just come: over Gloo (CPUs) a first meeting fails after 30 s.
+        multihost_utils.sync_global_devices("start")
+        console.quiet = not hosts.first()
 
 
 def parse(argv: Sequence[str]) -> list[str]:

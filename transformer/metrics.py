@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transformer import hosts
 from transformer.errors import UserError
 
 
@@ -27,7 +28,7 @@ def by_replica(tree: Any, replicas: int) -> list[Any]:
     """Each replica's part of a population's arrays; of a single run, the one there is."""
     if replicas == 1:
         return [tree]
-    tree = jax.device_get(tree)
+    tree = hosts.fetch(tree)
     return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
 
 
@@ -41,7 +42,7 @@ class MetricsWriter:
 
     The JSON lines are the record; the events are for looking at. In a population each
     replica has lines of its own, with its number under `replica`, and events in a folder of
-    its own.
+    its own. Of several hosts the first writes.
 
     Args:
       workdir: where the files go.
@@ -51,6 +52,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_from: int, replicas: int = 1):
+        self.writes = hosts.first()
+        if not self.writes:
+            return
         from tensorboardX import SummaryWriter  # a second of import, not needed before
 
         self.path = workdir / "metrics.jsonl"
@@ -68,12 +72,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self.writes:
+            return
         self.file.close()
         for events in self.events:
             events.close()
 
     def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Adds a line for `step` and each replica."""
+        if not self.writes:
+            return
         rows = [{"step": step, "replica": k, **each} for k, each in enumerate(metrics)]
         if len(rows) == 1:
             del rows[0]["replica"]

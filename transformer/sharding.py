@@ -65,16 +65,9 @@ def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
 
     Raises:
       UserError: a size is not a positive number, the mesh does not fit the devices or the
-        replicas, or the platform that JAX_PLATFORMS asks for is not there.
+        replicas, or devices are not to be had (`find_devices`).
     """
-    try:
-        devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that some backend is there
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split()) or "JAX finds none"
-        raise UserError(
-            f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
-        ) from error
+    devices = find_devices()
     sizes = {
         "data": config.data,
         "fsdp": config.fsdp,
@@ -111,12 +104,40 @@ def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
             f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor, mesh.context or "
             "mesh.replica"
         )
+    if needed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh {sizes} takes {needed} of the {len(devices)} devices of {jax.process_count()} "
+            "processes, and each process must have its part; set mesh.data=-1"
+        )
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=devices[:needed],
     )
+
+
+def find_devices() -> list[Any]:
+    """The devices of all hosts.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS asks for is not there, or other hosts are there
+        that have not been joined.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that some backend is there
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        raise UserError(
+            f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
+        ) from error
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this host is one of {jax.process_count()} of a TPU slice; start the same program on "
+            "all of them with --coordinator=auto (docs/clusters.md)"
+        )
+    return devices
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
@@ -236,6 +257,20 @@ def parts() -> int:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device of `mesh`."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Puts arrays, of which every host has the same, on the devices, each host on its own.
+
+    Args:
+      tree: NumPy arrays.
+      where: a sharding, or one for each array.
+    """
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _, everywhere=where: everywhere, tree)
+    return jax.tree.map(
+        lambda x, there: jax.make_array_from_callback(x.shape, there, x.__getitem__), tree, where
+    )
 
 
 def stacked(state: Any, replicas: int) -> Any:

@@ -97,7 +97,7 @@ class TrainState(NamedTuple):
 
     def taken(self) -> int:
         """How many updates have been made; all replicas keep step."""
-        return int(np.asarray(self.step).flat[0])
+        return int(np.asarray(self.step.addressable_data(0)).flat[0])
 
     def variables(self) -> Params:
         """What the model is evaluated with."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from transformer import hosts
 from transformer.config import differences
 from transformer.errors import UserError
 
@@ -75,7 +76,9 @@ class Workdir:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a file that is never seen half written."""
+    """Writes a file that is never seen half written; of several hosts the first does."""
+    if not hosts.first():
+        return
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(record, indent=2) + "\n")
     fresh.replace(path)

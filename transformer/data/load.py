@@ -4,11 +4,13 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from transformer import hosts
 from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD, CharTokenizer
@@ -77,6 +79,8 @@ class Corpus:
 def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
     """The dataset of `config`, prepared now if it never was.
 
+    Several hosts may share `data_dir`, or have one each: the first prepares before the others look.
+
     Args:
       config: which dataset.
       data_dir: where TFDS keeps datasets; None is its own default.
@@ -84,6 +88,11 @@ def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
     Raises:
       UserError: `data_dir` cannot be written to.
     """
+    return Corpus(hosts.in_turn(partial(prepared, config, data_dir)), CharTokenizer(toy.ALPHABET))
+
+
+def prepared(config: DataConfig, data_dir: str | None) -> Any:
+    """The dataset's builder, once the dataset is there; arguments and errors: `open_corpus`."""
     builder = toy.ToyStrings(config=f"{config.task}_{config.size}", data_dir=data_dir)
     if not builder.is_prepared():
         print(f"preparing {builder.info.full_name} under {builder.data_dir}")
@@ -97,4 +106,4 @@ def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
                 f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
                 f"{reason}; choose another --data_dir"
             ) from error
-    return Corpus(builder, CharTokenizer(toy.ALPHABET))
+    return builder

@@ -1,0 +1,220 @@
+"""Several processes on this machine, joined over its loopback, against one."""
+
+import json
+import shutil
+import socket
+
+import jax
+import pytest
+
+from tests.test_programs import TINY, finish, results, start
+from transformer import hosts, sharding
+from transformer.errors import UserError
+
+STEPS, SAVED = 20, 10
+SHORT = (
+    *TINY,
+    "--config.save_every=10",
+    "--config.eval_every=10",
+    "--config.keep_checkpoints=9",
+    "--config.decode_margin=2",
+    f"--config.steps={STEPS}",
+)
+# Parameters and their moments are split over all processes.
+SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
+# Sums are taken in another order: 4e-7 has been seen.
+CLOSE = 1e-5
+
+
+def launch(processes, *words, last=()):
+    """The same program in so many processes, each with one device; the last has more words."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = (f"--coordinator={address}", f"--processes={processes}")
+    more = [()] * (processes - 1) + [last]
+    return [start(*words, *flags, f"--process={k}", *more[k]) for k in range(processes)]
+
+
+def end(processes):
+    """The standard output of each of them, which all must succeed."""
+    return [finish(process) for process in processes]
+
+
+def same(left, right):
+    assert len(left) == len(right)
+    for row, other in zip(left, right, strict=True):
+        assert other == pytest.approx(row, rel=CLOSE), row["step"]
+
+
+@pytest.mark.slow
+def test_processes_train_resume_and_evaluate_together(tmp_path, data_dir):
+    """Two give the losses of one; what they save goes on in one and in four; one of them writes."""
+    data, flags = f"--data_dir={data_dir}", (*SHORT, *SPLIT)
+
+    def train(processes, name):
+        words = ("train.py", data, *flags, f"--workdir={tmp_path / name}")
+        return launch(processes, *words)
+
+    first, second = end(train(2, "two"))
+    assert "2 × cpu" in first
+    assert "mesh fsdp 2" in first
+    assert "samples" in first
+    assert [line for line in second.splitlines() if "[Gloo]" not in line] == []
+    assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
+    saved = tmp_path / "two" / "checkpoints" / str(STEPS) / "default"
+    assert len(list(saved.glob("ocdbt.process_*"))) == 2  # each has written its part
+
+    for name in ("four", "one"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / str(STEPS))
+    whole = start("train.py", data, *SHORT, f"--workdir={tmp_path / 'whole'}")
+    for processes, name in ((4, "four"), (1, "one")):
+        assert f"at step {SAVED} of {STEPS}" in end(train(processes, name))[0]
+    finish(whole)
+    steps = [row["step"] for row in results(tmp_path / "whole") if "train/loss" in row]
+    assert steps == list(range(5, STEPS + 1, 5))
+    for name in ("two", "four", "one"):
+        same(results(tmp_path / "whole"), results(tmp_path / name))
+
+    end(launch(2, "eval.py", data, f"--workdir={tmp_path / 'two'}"))
+    finish(start("eval.py", data, f"--workdir={tmp_path / 'whole'}"))
+    ours, theirs = (
+        json.loads((tmp_path / name / "eval_test.json").read_text())["replicas"][0]["metrics"]
+        for name in ("two", "whole")
+    )
+    assert ours == pytest.approx(theirs, rel=CLOSE)
+    written = (tmp_path / "two" / "samples_test.tsv").read_text()
+    assert written == (tmp_path / "whole" / "samples_test.tsv").read_text()
+    assert (tmp_path / "two" / "plots" / "attention_test_0_cross.png").exists()
+
+
+@pytest.mark.slow
+def test_a_population_has_its_replicas_in_several_processes(tmp_path, data_dir):
+    flags = (*SHORT, "--config.steps=10", "--config.replicas=2", f"--data_dir={data_dir}")
+    one = start("train.py", *flags, f"--workdir={tmp_path / 'one'}", devices=1)
+    out = end(launch(2, "train.py", *flags, f"--workdir={tmp_path / 'two'}"))
+    assert "mesh replica 2" in out[0]
+    finish(one)
+    assert {row["replica"] for row in results(tmp_path / "two")} == {0, 1}
+    same(results(tmp_path / "one"), results(tmp_path / "two"))
+
+
+def complaints(processes):
+    """The one line of each, which all must refuse and none may wait for another for long."""
+    lines = []
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        (line,) = (line for line in errors.splitlines() if line.strip())
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes_whoever_has_it(tmp_path, data_dir):
+    flags = (*SHORT, f"--data_dir={data_dir}", f"--workdir={tmp_path / 'run'}")
+    both = complaints(launch(2, "train.py", *flags, "--config.mesh.data=4"))
+    assert all("needs 4 devices and there are 2" in line for line in both)
+
+    first, second = complaints(launch(2, "train.py", *flags, last=["--workdir=/proc/none"]))
+    assert "error: /proc/none: No such file" in second
+    assert "error: stopped together with another process" in first
+
+
+@pytest.mark.slow
+def test_what_the_first_process_finds_wrong_is_everyones(tmp_path):
+    code = """
+import sys
+from transformer import hosts
+from transformer.errors import UserError
+
+def check():
+    assert hosts.first()
+    raise UserError("damaged")
+
+hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+assert hosts.once(hosts.first) is True
+order = open(sys.argv[3], "a")
+hosts.in_turn(lambda: print(hosts.first(), file=order, flush=True))
+try:
+    hosts.once(check)
+except UserError as error:
+    print(error)
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    words = ("-c", code, address)
+    both = [start(*words, str(k), str(tmp_path / "order")) for k in (1, 0)]
+    assert all(out.splitlines()[-1] == "damaged" for out in end(both))
+    assert (tmp_path / "order").read_text() == "True\nFalse\n"
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it connects")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    hosts.join(None, None, None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as sweeps submit their programs
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    hosts.join(None, None, None)
+    assert hosts.first()
+    assert not hosts.several()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2"},
+        {"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+    ],
+)
+def test_a_cluster_is_left_to_jax(environment, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: asked.append(how))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    hosts.join(None, None, None)
+    hosts.join("auto", None, None)
+    assert asked == [{"initialization_timeout": hosts.PATIENCE}] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("host:1", None, 0), "several processes need all of --coordinator"),
+        (("host:1", 2, None), "several processes need all"),
+        ((None, 2, 0), "several processes need all"),
+        (("host", 2, 0), "several processes need all"),
+        (("auto", 2, 0), "several processes need all"),
+        (("host:1", 2, 2), "--process=2 of --processes=2: they are counted from 0 to 1"),
+        (("localhost:1", 2, 1), "--coordinator=localhost:1: nobody answered in 0 s"),
+    ],
+)
+def test_flags_that_lead_nowhere_are_explained(flags, message, monkeypatch):
+    monkeypatch.setattr(hosts, "PATIENCE", 0)
+    with pytest.raises(UserError, match=message):
+        hosts.join(*flags)
+
+
+def test_once_and_in_turn_are_plain_calls_in_one_process():
+    calls = []
+    assert hosts.once(lambda: calls.append(1) or {"a": 1}) == {"a": 1}
+    assert hosts.in_turn(lambda: calls.append(2) or "b") == "b"
+    assert calls == [1, 2]
+
+
+def test_processes_that_are_left_out_are_explained(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"one of 4 of a TPU slice; .* --coordinator=auto"):
+        sharding.find_devices()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="takes 1 of the 8 devices of 4 processes"):
+        sharding.one_device()

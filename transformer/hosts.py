@@ -1,0 +1,171 @@
+"""Several hosts, each running this program on its own devices as one process of many.
+
+What is computed is spread over the devices of all of them, so that each takes every step of the
+program; `first` and `once` are for what must not happen more than once, such as writing a file.
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from transformer.errors import UserError
+
+Result = TypeVar("Result")
+
+PATIENCE = 300  # seconds for all processes to arrive
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Makes this process one of several, if the flags or the environment say that there are.
+
+    Alone, it connects to nothing. To be called before JAX looks for devices.
+
+    Args:
+      coordinator: HOST:PORT where process 0 waits for the others; or `auto`, for JAX to find
+        it and the rest; or None.
+      processes: how many there are.
+      process: which of them this is, from 0.
+
+    Raises:
+      UserError: a flag is missing or wrong, or the others are not found.
+    """
+    flags = [flag for flag in (coordinator, processes, process) if flag is not None]
+    if not flags and not in_cluster():
+        return
+    where = {} if flags in ([], ["auto"]) else place_among(coordinator, processes, process)
+    if where and where["process_id"]:
+        find(where["coordinator_address"])
+    # SIGTERM ends a process as it does a single one: the notice that JAX would make of it is
+    # read by nobody, and a checkpoint is never far.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=PATIENCE)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the other processes are not found: {reason}; say where they are by --coordinator="
+            "HOST:PORT --processes=N --process=I"
+        ) from error
+
+
+def place_among(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> dict[str, Any]:
+    """The flags as JAX wants them.
+
+    Raises:
+      UserError: one is missing, or they make no sense together.
+    """
+    if processes is None or process is None or not re.fullmatch(r".+:\d+", coordinator or ""):
+        raise UserError(
+            "several processes need all of --coordinator=HOST:PORT, --processes=N and --process=I; "
+            "or none of them under SLURM or Kubernetes; or --coordinator=auto alone"
+        )
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process={process} of --processes={processes}: they are counted from 0 to "
+            f"{processes - 1}"
+        )
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def in_cluster() -> bool:
+    """Whether the environment is that of one of several processes, whom JAX then finds itself.
+
+    Such is a step of several tasks under SLURM (`srun`), a worker of a TPU slice under GKE,
+    and a pod of an indexed Job under Kubernetes.
+    """
+    here = os.environ
+    return (
+        int(here.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or "," in here.get("TPU_WORKER_HOSTNAMES", "")
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= here.keys()
+    )
+
+
+def find(coordinator: str) -> None:
+    """Waits until process 0 answers; JAX itself would end without a word that could be caught.
+
+    Raises:
+      UserError: it does not.
+    """
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator={coordinator}: nobody answered in {PATIENCE} s ({error}); "
+                    "start process 0 there, and see that this host reaches it"
+                ) from error
+            time.sleep(0.2)
+        else:
+            return
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return not several() or jax.process_index() == 0
+
+
+def once(function: Callable[[], Any]) -> Any:
+    """What `function()` gives on the first host, on every host; it must be as JSON has it.
+
+    Raises:
+      UserError: the first host did; then all do.
+    """
+    if not several():
+        return function()
+    said: dict[str, Any] = {}
+    if first():
+        try:
+            said = {"result": function()}
+        except UserError as error:
+            said = {"error": str(error)}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    said = json.loads(np.asarray(text).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["result"]
+
+
+def in_turn(function: Callable[[], Result]) -> Result:
+    """`function()` on the first host and then on the others, who may find its work done."""
+    here: list[Result] = []
+    once(lambda: here.append(function()))
+    return here[0] if here else function()
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of `tree` as NumPy's, whole on every host, wherever their parts are."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
