@@ -57,7 +57,7 @@ def main() -> None:
         DATA_DIR.value,
         jobs=JOBS.value,
         cluster=CLUSTER.value,
-        cluster_parameters=dict(map(parameter, PARAMETERS.value)),
+        cluster_parameters=dict(map(runner.parameter, PARAMETERS.value)),
     )
     failures = {each.program.name: each.failure for each in outcomes if each.failure is not None}
     command = f"python scripts/sweep.py --sweep={SWEEP.value} --jobs={JOBS.value}"
@@ -103,14 +103,6 @@ def flops(program: Program) -> float:
     data = corpus.load(cfg.data.train, cfg.batch_size)
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
     return float(cfg.steps * costs.step_flops(model, cfg.recipe(), data))
-
-
-def parameter(text: str) -> tuple[str, int | str]:
-    """`timeout_min=60` → ("timeout_min", 60)"""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--cluster_parameters: {text!r} is not of the form name=value")
-    return name, int(value) if value.isdigit() else value
 
 
 def publish(root: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -98,6 +99,20 @@ def define_host_flags() -> None:
     )
     flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def host_command(text: str) -> list[str]:
+    """The words of a `--command` that is to run on several hosts.
+
+    Raises:
+      UserError: it is no program that joins other hosts.
+    """
+    words = shlex.split(text)
+    if not words or words[0] not in ("train.py", "eval.py"):
+        raise UserError(
+            f"--command={text!r}: it begins with train.py or eval.py, and their flags follow"
+        )
+    return words
 
 
 def join_hosts() -> None:

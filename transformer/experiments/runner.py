@@ -146,6 +146,14 @@ def on_this_machine(
             raise
 
 
+def parameter(text: str) -> tuple[str, int | str]:
+    """`timeout_min=60` → ("timeout_min", 60)"""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--cluster_parameters: {text!r} is not of the form name=value")
+    return name, int(value) if value.isdigit() else value
+
+
 @contextlib.contextmanager
 def through_submitit(
     programs: Sequence[Program],

@@ -1,0 +1,79 @@
+"""The starters of scripts/launch, as far as they go without the machines they are for."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_programs import complaint, finish, start
+
+COMMAND = "--command=train.py --config=configs/toy_reverse.py --workdir='runs/a b'"
+WORDS = ["train.py", "--config=configs/toy_reverse.py", "--workdir=runs/a b"]
+TPU_POD = ("--name=mine", "--zone=here", "--directory=/mnt/it is", COMMAND)
+GKE = ("--name=big", "--image=hub/it:1", "--claim=disk", "--accelerator=tpu-v5-lite-podslice")
+
+
+def launch(name, *flags):
+    return finish(start(f"scripts/launch/{name}.py", *flags))
+
+
+@pytest.mark.parametrize("path", sorted(Path("scripts/launch").glob("*.py")), ids=str)
+def test_a_starter_names_itself_in_its_docstring(path):
+    assert f"python {path}" in path.read_text().split('"""')[1]
+
+
+@pytest.mark.slow
+def test_slurm_is_asked_for_a_task_for_each_process():
+    flags = ("--nodes=2", "--tasks_per_node=8", "--cluster_parameters=gpus_per_node=8", COMMAND)
+    out = launch("slurm", *flags, "--dry_run")
+    for line in ("nodes=2", "tasks_per_node=8", "gpus_per_node=8", "'requeue': True"):
+        assert line in out
+    *_, python, train, config, workdir = shlex.split(out.splitlines()[-1])
+    assert out.splitlines()[-1].startswith("srun ")
+    assert "python" in python
+    assert [train, config, workdir] == WORDS
+
+
+@pytest.mark.slow
+def test_a_tpu_pod_runs_the_command_on_every_host():
+    call = shlex.split(launch("tpu_pod", *TPU_POD, "--dry_run"))
+    assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "mine"]
+    assert call[6:8] == ["--zone=here", "--worker=all"]
+    there = shlex.split(call[8].removeprefix("--command="))
+    assert there == ["cd", "/mnt/it is", "&&", "python", *WORDS, "--coordinator=auto"]
+
+
+@pytest.mark.slow
+def test_gke_gets_a_pod_for_each_host():
+    manifest = yaml.safe_load(launch("gke", *GKE, "--topology=4x4", "--hosts=4", COMMAND))
+    assert manifest["kind"] == "JobSet"
+    (job,) = manifest["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"]) == (4, 4)
+    assert spec["completionMode"] == "Indexed"
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", *WORDS, "--data_dir=/runs/data"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("gke", (*GKE, "--topology=4x4", "--hosts=2", COMMAND), "has 16 chips, and --hosts=2"),
+        ("gke", (*GKE, "--topology=big", "--hosts=2", COMMAND), "written like 4x4"),
+        ("slurm", ("--command=ls",), "it begins with train.py or eval.py"),
+        ("slurm", ("--cluster_parameters=a", COMMAND), "'a' is not of the form name=value"),
+    ],
+)
+def test_what_cannot_be_started_is_explained(name, flags, message):
+    assert message in complaint(f"scripts/launch/{name}.py", *flags)
+
+
+@pytest.mark.slow
+def test_missing_tools_are_named():
+    assert "gcloud is not installed" in complaint("scripts/launch/tpu_pod.py", *TPU_POD, PATH="")
