@@ -4,9 +4,10 @@ Usage:
     python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from transformer.metrics import (
 )
 from transformer.model import Model
 from transformer.training import (
+    Sums,
     TrainState,
     abstract_state,
     each_replica,
@@ -56,29 +58,51 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; def
 ALLOW_CHANGES = flags.DEFINE_bool(
     "allow_changes", False, "Go on from the checkpoint of a run of another config."
 )
+PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Write a trace of so many steps before training.", lower_bound=0
+)
 cli.define_host_flags()
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     """Reads the flags and runs."""
-    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size)
+    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size // CONFIG.value.accumulate)
     cli.join_hosts()
     flag = flags.FLAGS["config"]
     file = Path(config_flags.get_config_filename(flag))
     overrides = config_flags.get_override_values(flag)
     facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
     workdir = Workdir(WORKDIR.value or f"runs/{file.stem}")
-    run(CONFIG.value, workdir, DATA_DIR.value, allow_changes=ALLOW_CHANGES.value)
+    run(
+        CONFIG.value,
+        workdir,
+        DATA_DIR.value,
+        allow_changes=ALLOW_CHANGES.value,
+        profile=PROFILE.value,
+    )
 
 
 def run(
-    config: ConfigDict, workdir: Workdir, data_dir: str | None, *, allow_changes: bool = False
+    config: ConfigDict,
+    workdir: Workdir,
+    data_dir: str | None,
+    *,
+    allow_changes: bool = False,
+    profile: int = 0,
 ) -> TrainState:
-    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one."""
+    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      config: the run's.
+      workdir: where it is kept.
+      data_dir: where TFDS keeps datasets; None: its own place.
+      allow_changes: whether the checkpoint may be of another config.
+      profile: steps to write a trace of before training; 0: none.
+    """
     cfg = RunConfig.resolve(config)
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
-    sharding.check_batch(mesh, cfg.batch_size)
+    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
     workdir.claim(config, allow_changes=allow_changes)
 
     # Data, all of it on each device.
@@ -126,6 +150,8 @@ def run(
             state = state._replace(numbers=sharding.place(numbers, where.numbers))
             facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
         workdir.write_config(config)  # only now: nothing stands in the way of training
+        flops = costs.step_flops(model, recipe, data["train"])
+        flop_share = costs.share_of_peak(flops * cfg.replicas, mesh)
         train_steps = make_train_steps(make_train_step(model, recipe))
         train_steps = jax.jit(
             each_replica(train_steps, cfg.replicas, in_axes=(0, 0, None, None)),
@@ -138,7 +164,9 @@ def run(
             out_shardings=sharding.replicated(mesh),
         )
         with MetricsWriter(workdir.path, step or 0, cfg.replicas) as writer:
-            state = train(cfg, state, train_steps, score, data, checkpoints, writer)
+            if profile:
+                state = write_profile(profile, state, train_steps, data["train"], workdir, cfg)
+            state = train(cfg, state, train_steps, score, data, checkpoints, writer, flop_share)
 
         if hosts.first():
             from transformer import plots  # matplotlib is not needed before
@@ -151,7 +179,7 @@ def run(
                 "step": cfg.steps,
                 "devices": sharding.describe(mesh),
                 "parameters": model.count_parameters(),
-                "flops_per_step": costs.step_flops(model, recipe, data["train"]),
+                "flops_per_step": flops,
                 "replicas": results,
             }
         )
@@ -168,40 +196,98 @@ def train(
     data: dict[str, Dataset],
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    flop_share: float | None,
 ) -> TrainState:
     """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
 
     Validation at step i describes the parameters after i updates; train metrics are those
     of the interval that ends there. A save comes with an evaluation, so that the best
-    checkpoint can be told.
+    checkpoint can be told. `flop_share` is what a step a second is of the devices' peak.
     """
-    step, sums, seconds = state.taken(), zero_sums(cfg.replicas), 0.0
+    place = partial(sharding.place, where=sharding.replicated(jax.sharding.get_mesh()))
+    nothing = jax.device_get(zero_sums(cfg.replicas))
+    step, sums = state.taken(), place(nothing)
     started = time.perf_counter()
-    state, sums = train_steps(state, sums, data["train"], jnp.int32(0))  # compiles, takes no step
+    # Compiles, and takes no step.
+    state, sums = train_steps(state, sums, data["train"], place(np.array(0, np.int32)))
     facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
+    watch, unread = Stopwatch(), None
     with TrainingBar(step, cfg.steps) as bar:
+
+        def read(step: int, sums: Sums) -> None:
+            """Waits for the end of an interval, and logs it."""
+            each = by_replica(jax.block_until_ready(sums), cfg.replicas)
+            seconds = watch.lap()
+            metrics = [train_metrics(one, seconds, flop_share) for one in each]
+            bar.update(step, metrics)
+            writer.write(step, metrics)
+
         while step < cfg.steps:
-            started = time.perf_counter()
             stop = next_stop(step, cfg)
-            state, sums = train_steps(state, sums, data["train"], jnp.int32(stop - step))
-            jax.block_until_ready(sums)
-            step, seconds = stop, seconds + time.perf_counter() - started
+            n = place(np.array(stop - step, np.int32))
+            with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
+                state, sums = train_steps(state, sums, data["train"], n)
+            step = stop
+            if unread is not None:  # only now: the device is at work on the next interval
+                read(*unread)
+                unread = None
             saves = step % cfg.save_every == 0 or step == cfg.steps
             # At saves too: a resumed run then logs the very intervals of one left alone.
             if step % cfg.log_every == 0 or saves:
-                each = by_replica(sums, cfg.replicas)
-                metrics = [train_metrics(one, seconds) for one in each]
-                bar.update(step, metrics)
-                writer.write(step, metrics)
-                sums, seconds = zero_sums(cfg.replicas), 0.0
+                unread, sums = (step, sums), place(nothing)
             if step % cfg.eval_every == 0 or saves:
-                scores = score(state.variables(), data["validation"])
-                metrics = [one.metrics("validation") for one in by_replica(scores, cfg.replicas)]
-                bar.validated(step, metrics)
-                writer.write(step, metrics)
-                if saves:
-                    checkpoints.save(state, mean_over(metrics))
+                if unread is not None:
+                    read(*unread)
+                    unread = None
+                with watch.paused(sums):
+                    scores = score(state.variables(), data["validation"])
+                    each = by_replica(scores, cfg.replicas)
+                    metrics = [one.metrics("validation") for one in each]
+                    bar.validated(step, metrics)
+                    writer.write(step, metrics)
+                    if saves:
+                        checkpoints.save(state, mean_over(metrics))
     return state
+
+
+def write_profile(
+    steps: int,
+    state: TrainState,
+    train_steps: Callable,
+    data: Dataset,
+    workdir: Workdir,
+    cfg: RunConfig,
+) -> TrainState:
+    """Writes a trace of `steps` steps for TensorBoard or xprof, taken for nothing else."""
+    copy = jax.tree.map(jnp.copy, state)  # the steps take their argument's place
+    sums, n = zero_sums(cfg.replicas), jnp.int32(steps)
+    copy, sums = jax.block_until_ready(train_steps(copy, sums, data, jnp.int32(0)))
+    with jax.profiler.trace(str(workdir.path / "profile")):
+        jax.block_until_ready(train_steps(copy, sums, data, n))
+    facts({"profile": f"{steps} steps in {workdir.path / 'profile'}"})
+    return state
+
+
+class Stopwatch:
+    """Seconds of training alone."""
+
+    def __init__(self):
+        self.seconds, self.started = 0.0, time.perf_counter()
+
+    def lap(self) -> float:
+        """The seconds since the last lap."""
+        now = time.perf_counter()
+        seconds = self.seconds + now - self.started
+        self.seconds, self.started = 0.0, now
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self, sums: Sums) -> Iterator[None]:
+        """Leaves out what is done inside; what leads to `sums` belongs to what came before."""
+        jax.block_until_ready(sums)
+        self.seconds += time.perf_counter() - self.started
+        yield
+        self.started = time.perf_counter()
 
 
 def next_stop(step: int, cfg: RunConfig) -> int:

@@ -17,7 +17,8 @@ def get_config() -> Any:
     config.seed = 0  # of initialisation, dropout and the order of the data
     config.replicas = 1  # runs trained at once in one program, with seeds seed, seed + 1, …
     config.steps = 1_800  # updates in all; schedules end here
-    config.batch_size = 128  # examples a step, over all devices
+    config.batch_size = 128  # rows a step, over all devices
+    config.accumulate = 1  # parts of a batch, taken one after another to save memory
     config.steps_per_call = 100  # at most so many steps in one dispatch; changes no result
     config.log_every = 100  # steps
     config.eval_every = 250  # steps; the validation split
@@ -70,7 +71,10 @@ def get_config() -> Any:
     config.model.tie_embeddings = True  # one table for source, target and logits
     config.model.attention_bias = False  # on the four projections of attention
     config.model.qk_norm = False  # RMS norm of queries and keys, head by head
+    config.model.fused_qkv = False  # queries, keys and values of a sequence in one product
     config.model.attention_backend = "einsum"  # transformer/attention.py: ATTENTION_BACKENDS
+    config.model.scan_layers = False  # compiled once for all layers of a stack
+    config.model.remat = "none"  # computed anew in the gradient; transformer/model.py: REMATS
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
     config.optimizer = ConfigDict()

@@ -181,6 +181,7 @@ def make_attention(heads=2, **changes):
         "value_width": 3,
         "use_bias": False,
         "qk_norm": False,
+        "fused": False,
         "init": nnx.initializers.glorot_uniform(),
         "backend": "einsum",
         "dtype": jnp.dtype("float32"),
@@ -194,7 +195,7 @@ def test_attention_drops_weights_in_training_alone_and_shows_them_whole(rng):
     rngs = streams(jax.random.key(0))
 
     def call(training, maps=None):
-        return attention(x, attention.project(x), training=training, maps=maps)
+        return attention(*attention.project_all(x), training=training, maps=maps)
 
     plain, maps, plain_maps = call(None), [], []
     assert (call(Training(rngs, 0.0, 0.5), maps) != plain).any()
@@ -213,11 +214,11 @@ def test_the_mean_over_many_drops_is_the_attention_of_evaluation(rng):
     @jax.vmap
     def call(key):
         training = Training(streams(key), 0.0, jnp.float32(0.4))
-        return attention(x, attention.project(x), training=training)
+        return attention(*attention.project_all(x), training=training)
 
     outs = call(jax.random.split(jax.random.key(0), 4000))
     error = outs.std(0).max() / math.sqrt(len(outs))
-    expected = attention(x, attention.project(x))
+    expected = attention(*attention.project_all(x))
     np.testing.assert_allclose(outs.mean(0), expected, rtol=0, atol=5 * error)
 
 
@@ -242,9 +243,10 @@ def test_multi_head_attention_is_its_definition(value_width, rng):
         return jax.nn.softmax(query @ key.swapaxes(1, 2) / jnp.sqrt(3.0)) @ value
 
     concatenated = jnp.concatenate([head(0), head(1)], axis=-1)
-    out = attention.out.kernel[...].reshape(2 * value_width, 8)
-    expected = concatenated @ out + attention.out.bias[...]
-    np.testing.assert_allclose(attention(x, attention.project(y)), expected, rtol=1e-4, atol=1e-5)
+    matrix = attention.out.kernel[...].reshape(2 * value_width, 8)
+    expected = concatenated @ matrix + attention.out.bias[...]
+    out = attention(attention.project_query(x), attention.project(y))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -262,7 +264,10 @@ def test_sharing_keys_and_values_is_having_them_twice(kv_heads, qk_norm, rng):
     x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
     mask = masking.causal(T)
     np.testing.assert_allclose(
-        shared(x, shared.project(x), mask), whole(x, whole.project(x), mask), rtol=1e-5, atol=1e-6
+        shared(*shared.project_all(x), mask),
+        whole(*whole.project_all(x), mask),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -280,7 +285,7 @@ def test_with_qk_norm_weights_depend_on_directions_and_not_on_lengths(rng):
 
     def weights(x, qk_norm):
         attention, maps = make_attention(qk_norm=qk_norm), []
-        attention(x, attention.project(x), maps=maps)
+        attention(*attention.project_all(x), maps=maps)
         return maps[0]
 
     np.testing.assert_allclose(weights(x, True), weights(30 * x, True), rtol=1e-4)
@@ -303,7 +308,7 @@ def test_qk_norm_has_gains_of_its_own_and_comes_before_positions(rng):
 
     key_value, maps = attention.project(x, lambda y: y @ turn), []
     np.testing.assert_allclose(key_value.key, by_hand("key"), rtol=1e-4, atol=1e-5)
-    attention(x, key_value, rotate=lambda y: y @ turn, maps=maps)
+    attention(attention.project_query(x, lambda y: y @ turn), key_value, maps=maps)
     expected = attention_weights(by_hand("query"), by_hand("key"))
     np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-6)
 
@@ -312,12 +317,12 @@ def test_weights_come_out_when_asked_for_and_cost_nothing_when_not(rng):
     attention = make_attention()
     x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
     maps = []
-    with_maps = attention(x, attention.project(x), maps=maps)
-    np.testing.assert_array_equal(attention(x, attention.project(x)), with_maps)
+    with_maps = attention(*attention.project_all(x), maps=maps)
+    np.testing.assert_array_equal(attention(*attention.project_all(x)), with_maps)
     np.testing.assert_allclose(maps[0].sum(-1), np.ones((B, 2, T)), rtol=1e-6)
 
     def dots(maps):
-        jaxpr = jax.make_jaxpr(lambda x: attention(x, attention.project(x), maps=maps))(x)
+        jaxpr = jax.make_jaxpr(lambda x: attention(*attention.project_all(x), maps=maps))(x)
         return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
     assert dots(None) < dots([])
@@ -464,3 +469,21 @@ def test_auto_picks_by_platform_and_shapes(expected, platform, changes):
 def test_without_its_gpu_cudnn_is_one_line(qkv):
     with pytest.raises(UserError, match=r"attention_backend=cudnn.*choose another"):
         ATTENTION_BACKENDS["cudnn"](*(each.astype(jnp.bfloat16) for each in qkv))
+
+
+@pytest.mark.parametrize("changes", [{"value_width": 5}, {"value_width": 3, "use_bias": True}])
+def test_fused_projections_are_the_projections(changes, rng):
+    """One product where the matrices are alike, two where values are wider than keys."""
+    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
+    apart, fused = (make_attention(fused=fused, **changes) for fused in (False, True))
+
+    def products(attention):
+        jaxpr = jax.make_jaxpr(lambda x: attention.project_all(x))(x)
+        return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+
+    for one, other in zip(
+        jax.tree.leaves(apart.project_all(x)), jax.tree.leaves(fused.project_all(x)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    expected = 3 if changes["value_width"] == 5 else 1
+    assert (products(apart), products(fused)) == (3, expected)

@@ -48,6 +48,7 @@ OTHER = {
     "replicas": 2,
     "steps": 9,
     "batch_size": 8,
+    "accumulate": 2,
     "steps_per_call": 1,
     "log_every": 2,
     "eval_every": 2,
@@ -92,7 +93,10 @@ OTHER = {
     "model.tie_embeddings": False,
     "model.attention_bias": True,
     "model.qk_norm": True,
+    "model.fused_qkv": True,
     "model.attention_backend": "xla",
+    "model.scan_layers": True,
+    "model.remat": "full",
     "model.dtype": "bfloat16",
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 1e-3,
@@ -196,7 +200,8 @@ def program(changes):
 INSIDE = [
     knob
     for knob in OTHER
-    if knob.split(".")[0] in ("model", "optimizer", "per_replica", "label_smoothing", "ema_decay")
+    if knob.split(".")[0]
+    in ("model", "optimizer", "per_replica", "label_smoothing", "ema_decay", "accumulate")
 ]
 
 
@@ -308,6 +313,9 @@ def test_every_config_names_itself_in_its_docstring():
             {"model.architecture": "recurrent", "model.width": 15, "model.heads": 3},
             r"model.width=15",
         ),
+        ({"accumulate": 3}, r"accumulate=3 does not divide batch_size="),
+        ({"accumulate": 2, "model.norm": "batch"}, r"accumulate=2: model.norm=batch needs"),
+        ({"model.remat": "half"}, r"model.remat=half: choose one of none, dots, full"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: at least 0 and below 1"),
         ({"replicas": 0}, r"replicas=0: it must be at least 1"),
         ({"per_replica.dropout": (0.1,)}, r"per_replica.dropout has 1 values and replicas=1"),

@@ -10,9 +10,12 @@ import pytest
 
 from tests.helpers import small_model, strings
 from tests.test_training import small_recipe
-from transformer.costs import matmul_flops
+from transformer.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
+from transformer.data.batches import Dataset
+from transformer.metrics import train_metrics
 from transformer.model import ARCHITECTURES
 from transformer.optimizer import OPTIMIZERS
+from transformer.sharding import MeshConfig, make_mesh, one_device
 from transformer.training import init_state, make_train_step
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
@@ -115,6 +118,31 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products(backend, 
     """
     flops = train_step_flops(**SIZES, attention_backend=backend, position=position)
     assert flops == 3 * forward_flops()
+
+
+def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
+    monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)
+    mesh = make_mesh(MeshConfig(replica=1, data=4, fsdp=1, tensor=2, context=1))
+    assert share_of_peak(200, mesh) == pytest.approx(200 / 800)
+    sums = {"loss": 1.0, "correct": 1.0, "tokens": 1.0, "gradient_norm": 1.0, "steps": 10.0}
+    assert train_metrics(sums, 5.0, 0.1)["train/mfu"] == pytest.approx(0.2)
+
+
+def test_of_a_cpu_nobody_says_the_peak():
+    assert share_of_peak(1, one_device()) is None
+    sums = {"loss": 1.0, "correct": 1.0, "tokens": 1.0, "gradient_norm": 1.0, "steps": 10.0}
+    assert "train/mfu" not in train_metrics(sums, 5.0, None)
+
+
+def test_the_count_is_that_of_the_model_whatever_the_backend():
+    data = Dataset(BATCH.source, BATCH.target_out, len(BATCH.source))
+    counts = {
+        backend: step_flops(
+            small_model(attention_backend=backend, remat=remat), small_recipe(), data
+        )
+        for backend, remat in (("einsum", "none"), ("splash", "none"), ("einsum", "full"))
+    }
+    assert len(set(counts.values())) == 1
 
 
 def test_shared_heads_and_gates_change_the_formula_as_they_should():

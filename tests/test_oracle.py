@@ -266,7 +266,7 @@ def test_multi_head_attention(arrays, rng, masks):
         ours,
         of_attention,
         theirs,
-        lambda m, x, y: m(x, m.project(y), mask),
+        lambda m, x, y: m(m.project_query(x), m.project(y), mask),
         lambda m, x, y: m(x, y, y, need_weights=False, **kwargs)[0],
         [arrays["target"], arrays["memory"]],
     )

@@ -10,6 +10,7 @@ from configs import base
 from tests.helpers import logits_of, small_model, strings
 from transformer import evaluation
 from transformer.data.batches import Dataset
+from transformer.dropout import Training, streams
 from transformer.loss import cross_entropy
 from transformer.optimizer import OptimizerConfig
 from transformer.training import (
@@ -32,7 +33,9 @@ DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 PLAIN = {"label_smoothing": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
 
 
-def small_recipe(steps: int = 100, ema_decay: float = 0.0, **changes: Any) -> Recipe:
+def small_recipe(
+    steps: int = 100, ema_decay: float = 0.0, accumulate: int = 1, **changes: Any
+) -> Recipe:
     """The default recipe with changes by name."""
     plain = PLAIN | {name: changes.pop(name) for name in PLAIN if name in changes}
     knobs: Any = base.get_config().optimizer
@@ -40,7 +43,11 @@ def small_recipe(steps: int = 100, ema_decay: float = 0.0, **changes: Any) -> Re
     names = ("learning_rate", "warmup_steps", "weight_decay")
     numbers = Hyperparameters(**plain, **{name: knobs[name] for name in names})
     return Recipe(
-        optimizer=OptimizerConfig(**knobs), steps=steps, ema_decay=ema_decay, numbers=numbers
+        optimizer=OptimizerConfig(**knobs),
+        steps=steps,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        numbers=numbers,
     )
 
 
@@ -227,3 +234,49 @@ def test_validation_uses_what_batch_norm_has_seen_and_changes_nothing(batch_norm
     assert metrics["validation/loss"] < fresh["validation/loss"]
     alone = score(after.variables(), DATA.head(1))
     np.testing.assert_allclose(alone.nll[0], score(after.variables(), DATA).nll[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_a_batch_in_parts_is_the_batch(ways):
+    """Its parts have different numbers of tokens, and weigh accordingly. Nothing is dropped."""
+    state, sums = {}, {}
+    for accumulate in (1, ways):
+        model, recipe, init = pieces(
+            {"accumulate": accumulate, "label_smoothing": 0.1, "name": "sgd"}
+        )
+        step = jax.jit(make_train_step(model, recipe))
+        state[accumulate], sums[accumulate] = step(init(jnp.uint32(0)), BATCH)
+    for name, value in sums[1].items():
+        np.testing.assert_allclose(sums[ways][name], value, rtol=1e-5, err_msg=name)
+    for name, value in state[1].params.items():
+        np.testing.assert_allclose(state[ways].params[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_drop_elements_of_their_own():
+    model, recipe, init = pieces({"accumulate": 2, "dropout": 0.5})
+    step = jax.jit(make_train_step(model, recipe))
+    alike = jax.tree.map(lambda x: jnp.repeat(x[:1], 2, axis=0), BATCH)
+    both = float(step(init(jnp.uint32(0)), alike)[1]["loss"])
+    single = jax.tree.map(lambda x: x[:1], BATCH)
+    keys = jax.random.split(jax.random.fold_in(stream(jnp.uint32(0), "dropout"), 0), 2)
+    params, losses = init(jnp.uint32(0)).params, []
+    for key in keys:
+        module, training = model.bind(params), Training(streams(key), 0.5)
+        logits = module(
+            *(single.source, single.source_segments, single.target_in, single.target_segments),
+            training=training,
+        )
+        losses.append(float((cross_entropy(logits, single.target_out) * single.weights).sum()))
+    assert losses[0] != pytest.approx(losses[1])
+    assert both == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_parts_take_less_memory():
+    def taken(accumulate):
+        model, recipe, init = pieces({"accumulate": accumulate})
+        batch = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), BATCH)
+        step = jax.jit(make_train_step(model, recipe))
+        compiled = step.lower(init(jnp.uint32(0)), batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert taken(16) < taken(1) / 4

@@ -347,9 +347,9 @@ class MultiHeadAttention(nnx.Module):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
     Queries come from one sequence, keys and values from another or the same one.
-    They are handed over already projected (`project`), so that a decoder's cache
-    and an encoder's memory, whose keys and values are computed once, take the same
-    path as self-attention. (Section 3.2.2.)
+    They are handed over already projected, so that a decoder's cache and an encoder's
+    memory, whose keys and values are computed once, take the same path as self-attention.
+    (Section 3.2.2.)
 
     Args:
       width: D.
@@ -361,6 +361,7 @@ class MultiHeadAttention(nnx.Module):
       use_bias: whether the four projections add one.
       qk_norm: whether RMS norm is applied to queries and keys over H, before positions
         (after Henry et al. 2020 and Dehghani et al. 2023).
+      fused: whether the projections of one sequence are one product.
       init: of the four matrices.
       backend: one of `ATTENTION_BACKENDS`.
       dtype: of the computation.
@@ -377,6 +378,7 @@ class MultiHeadAttention(nnx.Module):
         kv_heads: int,
         use_bias: bool,
         qk_norm: bool,
+        fused: bool,
         init: Callable[..., Array],
         backend: str,
         dtype: jnp.dtype,
@@ -413,7 +415,21 @@ class MultiHeadAttention(nnx.Module):
         self.query_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
         self.key_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
         self.kv_axis = kv_axis
-        self.attend = ATTENTION_BACKENDS[backend]
+        self.fused = fused
+        self.backend = ATTENTION_BACKENDS[backend]
+
+    def project_all(
+        self, x: Float[Array, "B T D"], rotate: Callable[[Array], Array] | None = None
+    ) -> tuple[Float[Array, "B N T H"], KeyValue]:
+        """Queries, keys and values of `x`, for attention of a sequence to itself."""
+        query, key, value = self.products(x, self.query, self.key, self.value)
+        return self.finish_query(query, rotate), self.finish_key_value(key, value, rotate)
+
+    def project_query(
+        self, x: Float[Array, "B T D"], rotate: Callable[[Array], Array] | None = None
+    ) -> Float[Array, "B N T H"]:
+        """Queries of `x`, projected once for each head."""
+        return self.finish_query(self.query(x), rotate)
 
     def project(
         self, y: Float[Array, "B S D"], rotate: Callable[[Array], Array] | None = None
@@ -422,40 +438,70 @@ class MultiHeadAttention(nnx.Module):
 
         Then they are gathered (over the mesh axis `context`), for every query looks at them all.
         """
+        key, value = self.products(y, self.key, self.value)
+        return self.finish_key_value(key, value, rotate)
+
+    def products(self, x: Float[Array, "B T D"], *linears: nnx.LinearGeneral) -> list[Array]:
+        """`linear(x)` of each; fused, as one product with their matrices side by side.
+
+        The step of decoding is left out, for it would put them side by side at each token.
+        """
+        alike = len({linear.kernel.shape for linear in linears}) == 1
+        if not (self.fused and alike) or x.shape[1] == 1:
+            return [linear(x) for linear in linears]
+        dtype = linears[0].dtype
+        kernel = jnp.stack([linear.kernel[...] for linear in linears])
+        products = jnp.einsum("BTD,CDNH->CBTNH", x.astype(dtype), kernel.astype(dtype))
+        biases = [None if linear.bias is None else linear.bias[...] for linear in linears]
+        return [
+            product if bias is None else product + bias.astype(dtype)
+            for product, bias in zip(products, biases, strict=True)
+        ]
+
+    def finish_query(
+        self, query: Float[Array, "B T N H"], rotate: Callable[[Array], Array] | None
+    ) -> Float[Array, "B N T H"]:
+        """A projected query, normalised and rotated if so configured."""
+        query = query if self.query_norm is None else self.query_norm(query)
+        query = query if rotate is None else rotate(query)
+        return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
+
+    def finish_key_value(
+        self,
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K E"],
+        rotate: Callable[[Array], Array] | None,
+    ) -> KeyValue:
+        """Projected keys and values, the keys normalised and rotated if so configured."""
         split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
-        key = self.key(y) if self.key_norm is None else self.key_norm(self.key(y))
+        key = key if self.key_norm is None else self.key_norm(key)
         key = key if rotate is None else rotate(key)
-        key, value = (constrain(constrain(x, *split), *whole) for x in (key, self.value(y)))
+        key, value = (constrain(constrain(x, *split), *whole) for x in (key, value))
         return KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        query: Float[Array, "B N T H"],
         key_value: KeyValue,
         mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
-        rotate: Callable[[Array], Array] | None = None,
         bias: Float[Array, "#B #N #T S"] | None = None,
         training: Training | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attends from `x` to `key_value`.
+        """Attends from what `project_query` made of a sequence to `key_value`.
 
         Args:
-          x: what the queries are made of.
+          query: who asks.
           key_value: what `project` made of the other sequence, or a cache of it.
           mask: True = may attend.
-          rotate: tells the queries where they stand.
           bias: added to the scores.
           training: for dropout of the weights.
           maps: a list that takes this call's attention weights [B, N, T, S], before
             dropout; nothing is computed for it when it is None.
         """
-        query = self.query(x) if self.query_norm is None else self.query_norm(self.query(x))
-        query = query if rotate is None else rotate(query)
-        query = constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
         if maps is not None:
             maps.append(attention_weights(query, key_value.key, written_out(mask), bias))
-        heads = self.attend(
+        heads = self.backend(
             query, key_value.key, key_value.value, mask, bias, **weight_dropout(training)
         )
         return self.out(heads.swapaxes(1, 2))

@@ -61,6 +61,7 @@ class RunConfig:
     replicas: int
     steps: int
     batch_size: int
+    accumulate: int
     steps_per_call: int
     log_every: int
     eval_every: int
@@ -76,8 +77,8 @@ class RunConfig:
     mesh: MeshConfig
 
     def __post_init__(self):
-        positive = ("replicas", "steps", "batch_size", "steps_per_call", "log_every", "eval_every")
-        for name in (*positive, "save_every", "keep_checkpoints"):
+        positive = ("replicas", "steps", "batch_size", "accumulate", "steps_per_call", "log_every")
+        for name in (*positive, "eval_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1")
         if not 0 <= self.seed < 2**32:
@@ -91,6 +92,16 @@ class RunConfig:
             raise UserError(
                 f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
                 "where the order of the data would repeat; lower one of them"
+            )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; "
+                "choose one that does"
+            )
+        if self.accumulate > 1 and self.model.norm == "batch":
+            raise UserError(
+                f"accumulate={self.accumulate}: model.norm=batch needs the whole batch at once; "
+                "set it to 1, or choose another norm"
             )
         if self.data.pack and self.model.architecture == "recurrent":
             raise UserError(
@@ -166,7 +177,11 @@ class RunConfig:
             attention_dropout=self.model.attention_dropout,
         )
         return Recipe(
-            optimizer=self.optimizer, steps=self.steps, ema_decay=self.ema_decay, numbers=numbers
+            optimizer=self.optimizer,
+            steps=self.steps,
+            ema_decay=self.ema_decay,
+            accumulate=self.accumulate,
+            numbers=numbers,
         )
 
     def seeds(self) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.extend import core
+from jax.sharding import Mesh
 
 from transformer.data.batches import Dataset
 from transformer.model import Model
@@ -18,12 +19,42 @@ from transformer.training import Recipe, init_state, make_train_step
 def step_flops(model: Model, recipe: Recipe, data: Dataset) -> int:
     """Floating-point operations of the matrix products in one step of one run.
 
-    Those of the model, which are the same whatever an attention backend computes twice.
+    Those of the model, which are the same whatever an attention backend or `remat` computes twice.
     """
-    model = Model(replace(model.config, attention_backend="einsum"), model.vocab_size)
+    plain = replace(model.config, attention_backend="einsum", remat="none")
+    model = Model(plain, model.vocab_size)
     state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), {})
     batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
     return matmul_flops(make_train_step(model, recipe), state, batch)
+
+
+# Dense bfloat16 operations a second of one device, by what JAX calls it; from the makers' data
+# sheets of 2025. (Of v2 and v3, JAX's device is a core, half of the chip.)
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def share_of_peak(flops: int, mesh: Mesh) -> float | None:
+    """`flops` in a second, as a fraction of what all devices of the mesh could do at best.
+
+    None where nobody says what that is, as of a CPU.
+    """
+    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return None if peak is None else flops / (peak * mesh.size)
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:

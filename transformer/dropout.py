@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Training(NamedTuple):
@@ -25,6 +25,14 @@ class Training(NamedTuple):
     attention_dropout: float | Float[Array, ""] = 0.0
     real: Bool[Array, "B T"] | None = None
 
+    def of_each_layer(self, layers: int) -> Key[Array, "{layers}"]:
+        """A key for each layer of a stack, see `of_layer`."""
+        return jax.random.split(self.rngs.layers(), layers)
+
+    def of_layer(self, key: Key[Array, ""]) -> "Training":
+        """The same with streams of a layer's own, which draw alike however layers are run."""
+        return self._replace(rngs=streams(key))
+
     def over(self, segments: Int[Array, "B T"]) -> "Training":
         """The same for the sequence whose segments these are."""
         return self._replace(real=segments > 0)
@@ -36,7 +44,7 @@ def streams(key: Array) -> nnx.Rngs:
     One each, so that what one of them draws, or does not at rate 0, moves no other: a
     replica whose rate is a traced 0 is then the single run that drops nothing.
     """
-    names = ("dropout", "attention", "positions")
+    names = ("dropout", "attention", "positions", "layers")
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(names)})
 
 

@@ -12,14 +12,23 @@ from transformer import hosts
 from transformer.errors import UserError
 
 
-def train_metrics(sums: Mapping[str, Any], seconds: float) -> dict[str, float]:
-    """The ratios of an interval's sums (`training.make_train_step`) and its speed."""
+def train_metrics(
+    sums: Mapping[str, Any], seconds: float, flop_share: float | None = None
+) -> dict[str, float]:
+    """The ratios of an interval's sums (`training.make_train_step`) and its speed.
+
+    With `flop_share`, what one step a second is of the devices' peak, `train/mfu` is among
+    them: the model's FLOPs, none counted twice, as a fraction of the peak (Chowdhery et al. 2022,
+    section 4.1).
+    """
     totals = {name: float(np.asarray(value)) for name, value in sums.items()}
-    return {
+    speed = totals["steps"] / seconds
+    utilisation = {} if flop_share is None else {"train/mfu": speed * flop_share}
+    return utilisation | {
         "train/loss": totals["loss"] / totals["tokens"],
         "train/accuracy": totals["correct"] / totals["tokens"],
         "train/gradient_norm": totals["gradient_norm"] / totals["steps"],
-        "train/steps_per_second": totals["steps"] / seconds,
+        "train/steps_per_second": speed,
         "train/target_tokens_per_second": totals["tokens"] / seconds,
     }
 

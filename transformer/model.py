@@ -1,7 +1,7 @@
 """The encoder-decoder Transformer: the one place where the parts are put together."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,7 +75,10 @@ class ModelConfig:
     tie_embeddings: bool
     attention_bias: bool
     qk_norm: bool
+    fused_qkv: bool
     attention_backend: str
+    scan_layers: bool
+    remat: str
     dtype: str
 
     def __post_init__(self):
@@ -88,6 +91,7 @@ class ModelConfig:
             "norm_placement": {name: name for name in NORM_PLACEMENTS},
             "position": POSITIONS,
             "attention_backend": ATTENTION_BACKENDS,
+            "remat": REMATS,
             "dtype": DTYPES,
         }
         for name, entries in tables.items():
@@ -222,6 +226,7 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
         kv_heads=config.kv_heads or config.heads,
         use_bias=config.attention_bias,
         qk_norm=config.qk_norm,
+        fused=config.fused_qkv,
         init=INITIALIZERS[config.init],
         backend=config.attention_backend,
         dtype=DTYPES[config.dtype],
@@ -268,8 +273,10 @@ class EncoderLayer(nnx.Module):
     ) -> Float[Array, "B S D"]:
         attention, feed_forward = self.residuals
         h = attention.input(x, training)
-        key_value = self.self_attention.project(h, relations.rotate)
-        y = self.self_attention(h, key_value, *relations, training=training, maps=maps)
+        query, key_value = self.self_attention.project_all(h, relations.rotate)
+        y = self.self_attention(
+            query, key_value, relations.mask, relations.bias, training=training, maps=maps
+        )
         x = attention.add(x, y, training)
         return feed_forward.add(x, self.feed_forward(feed_forward.input(x, training)), training)
 
@@ -306,27 +313,86 @@ class DecoderLayer(nnx.Module):
         """
         self_attention, cross_attention, feed_forward = self.residuals
         h = self_attention.input(x, training)
-        key_value = self.self_attention.project(h, relations.rotate)
+        query, key_value = self.self_attention.project_all(h, relations.rotate)
         if cache is not None:
             earlier, index = cache
             key_value = earlier.write(key_value, index)
         into = maps["decoder"] if maps else None
-        y = self.self_attention(h, key_value, *relations, training=training, maps=into)
+        y = self.self_attention(
+            query, key_value, relations.mask, relations.bias, training=training, maps=into
+        )
         x = self_attention.add(x, y, training)
         h = cross_attention.input(x, training)
         # Hypotheses of one source, each with a row of its own, are queries to one memory.
         h = h.reshape(memory.key.shape[0], -1, h.shape[-1])
         into = maps["cross"] if maps else None
-        y = self.cross_attention(h, memory, memory_mask, training=training, maps=into)
+        query = self.cross_attention.project_query(h)
+        y = self.cross_attention(query, memory, memory_mask, training=training, maps=into)
         x = cross_attention.add(x, y.reshape(x.shape), training)
         y = self.feed_forward(feed_forward.input(x, training))
         return feed_forward.add(x, y, training), key_value
+
+
+# What a layer keeps for its gradient; all else is computed anew there.
+REMATS: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(
+    layers: Sequence[Any],
+    call: Callable[..., Array],
+    x: Float[Array, "B T D"],
+    config: ModelConfig,
+    training: Training | None,
+) -> Float[Array, "B T D"]:
+    """A stack of layers alike, one after another, as `scan_layers` and `remat` say.
+
+    Scanned, a layer is compiled once for all of them, whose variables are put side by side
+    for it: as much memory again as the parameters take.
+
+    Args:
+      layers: modules of one structure.
+      call: (layer, x, training) → x.
+      x: what goes in.
+      config: the model's.
+      training: what training brings.
+    """
+    structure, _ = nnx.split(layers[0])
+    states = [nnx.split(layer)[1] for layer in layers]
+    keys = None if training is None else training.of_each_layer(len(layers))
+
+    def step(x, inputs):
+        state, key = inputs
+        layer = nnx.merge(structure, state)
+        x = call(layer, x, training and training.of_layer(key))
+        return x, nnx.state(layer, Statistic)
+
+    if config.remat != "none":
+        # Inside a scan nothing can be shared with the forward pass by accident.
+        step = jax.checkpoint(step, policy=REMATS[config.remat], prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        x, seen = jax.lax.scan(step, x, (stacked, keys))
+        statistics = [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for i in range(len(layers))]
+    else:
+        statistics = []
+        for i, state in enumerate(states):
+            x, seen = step(x, (state, None if keys is None else keys[i]))
+            statistics.append(seen)
+    if training is not None:
+        for layer, seen in zip(layers, statistics, strict=True):
+            nnx.update(layer, seen)
+    return x
 
 
 class Encoder(nnx.Module):
     """A stack of L encoder layers; unless post-norm, with one more norm at its end."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.layers)])
         self.final_norm = final_norm(config)
 
@@ -337,8 +403,15 @@ class Encoder(nnx.Module):
         training: Training | None = None,
         maps: list[Array] | None = None,
     ) -> Float[Array, "B S D"]:
-        for layer in self.layers:
-            x = layer(x, relations, training, maps)
+        if maps is None:
+            x = run_layers(
+                self.layers,
+                lambda layer, x, training: layer(x, relations, training),
+                *(x, self.config, training),
+            )
+        else:
+            for layer in self.layers:
+                x = layer(x, relations, training, maps)
         return x if self.final_norm is None else self.final_norm(x, training)
 
 
@@ -346,6 +419,7 @@ class Decoder(nnx.Module):
     """A stack of L decoder layers; unless post-norm, with one more norm at its end."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
         self.final_norm = final_norm(config)
 
@@ -357,19 +431,48 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         relations: Relations,
-        memory: tuple[KeyValue, ...],
-        memory_mask: masking.Mask | Bool[Array, "sources 1 #T S"],
-        cache: tuple[tuple[KeyValue, ...], Int[Array, ""]] | None = None,
+        memory: Float[Array, "B S D"],
+        memory_mask: masking.Mask | Bool[Array, "B 1 #T S"],
         training: Training | None = None,
         maps: Maps | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The stack's output for a whole target, given the encoder's memory."""
+
+        def call(layer, x, training, maps=None):
+            read = layer.cross_attention.project(memory)
+            return layer(x, relations, read, memory_mask, training=training, maps=maps)[0]
+
+        if maps is None:
+            x = run_layers(self.layers, call, x, self.config, training)
+        else:
+            for layer in self.layers:
+                x = call(layer, x, training, maps)
+        return x if self.final_norm is None else self.final_norm(x, training)
+
+    def step(
+        self,
+        x: Float[Array, "B T D"],
+        relations: Relations,
+        memory: tuple[KeyValue, ...],
+        memory_mask: Bool[Array, "sources 1 #T S"],
+        cache: tuple[KeyValue, ...],
+        index: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
-        """Returns the stack's output and each layer's self-attention keys and values."""
+        """The next positions' output, given what `project_memory` made, and the cache with them.
+
+        Args:
+          x: the target positions from `index` on.
+          relations: of them to the cache's.
+          memory: keys and values for each layer's cross-attention.
+          memory_mask: from target positions to source positions.
+          cache: each layer's keys and values of earlier positions.
+          index: where x's are to be written.
+        """
         decoded = []
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else (cache[0][i], cache[1])
-            x, key_value = layer(x, relations, memory[i], memory_mask, layer_cache, training, maps)
+        for layer, read, earlier in zip(self.layers, memory, cache, strict=True):
+            x, key_value = layer(x, relations, read, memory_mask, (earlier, index))
             decoded.append(key_value)
-        return x if self.final_norm is None else self.final_norm(x, training), tuple(decoded)
+        return x if self.final_norm is None else self.final_norm(x), tuple(decoded)
 
 
 def final_norm(config: ModelConfig) -> Any:
@@ -437,8 +540,7 @@ class Transformer(nnx.Module):
         positions = self.positions(in_row(length, target_positions), training)
         mask = self.mask(target_segments, target_segments, causal=True, window=self.config.window)
         memory_mask = self.mask(target_segments, source_segments)
-        memory = self.decoder.project_memory(memory)
-        x, _ = self.decoder(
+        x = self.decoder(
             self.embed_target(target_in, positions, training),
             relations(self.target_position, mask, positions, positions),
             memory,
@@ -533,12 +635,12 @@ class Transformer(nnx.Module):
         mask = masking.causal(steps, room, cache.filled)
         if self.config.window is not None:
             mask = mask & masking.window(steps, room, self.config.window, cache.filled)
-        x, decoded = self.decoder(
+        x, decoded = self.decoder.step(
             self.embed_target(tokens, positions, None),
             relations(self.target_position, mask, positions, self.positions(in_row(room), None)),
             cache.memory,
             masking.padding(cache.source_segments > 0),
-            (cache.decoded, cache.filled),
+            *(cache.decoded, cache.filled),
         )
         logits = jnp.where(cache.filled + steps <= room, self.logits(x), jnp.nan)
         return logits, cache._replace(filled=cache.filled + steps, decoded=decoded)

@@ -210,6 +210,7 @@ class Recurrent(nnx.Module):
             kv_heads=heads,
             use_bias=False,
             qk_norm=False,
+            fused=False,
             init=INITIALIZERS["glorot_uniform"],
             backend=backend,
             dtype=dtype,
@@ -303,7 +304,7 @@ class Recurrent(nnx.Module):
                 x = fresh[-1][0]
             weights: list[Array] | None = None if maps is None else []
             # Hypotheses of one source, each with a row of its own, are queries to one memory.
-            query = x.reshape(cache.mask.shape[0], -1, x.shape[-1])
+            query = self.attention.project_query(x.reshape(cache.mask.shape[0], -1, x.shape[-1]))
             read = self.attention(query, cache.memory, cache.mask, maps=weights).reshape(x.shape)
             attended = jnp.tanh(self.combine(jnp.concatenate([x, read], axis=-1)))
             return (tuple(fresh), attended), (attended, weights)

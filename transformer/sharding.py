@@ -140,13 +140,14 @@ def find_devices() -> list[Any]:
     return devices
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises a UserError if the mesh does not divide a batch."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises a UserError if the mesh does not divide each of the `accumulate` parts of a batch."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size % ways:
+        among = f"mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}"
+        among += f" × accumulate={accumulate}" if accumulate > 1 else ""
         raise UserError(
-            f"batch_size={batch_size} does not divide among mesh.data={mesh.shape['data']} × "
-            f"mesh.fsdp={mesh.shape['fsdp']}; choose a multiple of {ways}"
+            f"batch_size={batch_size} does not divide among {among}; choose a multiple of {ways}"
         )
 
 

@@ -53,12 +53,14 @@ class Recipe:
     optimizer: its structure.
     steps: how many updates there are, where schedules end.
     ema_decay: of the moving average of the parameters; 0.0: there is none.
+    accumulate: parts that a batch is taken in, one after another.
     numbers: the run's, of which a replica may have others.
     """
 
     optimizer: OptimizerConfig
     steps: int
     ema_decay: float
+    accumulate: int
     numbers: Hyperparameters
 
     def make_optimizer(self, numbers: Hyperparameters) -> optax.GradientTransformation:
@@ -202,7 +204,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The step: a pure function (state, batch) → (state, sums).
 
-    The loss is the mean, over the batch's real tokens, of the smoothed cross-entropy.
+    The loss is the mean, over the batch's real tokens, of the smoothed cross-entropy; over
+    all of them also where the batch is taken in parts, which then differs from taking it whole
+    by rounding, and by what is drawn: each part has its own key.
     `sums` holds totals: `loss`, `correct` and `tokens` over tokens, `gradient_norm`
     (before clipping) and `steps` over steps.
     """
@@ -210,30 +214,36 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         numbers = recipe.numbers._replace(**state.numbers)
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
+        total = jnp.maximum(batch.weights.sum(), 1.0)
 
-        def loss_of(params: Params) -> tuple[Array, tuple[Sums, Params]]:
+        def loss_of(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
             module = model.bind(params | state.statistics)
             logits = module(
-                batch.source,
-                batch.source_segments,
-                batch.target_in,
-                batch.target_segments,
-                source_positions=batch.source_positions,
-                target_positions=batch.target_positions,
+                part.source,
+                part.source_segments,
+                part.target_in,
+                part.target_segments,
+                source_positions=part.source_positions,
+                target_positions=part.target_positions,
                 training=Training(streams(key), numbers.dropout, numbers.attention_dropout),
             )
-            loss = cross_entropy(logits, batch.target_out, numbers.label_smoothing)
-            correct = jnp.where(logits.argmax(-1) == batch.target_out, batch.weights, 0.0)
-            tokens = batch.weights.sum()
+            loss = cross_entropy(logits, part.target_out, numbers.label_smoothing)
+            correct = jnp.where(logits.argmax(-1) == part.target_out, part.weights, 0.0)
             sums = {
-                "loss": (loss * batch.weights).sum(),
+                "loss": (loss * part.weights).sum(),
                 "correct": correct.sum(),
-                "tokens": tokens,
+                "tokens": part.weights.sum(),
             }
             seen = flatten(nnx.state(module, Statistic))
-            return sums["loss"] / jnp.maximum(tokens, 1.0), (sums, seen)
+            return sums["loss"] / total, (sums, seen)
 
-        gradients, (sums, statistics) = jax.grad(loss_of, has_aux=True)(state.params)
+        def gradients_of(part: Batch, key: Array) -> tuple[Params, tuple[Sums, Params]]:
+            return jax.grad(loss_of, has_aux=True)(state.params, part, key)
+
+        if recipe.accumulate == 1:
+            gradients, (sums, statistics) = gradients_of(batch, key)
+        else:  # there are no statistics then, see `config.RunConfig`
+            gradients, (sums, statistics) = accumulated(gradients_of, batch, key, recipe.accumulate)
         optimizer = recipe.make_optimizer(numbers)
         updates, moments = optimizer.update(gradients, state.moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -248,6 +258,24 @@ def make_train_step(
         return fresh, sums
 
     return train_step
+
+
+def accumulated(
+    function: Callable[[Batch, Array], Any], batch: Batch, key: Array, ways: int
+) -> Any:
+    """The sum of what `function` gives for each of `ways` parts of a batch, one after another.
+
+    Part i has every `ways`-th row from row i on, so that each device finds its own rows in
+    each part, and a key of its own.
+    """
+    parts = jax.tree.map(lambda x: x.reshape(-1, ways, *x.shape[1:]).swapaxes(0, 1), batch)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), key)
+
+    def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, zeros, (parts, jax.random.split(key, ways)))[0]
 
 
 def averaged(average: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:

@@ -51,7 +51,7 @@ def layer(part: str, n: int, d: int) -> Layer:
     keys = jax.random.split(jax.random.key(0), 4)
     if part == "attention core":
         return Layer(
-            einsum_attention, tuple(jax.random.normal(key, (ROWS, n, 1, d)) for key in keys[:3])
+            einsum_attention, tuple(jax.random.normal(key, (ROWS, 1, n, d)) for key in keys[:3])
         )
     x = jax.random.normal(keys[0], (ROWS, n, d))
     rngs, dtype = nnx.Rngs(0), jnp.dtype("float32")
@@ -68,6 +68,7 @@ def layer(part: str, n: int, d: int) -> Layer:
         kv_heads=1,
         use_bias=False,
         qk_norm=False,
+        fused=False,
         init=INITIALIZERS["glorot_uniform"],
         backend="einsum",
         dtype=dtype,
@@ -77,13 +78,13 @@ def layer(part: str, n: int, d: int) -> Layer:
 
     def whole(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
-        return module(x, module.project(x))
+        return module(*module.project_all(x))
 
     def projections(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
-        key_value = module.project(x)
+        query, (key, value) = module.project_all(x)
         # The output projection reads what the core would give: here the values themselves.
-        return module.query(x), key_value.key, module.out(key_value.value)
+        return query, key, module.out(value.swapaxes(1, 2))
 
     return Layer(whole if part == "attention layer" else projections, (state, x))
 
