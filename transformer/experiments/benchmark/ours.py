@@ -1,0 +1,138 @@
+"""This code as a contender: packed rows, many steps a dispatch, everything on the device."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from transformer import cli, costs, decoding, sharding
+from transformer.config import RunConfig
+from transformer.data.batches import Dataset, pack
+from transformer.data.tokenizer import PAD
+from transformer.experiments.benchmark import task
+from transformer.experiments.benchmark.batching import by_length
+from transformer.experiments.benchmark.contender import Contender, Schedule, Setting
+from transformer.experiments.benchmark.task import Size
+from transformer.model import Model, Params
+from transformer.training import (
+    abstract_state,
+    init_state,
+    make_train_step,
+    make_train_steps,
+    zero_sums,
+)
+
+
+def run_config(size: Size, device: str, schedule: Schedule, rows: int) -> RunConfig:
+    """The shipped config but for sizes and schedule."""
+    config = base.get_config()
+    config.steps, config.batch_size = schedule.steps, rows
+    config.data.pack = size.pack
+    config.model.update(
+        {
+            "layers": size.layers,
+            "width": size.width,
+            "heads": size.heads,
+            "ff_width": size.ff_width,
+            "dtype": "float32" if device == "cpu" else "bfloat16",
+        }
+    )
+    config.optimizer.update(
+        {
+            "learning_rate": schedule.learning_rate,
+            "warmup_steps": schedule.warmup_steps,
+            "schedule": schedule.name,
+        }
+    )
+    return RunConfig.resolve(config)
+
+
+class Ours(Contender):
+    """As `train.py` trains, but for what it writes."""
+
+    def __init__(self, setting: Setting):
+        cli.set_up_jax()
+        self.size, self.device = setting.size, setting.device
+        strings = task.load(setting.data, "train")
+        unpacked = Dataset(strings.source, strings.target, setting.size.batch)
+        packed = pack(unpacked, setting.size.pack)
+        # As many rows a step as hold, on average, the strings that a step of the peers has.
+        rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
+        self.data = jax.device_put(Dataset(packed.source, packed.target, rows, packed=True))
+        self.mesh = sharding.one_device()
+        self.schedule: Schedule | None = None
+        self.decoders: dict[tuple[int, ...], Callable] = {}
+
+    def start(self, seed: int, schedule: Schedule) -> None:
+        if schedule != self.schedule:
+            self.schedule = schedule
+            cfg = run_config(self.size, self.device, schedule, self.data.batch_size)
+            self.model, self.recipe = Model(cfg.model, self.size.vocabulary), cfg.recipe()
+            like = abstract_state(self.model, self.recipe, self.mesh)
+            where = jax.tree.map(lambda leaf: leaf.sharding, like)
+            self.init = jax.jit(partial(init_state, self.model, self.recipe), out_shardings=where)
+            steps = make_train_steps(make_train_step(self.model, self.recipe))
+            self.train_steps = jax.jit(steps, donate_argnums=(0, 1))
+        with jax.set_mesh(self.mesh):
+            self.state = self.init(np.uint32(seed), {})
+        self.variables: Params = self.state.variables()
+
+    def train(self, steps: int, batching: str) -> int:
+        with jax.set_mesh(self.mesh):
+            self.state, self.sums = self.train_steps(
+                self.state, zero_sums(), self.data, jnp.int32(steps)
+            )
+        self.variables = self.state.variables()
+        return int(self.sums["tokens"])  # waits
+
+    def loss(self) -> float:
+        return float(self.sums["loss"] / self.sums["tokens"])
+
+    def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
+        decode = self.decoder(beams, length)
+        decoded = np.full((len(source), length), PAD, source.dtype)
+        for rows in by_length((source != PAD).sum(1), batch):
+            # Of one shape, for which the program is compiled; rows that are missing are empty.
+            part = np.pad(source[rows], ((0, batch - len(rows)), (0, 0)), constant_values=PAD)
+            decoded[rows] = np.asarray(decode(self.variables, part))[: len(rows)]
+        return decoded
+
+    def decoder(self, beams: int, length: int) -> Callable[[Params, Any], Any]:
+        """The compiled (variables, source [B, S]) → tokens [B, length]."""
+        if (beams, length) not in self.decoders:
+            function = partial(outputs, self.model, beams=beams, length=length)
+            self.decoders[beams, length] = jax.jit(function)
+        return self.decoders[beams, length]
+
+    def product(self, n: int) -> Callable[[], Any]:
+        dtype = jnp.float32 if self.device == "cpu" else jnp.bfloat16
+        left, right = (jax.random.normal(jax.random.key(k), (n, n), dtype) for k in range(2))
+        multiply = jax.jit(jnp.matmul)
+        return lambda: jax.block_until_ready(multiply(left, right))
+
+    def memory(self) -> int | None:
+        statistics = jax.devices()[0].memory_stats()  # None on a CPU
+        return statistics and statistics["peak_bytes_in_use"]
+
+    def flops(self) -> int | None:
+        return costs.step_flops(self.model, self.recipe, self.data)
+
+    def save(self, path: Path) -> None:
+        arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def load(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.variables = {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def outputs(model: Model, variables: Params, source: Any, *, beams: int, length: int) -> Any:
+    """The outputs [B, length] for a batch of sources; traced, with `model` static."""
+    assert beams == 1, "`contender.CONTENDERS` says how wide it can be"
+    return decoding.greedy(model.bind(variables), source, (source != PAD).astype(jnp.int32), length)
