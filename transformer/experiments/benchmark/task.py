@@ -53,7 +53,7 @@ class Size:
         return self.tokens() + 7
 
 
-# device → name → size. On a GPU a batch of the paper's base model has to fill it.
+# device → name → size. On a GPU a batch is to fill it, and all contenders to fit in together.
 SIZES: dict[str, dict[str, Size]] = {
     "cpu": {
         "trial": Size(
@@ -102,7 +102,7 @@ SIZES["gpu"] = {
     "base": dataclasses.replace(
         SIZES["cpu"]["base"],
         examples=131_072,
-        batch=1_024,
+        batch=256,
         pack=256,
         round=20,
         steps=2_000,
@@ -116,7 +116,7 @@ SIZES["gpu"] = {
         layers=6,
         longest=127,
         examples=65_536,
-        batch=512,
+        batch=128,
         pack=256,
         round=10,
         steps=0,

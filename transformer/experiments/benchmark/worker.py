@@ -82,9 +82,8 @@ class Worker:
           target: the share of strings that are right in every token.
           limit: seconds of training after which it is given up.
         """
-        for _ in range(2):  # the first only compiles
-            self.start(seed, schedule)
-            self.train(1, batching)
+        self.start(seed, schedule)
+        self.train(1, batching)  # compiles
         self.start(seed, schedule)
         curve, seconds, step, right = [], 0.0, 0, 0.0
         while step < schedule["steps"] and right < target and seconds < limit:
