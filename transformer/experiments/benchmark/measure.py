@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from transformer.console import console
 from transformer.experiments.benchmark import task
 from transformer.experiments.benchmark.contender import CONTENDERS, OURS, Entry, Schedule, Setting
 from transformer.experiments.benchmark.rotation import ContenderError, Remote, rotate
+from transformer.workdir import write_json
 
 PRODUCTS = (1024, 2048, 4096)  # sides of the square matrices whose product is timed
 STRINGS = {128: 512, 1: 32}  # batch → held-out strings that are decoded in a turn
@@ -239,11 +241,14 @@ def time_to_accuracy(bench: Bench) -> dict[str, Any]:
 def search(bench: Bench) -> dict[str, Any]:
     """Each contender's schedule that reaches the target soonest, all tried on the same grid.
 
-    A schedule is given up once it is slower than the best so far of its contender.
+    A schedule is given up once it is slower than the best so far of its contender. What has been
+    tried is kept in `search.json` of the folder, so that a search that was cut off goes on.
     """
     names = bench.those(lambda entry: entry.learns)
     size = bench.setting.size
-    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    file = bench.folder / "search.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    trials: dict[str, list[dict[str, Any]]] = {name: kept.get(name, []) for name in names}
     with bench.open(names) as remotes:
         for ((schedule, share), rate, warmup), name in itertools.product(GRID, names):
             tried = dataclasses.asdict(
@@ -254,11 +259,14 @@ def search(bench: Bench) -> dict[str, Any]:
                     steps=round(share * size.steps),
                 )
             )
+            if any(trial["schedule"] == tried for trial in trials[name]):
+                continue
             limit = min([bench.limit, *(t["seconds"] for t in trials[name] if t["reached"])])
             found = learn(bench, remotes[name], SEARCH_SEED, tried, limit)
             if found:
                 right = found.pop("curve")[-1][2]
                 trials[name].append({"schedule": tried, "right": right, **found})
+                write_json(file, kept | trials)
                 console.print(
                     f"{CONTENDERS[name].title}: {schedule} over {tried['steps']}, {rate:g}, warm-up"
                     f" {warmup}: {right:.1%} right after {found['seconds']:.1f} s"
