@@ -143,7 +143,9 @@ def test_each_has_its_turn_in_every_round_in_another_order():
 def test_what_follows_the_end_of_an_output_is_ignored():
     target = np.array([[5, 6, EOS], [7, EOS, PAD], [8, EOS, PAD], [9, EOS, PAD]])
     decoded = [[5, 6, EOS, EOS], [7, EOS, PAD, PAD], [8, 3, EOS, PAD], [9, 9, 9, 9]]
-    assert worker.exact(np.array(decoded), target) == 0.5
+    ended = worker.ended(np.array(decoded))
+    assert ended[0].tolist() == [5, 6, EOS, PAD]
+    assert worker.exact(ended, target) == 0.5
 
 
 def test_a_peer_that_fails_is_left_out_and_named(setting, tmp_path):
@@ -280,10 +282,10 @@ FOUND = {
         "searched": [],
     },
     "decoding": {
-        OURS: {"1/128": [{"sequences": 8, "seconds": 0.5, "exact": 1.0}]},
+        OURS: {"1/128": [{"sequences": 8, "seconds": 0.5, "exact": 1.0, "tokens": 3.5}]},
         "marian": {
-            "1/128": [{"sequences": 8, "seconds": 2.0, "exact": 0.75}],
-            "4/128": [{"sequences": 8, "seconds": 4.0, "exact": 0.75}],
+            "1/128": [{"sequences": 8, "seconds": 2.0, "exact": 0.75, "tokens": 3.5}],
+            "4/128": [{"sequences": 8, "seconds": 4.0, "exact": 0.75, "tokens": 3.5}],
         },
     },
     "start": {
@@ -321,8 +323,8 @@ def test_the_page_shows_every_part(tmp_path):
         "| 1.5 [1.0, 2.0] |  |",
         # One seed is missing: a median of the others would flatter.
         "| Hugging Face Marian | linear over 90 steps, 0.001 after 5 | 1 of 2 | 90.0% |  |  |  |",
-        "| Hugging Face Marian | 4 [4, 4] | **4.00 [4.00, 4.00]** | 75.0% |",
-        "| Hugging Face Marian | 2 [2, 2] |  | 75.0% |",
+        "| Hugging Face Marian | 4 [4, 4] | **4.00 [4.00, 4.00]** | 75.0% | 3.5 |",
+        "| Hugging Face Marian | 2 [2, 2] |  | 75.0% | 3.5 |",
         "| Hugging Face Marian | 4.0 [4.0, 4.0] | **1.50 [1.50, 1.50]** | 4.0 [4.0, 4.0] "
         "| **0.75 [0.75, 0.75]** |",
         "- greedy, batch 128, sequences/s: this code / Hugging Face Marian **4.00 [4.00, 4.00]**",
@@ -366,6 +368,7 @@ def check_decoding(remote, contender):
         for batch in (1, 64):
             found = remote.ask("decode", strings=100, batch=batch, beams=beams, shortest=0.0)
             assert found["exact"] > 0.75, (beams, batch)
+            assert found["tokens"] == pytest.approx(3.5, abs=0.4)
 
 
 def learn_to_reverse(contender, setting, folder):

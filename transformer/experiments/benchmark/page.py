@@ -196,7 +196,8 @@ on a CPU, the most that the process has held.""",
 come out right, greedily, at a check; neither compilation nor checks count. Schedules are \
 {found}.""",
     "decoding": """Held-out strings a second with trained parameters, batches sorted by length. \
-*Right* is the share of them that come out right in every token.""",
+*Right* is the share of them that come out right in every token, *tokens* how many an output has: \
+speeds compare only where these do.""",
     "start": """Seconds from the start of a process to the end of its first training step: \
 imports, reading the strings, building, compiling. *Compiled before*: with the compilation \
 cache that an earlier process left.""",
@@ -311,10 +312,11 @@ def decoding_table(found: Mapping[str, Any]) -> str:
     texts = []
     for what, quantity in decoding_quantities(found).items():
         rows = [
-            (title(row), *quantity.cells(row), f"{found[row[0]][what][-1]['exact']:.1%}")
+            (title(row), *quantity.cells(row), f"{last['exact']:.1%}", f"{last['tokens']:.1f}")
             for row in quantity.values
+            for last in found[row[0]][what][-1:]
         ]
-        texts.append(table(("", quantity.title, "this code / it", "right"), rows))
+        texts.append(table(("", quantity.title, "this code / it", "right", "tokens"), rows))
     return "\n".join(texts)
 
 

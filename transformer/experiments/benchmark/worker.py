@@ -57,8 +57,13 @@ class Worker:
         while not passes or seconds < shortest:
             decoded = self.contender.decode(held_out.source, batch, beams, room)
             passes, seconds = passes + 1, time.perf_counter() - started
-        right = exact(decoded, held_out.target)
-        return {"sequences": strings, "seconds": seconds / passes, "exact": right}
+        decoded = ended(decoded)
+        return {
+            "sequences": strings,
+            "seconds": seconds / passes,
+            "exact": exact(decoded, held_out.target),
+            "tokens": float((decoded != PAD).sum(1).mean()),
+        }
 
     def learn(
         self,
@@ -126,13 +131,14 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def exact(decoded: np.ndarray, target: np.ndarray) -> float:
-    """The share of outputs that are their target, token for token, up to and with EOS.
+def ended(decoded: np.ndarray) -> np.ndarray:
+    """Outputs with padding after their EOS, where some fill up with more of it."""
+    before = np.cumsum(decoded == EOS, axis=1) - (decoded == EOS)
+    return np.where(before > 0, PAD, decoded)
 
-    What follows an output's EOS is ignored: some fill up with padding and some with EOS.
-    """
-    ends = np.cumsum(decoded == EOS, axis=1) - (decoded == EOS)
-    decoded = np.where(ends > 0, PAD, decoded)
+
+def exact(decoded: np.ndarray, target: np.ndarray) -> float:
+    """The share of outputs that are their target, token for token, EOS included."""
     room = decoded.shape[1] - target.shape[1]
     target = np.pad(target, ((0, 0), (0, room)), constant_values=PAD)
     return float((decoded == target).all(1).mean())
