@@ -106,7 +106,7 @@ def prepare(name: str, size: task.Size, output: Path) -> measure.Bench:
 
 def carry_out(part: str, name: str, bench: measure.Bench, output: Path) -> None:
     """Measures a part of a size, and writes what came of it."""
-    load = os.getloadavg()[0]
+    before = {"load": round(os.getloadavg()[0], 2), "commit": commit()}
     console.print(f"{name}: {part}")
     try:
         found = measure.PARTS[part](bench)
@@ -120,7 +120,7 @@ def carry_out(part: str, name: str, bench: measure.Bench, output: Path) -> None:
         record = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, record | {name: found})
         return
-    page.store(output, name, part, found, about(bench, load))
+    page.store(output, name, part, found, about(bench) | before)
     page.write(output)
     for line in page.fastest(part, found).splitlines():
         console.print(line.replace("**", ""))
@@ -138,7 +138,7 @@ def searched(output: Path, size: str) -> dict:
     return {each: own["schedule"] for each, own in record.get(size, {}).items()}
 
 
-def about(bench: measure.Bench, load: float) -> dict:
+def about(bench: measure.Bench) -> dict:
     """What a part was measured with."""
     present = [CONTENDERS[each] for each in bench.contenders if not CONTENDERS[each].missing()]
     needs = {package for entry in present for package in entry.needs}
@@ -148,10 +148,8 @@ def about(bench: measure.Bench, load: float) -> dict:
         "command": shlex.join(["python", *sys.argv]),
         "device": sharding.processor() if DEVICE.value == "cpu" else gpu(),
         "threads": THREADS.value,
-        "load": round(load, 2),
         "size": {each: size[each] for each in shown},
         "versions": versions() | {each: metadata.version(each) for each in sorted(needs)},
-        "commit": commit(),
         "absent": dict(bench.failures),
     }
 
