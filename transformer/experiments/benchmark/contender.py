@@ -148,7 +148,7 @@ CONTENDERS: dict[str, Entry] = {
         title="this code",
         where="ours:Ours",
         batchings=("packed",),
-        beams=(1,),
+        beams=(1, 4),
         products=True,
     ),
     "pytorch": Entry(

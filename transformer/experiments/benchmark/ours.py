@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from transformer import cli, costs, decoding, sharding
+from transformer import cli, costs, decoding, evaluation, sharding
 from transformer.config import RunConfig
 from transformer.data.batches import Dataset, pack
-from transformer.data.tokenizer import PAD
 from transformer.experiments.benchmark import task
-from transformer.experiments.benchmark.batching import by_length
 from transformer.experiments.benchmark.contender import Contender, Schedule, Setting
 from transformer.experiments.benchmark.task import Size
 from transformer.model import Model, Params
@@ -56,17 +54,24 @@ class Ours(Contender):
     """As `train.py` trains, but for what it writes."""
 
     def __init__(self, setting: Setting):
-        cli.set_up_jax()
         self.size, self.device = setting.size, setting.device
         strings = task.load(setting.data, "train")
         unpacked = Dataset(strings.source, strings.target, setting.size.batch)
         packed = pack(unpacked, setting.size.pack)
-        # As many rows a step as hold, on average, the strings that a step of the peers has.
+        # As many rows a step as hold, on average, the strings that a step of the peers has, in a
+        # number that the cores divide.
         rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
-        self.data = jax.device_put(Dataset(packed.source, packed.target, rows, packed=True))
-        self.mesh = sharding.one_device()
+        if setting.device == "cpu":
+            rows = -(-rows // sharding.cores()) * sharding.cores()
+        cli.set_up_jax(batch_size=rows)
+        whole = sharding.MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
+        self.mesh = sharding.make_mesh(whole)
+        self.everywhere = sharding.replicated(self.mesh)
+        self.data = jax.device_put(
+            Dataset(packed.source, packed.target, rows, packed=True), self.everywhere
+        )
         self.schedule: Schedule | None = None
-        self.decoders: dict[tuple[int, ...], Callable] = {}
+        self.decoders: dict[tuple[Any, ...], Callable] = {}
 
     def start(self, seed: int, schedule: Schedule) -> None:
         if schedule != self.schedule:
@@ -77,7 +82,9 @@ class Ours(Contender):
             where = jax.tree.map(lambda leaf: leaf.sharding, like)
             self.init = jax.jit(partial(init_state, self.model, self.recipe), out_shardings=where)
             steps = make_train_steps(make_train_step(self.model, self.recipe))
-            self.train_steps = jax.jit(steps, donate_argnums=(0, 1))
+            self.train_steps = jax.jit(
+                steps, donate_argnums=(0, 1), out_shardings=(where, self.everywhere)
+            )
         with jax.set_mesh(self.mesh):
             self.state = self.init(np.uint32(seed), {})
         self.variables: Params = self.state.variables()
@@ -94,20 +101,21 @@ class Ours(Contender):
         return float(self.sums["loss"] / self.sums["tokens"])
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        decode = self.decoder(beams, length)
-        decoded = np.full((len(source), length), PAD, source.dtype)
-        for rows in by_length((source != PAD).sum(1), batch):
-            # Of one shape, for which the program is compiled; rows that are missing are empty.
-            part = np.pad(source[rows], ((0, batch - len(rows)), (0, 0)), constant_values=PAD)
-            decoded[rows] = np.asarray(decode(self.variables, part))[: len(rows)]
-        return decoded
-
-    def decoder(self, beams: int, length: int) -> Callable[[Params, Any], Any]:
-        """The compiled (variables, source [B, S]) → tokens [B, length]."""
-        if (beams, length) not in self.decoders:
-            function = partial(outputs, self.model, beams=beams, length=length)
-            self.decoders[beams, length] = jax.jit(function)
-        return self.decoders[beams, length]
+        search = decoding.greedy
+        if beams > 1:
+            search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
+        # One source at a time has one device; a batch is divided among them, as in `eval.py`.
+        mesh = sharding.one_device() if batch == 1 else self.mesh
+        key = batch == 1, beams, length
+        if key not in self.decoders:
+            decode = partial(evaluation.decode, self.model, length=length, search=search)
+            self.decoders[key] = jax.jit(decode)
+        with jax.set_mesh(mesh):
+            variables = jax.device_put(self.variables, sharding.replicated(mesh))
+            parts = [source[i : i + 1] for i in range(len(source))] if batch == 1 else [source]
+            found = [self.decoders[key](variables, Dataset(part, part, batch)) for part in parts]
+        tokens = np.concatenate([np.asarray(each if beams == 1 else each.tokens) for each in found])
+        return tokens if beams == 1 else tokens[:, 0]
 
     def product(self, n: int) -> Callable[[], Any]:
         dtype = jnp.float32 if self.device == "cpu" else jnp.bfloat16
@@ -130,9 +138,3 @@ class Ours(Contender):
     def load(self, path: Path) -> None:
         with np.load(path) as arrays:
             self.variables = {name: jnp.asarray(array) for name, array in arrays.items()}
-
-
-def outputs(model: Model, variables: Params, source: Any, *, beams: int, length: int) -> Any:
-    """The outputs [B, length] for a batch of sources; traced, with `model` static."""
-    assert beams == 1, "`contender.CONTENDERS` says how wide it can be"
-    return decoding.greedy(model.bind(variables), source, (source != PAD).astype(jnp.int32), length)
