@@ -1,0 +1,177 @@
+"""What is read from a program, against what can be counted by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from transformer.hlo import group_size, traffic
+
+ROWS, BYTES = 8, 8 * 128 * 4  # each device's part of the array: float32 [8, 128]
+
+
+def traffic_of(function, shape=(4,)):
+    """Of `function`, called by each device of a mesh of axes a, b … with its own [8, 128]."""
+    axes = ("a", "b")[: len(shape)]
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+    spec = PartitionSpec(axes)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    whole = jax.ShapeDtypeStruct((ROWS * mesh.size, 128), jnp.float32)
+    return traffic(jax.jit(mapped).lower(whole).compile().as_text(), mesh.size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "sent"),
+    [
+        ("all-reduce", partial(jax.lax.psum, axis_name="a"), 2 * 3 / 4 * BYTES),
+        ("all-gather", partial(jax.lax.all_gather, axis_name="a"), 3 * BYTES),
+        (
+            "reduce-scatter",
+            partial(jax.lax.psum_scatter, axis_name="a", tiled=True),
+            3 / 4 * BYTES,
+        ),
+        (
+            "all-to-all",
+            partial(jax.lax.all_to_all, axis_name="a", split_axis=0, concat_axis=0, tiled=True),
+            3 / 4 * BYTES,
+        ),
+        (
+            "collective-permute",
+            partial(jax.lax.ppermute, axis_name="a", perm=[(0, 1), (1, 2), (2, 3), (3, 0)]),
+            BYTES,
+        ),
+    ],
+)
+def test_a_collective_over_four_devices(kind, function, sent):
+    found = traffic_of(function)
+    assert found.sent == {kind: sent}
+    assert found.collectives == {kind: 1}
+
+
+@pytest.mark.parametrize(("axis", "devices"), [("a", 2), ("b", 4)])
+def test_a_group_is_part_of_the_devices(axis, devices):
+    found = traffic_of(partial(jax.lax.psum, axis_name=axis), (2, 4))
+    assert found.sent == {"all-reduce": 2 * (devices - 1) / devices * BYTES}
+
+
+def test_a_loop_sends_as_often_as_it_runs():
+    def loop(x):
+        body = lambda x, _: (jnp.sin(jax.lax.psum(x, "a")), None)  # noqa: E731
+        return jax.lax.scan(body, x, length=7)[0]
+
+    found = traffic_of(loop)
+    assert found.collectives == {"all-reduce": 7}
+    assert found.sent == {"all-reduce": 7 * 2 * 3 / 4 * BYTES}
+    assert found.endless == 0
+    assert found.memory >= 7 * 4 * BYTES  # the sum and the sine each read and write it
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: jax.lax.psum(x, "a"), x)
+
+    found = traffic_of(loop)
+    assert found.collectives == {"all-reduce": 1}
+    assert found.endless == 1
+
+
+def test_an_addition_reads_and_writes():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    text = jax.jit(lambda x, y: x + y).lower(x, x).compile().as_text()
+    assert traffic(text, 1).memory == 3 * 4000
+
+
+# What the TPU's compiler writes and the CPU's does not, cut down to what is read of it.
+TPU = """HloModule step
+
+%all-reduce-scatter.1 (input: f32[8,128]) -> f32[2,128] {
+  %input = f32[8,128]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,128]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}
+  ROOT %dynamic-slice.1 = f32[2,128]{1,0} dynamic-slice(%all-reduce.1, %index)
+}
+
+%first (p.1: bf16[4,128]) -> bf16[8,128] {
+  %p.1 = bf16[4,128]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.1), \
+replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, frontend_attributes={chain_id="7"}
+}
+
+%second (p.2: bf16[4,128]) -> bf16[8,128] {
+  %p.2 = bf16[4,128]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,128]{1,0} all-gather(%p.2), \
+replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, frontend_attributes={chain_id="7"}
+}
+
+%below (state.1: (s32[], f32[2,128])) -> pred[] {
+  %state.1 = (s32[], f32[2,128]{1,0:S(1)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(5)
+  %at.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)S(6)} compare(%at.1, %bound), direction=LT
+}
+
+%body (state.2: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
+  %state.2 = (s32[], f32[2,128]{1,0:S(1)}) parameter(0)
+  %x = f32[2,128]{1,0:S(1)} get-tuple-element(%state.2), index=1
+  %permuted = f32[2,128]{1,0:S(1)} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %tuple = (s32[], f32[2,128]{1,0:S(1)}) tuple(%at.2, %permuted)
+}
+
+ENTRY %main (a: f32[8,128], b: bf16[4,128]) -> f32[2,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %copy-start = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,128]{1,0}), f32[1,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %fusion.1 = f32[2,128]{1,0:S(1)} fusion(%copy-done), calls=%all-reduce-scatter.1
+  %fusion.2 = bf16[8,128]{1,0:S(1)} fusion(%b), kind=kOutput, calls=%first
+  %fusion.3 = bf16[8,128]{1,0:S(1)} fusion(%b), kind=kOutput, calls=%second
+  %carry = (s32[], f32[2,128]{1,0:S(1)}) tuple(%zero, %fusion.1)
+  ROOT %while = (s32[], f32[2,128]{1,0:S(1)}) while(%carry), condition=%below, body=%body
+}
+"""
+
+
+def test_the_programs_of_a_tpu():
+    found = traffic(TPU, 4)
+    assert found.sent == {
+        "reduce-scatter": 3 / 4 * 4096,
+        "all-gather": 1024,
+        "collective-permute": 5 * 1024,
+    }
+    assert found.collectives == {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 5}
+    # The copy's source, the slice's, %b twice, and what the loop compares; all else is on the
+    # chip.
+    assert found.memory == 4096 + 512 + 2 * 1024 + 5 * 8
+    assert found.endless == 0
+
+
+def test_asynchronous_forms_count_once():
+    text = """ENTRY %main (a: f32[8,128]) -> f32[32,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %start = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
+  ROOT %done = f32[32,128]{1,0} all-gather-done(%start)
+}
+"""
+    found = traffic(text, 4)
+    assert found.sent == {"all-gather": 3 * 4096}
+    assert found.collectives == {"all-gather": 1}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,2},{1,3}}", 2),
+        ("{{0,1,2,3,4,5,6,7}}", 8),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", 2),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+        ("{}", 8),
+    ],
+)
+def test_every_way_to_write_groups(groups, size):
+    assert group_size(f", channel_id=1, replica_groups={groups}, use_global=true", 8) == size
