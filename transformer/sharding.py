@@ -9,7 +9,7 @@ inside the model. One device is a mesh of one, and no code differs.
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,16 @@ class MeshConfig:
     context: int
 
 
-def make_mesh(config: MeshConfig, replicas: int = 1) -> Mesh:
+def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first devices there are, for a run or a population of `replicas`.
+
+    Given `devices`, over the first of those, which need not be there (`planning`).
 
     Raises:
       UserError: a size is not a positive number, the mesh does not fit the devices or the
         replicas, or devices are not to be had (`find_devices`).
     """
-    devices = find_devices()
+    devices = devices or find_devices()
     sizes = {
         "data": config.data,
         "fsdp": config.fsdp,
