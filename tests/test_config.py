@@ -179,7 +179,7 @@ def program(changes):
     cfg = RunConfig.resolve(config_of(changes))
     model, recipe = Model(cfg.model, TOKENIZER.vocab_size), cfg.recipe()
     train_step = make_train_step(model, recipe)
-    batch = strings(("ab", "ba"))
+    batch = strings(("ab", "ba"), ("cd", "dc"))
     data = Dataset(batch.source, batch.target_out, 1)
     numbers = cfg.numbers()
     one = {name: np.float32(np.ravel(values)[0]) for name, values in numbers.items()}

@@ -108,6 +108,7 @@ def deviations(init, width, shape):
         kv_heads=shape[0],
         use_bias=False,
         qk_norm=False,
+        fused=False,
         init=INITIALIZERS[init],
         backend="einsum",
         dtype=FLOAT32,

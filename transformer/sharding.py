@@ -269,11 +269,13 @@ def place(tree: Any, where: Any) -> Any:
       tree: NumPy arrays.
       where: a sharding, or one for each array.
     """
+
+    def put(x: Any, there: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, there, x.__getitem__)
+
     if isinstance(where, NamedSharding):
-        where = jax.tree.map(lambda _, everywhere=where: everywhere, tree)
-    return jax.tree.map(
-        lambda x, there: jax.make_array_from_callback(x.shape, there, x.__getitem__), tree, where
-    )
+        return jax.tree.map(lambda x: put(x, where), tree)
+    return jax.tree.map(put, tree, where)
 
 
 def stacked(state: Any, replicas: int) -> Any:
