@@ -128,6 +128,11 @@ def run(
             "devices": sharding.describe(mesh),
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
+            **(
+                {"attention": f"{model.config.backend_at(data['train'].longest())}, as auto picked"}
+                if cfg.model.attention_backend == "auto"
+                else {}
+            ),
             "workdir": str(workdir.path),
         }
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.helpers import small_model
 from transformer import masking
 from transformer.attention import (
     ATTENTION_BACKENDS,
@@ -464,6 +465,19 @@ def test_auto_picks_by_platform_and_shapes(expected, platform, changes):
         "flexible": False,
     }
     assert pick(platform, **usual | changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        ("chunked", {}),
+        ("einsum", {"attention_dropout": 0.1}),
+        ("xla", {"attention_backend": "xla"}),
+    ],
+)
+def test_a_config_says_what_auto_comes_to(expected, changes):
+    config = small_model(**{"attention_backend": "auto"} | changes).config
+    assert config.backend_at(4096) == expected
 
 
 def test_without_its_gpu_cudnn_is_one_line(qkv):

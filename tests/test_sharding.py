@@ -126,12 +126,9 @@ def check_shards(sizes, state):
     assert (split > len(axes_of) / 3) == (sizes != MESHES["data"])  # all matrices, or none
 
 
-@pytest.mark.parametrize("context", [1, 4])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes, context):
+def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes):
     """In training: the outputs, the statistics that batch norm sees, and the gradients."""
-    if context > 1 and "architecture" in changes:
-        pytest.skip("the recurrent architecture is split over the batch alone")
     model = small_model(**changes)
     variables, key = random_params(model, 0), jax.random.key(1)
 
@@ -152,12 +149,12 @@ def test_every_variant_gives_on_a_mesh_what_it_gives_on_one_device(changes, cont
             result = jax.jit(jax.value_and_grad(outputs, has_aux=True))(placed, batch)
         return jax.device_get(result)
 
-    sizes = (2, 2, 2) if context == 1 else (1, 1, 2)
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
     if changes.get("heads") == 1:
-        sizes = (4, 2, 1) if context == 1 else (1, 2, 1)  # a single head cannot be split in two
+        sizes |= {"data": 2, "tensor": 1}  # a single head cannot be split in two
     if "architecture" in changes:
-        sizes = (8, 1, 1)  # other meshes are refused: see RunConfig
-    one, other = on(one_device_mesh()), on(mesh_of(*sizes, context=context))
+        sizes = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}  # others: see RunConfig
+    one, other = on(one_device_mesh()), on(mesh_of(**sizes))
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(right, left, rtol=1e-4, atol=1e-4)
 

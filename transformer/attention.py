@@ -142,12 +142,12 @@ def cudnn_attention(
 ) -> Float[Array, "B N T E"]:
     """cuDNN's flash attention, through the same function: for bfloat16 on an NVIDIA GPU.
 
-    A single query, as in decoding, is left to the reference.
+    The few queries of a step of decoding are left to the reference.
 
     Raises:
       UserError: there is no such GPU, or cuDNN has no kernel for these shapes.
     """
-    if query.shape[2] == 1:
+    if query.shape[2] < 16:
         return einsum_attention(query, key, value, mask, bias)
     try:
         return xla_attention(query, key, value, mask, bias, "cudnn")

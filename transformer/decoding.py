@@ -59,7 +59,7 @@ class Beams(NamedTuple):
 class Search(NamedTuple):
     """What beam search carries from token to token.
 
-    cache: of B · J rows, the hypotheses of a source side by side.
+    cache: of J hypotheses for each source.
     going: the J likeliest hypotheses without an end, [B, J, T].
     log_p: of each of them; -inf where there are fewer.
     ended: the J best that have ended.
@@ -126,9 +126,9 @@ def beam_search(
         index = search.cache.filled
         before = jnp.maximum(index - 1, 0)
         last = jax.lax.dynamic_index_in_dim(search.going, before, axis=2)
-        last = jnp.where(index == 0, BOS, last).reshape(rows * width, 1)
+        last = jnp.where(index == 0, BOS, last)[..., 0]
         logits, cache = model.decode_step(last, search.cache)
-        log_p = jax.nn.log_softmax(logits.reshape(rows, width, -1).astype(jnp.float32))
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         log_p, place = jax.lax.top_k((search.log_p[..., None] + log_p).reshape(rows, -1), 2 * width)
         parent, token = place // logits.shape[-1], (place % logits.shape[-1]).astype(jnp.int32)
         tokens = take(search.going, parent)
@@ -146,8 +146,7 @@ def beam_search(
         )
         log_p, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), width)
         parent = jnp.take_along_axis(parent, chosen, axis=1)
-        origin = (jnp.arange(rows)[:, None] * width + parent).reshape(-1)
-        return Search(cache.pick(origin), take(tokens, chosen), log_p, ended)
+        return Search(cache.pick(parent), take(tokens, chosen), log_p, ended)
 
     search = jax.lax.while_loop(is_going, step, search)
     scores = search.log_p / penalty(length, length_penalty)

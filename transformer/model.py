@@ -20,6 +20,7 @@ from transformer.attention import (
     KeyValue,
     MultiHeadAttention,
     Relations,
+    pick,
 )
 from transformer.dropout import Training, drop
 from transformer.errors import UserError, choose
@@ -32,7 +33,7 @@ from transformer.layers import (
     Residual,
 )
 from transformer.normalization import NORMS, Statistic
-from transformer.positions import POSITIONS
+from transformer.positions import POSITIONS, Position
 from transformer.recurrent import CELLS, Recurrent
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
@@ -180,6 +181,23 @@ class ModelConfig:
         """E, the width of a head's values."""
         return self.value_width or self.attention_width()
 
+    def backend_at(self, length: int) -> str:
+        """The attention backend in training at this length, on this platform; `auto`'s choice."""
+        if self.attention_backend != "auto":
+            return self.attention_backend
+        return pick(
+            jax.default_backend(),
+            DTYPES[self.dtype],
+            self.attention_width(),
+            (length, length),
+            biased=POSITIONS[self.position].bias is not Position.bias,
+            flexible=self.attention_dropout > 0.0 or self.values_width() != self.attention_width(),
+        )
+
+    def attention_widths(self) -> tuple[int, int]:
+        """H and E."""
+        return self.attention_width(), self.values_width()
+
     def reach(self, length: int) -> int:
         """`length`, or as many tokens as there are positions for."""
         limited = POSITIONS[self.position].limited or self.random_positions > 0
@@ -197,23 +215,26 @@ class ModelConfig:
 class Cache(NamedTuple):
     """What decoding carries from token to token; passed in and handed back, never stored.
 
-    Of several hypotheses of a source, side by side, each has a row of its own in `decoded`;
-    the memory is theirs together.
+    The J hypotheses of a source share it: what hypothesis j computed at position t is the entry
+    t · J + j of `decoded`, and stays there when another goes on from it. What changes hands is
+    `writers`, some integers, and the keys and values are never moved.
 
     filled: int32 scalar, how many target positions have been decoded.
     decoded: each layer's self-attention keys and values, with room for the whole target.
+    writers: [B, J, positions] int32, whose entry a hypothesis has at each position.
     memory: each layer's cross-attention keys and values, computed once.
     source_segments: [B, S] int32.
     """
 
     filled: Int[Array, ""]
     decoded: tuple[KeyValue, ...]
+    writers: Int[Array, "B J room"]
     memory: tuple[KeyValue, ...]
     source_segments: Int[Array, "B S"]
 
-    def pick(self, rows: Int[Array, "rows"]) -> "Cache":
-        """The cache whose hypotheses are these rows of this one, each of its own source."""
-        return self._replace(decoded=jax.tree.map(lambda each: each[rows], self.decoded))
+    def pick(self, parents: Int[Array, "B J"]) -> "Cache":
+        """The cache whose hypotheses go on from these."""
+        return self._replace(writers=jnp.take_along_axis(self.writers, parents[..., None], axis=1))
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -295,7 +316,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: KeyValue,
-        memory_mask: masking.Mask | Bool[Array, "sources 1 #T S"],
+        memory_mask: masking.Mask | Bool[Array, "#B 1 #T S"],
         cache: tuple[KeyValue, Int[Array, ""]] | None = None,
         training: Training | None = None,
         maps: Maps | None = None,
@@ -323,12 +344,10 @@ class DecoderLayer(nnx.Module):
         )
         x = self_attention.add(x, y, training)
         h = cross_attention.input(x, training)
-        # Hypotheses of one source, each with a row of its own, are queries to one memory.
-        h = h.reshape(memory.key.shape[0], -1, h.shape[-1])
         into = maps["cross"] if maps else None
         query = self.cross_attention.project_query(h)
         y = self.cross_attention(query, memory, memory_mask, training=training, maps=into)
-        x = cross_attention.add(x, y.reshape(x.shape), training)
+        x = cross_attention.add(x, y, training)
         y = self.feed_forward(feed_forward.input(x, training))
         return feed_forward.add(x, y, training), key_value
 
@@ -454,19 +473,19 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         relations: Relations,
         memory: tuple[KeyValue, ...],
-        memory_mask: Bool[Array, "sources 1 #T S"],
+        memory_mask: Bool[Array, "B 1 #T S"],
         cache: tuple[KeyValue, ...],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
         """The next positions' output, given what `project_memory` made, and the cache with them.
 
         Args:
-          x: the target positions from `index` on.
+          x: the target positions to compute.
           relations: of them to the cache's.
           memory: keys and values for each layer's cross-attention.
           memory_mask: from target positions to source positions.
           cache: each layer's keys and values of earlier positions.
-          index: where x's are to be written.
+          index: the entry where x's begin.
         """
         decoded = []
         for layer, read, earlier in zip(self.layers, memory, cache, strict=True):
@@ -611,13 +630,13 @@ class Transformer(nnx.Module):
         hypotheses: int = 1,
     ) -> Cache:
         """An empty cache for decoding up to `length` target positions of each hypothesis."""
-        batch = memory.shape[0] * hypotheses
-        heads = self.config.kv_heads or self.config.heads
-        widths = self.config.attention_width(), self.config.values_width()
-        empty = KeyValue(*(jnp.zeros((batch, heads, length, w), memory.dtype) for w in widths))
+        heads, entries = self.config.kv_heads or self.config.heads, length * hypotheses
+        shape, widths = (len(memory), heads, entries), self.config.attention_widths()
+        empty = KeyValue(*(jnp.zeros((*shape, width), memory.dtype) for width in widths))
         return Cache(
             filled=jnp.zeros((), jnp.int32),
             decoded=(empty,) * self.config.layers,
+            writers=jnp.zeros((len(memory), hypotheses, length), jnp.int32),
             memory=self.decoder.project_memory(memory),
             source_segments=source_segments,
         )
@@ -628,22 +647,31 @@ class Transformer(nnx.Module):
         """Logits after each of the next T target tokens, and the cache with them in it.
 
         The same as the positions `cache.filled … cache.filled + T - 1` of a call with
-        the whole target. Past the cache's length the logits are NaN.
+        the whole target. With a cache of J > 1 hypotheses the tokens are the next one of each, and
+        T is J. Past the cache's length the logits are NaN.
         """
-        steps, room = tokens.shape[1], cache.decoded[0].key.shape[2]
-        positions = self.positions(cache.filled + in_row(steps), None)
-        mask = masking.causal(steps, room, cache.filled)
+        filled, (hypotheses, room) = cache.filled, cache.writers.shape[1:]
+        steps = tokens.shape[1] // hypotheses
+        index = filled + in_row(steps) if hypotheses == 1 else jnp.full(tokens.shape, filled)
+        positions = self.positions(index, None)
+        mask = masking.causal(steps, room, filled)
         if self.config.window is not None:
-            mask = mask & masking.window(steps, room, self.config.window, cache.filled)
+            mask = mask & masking.window(steps, room, self.config.window, filled)
+        if hypotheses > 1:
+            each = jnp.arange(hypotheses)
+            cache = cache._replace(writers=cache.writers.at[:, :, filled].set(each))
+            own = cache.writers[..., None] == each  # [B, J, room, J]
+            mask = (mask[0, 0, 0, :, None] & own).reshape(-1, 1, hypotheses, room * hypotheses)
+        keys = self.positions(in_row(room * hypotheses) // hypotheses, None)
         x, decoded = self.decoder.step(
             self.embed_target(tokens, positions, None),
-            relations(self.target_position, mask, positions, self.positions(in_row(room), None)),
+            relations(self.target_position, mask, positions, keys),
             cache.memory,
             masking.padding(cache.source_segments > 0),
-            *(cache.decoded, cache.filled),
+            *(cache.decoded, filled * hypotheses),
         )
-        logits = jnp.where(cache.filled + steps <= room, self.logits(x), jnp.nan)
-        return logits, cache._replace(filled=cache.filled + steps, decoded=decoded)
+        logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
+        return logits, cache._replace(filled=filled + steps, decoded=decoded)
 
 
 def in_row(length: int, positions: Int[Array, "B T"] | None = None) -> Int[Array, "#B T"]:

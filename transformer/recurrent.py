@@ -132,8 +132,14 @@ class Cache(NamedTuple):
     memory: KeyValue
     mask: Bool[Array, "B 1 1 S"]
 
-    def pick(self, rows: Int[Array, "rows"]) -> "Cache":
-        """The cache whose hypotheses are these rows of this one, each of its own source."""
+    def hypotheses(self) -> int:
+        """How many a source has."""
+        return len(self.attended) // len(self.mask)
+
+    def pick(self, parents: Int[Array, "B J"]) -> "Cache":
+        """The cache whose hypotheses go on from these."""
+        first = jnp.arange(len(parents))[:, None] * self.hypotheses()
+        rows = (first + parents).reshape(-1)
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
         return self._replace(states=states, attended=attended)
 
@@ -278,8 +284,14 @@ class Recurrent(nnx.Module):
     def decode_step(
         self, tokens: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits after each of the next T target tokens, and the cache with them in it."""
-        return self.advance(tokens, cache)
+        """Logits after each of the next T target tokens, and the cache with them in it.
+
+        With a cache of several hypotheses the tokens are the next one of each.
+        """
+        if cache.hypotheses() == 1:
+            return self.advance(tokens, cache)
+        logits, cache = self.advance(tokens.reshape(-1, 1), cache)
+        return logits.reshape(*tokens.shape, -1), cache
 
     def advance(
         self,
