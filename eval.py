@@ -49,7 +49,7 @@ def main() -> None:
     cfg = RunConfig.resolve(workdir.read_config())
     split = SPLIT.value or cfg.data.test
 
-    cli.set_up_jax(cfg.replicas, cfg.batch_size // cfg.accumulate)
+    cli.set_up_jax(cfg)
     cli.join_hosts()
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)

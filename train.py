@@ -67,7 +67,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Reads the flags and runs."""
-    cli.set_up_jax(CONFIG.value.replicas, CONFIG.value.batch_size // CONFIG.value.accumulate)
+    cli.set_up_jax(RunConfig.resolve(CONFIG.value))
     cli.join_hosts()
     flag = flags.FLAGS["config"]
     file = Path(config_flags.get_config_filename(flag))

@@ -63,7 +63,7 @@ KNOBS: list[dict[str, Any]] = [
 def main() -> None:
     """Builds a program for each, then lets them take turns."""
     config = CONFIG.value
-    cli.set_up_jax(config.replicas, config.batch_size // config.accumulate)
+    cli.set_up_jax(RunConfig.resolve(config))
     jax.config.update("jax_enable_compilation_cache", False)
     programs: dict[str, Program] = {}
     for changes in KNOBS:

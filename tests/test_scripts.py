@@ -1,9 +1,13 @@
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 
+from configs import base
 from tests.test_programs import finish, start
+from transformer import cli
+from transformer.config import RunConfig
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
 
@@ -32,3 +36,30 @@ def test_the_formula_knows_every_size():
     config.update({"layers": 3, "width": 24, "heads": 4, "ff_width": 50})
     config = ModelConfig(**config)
     assert formula(config, 101) == Model(config, 101).count_parameters()
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [
+        (4, {}),
+        (3, {"batch_size": 33}),
+        (1, {"batch_size": 7}),
+        (2, {"batch_size": 16, "accumulate": 8}),
+        (1, {"model.width": 512}),
+        (3, {"replicas": 3, "model.width": 512}),
+    ],
+)
+def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(cli, "cores", lambda: 4)
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    cli.set_up_jax(RunConfig.resolve(config))
+    assert asked["jax_num_cpu_devices"] == devices
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    asked.clear()
+    cli.set_up_jax(RunConfig.resolve(config))
+    assert "jax_num_cpu_devices" not in asked

@@ -18,12 +18,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from transformer import hosts
-from transformer.config import flat_knobs
+from transformer.config import RunConfig, flat_knobs
 from transformer.console import console
 from transformer.errors import UserError, nearest
 from transformer.sharding import cores, find_devices
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
+SMALL = 256  # the width up to which a CPU's cores work better side by side than together
 
 
 def run(main: Callable[[], None]) -> None:
@@ -74,15 +75,23 @@ def together(main: Callable[[], None]) -> None:
         jax.distributed.shutdown()
 
 
-def set_up_jax(replicas: int = 1, batch_size: int = 1) -> None:
+def set_up_jax(config: RunConfig | None = None) -> None:
     """Keeps compiled programs for the next start, and makes each core of a CPU a device.
 
     As many as divide the replicas or, in a single run, a batch. Side by side, with a part
-    of the batch each, they use the cores better than one program over all of them does: at
-    the sizes that a CPU is for, most operations are too small to be shared out one by one.
+    of the batch each, they use the cores better than one program over all of them does, for most
+    operations of a small model are too small to be shared out one by one. A single run of a
+    model wider than `SMALL` has one device: its products keep all cores busy, and several
+    would each update all of its parameters.
+
+    Args:
+      config: the run's; None: all cores are one device.
     """
-    if not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
-        parts = replicas if replicas > 1 else batch_size
+    if config is not None and not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
+        if config.replicas > 1:
+            parts = config.replicas
+        else:
+            parts = config.batch_size // config.accumulate if config.model.width <= SMALL else 1
         number = max(n for n in range(1, cores() + 1) if parts % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

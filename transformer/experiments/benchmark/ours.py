@@ -63,7 +63,8 @@ class Ours(Contender):
         rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
         if setting.device == "cpu":
             rows = -(-rows // sharding.cores()) * sharding.cores()
-        cli.set_up_jax(batch_size=rows)
+        schedule = Schedule(learning_rate=1e-3, warmup_steps=1, name="constant", steps=2)
+        cli.set_up_jax(run_config(self.size, self.device, schedule, rows))
         whole = sharding.MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
         self.mesh = sharding.make_mesh(whole)
         self.everywhere = sharding.replicated(self.mesh)
