@@ -48,7 +48,7 @@ class Command:
 
     def checkpoint(self) -> Any:
         """What is to be submitted when the job must end."""
-        from submitit.helpers import DelayedSubmission
+        from submitit.helpers import DelayedSubmission  # pyright: ignore[reportMissingImports]
 
         return DelayedSubmission(self)
 
