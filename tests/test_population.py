@@ -33,6 +33,7 @@ TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
 
+LEARNING_RATE = 1e-2
 KNOBS = {
     "steps": 20,
     "label_smoothing": 0.1,
@@ -41,7 +42,7 @@ KNOBS = {
     "model.ff_width": 32,
     "model.dropout": 0.2,
     "model.attention_dropout": 0.1,
-    "optimizer.learning_rate": 1e-2,
+    "optimizer.learning_rate": LEARNING_RATE,
     "optimizer.warmup_steps": 2,
 }
 # data, fsdp, tensor, replica
@@ -84,13 +85,19 @@ def train(cfg, sizes=ONE, steps=5):
 
 
 def check(population, cfg, k):
-    """Replica `k` is its single run but for rounding: a millionth of a loss, of a parameter less.
+    """Replica `k` is its single run but for rounding: a millionth of a loss.
 
-    Another order of the same additions; Adam divides by the gradients, and magnifies it.
+    Another order of the same additions; Adam divides by the gradients, and magnifies it where one
+    is near 0. A parameter may differ by a thousandth of the way that Adam can go in five steps.
     """
     state, sums, scores = population[k]
     ((alone, alone_sums, alone_scores),) = train(cfg.replica(k))
     state = state._replace(numbers={})  # a single run has its own inside its program
+    for name, value in alone.params.items():
+        np.testing.assert_allclose(
+            state.params[name], value, rtol=1e-5, atol=1e-3 * 5 * LEARNING_RATE, err_msg=name
+        )
+    state, alone = (each._replace(params={}) for each in (state, alone))
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=5e-6)
     for name, value in alone_sums.items():
