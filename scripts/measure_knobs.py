@@ -70,6 +70,9 @@ def main() -> None:
         name = ", ".join(f"{knob}={value}" for knob, value in changes.items()) or "as it is"
         if changes and all(read(config, knob) == value for knob, value in changes.items()):
             continue
+        if changes.get("model.attention_backend") == "splash" and jax.default_backend() != "tpu":
+            console.print(f"{name}: left out: it would be interpreted")
+            continue
         try:
             programs[name] = build(config, changes)
         except UserError as error:
