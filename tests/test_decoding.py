@@ -230,3 +230,17 @@ def test_without_a_source_there_is_no_hypothesis():
     np.testing.assert_array_equal(found.scores[1], -np.inf)
     whole = search(model, params, 2, 0.6)
     np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])
+
+
+def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
+    """Among 6 tokens it often is, and the rest of greedy's output is then the less likely."""
+    model, _ = tiny_tokens(tie_embeddings=False)
+    decode = jax.jit(lambda params: greedy(model.bind(params), SOURCE, SEGMENTS, 6))
+    beam = jax.jit(
+        lambda params: beam_search(
+            model.bind(params), SOURCE, SEGMENTS, 6, beam_size=1, length_penalty=0.0
+        )
+    )
+    for seed in range(20):
+        params = random_params(model, seed)
+        np.testing.assert_array_equal(beam(params).tokens[:, 0], decode(params))
