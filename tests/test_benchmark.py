@@ -209,7 +209,7 @@ def test_a_search_gives_up_what_is_slower_and_goes_on_where_it_was_cut_off(
 
     monkeypatch.setattr(measure.Bench, "open", processes)
     monkeypatch.setattr(measure, "learn", learn)
-    monkeypatch.setattr(measure, "GRID", [(("linear", 0.5), r, 9) for r in (2e-3, 3e-3, 1e-3)])
+    monkeypatch.setattr(measure, "GRID", [(0.5, rate) for rate in (2e-3, 3e-3, 1e-3)])
     bench = make_bench(setting, tmp_path, [OURS, "marian"], limit=60.0)
     with pytest.raises(KeyboardInterrupt):
         measure.search(bench)
