@@ -48,7 +48,7 @@ def get_config() -> Any:
     config.per_replica.attention_dropout = ()
 
     config.model = ConfigDict()
-    config.model.architecture = "transformer"  # transformer/model.py: ARCHITECTURES
+    config.model.architecture = "transformer"  # transformer/model_config.py: ARCHITECTURES
     config.model.layers = 1  # L, of the encoder and of the decoder
     config.model.width = 64  # D
     config.model.heads = 4  # N
@@ -72,9 +72,11 @@ def get_config() -> Any:
     config.model.attention_bias = False  # on the four projections of attention
     config.model.qk_norm = False  # RMS norm of queries and keys, head by head
     config.model.fused_qkv = False  # queries, keys and values of a sequence in one product
-    config.model.attention_backend = "einsum"  # transformer/attention.py: ATTENTION_BACKENDS
+    config.model.attention_backend = "einsum"  # in transformer/dot_product_attention.py
     config.model.scan_layers = False  # compiled once for all layers of a stack
-    config.model.remat = "none"  # computed anew in the gradient; transformer/model.py: REMATS
+    config.model.remat = (
+        "none"  # computed anew in the gradient; REMATS there
+    )
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
     config.optimizer = ConfigDict()

@@ -22,14 +22,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from transformer import cli, sharding
-from transformer.attention import ATTENTION_BACKENDS
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
 from transformer.data.batches import pack
 from transformer.data.load import open_corpus
+from transformer.dot_product_attention import ATTENTION_BACKENDS
 from transformer.errors import UserError
 from transformer.experiments.claims.measuring import interleaved
-from transformer.model import REMATS, Model
+from transformer.model import Model
+from transformer.model_config import REMATS
 from transformer.training import (
     abstract_state,
     init_state,

@@ -9,7 +9,8 @@ Usage:
 
 from configs import vaswani_base, vaswani_big
 from transformer.console import table
-from transformer.model import Model, ModelConfig
+from transformer.model import Model
+from transformer.model_config import ModelConfig
 
 PIECES = 37_000
 PAPER = {"base": (vaswani_base, 65), "big": (vaswani_big, 213)}  # Table 3, last column, millions

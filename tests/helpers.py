@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from configs import base
-from transformer.attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import CharTokenizer
 from transformer.data.toy import ALPHABET
+from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.dropout import Training, streams
 from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
-from transformer.model import Model, ModelConfig, Params
+from transformer.model import Model, Params
+from transformer.model_config import ModelConfig
 from transformer.normalization import NORMS
 from transformer.positions import POSITIONS
 from transformer.recurrent import CELLS

@@ -10,13 +10,12 @@ from flax import nnx
 
 from tests.helpers import small_model
 from transformer import masking
-from transformer.attention import (
+from transformer.attention import KeyValue, MultiHeadAttention
+from transformer.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
     SHORT_MASK_BACKENDS,
-    KeyValue,
-    MultiHeadAttention,
     attention_weights,
     chunked_attention,
     einsum_attention,
@@ -361,7 +360,7 @@ MASKS_IN_SHORT = {
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("transformer.attention.CHUNK", 32)
+    monkeypatch.setattr("transformer.dot_product_attention.CHUNK", 32)
 
 
 def long_qkv(rng, mask, kv_heads=N, width=H):

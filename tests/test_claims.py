@@ -11,8 +11,7 @@ import pytest
 
 from tests.helpers import random_params, small_model, strings
 from tests.test_programs import TINY, complaint, finish, start
-from transformer import attention as attention_module
-from transformer import costs, masking
+from transformer import costs, dot_product_attention, masking
 from transformer.experiments.claims import (
     attention,
     complexity,
@@ -157,7 +156,7 @@ def test_a_mask_that_only_lowers_scores_is_noticed(setting, monkeypatch):
     def soft(scores, mask):
         return jax.nn.softmax(jnp.where(mask, scores, scores - 10.0), axis=-1)
 
-    monkeypatch.setattr(attention_module, "masked_softmax", soft)
+    monkeypatch.setattr(dot_product_attention, "masked_softmax", soft)
     found = holding(attention.probabilities(setting, length=8, seeds=1))
     assert not found["causal mask, backend einsum, scores × 1"]
     assert found["causal mask, backend xla, scores × 1"]  # it has a softmax of its own

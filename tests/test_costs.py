@@ -13,7 +13,7 @@ from tests.test_training import small_recipe
 from transformer.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
 from transformer.data.batches import Dataset
 from transformer.metrics import train_metrics
-from transformer.model import ARCHITECTURES
+from transformer.model_config import ARCHITECTURES
 from transformer.optimizer import OPTIMIZERS
 from transformer.sharding import MeshConfig, make_mesh, one_device
 from transformer.training import init_state, make_train_step

@@ -9,7 +9,8 @@ from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training_of
 from transformer.loss import cross_entropy
-from transformer.model import REMATS, flatten
+from transformer.model import flatten
+from transformer.model_config import REMATS
 from transformer.normalization import Statistic
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))

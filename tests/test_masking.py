@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from transformer import masking
-from transformer.attention import masked_softmax
+from transformer.dot_product_attention import masked_softmax
 
 
 def drawn(rows: str) -> np.ndarray:

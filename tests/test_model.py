@@ -17,7 +17,8 @@ from tests.helpers import (
     training_of,
 )
 from transformer.layers import NORM_PLACEMENTS
-from transformer.model import Model, ModelConfig, flatten
+from transformer.model import Model, flatten
+from transformer.model_config import ModelConfig
 from transformer.normalization import NORMS, Statistic
 from transformer.positions import POSITIONS
 from transformer.recurrent import CELLS

@@ -15,9 +15,9 @@ from tests.helpers import small_model
 from transformer import masking
 from transformer.attention import MultiHeadAttention, Relations
 from transformer.dropout import Training
-from transformer.model import Decoder, DecoderLayer, Encoder, EncoderLayer
 from transformer.normalization import BatchNorm, LayerNorm
 from transformer.recurrent import GRU, LSTM
+from transformer.stacks import Decoder, DecoderLayer, Encoder, EncoderLayer
 
 torch = pytest.importorskip(
     "torch", reason="PyTorch is the oracle: pip install '.[oracle]' to run these"

@@ -29,7 +29,8 @@ def test_parameter_counts_are_printed_beside_the_papers():
 def test_the_formula_knows_every_size():
     """Against the count by shapes, at sizes where no two terms are alike."""
     from configs import vaswani_base
-    from transformer.model import Model, ModelConfig
+    from transformer.model import Model
+    from transformer.model_config import ModelConfig
 
     formula = runpy.run_path("scripts/parameters.py")["formula"]
     config = vaswani_base.get_config().model

@@ -31,7 +31,8 @@ from transformer.experiments.sweep import (
     zipped,
 )
 from transformer.metrics import MetricsWriter
-from transformer.model import Model, ModelConfig
+from transformer.model import Model
+from transformer.model_config import ModelConfig
 from transformer.workdir import Workdir, write_json
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from transformer.data.load import DataConfig
 from transformer.errors import UserError, nearest
-from transformer.model import ModelConfig
+from transformer.model_config import ModelConfig
 from transformer.optimizer import OptimizerConfig
 from transformer.sharding import MeshConfig
 from transformer.training import Hyperparameters, Recipe

@@ -13,8 +13,9 @@ from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import PAD
 from transformer.decoding import greedy
 from transformer.loss import cross_entropy
-from transformer.model import Maps, Model, Params
+from transformer.model import Model, Params
 from transformer.sharding import constrain, each_part, parts
+from transformer.stacks import Maps
 
 
 class Scores(NamedTuple):

@@ -12,7 +12,7 @@ That is the same thing: exp(s + 0) = exp(s) and exp(s - inf) = 0, so a masked ke
 gets probability exactly 0 and the others share 1 among themselves. The code does
 not add -inf, for one reason: where a query may attend to nothing (a padded row)
 the softmax becomes exp(-inf) / 0, a NaN that spreads through every gradient. A
-boolean mask says what is meant, and `attention.masked_softmax` gives such a row
+boolean mask says what is meant, and `dot_product_attention.masked_softmax` gives such a row
 zeros, with finite gradients. See `additive` for M itself, and its test for the
 equivalence.
 

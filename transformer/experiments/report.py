@@ -22,7 +22,8 @@ from transformer.experiments.statistics import (
 )
 from transformer.experiments.sweep import PaperRow, Program, Run, Sweep, all_runs, load_config
 from transformer.metrics import read_metrics
-from transformer.model import Model, ModelConfig
+from transformer.model import Model
+from transformer.model_config import ModelConfig
 from transformer.workdir import Workdir, write_json
 
 LEVEL = 0.95

@@ -13,16 +13,17 @@ from jaxtyping import Array, Bool, Float
 
 from configs import base
 from transformer import evaluation, masking, sharding
-from transformer.attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
+from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.experiments.claims import pictures
 from transformer.experiments.claims.judging import above_zero, shown
 from transformer.experiments.claims.page import Check, Claim, Setting, table
 from transformer.experiments.claims.sweeps import records
 from transformer.experiments.statistics import mean_interval
 from transformer.metrics import by_replica
-from transformer.model import Model, ModelConfig, Params
+from transformer.model import Model, Params
+from transformer.model_config import ModelConfig
 from transformer.trained import load
 from transformer.training import stream
 from transformer.workdir import Workdir

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer.attention import MultiHeadAttention, einsum_attention
+from transformer.attention import MultiHeadAttention
+from transformer.dot_product_attention import einsum_attention
 from transformer.experiments.claims import pictures
 from transformer.experiments.claims.judging import above_zero, shown, times
 from transformer.experiments.claims.measuring import crossing, interleaved, slope, trip_counts

@@ -41,7 +41,8 @@ from transformer.experiments.report import Record
 from transformer.experiments.statistics import mean_interval
 from transformer.experiments.sweep import load_config, load_sweep
 from transformer.loss import cross_entropy
-from transformer.model import Model, ModelConfig
+from transformer.model import Model
+from transformer.model_config import ModelConfig
 from transformer.sharding import cores
 
 SWEEP = "recurrence"

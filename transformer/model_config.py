@@ -1,0 +1,201 @@
+"""The model's knobs: what they may be, and what contradicts itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer.dot_product_attention import (
+    ATTENTION_BACKENDS,
+    BFLOAT16_BACKENDS,
+    FLEXIBLE_BACKENDS,
+    pick,
+)
+from transformer.errors import UserError, choose
+from transformer.layers import (
+    FEED_FORWARDS,
+    INITIALIZERS,
+    NORM_PLACEMENTS,
+)
+from transformer.normalization import NORMS
+from transformer.positions import POSITIONS, Position
+from transformer.recurrent import CELLS
+
+ARCHITECTURES = ("transformer", "recurrent")  # transformer/model.py: MODULES
+
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
+
+# What a layer keeps for its gradient; all else is computed anew there.
+REMATS: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. `configs/base.py` explains each knob and holds its default.
+
+    Raises:
+      UserError: a name is unknown, or the numbers contradict each other.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    head_width: int | None
+    value_width: int | None
+    kv_heads: int | None
+    ff_width: int
+    feed_forward: str
+    cell: str
+    init: str
+    dropout: float
+    attention_dropout: float
+    norm: str
+    norm_placement: str
+    norm_epsilon: float
+    position: str
+    max_length: int
+    random_positions: int
+    window: int | None
+    tie_embeddings: bool
+    attention_bias: bool
+    qk_norm: bool
+    fused_qkv: bool
+    attention_backend: str
+    scan_layers: bool
+    remat: str
+    dtype: str
+
+    def __post_init__(self):
+        tables: dict[str, dict[str, Any]] = {
+            "architecture": {name: name for name in ARCHITECTURES},
+            "feed_forward": FEED_FORWARDS,
+            "cell": CELLS,
+            "init": INITIALIZERS,
+            "norm": NORMS,
+            "norm_placement": {name: name for name in NORM_PLACEMENTS},
+            "position": POSITIONS,
+            "attention_backend": ATTENTION_BACKENDS,
+            "remat": REMATS,
+            "dtype": DTYPES,
+        }
+        for name, entries in tables.items():
+            choose(entries, getattr(self, name), f"model.{name}")
+        for name in ("layers", "width", "heads", "ff_width", "max_length"):
+            self.require(name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in ("head_width", "value_width", "kv_heads", "window"):
+            value = getattr(self, name)
+            self.require(name, value is None or value >= 1, "it must be at least 1, or None")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
+        self.require("norm_epsilon", self.norm_epsilon > 0.0, "it must be above 0")
+        self.check_attention()
+        self.check_positions()
+        if self.architecture == "recurrent":
+            even = "each direction of the encoder takes half: choose an even one"
+            self.require("width", self.width % 2 == 0, even)
+
+    def require(self, name: str, holds: bool, remedy: str) -> None:
+        """Raises a UserError about a knob unless a condition holds."""
+        if not holds:
+            raise UserError(f"model.{name}={getattr(self, name)}: {remedy}")
+
+    def check_attention(self) -> None:
+        """Raises a UserError if heads and what goes with them do not fit each other."""
+        if (self.head_width is None or self.architecture == "recurrent") and (
+            self.width % self.heads
+        ):
+            raise UserError(
+                f"model.heads={self.heads} does not divide model.width={self.width}; "
+                "choose heads that do, or set model.head_width"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise UserError(
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; "
+                "choose one that does"
+            )
+        if self.attention_dropout > 0.0 and (
+            self.attention_backend not in FLEXIBLE_BACKENDS or self.architecture == "recurrent"
+        ):
+            raise UserError(
+                f"model.attention_dropout={self.attention_dropout}: only the Transformer with "
+                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} drops attention "
+                "weights; choose it, or set the rate to 0"
+            )
+
+        if self.attention_backend in BFLOAT16_BACKENDS and self.dtype != "bfloat16":
+            raise UserError(
+                f"model.attention_backend={self.attention_backend} computes in bfloat16 alone; set "
+                "model.dtype=bfloat16, or choose another"
+            )
+        if self.values_width() != self.attention_width() and (
+            self.attention_backend not in FLEXIBLE_BACKENDS
+        ):
+            raise UserError(
+                f"model.value_width={self.value_width} is not model.head_width, which only "
+                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} can do; choose it"
+            )
+
+    def check_positions(self) -> None:
+        """Raises a UserError if positions do not fit the widths or their range."""
+        for knob, size, kind in (
+            ("width", self.width, "sinusoidal"),
+            ("head_width", self.attention_width(), "rotary"),
+        ):
+            if self.position == kind and size % 2:
+                raise UserError(
+                    f"model.{knob}={size} is odd: {kind} positions come in pairs of sine and "
+                    f"cosine; choose an even one or another model.position"
+                )
+        if self.random_positions and not (
+            self.max_length <= self.random_positions and self.position != "none"
+        ):
+            raise UserError(
+                f"model.random_positions={self.random_positions}: positions are drawn from so "
+                f"many, at least model.max_length={self.max_length}, and need a model.position "
+                "other than none; 0 draws none"
+            )
+
+    def attention_width(self) -> int:
+        """H, the width of a head's queries and keys."""
+        return self.head_width or self.width // self.heads
+
+    def values_width(self) -> int:
+        """E, the width of a head's values."""
+        return self.value_width or self.attention_width()
+
+    def backend_at(self, length: int) -> str:
+        """The attention backend in training at this length, on this platform; `auto`'s choice."""
+        if self.attention_backend != "auto":
+            return self.attention_backend
+        return pick(
+            jax.default_backend(),
+            DTYPES[self.dtype],
+            self.attention_width(),
+            (length, length),
+            biased=POSITIONS[self.position].bias is not Position.bias,
+            flexible=self.attention_dropout > 0.0 or self.values_width() != self.attention_width(),
+        )
+
+    def attention_widths(self) -> tuple[int, int]:
+        """H and E."""
+        return self.attention_width(), self.values_width()
+
+    def reach(self, length: int) -> int:
+        """`length`, or as many tokens as there are positions for."""
+        limited = POSITIONS[self.position].limited or self.random_positions > 0
+        return min(length, self.max_length) if limited else length
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raises a UserError if positions do not reach to `length` tokens."""
+        if self.reach(length) < length:
+            raise UserError(
+                f"{what}: {length} tokens, and model.position={self.position} reaches to "
+                f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
+            )
