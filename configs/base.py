@@ -74,9 +74,7 @@ def get_config() -> Any:
     config.model.fused_qkv = False  # queries, keys and values of a sequence in one product
     config.model.attention_backend = "einsum"  # in transformer/dot_product_attention.py
     config.model.scan_layers = False  # compiled once for all layers of a stack
-    config.model.remat = (
-        "none"  # computed anew in the gradient; REMATS there
-    )
+    config.model.remat = "none"  # computed anew in the gradient; REMATS there
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
     config.optimizer = ConfigDict()

@@ -115,7 +115,7 @@ def carry_out(part: str, name: str, bench: measure.Bench, output: Path) -> None:
             f"this code failed in {part} of {name}: {error}; see {bench.folder / OURS}.log"
         ) from error
     if part == "search":
-        bench.settings = {each: own["schedule"] for each, own in found.items()}
+        bench.settings = without_trials(found)
         path = settings_file(output)
         record = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, record | {name: found})
@@ -132,10 +132,18 @@ def settings_file(output: Path) -> Path:
 
 
 def searched(output: Path, size: str) -> dict:
-    """The schedules that a search of that size has found; empty without one."""
+    """What a search of that size has found, as `Bench.settings`; empty without one."""
     path = settings_file(output)
     record = json.loads(path.read_text()) if path.exists() else {}
-    return {each: own["schedule"] for each, own in record.get(size, {}).items()}
+    return without_trials(record.get(size, {}))
+
+
+def without_trials(found: dict) -> dict:
+    """What came out of a search, as `Bench.settings`."""
+    return {
+        name: {"schedule": own["schedule"], "batching": own["batching"]}
+        for name, own in found.items()
+    }
 
 
 def about(bench: measure.Bench) -> dict:

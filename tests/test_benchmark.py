@@ -191,12 +191,13 @@ def test_a_search_gives_up_what_is_slower_and_goes_on_where_it_was_cut_off(
 ):
     tried = []
 
-    def learn(bench, remote, seed, schedule, limit):
-        tried.append((remote.contender, schedule["learning_rate"], limit))
+    def learn(bench, remote, seed, training, limit):
+        rate = training["schedule"]["learning_rate"]
+        tried.append((remote.contender, training["batching"], rate, limit))
         if len(tried) == 3 and not (tmp_path / "cut").exists():
             (tmp_path / "cut").touch()
             raise KeyboardInterrupt
-        seconds = 1e4 * schedule["learning_rate"]
+        seconds = 1e4 * rate + (training["batching"] == "bucketed")
         reached = seconds <= limit
         return {"reached": reached, "steps": 9, "seconds": seconds, "curve": [[9, seconds, 0.9, 0]]}
 
@@ -209,17 +210,24 @@ def test_a_search_gives_up_what_is_slower_and_goes_on_where_it_was_cut_off(
 
     monkeypatch.setattr(measure.Bench, "open", processes)
     monkeypatch.setattr(measure, "learn", learn)
-    monkeypatch.setattr(measure, "GRID", [(0.5, rate) for rate in (2e-3, 3e-3, 1e-3)])
+    monkeypatch.setattr(measure, "GRID", [(0.5, rate) for rate in (2e-3, 1e-3)])
     bench = make_bench(setting, tmp_path, [OURS, "marian"], limit=60.0)
     with pytest.raises(KeyboardInterrupt):
         measure.search(bench)
     found = measure.search(bench)
-    # The third was cut off and came again; 3e-3 takes longer than the 20 s of the first.
-    assert tried[:2] == [(OURS, 2e-3, 60.0), ("marian", 2e-3, 60.0)]
-    assert tried[2] == tried[3] == (OURS, 3e-3, 20.0)
-    assert tried[4:] == [("marian", 3e-3, 20.0), (OURS, 1e-3, 20.0), ("marian", 1e-3, 20.0)]
-    for own in found.values():
-        assert [trial["reached"] for trial in own["trials"]] == [True, False, True]
+    # The third was cut off and came again; it takes longer than the 20 s of the one before it.
+    assert tried == [
+        (OURS, "packed", 2e-3, 60.0),
+        ("marian", "padded", 2e-3, 60.0),
+        ("marian", "bucketed", 2e-3, 20.0),
+        ("marian", "bucketed", 2e-3, 20.0),
+        (OURS, "packed", 1e-3, 20.0),
+        ("marian", "padded", 1e-3, 20.0),
+        ("marian", "bucketed", 1e-3, 10.0),
+    ]
+    assert [trial["reached"] for trial in found["marian"]["trials"]] == [True, False, True, False]
+    for own, batching in zip(found.values(), ("packed", "padded"), strict=True):
+        assert own["batching"] == batching
         assert own["schedule"]["learning_rate"] == 1e-3
         assert own["schedule"]["steps"] == TRIAL.steps // 2
 
@@ -275,8 +283,16 @@ FOUND = {
                 for r in (True, False)
             ],
         },
-        "schedules": {
-            name: {"name": "linear", "steps": 90, "learning_rate": 1e-3, "warmup_steps": 5}
+        "trainings": {
+            name: {
+                "schedule": {
+                    "name": "linear",
+                    "steps": 90,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 5,
+                },
+                "batching": "packed",
+            }
             for name in (OURS, "marian")
         },
         "searched": [],
@@ -319,10 +335,10 @@ def test_the_page_shows_every_part(tmp_path):
         "| 1.00 GiB |",
         "| Hugging Face Marian, padded | 6.25 [2.50, 10.00] | 312 [125, 500] "
         "| **3.00 [2.00, 4.00]** | 3.1% |  | 2.00 GiB |",
-        "| this code | linear over 90 steps, 0.001 after 5 | 2 of 2 | 100.0% | 50 [50, 50] "
+        "| this code | packed, linear over 90 steps, 0.001 after 5 | 2 of 2 | 100.0% | 50 [50, 50] "
         "| 1.5 [1.0, 2.0] |  |",
         # One seed is missing: a median of the others would flatter.
-        "| Hugging Face Marian | linear over 90 steps, 0.001 after 5 | 1 of 2 | 90.0% |  |  |  |",
+        "| Hugging Face Marian | packed, linear over 90 steps, 0.001 after 5 | 1 of 2 | 90.0% |  |  |  |",
         "| Hugging Face Marian | 4 [4, 4] | **4.00 [4.00, 4.00]** | 75.0% | 3.5 |",
         "| Hugging Face Marian | 2 [2, 2] |  | 75.0% | 3.5 |",
         "| Hugging Face Marian | 4.0 [4.0, 4.0] | **1.50 [1.50, 1.50]** | 4.0 [4.0, 4.0] "

@@ -22,9 +22,9 @@ STRINGS = {128: 512, 1: 32}  # batch → held-out strings that are decoded in a 
 EVERY = 50  # steps between checks of accuracy
 SEARCH_SEED = 1_000  # rates are chosen on another seed than they are judged on
 
-# What the search tries, the same for every contender: which share of the size's steps a linear
-# schedule takes, and its highest learning rate.
-GRID = tuple(itertools.product((0.5, 1.0), (1e-3, 2e-3, 4e-3)))
+# What the search tries with every contender, in each of its ways to make batches: which share of
+# the size's steps a linear schedule takes, and its highest learning rate.
+GRID = tuple(itertools.product((0.6, 1.0), (2e-3, 4e-3)))
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Bench:
     seeds: of training to the target.
     target: the share of held-out strings that are right in every token.
     limit: seconds of training after which a seed is given up.
-    settings: what the search has found: contender → fields of `Schedule`.
+    settings: what the search has found: contender → as `training_of` has it.
     failures: contender → why it is not there.
     """
 
@@ -94,8 +94,12 @@ class Bench:
             if (name[0] if isinstance(name, tuple) else name) not in self.failures
         }
 
-    def schedule(self, name: str) -> dict[str, Any]:
-        """How a contender is trained: as the search found, or as the size says."""
+    def training_of(self, name: str) -> dict[str, Any]:
+        """How a contender is trained: as the search found, or as the size says.
+
+        schedule: fields of `Schedule`.
+        batching: one of `Entry.batchings`.
+        """
         size = self.setting.size
         own = Schedule(
             learning_rate=size.learning_rate,
@@ -103,7 +107,8 @@ class Bench:
             name="linear",
             steps=size.steps or 100_000,
         )
-        return dict(self.settings.get(name) or dataclasses.asdict(own))
+        usual = {"schedule": dataclasses.asdict(own), "batching": CONTENDERS[name].batchings[-1]}
+        return dict(self.settings.get(name, usual))
 
 
 def nested(found: Mapping[tuple[Any, ...], Any]) -> dict[str, dict[str, Any]]:
@@ -121,7 +126,7 @@ def training(bench: Bench) -> dict[str, Any]:
     with bench.open(names) as remotes:
         turns: dict[Any, Callable[[], Any]] = {}
         for name, remote in remotes.items():
-            bench.ask(remote, "start", seed=0, schedule=bench.schedule(name))
+            bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)["schedule"])
             for batching in CONTENDERS[name].batchings:
 
                 def turn(remote=remote, batching=batching):
@@ -186,21 +191,21 @@ def first_step(bench: Bench, name: str, cache: str) -> float | None:
     }
     started = time.perf_counter()
     with bench.remote(name, **places) as remote:
-        bench.ask(remote, "start", seed=0, schedule=bench.schedule(name))
+        bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)["schedule"])
         bench.ask(remote, "train", steps=1, batching=CONTENDERS[name].batchings[0])
         return time.perf_counter() - started
 
 
 def learn(
-    bench: Bench, remote: Remote, seed: int, schedule: Mapping[str, Any], limit: float
+    bench: Bench, remote: Remote, seed: int, training: Mapping[str, Any], limit: float
 ) -> Any:
-    """Trains a contender to the target."""
+    """Trains a contender to the target; `training` is as `Bench.training_of` has it."""
     return bench.ask(
         remote,
         "learn",
         seed=seed,
-        schedule=dict(schedule),
-        batching=CONTENDERS[remote.contender].batchings[-1],
+        schedule=dict(training["schedule"]),
+        batching=training["batching"],
         every=EVERY,
         target=bench.target,
         limit=limit,
@@ -210,12 +215,12 @@ def learn(
 def time_to_accuracy(bench: Bench) -> dict[str, Any]:
     """Seconds and steps of training to the target, seed by seed."""
     names = bench.those(lambda entry: entry.learns)
-    schedules = {name: bench.schedule(name) for name in names}
+    trainings = {name: bench.training_of(name) for name in names}
     seeds = dict.fromkeys(names, 0)
     with bench.open(names) as remotes:
 
         def turn(name):
-            found = learn(bench, remotes[name], seeds[name], schedules[name], bench.limit)
+            found = learn(bench, remotes[name], seeds[name], trainings[name], bench.limit)
             seeds[name] += 1
             bench.ask(remotes[name], "save", path=str(weights(bench, name)))
             if found:
@@ -229,15 +234,15 @@ def time_to_accuracy(bench: Bench) -> dict[str, Any]:
     return {
         "target": bench.target,
         "seeds": bench.complete(found),
-        "schedules": schedules,
+        "trainings": trainings,
         "searched": sorted(set(bench.settings) & set(names)),
     }
 
 
 def search(bench: Bench) -> dict[str, Any]:
-    """Each contender's schedule that reaches the target soonest, all tried on the same grid.
+    """What makes each contender reach the target soonest, all of them tried on the same grid.
 
-    A schedule is given up once it is slower than the best so far of its contender. What has been
+    A trial is given up once it is slower than the best so far of its contender. What has been
     tried is kept in `search.json` of the folder, so that a search that was cut off goes on.
     """
     names = bench.those(lambda entry: entry.learns)
@@ -246,29 +251,29 @@ def search(bench: Bench) -> dict[str, Any]:
     kept = json.loads(file.read_text()) if file.exists() else {}
     trials: dict[str, list[dict[str, Any]]] = {name: kept.get(name, []) for name in names}
     with bench.open(names) as remotes:
-        for (share, rate), name in itertools.product(GRID, names):
-            tried = dataclasses.asdict(
-                Schedule(
-                    learning_rate=rate,
-                    warmup_steps=size.warmup_steps,
-                    name="linear",
-                    steps=round(share * size.steps),
-                )
+        each_way = [(name, way) for name in names for way in CONTENDERS[name].batchings]
+        for (share, rate), (name, batching) in itertools.product(GRID, each_way):
+            schedule = Schedule(
+                learning_rate=rate,
+                warmup_steps=size.warmup_steps,
+                name="linear",
+                steps=round(share * size.steps),
             )
-            if any(trial["schedule"] == tried for trial in trials[name]):
+            tried = {"schedule": dataclasses.asdict(schedule), "batching": batching}
+            if any(trial | tried == trial for trial in trials[name]):
                 continue
             limit = min([bench.limit, *(t["seconds"] for t in trials[name] if t["reached"])])
             found = learn(bench, remotes[name], SEARCH_SEED, tried, limit)
             if found:
                 right = found.pop("curve")[-1][2]
-                trials[name].append({"schedule": tried, "right": right, **found})
+                trials[name].append({**tried, "right": right, **found})
                 write_json(file, kept | trials)
                 console.print(
-                    f"{CONTENDERS[name].title}: {tried['steps']} steps, {rate:g}:"
+                    f"{CONTENDERS[name].title}, {batching}: {schedule.steps} steps, {rate:g}:"
                     f" {right:.1%} right after {found['seconds']:.1f} s"
                 )
     return {
-        name: {"schedule": best(each)["schedule"], "trials": each}
+        name: {what: best(each)[what] for what in ("schedule", "batching")} | {"trials": each}
         for name, each in bench.complete(trials).items()
     }
 
@@ -298,13 +303,18 @@ def decoding(bench: Bench) -> dict[str, Any]:
     with bench.open(untrained) as remotes:
         for name, remote in remotes.items():
             console.print(f"training {CONTENDERS[name].title}")
-            learn(bench, remote, 0, bench.schedule(name), bench.limit)
+            learn(bench, remote, 0, bench.training_of(name), bench.limit)
             bench.ask(remote, "save", path=str(weights(bench, name)))
     with bench.open(names) as remotes:
         turns: dict[Any, Callable[[], Any]] = {}
         for name, remote in remotes.items():
             path = weights(bench, CONTENDERS[name].weights or name)
-            bench.ask(remote, "start", seed=0, schedule=bench.schedule(name))
+            bench.ask(
+                remote,
+                "start",
+                seed=0,
+                schedule=bench.training_of(CONTENDERS[name].weights or name)["schedule"],
+            )
             bench.ask(remote, "load", path=str(path))
             for beams, batch in itertools.product(CONTENDERS[name].beams, STRINGS):
 

@@ -288,22 +288,23 @@ def learning_table(found: Mapping[str, Any]) -> str:
         rows.append(
             (
                 title((name, "")),
-                schedule_words(found["schedules"][name]),
+                training_words(found["trainings"][name]),
                 f"{reached} of {len(seeds)}",
                 f"{last:.1%}",
                 quantities["steps"].cells((name, ""))[0],
                 *quantities["seconds"].cells((name, "")),
             )
         )
-    columns = ("", "schedule", "seeds there", "right at the end", "steps", "seconds")
+    columns = ("", "batches and schedule", "seeds there", "right at the end", "steps", "seconds")
     return table((*columns, "this code / it"), rows)
 
 
-def schedule_words(schedule: Mapping[str, Any]) -> str:
-    """`linear over 1,500 steps, 0.002 after 100`"""
+def training_words(training: Mapping[str, Any]) -> str:
+    """`packed, linear over 1,500 steps, 0.002 after 100`"""
+    schedule = training["schedule"]
     return (
-        f"{schedule['name']} over {schedule['steps']:,} steps, {schedule['learning_rate']:g} "
-        f"after {schedule['warmup_steps']}"
+        f"{training['batching']}, {schedule['name']} over {schedule['steps']:,} steps, "
+        f"{schedule['learning_rate']:g} after {schedule['warmup_steps']}"
     )
 
 
