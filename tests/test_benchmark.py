@@ -338,7 +338,8 @@ def test_the_page_shows_every_part(tmp_path):
         "| this code | packed, linear over 90 steps, 0.001 after 5 | 2 of 2 | 100.0% | 50 [50, 50] "
         "| 1.5 [1.0, 2.0] |  |",
         # One seed is missing: a median of the others would flatter.
-        "| Hugging Face Marian | packed, linear over 90 steps, 0.001 after 5 | 1 of 2 | 90.0% |  |  |  |",
+        "| Hugging Face Marian | packed, linear over 90 steps, 0.001 after 5 "
+        "| 1 of 2 | 90.0% |  |  |  |",
         "| Hugging Face Marian | 4 [4, 4] | **4.00 [4.00, 4.00]** | 75.0% | 3.5 |",
         "| Hugging Face Marian | 2 [2, 2] |  | 75.0% | 3.5 |",
         "| Hugging Face Marian | 4.0 [4.0, 4.0] | **1.50 [1.50, 1.50]** | 4.0 [4.0, 4.0] "
