@@ -59,15 +59,20 @@ def main() -> None:
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
     data = sharding.place(data, sharding.replicated(mesh))
 
-    def each(function):
+    def each(function, **options):
         return jax.jit(
             each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)),
             out_shardings=sharding.replicated(mesh),
+            **options,
         )
 
     scores = each(evaluation.score)(variables, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
-    found = each(partial(evaluation.decode, length=length, search=search()))(variables, data)
+    decode = each(
+        partial(evaluation.decode, length=length, search=search()),
+        compiler_options=evaluation.compiler_options(),
+    )
+    found = decode(variables, data)
     data = jax.tree.map(np.asarray, data)
     replicas = []
     for seed, one in zip(

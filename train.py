@@ -341,7 +341,8 @@ def show_samples(
     """Prints what the model, or the first replica, makes of a few sources."""
     length = cfg.model.reach(samples.source.shape[1] + cfg.decode_margin)
     variables = by_replica(state.variables(), cfg.replicas)[0]
-    decode = jax.jit(partial(evaluation.decode, model, length=length))
+    decode = partial(evaluation.decode, model, length=length)
+    decode = jax.jit(decode, compiler_options=evaluation.compiler_options())
     decoded = hosts.fetch(decode(variables, samples))
     text = corpus.tokenizer.decode
     rows = zip(

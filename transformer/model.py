@@ -34,24 +34,24 @@ class Cache(NamedTuple):
 
     The J hypotheses of a source share it: what hypothesis j computed at position t is the entry
     t · J + j of `decoded`, and stays there when another goes on from it. What changes hands is
-    `writers`, some integers, and the keys and values are never moved.
+    `own`, one bit an entry, and the keys and values are never moved.
 
     filled: int32 scalar, how many target positions have been decoded.
     decoded: each layer's self-attention keys and values, with room for the whole target.
-    writers: [B, J, positions] int32, whose entry a hypothesis has at each position.
+    own: [B, J, entries], which of the entries are a hypothesis' past.
     memory: each layer's cross-attention keys and values, computed once.
     source_segments: [B, S] int32.
     """
 
     filled: Int[Array, ""]
     decoded: tuple[KeyValue, ...]
-    writers: Int[Array, "B J room"]
+    own: Bool[Array, "B J entries"]
     memory: tuple[KeyValue, ...]
     source_segments: Int[Array, "B S"]
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
         """The cache whose hypotheses go on from these."""
-        return self._replace(writers=jnp.take_along_axis(self.writers, parents[..., None], axis=1))
+        return self._replace(own=jnp.take_along_axis(self.own, parents[..., None], axis=1))
 
 
 class Transformer(nnx.Module):
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
         return Cache(
             filled=jnp.zeros((), jnp.int32),
             decoded=(empty,) * self.config.layers,
-            writers=jnp.zeros((len(memory), hypotheses, length), jnp.int32),
+            own=jnp.zeros((len(memory), hypotheses, entries), bool),
             memory=self.decoder.project_memory(memory),
             source_segments=source_segments,
         )
@@ -203,19 +203,20 @@ class Transformer(nnx.Module):
         the whole target. With a cache of J > 1 hypotheses the tokens are the next one of each, and
         T is J. Past the cache's length the logits are NaN.
         """
-        filled, (hypotheses, room) = cache.filled, cache.writers.shape[1:]
-        steps = tokens.shape[1] // hypotheses
+        filled, (hypotheses, entries) = cache.filled, cache.own.shape[1:]
+        steps, room = tokens.shape[1] // hypotheses, entries // hypotheses
         index = filled + in_row(steps) if hypotheses == 1 else jnp.full(tokens.shape, filled)
         positions = self.positions(index, None)
-        mask = masking.causal(steps, room, filled)
+        if hypotheses == 1:
+            mask = masking.causal(steps, room, filled)
+        else:
+            new = jnp.eye(hypotheses, dtype=bool)[None].repeat(len(tokens), axis=0)
+            own = jax.lax.dynamic_update_slice_in_dim(cache.own, new, filled * hypotheses, axis=2)
+            cache, mask = cache._replace(own=own), own[:, None]
         if self.config.window is not None:
-            mask = mask & masking.window(steps, room, self.config.window, filled)
-        if hypotheses > 1:
-            each = jnp.arange(hypotheses)
-            cache = cache._replace(writers=cache.writers.at[:, :, filled].set(each))
-            own = cache.writers[..., None] == each  # [B, J, room, J]
-            mask = (mask[0, 0, 0, :, None] & own).reshape(-1, 1, hypotheses, room * hypotheses)
-        keys = self.positions(in_row(room * hypotheses) // hypotheses, None)
+            near = masking.window(steps, room, self.config.window, filled)
+            mask = mask & jnp.repeat(near, hypotheses, axis=3)
+        keys = self.positions(in_row(entries) // hypotheses, None)
         x, decoded = self.decoder.step(
             self.embed_target(tokens, positions, None),
             relations(self.target_position, mask, positions, keys),
