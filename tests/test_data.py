@@ -1,4 +1,9 @@
+import random
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import TOKENIZER
+from tests.test_programs import ROOT
 from transformer.data.batches import Dataset, make_batch, permute
 from transformer.data.load import DataConfig, open_corpus
 from transformer.data.tokenizer import BOS, EOS, PAD
@@ -22,6 +28,12 @@ SPLITS = ("train", "validation", "test", "test_longer")
 def config(task="reverse", size="tiny"):
     splits = {"train": "train", "validation": "validation", "test": "test"}
     return DataConfig(task=task, size=size, pack=0, **splits)
+
+
+def loaded(corpus):
+    """Every split, byte for byte."""
+    splits = {split: corpus.load(split, 1) for split in corpus.builder.info.splits}
+    return {split: (each.source.tobytes(), each.target.tobytes()) for split, each in splits.items()}
 
 
 def test_tasks_by_example():
@@ -89,6 +101,54 @@ def test_an_unknown_split_is_named(data_dir):
     for slice_of in ("test[90%:10%]", "test[:5000]", "test[:"):
         with pytest.raises(UserError, match=r"not a slice of one.*test \(100\)"):
             corpus.load(slice_of, 8)
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.slow
+def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_path):
+    """Each file gone, cut off, or with a bit turned over in 20 places."""
+    corpus, rng, refused = open_corpus(config(), data_dir), random.Random(0), []
+    whole, folder = loaded(corpus), Path(corpus.builder.data_dir)
+    for name in sorted(path.name for path in folder.iterdir()):
+        content = (folder / name).read_bytes()
+        places = [rng.randrange(len(content)) for _ in range(20)] if content else []
+        for damage in (None, content[:-1], *(flipped(content, place) for place in places)):
+            copy = tmp_path / folder.relative_to(data_dir)
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy)
+            (copy / name).unlink() if damage is None else (copy / name).write_bytes(damage)
+            try:
+                found = loaded(open_corpus(config(), str(tmp_path)))
+            except UserError as error:
+                refused.append(str(error))
+            else:
+                assert found == whole, name
+    assert len(refused) > 20
+    for line in refused:
+        assert "\n" not in line
+        assert "is damaged: " in line or "cannot prepare" in line
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_one_dataset_at_once(tmp_path):
+    code = (
+        "import sys\n"
+        "from tests.test_data import config, loaded, open_corpus\n"
+        "sys.stdin.readline()\n"
+        "loaded(open_corpus(config('copy'), sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
+    both = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]
+    for process in both:
+        process.stdin.write("now\n")
+        process.stdin.flush()
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,30 +46,37 @@ class Corpus:
         """The whole of `split` (TFDS notation, such as `train` or `train[:10%]`) in memory.
 
         Raises:
-          UserError: there is no such split.
+          UserError: there is no such split, or its files are damaged.
         """
+        held = self.builder.info.splits
         try:
-            source = self.builder.as_data_source(split=split)
-            empty = len(source) == 0
+            count = held[split].num_examples
+            if count < 0:  # its end is before its beginning
+                raise ValueError(split)
         except (KeyError, ValueError, AssertionError) as error:
-            sizes = {name: info.num_examples for name, info in self.builder.info.splits.items()}
-            held = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+            sizes = {name: info.num_examples for name, info in held.items()}
+            named = ", ".join(f"{name} ({size})" for name, size in sizes.items())
             raise UserError(
                 f"split {split!r} is not one, or not a slice of one, of "
-                f"{self.builder.info.full_name}: {held}{nearest(split, sizes)}"
+                f"{self.builder.info.full_name}: {named}{nearest(split, sizes)}"
             ) from error
-        if empty:
+        if count == 0:
             raise UserError(f"split {split!r} of {self.builder.info.full_name} is empty")
-        examples = source.__getitems__(range(len(source)))
+        with damage_explained(f"{self.builder.info.full_name} under {self.builder.data_dir}"):
+            source = self.builder.as_data_source(split=split)
+            if len(source) != count:
+                raise ValueError(f"{len(source)} examples in {split} instead of {count}")
+            examples = source.__getitems__(range(count))
+            texts = [[each[side].decode() for each in examples] for side in ("source", "target")]
         return Dataset(
-            source=self.tokenize([example["source"] for example in examples]),
-            target=self.tokenize([example["target"] for example in examples]),
+            source=self.tokenize(texts[0]),
+            target=self.tokenize(texts[1]),
             batch_size=batch_size,
         )
 
-    def tokenize(self, texts: Sequence[bytes]) -> np.ndarray:
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """[len(texts), longest] int32, padded at the end."""
-        rows = [self.tokenizer.encode(text.decode()) for text in texts]
+        rows = [self.tokenizer.encode(text) for text in texts]
         tokens = np.full((len(rows), max(map(len, rows))), PAD, np.int32)
         for row, encoded in zip(tokens, rows, strict=True):
             row[: len(encoded)] = encoded
@@ -93,7 +100,13 @@ def open_corpus(config: DataConfig, data_dir: str | None) -> Corpus:
 
 def prepared(config: DataConfig, data_dir: str | None) -> Any:
     """The dataset's builder, once the dataset is there; arguments and errors: `open_corpus`."""
-    builder = toy.ToyStrings(config=f"{config.task}_{config.size}", data_dir=data_dir)
+    name = f"{config.task}_{config.size}"
+
+    def find() -> Any:
+        with damage_explained(f"toy_strings/{name} under {data_dir or 'the default of TFDS'}"):
+            return toy.ToyStrings(config=name, data_dir=data_dir)
+
+    builder = find()
     if not builder.is_prepared():
         print(f"preparing {builder.info.full_name} under {builder.data_dir}")
         tfds.disable_progress_bar()
@@ -101,9 +114,28 @@ def prepared(config: DataConfig, data_dir: str | None) -> Any:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
                 builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # TFDS and array_record each have their own
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
-                f"{reason}; choose another --data_dir"
-            ) from error
+            builder = find()
+            if not builder.is_prepared():  # nor by another process meanwhile
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
+                    f"{reason}; choose another --data_dir"
+                ) from error
+    with damage_explained(f"{builder.info.full_name} under {builder.data_dir}"):
+        if not builder.info.splits:  # TFDS takes any folder of that name for a dataset
+            raise ValueError("it has no splits")
     return builder
+
+
+@contextlib.contextmanager
+def damage_explained(what: str) -> Iterator[None]:
+    """Turns what TFDS and array_record raise over files that they cannot read into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the disk's, and no damage
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the dataset {what} is damaged: {reason}; delete its folder, and it is prepared anew"
+        ) from error
