@@ -19,6 +19,8 @@ def get_config() -> Any:
     config.steps = 1_800  # updates in all; schedules end here
     config.batch_size = 128  # rows a step, over all devices
     config.accumulate = 1  # parts of a batch, taken one after another to save memory
+    config.max_skipped_steps = 0  # left out, for a NaN or Inf in them, before the run stops
+    config.debug_nans = False  # a run that stops for a NaN or Inf says which operation made it
     config.steps_per_call = 100  # at most so many steps in one dispatch; changes no result
     config.log_every = 100  # steps
     config.eval_every = 250  # steps; the validation split

@@ -9,7 +9,14 @@ from transformer.metrics import MetricsWriter, by_replica, mean_over, read_metri
 
 
 def test_train_metrics_are_ratios_made_once():
-    sums = {"loss": 30.0, "correct": 5.0, "tokens": 20.0, "gradient_norm": 8.0, "steps": 4.0}
+    sums = {
+        "loss": 30.0,
+        "correct": 5.0,
+        "tokens": 20.0,
+        "gradient_norm": 8.0,
+        "steps": 4.0,
+        "skipped": 0.0,
+    }
     assert train_metrics(sums, seconds=2.0) == {
         "train/loss": 1.5,
         "train/accuracy": 0.25,
@@ -32,7 +39,11 @@ def test_each_replica_has_its_part_of_a_populations_arrays():
 def test_a_populations_sums_make_the_metrics_of_each_replica():
     sums = {"loss": [30.0, 10.0], "correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
     sums = {name: jnp.array(values) for name, values in sums.items()}
-    sums |= {"gradient_norm": jnp.array([8.0, 4.0]), "steps": jnp.array([4.0, 4.0])}
+    sums |= {
+        "gradient_norm": jnp.array([8.0, 4.0]),
+        "steps": jnp.array([4.0, 4.0]),
+        "skipped": jnp.zeros(2),
+    }
     one, other = (train_metrics(each, seconds=2.0) for each in by_replica(sums, 2))
     assert (one["train/loss"], other["train/loss"]) == (1.5, 0.5)
     assert (one["train/accuracy"], other["train/accuracy"]) == (0.25, 1.0)

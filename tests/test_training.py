@@ -34,7 +34,11 @@ PLAIN = {"label_smoothing": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
 
 
 def small_recipe(
-    steps: int = 100, ema_decay: float = 0.0, accumulate: int = 1, **changes: Any
+    steps: int = 100,
+    ema_decay: float = 0.0,
+    accumulate: int = 1,
+    max_skipped: int = 0,
+    **changes: Any,
 ) -> Recipe:
     """The default recipe with changes by name."""
     plain = PLAIN | {name: changes.pop(name) for name in PLAIN if name in changes}
@@ -47,6 +51,7 @@ def small_recipe(
         steps=steps,
         ema_decay=ema_decay,
         accumulate=accumulate,
+        max_skipped=max_skipped,
         numbers=numbers,
     )
 

@@ -17,7 +17,14 @@ from transformer.training import Hyperparameters, Recipe
 Section = TypeVar("Section")
 
 # Knobs that change how a run is carried out or watched, and not its result.
-FREE_KNOBS = {"steps_per_call", "log_every", "eval_every", "save_every", "keep_checkpoints"}
+FREE_KNOBS = {
+    "steps_per_call",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "debug_nans",
+}
 FREE_SECTIONS = {"mesh"}
 
 
@@ -62,6 +69,8 @@ class RunConfig:
     steps: int
     batch_size: int
     accumulate: int
+    max_skipped_steps: int
+    debug_nans: bool
     steps_per_call: int
     log_every: int
     eval_every: int
@@ -86,8 +95,9 @@ class RunConfig:
         for name in ("label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")
-        if self.decode_margin < 0:
-            raise UserError(f"decode_margin={self.decode_margin}: it cannot be negative")
+        for name in ("decode_margin", "max_skipped_steps"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 2**31")
         if self.steps * self.batch_size >= 2**32:
             raise UserError(
                 f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
@@ -181,6 +191,7 @@ class RunConfig:
             steps=self.steps,
             ema_decay=self.ema_decay,
             accumulate=self.accumulate,
+            max_skipped=self.max_skipped_steps,
             numbers=numbers,
         )
 

@@ -22,12 +22,14 @@ def train_metrics(
     section 4.1).
     """
     totals = {name: float(np.asarray(value)) for name, value in sums.items()}
+    # Of an interval all of whose steps were left out nothing is known.
+    tokens, good = totals["tokens"] or np.nan, totals["steps"] - totals["skipped"] or np.nan
     speed = totals["steps"] / seconds
     utilisation = {} if flop_share is None else {"train/mfu": speed * flop_share}
     return utilisation | {
-        "train/loss": totals["loss"] / totals["tokens"],
-        "train/accuracy": totals["correct"] / totals["tokens"],
-        "train/gradient_norm": totals["gradient_norm"] / totals["steps"],
+        "train/loss": totals["loss"] / tokens,
+        "train/accuracy": totals["correct"] / tokens,
+        "train/gradient_norm": totals["gradient_norm"] / good,
         "train/steps_per_second": speed,
         "train/target_tokens_per_second": totals["tokens"] / seconds,
     }

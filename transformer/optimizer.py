@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -37,8 +38,13 @@ class OptimizerConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: at least 0 and below 1")
         for name in ("learning_rate", "warmup_steps", "epsilon", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)}: it cannot be negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                value = getattr(self, name)
+                raise UserError(f"optimizer.{name}={value}: it cannot be negative or infinite")
+        if np.float32(self.epsilon) == 0:  # a parameter without gradient would become 0 / 0
+            raise UserError(
+                f"optimizer.epsilon={self.epsilon}: it must be above 0, as a float32 too"
+            )
         if self.weight_decay and self.name not in DECAYING:
             raise UserError(
                 f"optimizer.weight_decay is for {', '.join(DECAYING)}; "

@@ -54,6 +54,7 @@ class Recipe:
     steps: how many updates there are, where schedules end.
     ema_decay: of the moving average of the parameters; 0.0: there is none.
     accumulate: parts that a batch is taken in, one after another.
+    max_skipped: steps that a run may leave out because a number in them is not finite.
     numbers: the run's, of which a replica may have others.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     steps: int
     ema_decay: float
     accumulate: int
+    max_skipped: int
     numbers: Hyperparameters
 
     def make_optimizer(self, numbers: Hyperparameters) -> optax.GradientTransformation:
@@ -80,7 +82,9 @@ class TrainState(NamedTuple):
     The same shape holds what belongs to each array, such as its sharding. In a
     population every array has a first axis of R replicas.
 
-    step: int32 scalar, how many updates have been made.
+    step: int32 scalar, how many updates have been made, or left out.
+    skipped: int32 scalar, how many were left out; see `guarded`.
+    failed: int32 scalar, the last of these; -1: none was.
     seed: uint32 scalar, the source of all randomness; see `stream`.
     numbers: name → float32 scalar, the `Hyperparameters` that this replica has to itself.
     params: name → parameter, float32.
@@ -90,6 +94,8 @@ class TrainState(NamedTuple):
     """
 
     step: Any
+    skipped: Any
+    failed: Any
     seed: Any
     numbers: dict[str, Any]
     params: Params
@@ -113,6 +119,8 @@ def init_state(
     params, statistics = model.split(model.init(stream(seed, "init")))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        failed=jnp.full((), -1, jnp.int32),
         seed=seed,
         numbers=numbers,
         params=params,
@@ -155,6 +163,8 @@ def abstract_state(
     moments = jax.tree_util.tree_map_with_path(place, state.moments)
     places = TrainState(
         step=everywhere,
+        skipped=everywhere,
+        failed=everywhere,
         seed=everywhere,
         numbers=dict.fromkeys(own, everywhere),
         params=params,
@@ -208,7 +218,7 @@ def make_train_step(
     all of them also where the batch is taken in parts, which then differs from taking it whole
     by rounding, and by what is drawn: each part has its own key.
     `sums` holds totals: `loss`, `correct` and `tokens` over tokens, `gradient_norm`
-    (before clipping) and `steps` over steps.
+    (before clipping) and `steps` over steps, of which `skipped` and `stopped` added nothing else.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -247,7 +257,7 @@ def make_train_step(
         optimizer = recipe.make_optimizer(numbers)
         updates, moments = optimizer.update(gradients, state.moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        sums |= {"gradient_norm": optax.tree.norm(gradients), "steps": jnp.ones(())}
+        sums["gradient_norm"] = optax.tree.norm(gradients)
         fresh = state._replace(
             step=state.step + 1,
             params=params,
@@ -255,9 +265,29 @@ def make_train_step(
             moments=moments,
             average=averaged(state.average, params, state.step, recipe.ema_decay),
         )
-        return fresh, sums
+        return guarded(state, fresh, sums, recipe.max_skipped)
 
     return train_step
+
+
+def guarded(state: TrainState, fresh: TrainState, sums: Sums, most: int) -> tuple[TrainState, Sums]:
+    """The step from `state` to `fresh`; left out if its loss or gradients are NaN or Inf.
+
+    It then changes no array and adds nothing to `sums` but to `steps` and `skipped`. `most` steps
+    of a run may be; after one more nothing changes any longer, and `stopped` counts the steps
+    that pass too: the state is that before the step `failed`, whoever looks at it, and whenever.
+    """
+    stopped = state.skipped > most
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(sums["gradient_norm"])
+    fails, good = ~finite & ~stopped, finite & ~stopped
+    skipped = state.skipped + fails.astype(jnp.int32)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), fresh, state)
+    sums = {name: jnp.where(good, total, 0.0) for name, total in sums.items()}
+    sums |= {"steps": jnp.ones(()), "skipped": (~good).astype(jnp.float32)}
+    sums["stopped"] = (skipped > most).astype(jnp.float32)
+    return kept._replace(
+        step=fresh.step, skipped=skipped, failed=jnp.where(fails, state.step, state.failed)
+    ), sums
 
 
 def accumulated(
@@ -293,7 +323,7 @@ def averaged(average: Params, params: Params, step: Int[Array, ""], decay: float
 
 def zero_sums(replicas: int = 1) -> Sums:
     """Sums over nothing, of a run or of each replica."""
-    names = ("loss", "correct", "tokens", "gradient_norm", "steps")
+    names = ("loss", "correct", "tokens", "gradient_norm", "steps", "skipped", "stopped")
     return {name: jnp.zeros(() if replicas == 1 else replicas) for name in names}
 
 
