@@ -135,7 +135,7 @@ def files_of(directory):
 @pytest.mark.parametrize("how", ["delete", "truncate", "flip a bit"])
 def test_any_damage_to_any_file_is_named_with_the_checkpoint_before(five, how):
     directory, like = five
-    with Checkpoints(directory, keep=2) as checkpoints:
+    with Checkpoints(directory, keep=None) as checkpoints:
         for path in files_of(directory):
             whole = path.read_bytes()
             name = str(path.relative_to(directory / "50"))
@@ -175,12 +175,44 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_in_the_way(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("how", ["delete", "empty"])
-def test_damaged_metrics_are_named_when_the_checkpoints_are_opened(five, how):
+def test_damaged_metrics_are_named_by_who_only_reads(five, how):
     path = five[0] / "50" / "metrics" / "metrics"
     path.unlink() if how == "delete" else path.write_text("")
-    for keep in (2, None):
-        with pytest.raises(UserError, match=r"50 is damaged \(metrics/metrics"):
-            Checkpoints(five[0], keep=keep)
+    with pytest.raises(UserError, match=r"50 is damaged \(metrics/metrics"):
+        Checkpoints(five[0], keep=None)
+
+
+def test_training_sets_damaged_checkpoints_aside_until_the_newest_is_sound(five, capsys):
+    directory, like = five
+    (directory / "50" / MANIFEST).unlink()
+    (directory / "40" / "metrics" / "metrics").write_text("{")
+    (directory / "damaged" / "50").mkdir(parents=True)  # of an earlier time
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.latest() == 20
+        assert int(checkpoints.restore(20, like).step) == 20
+    said = " ".join(capsys.readouterr().out.split())
+    for step, what in ((50, MANIFEST), (40, "metrics/metrics")):
+        assert f"{directory / str(step)} is damaged ({what}" in said
+        assert (directory / "damaged" / str(step) / "default").is_dir()
+
+
+def test_a_checkpoint_between_two_validations_gives_way_to_the_next(tmp_path):
+    state, like = make(ONE)
+    interval = {"seconds": 1.5, "sums": {"loss": 0.1}}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(at(state, step), metrics(1.0 / step))
+        checkpoints.save(at(state, 33), {}, interval)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 33
+        assert sorted(checkpoints.manager.all_steps()) == [10, 20, 30, 33]
+        assert checkpoints.find("best") == 10
+        assert checkpoints.interval(33) == interval
+        assert checkpoints.interval(30) == {}
+        assert int(checkpoints.restore(33, like).step) == 33
+        checkpoints.save(at(state, 40), metrics(0.01))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert sorted(checkpoints.manager.all_steps()) == [10, 30, 40]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so one
 that was cut off is never seen. It does not notice when a file is damaged later; a manifest
-of sizes and checksums, written into each checkpoint before the renaming, does.
+of sizes and checksums, written into each checkpoint before the renaming, does. A damaged one is
+set aside when training goes on, which it then does from the newest that is sound.
 
 Several hosts write a checkpoint together, each the arrays of its devices, into a folder that all
 of them see. Orbax waits for the last; the first host then seals and renames.
@@ -12,7 +13,8 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from transformer import hosts
+from transformer.console import console
 from transformer.errors import UserError
 from transformer.training import TrainState
 
@@ -29,13 +32,38 @@ MANIFEST = "manifest.json"
 # Where a checkpoint that is to go is first moved to: deleted where it stands, one that was cut
 # off in the middle of that would be taken for a damaged one.
 TRASH = "trash"
+DAMAGED = "damaged"  # where those go whose files are not as they were written
 # Orbax writes these once more after the manifest; what they say is not part of the state.
 UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def merit(metrics: Any) -> Any:
-    """What makes one checkpoint better than another: sequence accuracy, then loss."""
+    """What makes one checkpoint better than another: sequence accuracy, then loss.
+
+    One without metrics is worse than any other.
+    """
+    if not metrics:
+        return -1.0, 0.0
     return metrics["validation/sequence_accuracy"], -metrics["validation/loss"]
+
+
+@dataclass(frozen=True)
+class Kept(policy.PreservationPolicy):
+    """Which checkpoints stay: the newest, and of those with metrics the latest few and the best.
+
+    One without metrics was written because the run was asked to stop. The next save takes its
+    place, so that a run which was stopped ends with the checkpoints of one that was not.
+    """
+
+    latest: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Says of each, in the order of steps, whether it stays."""
+        regular = [each for each in checkpoints if each.metrics]
+        kept = {each.step for each in (*regular[-self.latest :], *checkpoints[-1:])}
+        if regular:
+            kept.add(max(regular, key=lambda each: merit(each.metrics)).step)
+        return [each.step in kept for each in checkpoints]
 
 
 class Checkpoints:
@@ -50,16 +78,16 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None):
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
-        if keep is not None and hosts.first():
-            clear_trash(directory)
-        check_metrics(directory)
+        if keep is None:
+            check_metrics(directory)
+        else:
+            hosts.once(partial(clean, directory))
         self.directory, self.writes = directory, keep is not None
-        self.sealing: tuple[int, TrainState] | None = None
-        kept = [policy.LatestN(keep), policy.BestN(get_metric_fn=merit, n=1)]
+        self.sealing: tuple[int, dict[str, Any]] | None = None
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(kept),
+                preservation_policy=Kept(keep or 1),
                 best_fn=lambda metrics: merit(metrics)[0],
                 async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
                 todelete_subdir=TRASH,
@@ -68,6 +96,9 @@ class Checkpoints:
                 read_only=keep is None,
             ),
         )
+
+        # It would ask JAX with the number of a step; `interruption` does with that of a dispatch.
+        self.manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -78,22 +109,34 @@ class Checkpoints:
         if self.writes and hosts.first():
             clear_trash(self.directory)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Starts to write `state` as the checkpoint of its step; returns once it is copied."""
+    def save(
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        interval: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts to write `state` as the checkpoint of its step; returns once it is copied.
+
+        Args:
+          state: the run's.
+          metrics: of validation; empty where the run stops between two of them.
+          interval: what has been added up since the last line of metrics, as JSON has it; None:
+            nothing has.
+        """
         step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
             if hosts.first():
                 clear_trash(self.directory)
-            self.sealing = step, jax.tree.map(jax.api_util.shaped_abstractify, state)
+            self.sealing = step, {"arrays": shapes_of(state), "interval": dict(interval or {})}
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
     def seal(self) -> None:
         """Writes the manifest of the checkpoint that is about to be renamed into place."""
         assert self.sealing is not None
-        step, state = self.sealing
+        step, sealed = self.sealing
         folder = self.directory / f"{step}.orbax-checkpoint-tmp"
-        sealed = {"arrays": shapes_of(state), "files": checksums(folder)}
+        sealed |= {"files": checksums(folder)}
         manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -135,7 +178,7 @@ class Checkpoints:
           UserError: the checkpoint is damaged or of another model.
         """
         folder = self.directory / str(step)
-        saved = hosts.once(partial(self.verified, step))
+        saved = hosts.once(partial(self.verified, step))["arrays"]
         wanted = shapes_of(like)
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
@@ -150,8 +193,12 @@ class Checkpoints:
             raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
         return state
 
-    def verified(self, step: int) -> dict[str, str]:
-        """The shapes of the arrays saved at `step`, whose files are as they were written.
+    def interval(self, step: int) -> dict[str, Any]:
+        """What had been added up at `step` since the last line of metrics; see `save`."""
+        return hosts.once(partial(read_manifest, self.directory / str(step)))["interval"]
+
+    def verified(self, step: int) -> dict[str, Any]:
+        """What the manifest says of the checkpoint at `step`, whose files are as they were written.
 
         Raises:
           UserError: they are not.
@@ -184,20 +231,70 @@ def clear_trash(directory: Path) -> None:
     shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
+def clean(directory: Path) -> None:
+    """Clears the trash, and sets aside damaged checkpoints until the newest is a sound one.
+
+    Of those before it only the metrics are looked at, all of which Orbax reads when it opens
+    the directory.
+
+    Raises:
+      UserError: there were checkpoints, and not one is sound.
+    """
+    clear_trash(directory)
+    newest, faults = True, []
+    for folder in reversed(finished(directory)):
+        try:
+            read_metrics(folder)
+            if newest:
+                verify(folder)
+            newest = False
+        except DamageError as fault:
+            aside = directory / DAMAGED / folder.name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            folder.replace(aside)
+            console.print(f"checkpoint {folder} is damaged ({fault}): moved to {aside}")
+            faults.append(f"{folder.name}: {fault}")
+    if newest and faults:
+        raise UserError(
+            f"no checkpoint in {directory} is sound ({'; '.join(faults)}); they are in "
+            f"{directory / DAMAGED} now: put one back, or give the command again to train anew"
+        )
+
+
+def finished(directory: Path) -> list[Path]:
+    """The folders of the checkpoints, in the order of their steps."""
+    folders = [folder for folder in directory.glob("[0-9]*") if folder.name.isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name))
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics saved with a checkpoint.
+
+    Raises:
+      DamageError: they cannot be read.
+    """
+    try:
+        metrics = json.loads((folder / "metrics" / "metrics").read_text())
+        merit(metrics)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"metrics/metrics: {type(error).__name__}") from error
+    return metrics
+
+
 def check_metrics(directory: Path) -> None:
     """Raises a UserError for a checkpoint whose metrics cannot be read.
 
     Orbax reads those of every checkpoint when it opens the directory.
     """
-    for folder in directory.glob("[0-9]*"):
-        if folder.name.isdigit():
-            try:
-                merit(json.loads((folder / "metrics" / "metrics").read_text()))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"checkpoint {folder} is damaged (metrics/metrics: {type(error).__name__}); "
-                    "delete it to go on from another"
-                ) from error
+    for folder in finished(directory):
+        try:
+            read_metrics(folder)
+        except DamageError as fault:
+            raise UserError(
+                f"checkpoint {folder} is damaged ({fault}); delete it, or let training go on, "
+                "which sets it aside"
+            ) from fault
 
 
 def shapes_of(state: TrainState) -> dict[str, str]:
@@ -223,24 +320,38 @@ class DamageError(Exception):
     """What is wrong with the files of a checkpoint."""
 
 
-def verify(folder: Path) -> dict[str, str]:
-    """The shapes of a checkpoint's arrays, if each of its files is as it was written.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says.
+
+    arrays: name → dtype and shape.
+    interval: what had been added up since the last line of metrics.
+    files: path → bytes and CRC-32.
 
     Raises:
-      DamageError: one is not, and which.
+      DamageError: it cannot be read, or is not as it was written.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sealed = manifest["sealed"]
         intact = manifest["crc32"] == zlib.crc32(json.dumps(sealed).encode())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamageError(f"{MANIFEST}: {type(error).__name__}") from error
     if not intact:
         raise DamageError(f"{MANIFEST} has changed")
+    return sealed
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says, if each of its files is as it was written.
+
+    Raises:
+      DamageError: one is not, and which.
+    """
+    sealed = read_manifest(folder)
     present = checksums(folder)
     for name, checksum in sealed["files"].items():
         if name not in present:
             raise DamageError(f"{name} is missing")
         if present[name] != checksum:
             raise DamageError(f"{name} has changed")
-    return sealed["arrays"]
+    return sealed

@@ -1,17 +1,21 @@
 """The folder of a run: its config, its metrics, its checkpoints, its plots."""
 
+import contextlib
 import json
+import os
 import platform
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
 from transformer import hosts
 from transformer.config import differences
+from transformer.console import console
 from transformer.errors import UserError
 
 
@@ -25,6 +29,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
         self.results = self.path / "results.json"
+        self.holding: IO[str] | None = None  # the lock, where this process has it
 
     def read_config(self) -> ConfigDict:
         """The config that the run was started with.
@@ -64,6 +69,45 @@ class Workdir:
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         self.plots.mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps others from training in this folder. The system lets go of it when a process dies.
+
+        Raises:
+          UserError: another does.
+        """
+        hosts.once(self.lock)
+        try:
+            yield
+        finally:
+            if self.holding is not None:
+                self.holding.close()
+
+    def lock(self) -> None:
+        """Takes the lock, a file that says who holds it."""
+        file = (self.path / "lock").open("a+")
+        try:
+            import fcntl  # not on every system, and only needed here
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (ImportError, OSError) as error:
+            if not isinstance(error, BlockingIOError):
+                console.print(
+                    f"{self.path} cannot be locked ({error}): see that nothing else uses it"
+                )
+                file.close()
+                return
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise UserError(
+                f"{self.path} is in use by {holder}: wait for its end, or choose another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self.holding = file
 
     def write_config(self, config: ConfigDict) -> None:
         """Writes `config.json`: the config, and what the run is made with."""
