@@ -54,7 +54,9 @@ def main() -> None:
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
-    _, corpus, model, step, variables = load(workdir, mesh, CHECKPOINT.value, DATA_DIR.value)
+    _, corpus, model, step, variables, stopped = load(
+        workdir, mesh, CHECKPOINT.value, DATA_DIR.value
+    )
     data = corpus.load(split, cfg.batch_size)
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
     data = sharding.place(data, sharding.replicated(mesh))
@@ -75,10 +77,13 @@ def main() -> None:
     found = decode(variables, data)
     data = jax.tree.map(np.asarray, data)
     replicas = []
-    for seed, one in zip(
-        np.atleast_1d(cfg.seeds()), by_replica((scores, found), cfg.replicas), strict=True
+    for seed, one, old in zip(
+        np.atleast_1d(cfg.seeds()), by_replica((scores, found), cfg.replicas), stopped, strict=True
     ):
-        replicas.append({"seed": int(seed)} | results(split, data, *jax.tree.map(np.asarray, one)))
+        came_to = results(split, data, *jax.tree.map(np.asarray, one))
+        if old:  # stopped by a NaN: nothing is known of it but the counts
+            came_to = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, came_to)
+        replicas.append({"seed": int(seed)} | came_to)
     means = mean_over([each["metrics"] for each in replicas])
     by_length = [
         mean_over(rows)

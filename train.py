@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from transformer import cli, costs, evaluation, hosts, sharding
@@ -32,6 +33,8 @@ from transformer.console import (
 from transformer.data.batches import Dataset, pack
 from transformer.data.load import Corpus, open_corpus
 from transformer.errors import UserError
+from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
+from transformer.interruption import Interrupted, StopRequests
 from transformer.metrics import (
     MetricsWriter,
     by_replica,
@@ -68,7 +71,7 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Reads the flags and runs."""
     cli.set_up_jax(RunConfig.resolve(CONFIG.value))
-    cli.join_hosts()
+    cli.join_hosts(interruptible=True)
     flag = flags.FLAGS["config"]
     file = Path(config_flags.get_config_filename(flag))
     overrides = config_flags.get_override_values(flag)
@@ -101,25 +104,10 @@ def run(
       profile: steps to write a trace of before training; 0: none.
     """
     cfg = RunConfig.resolve(config)
-    mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
-    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
     workdir.claim(config, allow_changes=allow_changes)
-
-    # Data, all of it on each device.
-    corpus = open_corpus(cfg.data, data_dir)
-    splits = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
-    data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
-    for name, dataset in data.items():
-        cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
-    examples = len(data["train"])
-    if cfg.data.pack:
-        data["train"] = pack(data["train"], cfg.data.pack)
+    mesh, corpus, examples, data, model, like = prepare(cfg, data_dir)
     data = sharding.place(data, sharding.replicated(mesh))
-
-    # Model and optimizer: structure and shapes, no arrays yet.
-    model = Model(cfg.model, corpus.tokenizer.vocab_size)
     recipe, numbers = cfg.recipe(), cfg.numbers()
-    like = abstract_state(model, recipe, mesh, cfg.replicas, numbers)
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
     facts(
         {
@@ -137,13 +125,19 @@ def run(
         }
     )
 
-    with jax.set_mesh(mesh), Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints:
+    with (
+        workdir.locked(),
+        StopRequests() as requests,
+        jax.set_mesh(mesh),
+        Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints,
+    ):
         step = checkpoints.latest()
+        begun: dict[str, Any] = {}
         if step is None:
             init = each_replica(partial(init_state, model, recipe), cfg.replicas, in_axes=(0, 0))
             state = jax.jit(init, out_shardings=where)(cfg.seeds(), numbers)
         else:
-            state = checkpoints.restore(step, like)
+            state, begun = checkpoints.restore(step, like), checkpoints.interval(step)
             seed, seeds = hosts.fetch(state.seed).tolist(), cfg.seeds().tolist()
             if seed != seeds or step > cfg.steps:
                 raise UserError(
@@ -160,7 +154,7 @@ def run(
         train_steps = make_train_steps(make_train_step(model, recipe))
         train_steps = jax.jit(
             each_replica(train_steps, cfg.replicas, in_axes=(0, 0, None, None)),
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             out_shardings=(where, sharding.replicated(mesh)),
         )
         score = partial(evaluation.score, model)
@@ -171,7 +165,21 @@ def run(
         with MetricsWriter(workdir.path, step or 0, cfg.replicas) as writer:
             if profile:
                 state = write_profile(profile, state, train_steps, data["train"], workdir, cfg)
-            state = train(cfg, state, train_steps, score, data, checkpoints, writer, flop_share)
+            try:
+                state = train(
+                    cfg,
+                    state,
+                    begun,
+                    train_steps,
+                    score,
+                    data,
+                    checkpoints,
+                    writer,
+                    requests,
+                    flop_share,
+                )
+            except NonfiniteError as failure:
+                raise UserError(explain(failure, model, cfg, data["train"], workdir)) from failure
 
         if hosts.first():
             from transformer import plots  # matplotlib is not needed before
@@ -193,30 +201,76 @@ def run(
     return state
 
 
+class Prepared(NamedTuple):
+    """What a run is made of, before there is any array on a device.
+
+    examples: of training.
+    data: split → its rows.
+    like: the state's shapes and shardings.
+    """
+
+    mesh: Mesh
+    corpus: Corpus
+    examples: int
+    data: dict[str, Dataset]
+    model: Model
+    like: TrainState
+
+
+def prepare(cfg: RunConfig, data_dir: str | None) -> Prepared:
+    """Finds what can be wrong with a config and its data, before anything is compiled.
+
+    Raises:
+      UserError: something is.
+    """
+    mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
+    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
+    corpus = open_corpus(cfg.data, data_dir)
+    splits = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
+    data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
+    for name, dataset in data.items():
+        cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
+    examples = len(data["train"])
+    if cfg.data.pack:
+        data["train"] = pack(data["train"], cfg.data.pack)
+    model = Model(cfg.model, corpus.tokenizer.vocab_size)
+    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    return Prepared(mesh, corpus, examples, data, model, like)
+
+
 def train(
     cfg: RunConfig,
     state: TrainState,
+    begun: dict[str, Any],
     train_steps: Callable,
     score: Callable,
     data: dict[str, Dataset],
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    requests: StopRequests,
     flop_share: float | None,
 ) -> TrainState:
     """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
 
     Validation at step i describes the parameters after i updates; train metrics are those
     of the interval that ends there. A save comes with an evaluation, so that the best
-    checkpoint can be told. `flop_share` is what a step a second is of the devices' peak.
+    checkpoint can be told. `flop_share` is what a step a second is of the devices' peak, and
+    `begun` what an interrupted run had of the interval in which it stopped.
+
+    Raises:
+      Interrupted: somebody asked for it; the state is saved.
+      NonfiniteError: more steps than may be left out had a NaN or Inf.
     """
     place = partial(sharding.place, where=sharding.replicated(jax.sharding.get_mesh()))
     nothing = jax.device_get(zero_sums(cfg.replicas))
-    step, sums = state.taken(), place(nothing)
+    of_interval = {name: np.float32(total) for name, total in begun.get("sums", nothing).items()}
+    step, sums = state.taken(), place(of_interval)
     started = time.perf_counter()
     # Compiles, and takes no step.
     state, sums = train_steps(state, sums, data["train"], place(np.array(0, np.int32)))
     facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
-    watch, unread = Stopwatch(), None
+    watch, unread = Stopwatch(begun.get("seconds", 0.0)), None
+    watchman, saved = Watchman(state, cfg.max_skipped_steps), step
     with TrainingBar(step, cfg.steps) as bar:
 
         def read(step: int, sums: Sums) -> None:
@@ -226,12 +280,27 @@ def train(
             metrics = [train_metrics(one, seconds, flop_share) for one in each]
             bar.update(step, metrics)
             writer.write(step, metrics)
+            watchman.look(step, each, metrics, state)
 
         while step < cfg.steps:
-            stop = next_stop(step, cfg)
+            if requests.stop():
+                if unread is not None:
+                    read(*unread)
+                if step > saved:
+                    with watch.paused(sums):
+                        totals = hosts.fetch(sums)
+                        watchman.look_for_stopped(by_replica(totals, cfg.replicas), state)
+                        totals = jax.tree.map(np.ndarray.tolist, totals)
+                        checkpoints.save(state, {}, {"seconds": watch.seconds, "sums": totals})
+                raise Interrupted(
+                    f"stopped at step {step:,} of {cfg.steps:,}, and saved; "
+                    "the same command goes on from there"
+                )
+            before, stop = sums, next_stop(step, cfg)
             n = place(np.array(stop - step, np.int32))
             with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
                 state, sums = train_steps(state, sums, data["train"], n)
+            jax.block_until_ready(before)  # no more than one dispatch waits for another
             step = stop
             if unread is not None:  # only now: the device is at work on the next interval
                 read(*unread)
@@ -248,10 +317,13 @@ def train(
                     scores = score(state.variables(), data["validation"])
                     each = by_replica(scores, cfg.replicas)
                     metrics = [one.metrics("validation") for one in each]
+                    metrics = watchman.without_stopped(metrics)
                     bar.validated(step, metrics)
                     writer.write(step, metrics)
                     if saves:
-                        checkpoints.save(state, mean_over(metrics))
+                        sound = [one for k, one in enumerate(metrics) if k not in watchman.stopped]
+                        checkpoints.save(state, mean_over(sound))
+                        saved = step
     return state
 
 
@@ -273,11 +345,28 @@ def write_profile(
     return state
 
 
-class Stopwatch:
-    """Seconds of training alone."""
+def explain(
+    failure: NonfiniteError, model: Model, cfg: RunConfig, data: Dataset, workdir: Workdir
+) -> str:
+    """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do."""
+    step, state = failure.step, failure.state
+    file = dump_batch(workdir.path / f"batch_of_step_{step}.npz", state, data, step)
+    if cfg.debug_nans:
+        operation = find_operation(model, cfg.recipe(), state, data, step)
+        remedy = f"it comes from {operation}"
+    else:
+        remedy = "--config.debug_nans=true says which operation made it"
+    return (
+        f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
+        "lower optimizer.learning_rate, or let --config.max_skipped_steps=N leave such steps out"
+    )
 
-    def __init__(self):
-        self.seconds, self.started = 0.0, time.perf_counter()
+
+class Stopwatch:
+    """Seconds of training alone, after those that an interval already has."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.started = seconds, time.perf_counter()
 
     def lap(self) -> float:
         """The seconds since the last lap."""
@@ -305,11 +394,13 @@ def evaluate(
     cfg: RunConfig, state: TrainState, score: Callable, data: dict[str, Dataset]
 ) -> list[dict[str, Any]]:
     """Each replica's seed and final metrics on the validation and test splits."""
+    watchman = Watchman(state, cfg.max_skipped_steps)
     results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
     for name in ("validation", "test"):
         scores = by_replica(score(state.variables(), data[name]), cfg.replicas)
-        for result, one in zip(results, scores, strict=True):
-            result |= one.metrics(name)
+        metrics = watchman.without_stopped([one.metrics(name) for one in scores])
+        for result, one in zip(results, metrics, strict=True):
+            result |= one
     return results
 
 

@@ -154,7 +154,7 @@ from transformer.data.batches import Dataset
 
 WORDS = ["hello", "attention", "transformer"]
 
-_, corpus, model, _, variables = trained.load(workdir, sharding.one_device())
+_, corpus, model, _, variables, _ = trained.load(workdir, sharding.one_device())
 source = corpus.tokenize([word.encode() for word in WORDS])
 target = corpus.tokenize([word[::-1].encode() for word in WORDS])
 examples = Dataset(source, target, batch_size=len(WORDS))

@@ -13,8 +13,8 @@ Usage:
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -25,6 +25,7 @@ from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.experiments import report, runner
 from transformer.experiments.sweep import Program, Sweep, load_sweep, plan
+from transformer.interruption import Interrupted
 from transformer.model import Model
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep file.", required=True)
@@ -50,7 +51,7 @@ def main() -> None:
     show(sweep, programs, root)
     if DRY_RUN.value:
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, stop)
     outcomes = runner.run_all(
         programs,
         root,
@@ -71,6 +72,11 @@ def main() -> None:
             f"{len(failures)} of {len(programs)} programs failed: {named}; see log.txt in their "
             f"folders under {root}, and give the command again for what is missing"
         )
+
+
+def stop(*_: Any) -> None:
+    """Ends the programs with a checkpoint each, and the sweep."""
+    raise Interrupted("the sweep was asked to stop; the same command goes on with it")
 
 
 def show(sweep: Sweep, programs: list[Program], root: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import socket
+import time
 
 import jax
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.test_programs import TINY, finish, results, start
 from transformer import hosts, sharding
 from transformer.errors import UserError
+from transformer.interruption import RESUME
 
 STEPS, SAVED = 20, 10
 SHORT = (
@@ -100,6 +103,30 @@ def test_a_population_has_its_replicas_in_several_processes(tmp_path, data_dir):
     same(results(tmp_path / "one"), results(tmp_path / "two"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_at_one_step(number, tmp_path, data_dir):
+    run = tmp_path / "run"
+    flags = (*SHORT, *SPLIT, f"--data_dir={data_dir}", f"--workdir={run}", "--config.steps=800")
+    flags = (*flags, "--config.steps_per_call=7", "--config.log_every=20")
+    flags = (*flags, "--config.save_every=200", "--config.eval_every=200")
+    both = launch(2, "train.py", *flags)
+    deadline = time.monotonic() + 120
+    while not list((run / "checkpoints").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    both[1].send_signal(number)
+    for process in both:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == RESUME, errors
+        assert "stopped at step" in errors
+    saved = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+    assert saved < 800
+    out = end(launch(2, "train.py", *flags))[0]
+    assert f"at step {saved:,} of 800" in out
+    assert [row["step"] for row in results(run) if "train/loss" in row] == [*range(20, 801, 20)]
+
+
 def complaints(processes):
     """The one line of each, which all must refuse and none may wait for another for long."""
     lines = []
@@ -133,7 +160,7 @@ def check():
     assert hosts.first()
     raise UserError("damaged")
 
-hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+hosts.join(sys.argv[1], 2, int(sys.argv[2]), interruptible=False)
 assert hosts.once(hosts.first) is True
 order = open(sys.argv[3], "a")
 hosts.in_turn(lambda: print(hosts.first(), file=order, flush=True))
@@ -159,10 +186,10 @@ def test_alone_nothing_is_joined(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
-    hosts.join(None, None, None)
+    hosts.join(None, None, None, interruptible=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as sweeps submit their programs
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    hosts.join(None, None, None)
+    hosts.join(None, None, None, interruptible=False)
     assert hosts.first()
     assert not hosts.several()
 
@@ -181,8 +208,8 @@ def test_a_cluster_is_left_to_jax(environment, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    hosts.join(None, None, None)
-    hosts.join("auto", None, None)
+    hosts.join(None, None, None, interruptible=False)
+    hosts.join("auto", None, None, interruptible=False)
     assert asked == [{"initialization_timeout": hosts.PATIENCE}] * 2
 
 
@@ -201,7 +228,7 @@ def test_a_cluster_is_left_to_jax(environment, monkeypatch):
 def test_flags_that_lead_nowhere_are_explained(flags, message, monkeypatch):
     monkeypatch.setattr(hosts, "PATIENCE", 0)
     with pytest.raises(UserError, match=message):
-        hosts.join(*flags)
+        hosts.join(*flags, interruptible=False)
 
 
 def test_once_and_in_turn_are_plain_calls_in_one_process():

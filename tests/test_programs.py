@@ -261,9 +261,11 @@ def test_a_workdir_is_not_another_runs_and_its_faults_are_named(tmp_path, data_d
     line = complaint(*evaluate)
     assert "checkpoints/50 is damaged (default/manifest.ocdbt is missing)" in line
     assert "go on from step 40" in line
-    assert "is damaged" in complaint("train.py", *flags, "--config.steps=50")
+    out = " ".join(finish(start("train.py", *flags, "--config.steps=50")).split())
+    assert "checkpoints/50 is damaged (default/manifest.ocdbt is missing): moved to" in out
+    assert "at step 40 of 50" in out
 
-    for path in (workdir / "checkpoints").iterdir():
+    for path in (workdir / "checkpoints").glob("[0-9]*"):
         path.rename(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))
     assert "holds no finished checkpoint" in complaint(*evaluate)
     (workdir / "config.json").write_text("{")

@@ -21,6 +21,7 @@ from transformer import hosts
 from transformer.config import RunConfig, flat_knobs
 from transformer.console import console
 from transformer.errors import UserError, nearest
+from transformer.interruption import RESUME, Interrupted, end_with_parent
 from transformer.sharding import cores, find_devices
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
@@ -31,8 +32,10 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`.
 
     What a person can cause ends with one line on standard error and exit status 2:
-    a `UserError`, a flag that does not parse, and what the disk or the system refuses.
+    a `UserError`, a flag that does not parse, and what the disk or the system refuses. A run
+    that was asked to stop ends with status 75: the same command goes on with it.
     """
+    end_with_parent()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
 
 
@@ -50,6 +53,11 @@ def explained(function: Callable, *args) -> Any:
             raise
         reason = " ".join(str(error).split())[:200]
         message = f"stopped together with another process, which may say why: {reason}"
+    except Interrupted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        if hosts.several():
+            jax.distributed.shutdown()
+        sys.exit(RESUME)
     except KeyboardInterrupt:
         print(
             "interrupted; training goes on from its last checkpoint, if any",
@@ -124,10 +132,13 @@ def host_command(text: str) -> list[str]:
     return words
 
 
-def join_hosts() -> None:
-    """Joins the other processes, if there are any; only the first of them prints."""
+def join_hosts(*, interruptible: bool = False) -> None:
+    """Joins the other processes, if there are any; only the first of them prints.
+
+    `interruptible` is said by a program that looks for requests to stop (`interruption`).
+    """
     given = flags.FLAGS
-    hosts.join(given.coordinator, given.processes, given.process)
+    hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():
         find_devices()
         # Now, while all have just come: over Gloo (CPUs) a first meeting fails after 30 s.

@@ -23,7 +23,9 @@ Result = TypeVar("Result")
 PATIENCE = 300  # seconds for all processes to arrive
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, *, interruptible: bool
+) -> None:
     """Makes this process one of several, if the flags or the environment say that there are.
 
     Alone, it connects to nothing. To be called before JAX looks for devices.
@@ -33,6 +35,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         it and the rest; or None.
       processes: how many there are.
       process: which of them this is, from 0.
+      interruptible: whether the program looks for requests to stop (`interruption`).
 
     Raises:
       UserError: a flag is missing or wrong, or the others are not found.
@@ -43,9 +46,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     where = {} if flags in ([], ["auto"]) else place_among(coordinator, processes, process)
     if where and where["process_id"]:
         find(where["coordinator_address"])
-    # SIGTERM ends a process as it does a single one: the notice that JAX would make of it is
-    # read by nobody, and a checkpoint is never far.
-    jax.config.update("jax_enable_preemption_service", False)
+    # With it SIGTERM no longer ends a process; see `interruption`.
+    jax.config.update("jax_enable_preemption_service", interruptible)
     try:
         jax.distributed.initialize(**where, initialization_timeout=PATIENCE)
     except (OSError, RuntimeError, ValueError) as error:
@@ -142,6 +144,8 @@ def once(function: Callable[[], Any]) -> Any:
             said = {"result": function()}
         except UserError as error:
             said = {"error": str(error)}
+        except OSError as error:
+            said = {"error": f"{error.filename}: {error.strerror or error}; mend that"}
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))

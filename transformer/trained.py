@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
+from transformer import hosts
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.data.load import Corpus, open_corpus
@@ -16,6 +18,7 @@ class Trained(NamedTuple):
     """A run at one of its checkpoints.
 
     variables: what the model is evaluated with; of a population with a first axis of replicas.
+    stopped: of each replica, whether a NaN or Inf stopped it: its parameters are old.
     """
 
     cfg: RunConfig
@@ -23,6 +26,7 @@ class Trained(NamedTuple):
     model: Model
     step: int
     variables: Params
+    stopped: list[bool]
 
 
 def load(
@@ -46,4 +50,5 @@ def load(
     with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
         step = checkpoints.find(checkpoint)
         state = checkpoints.restore(step, like)
-    return Trained(cfg, corpus, model, step, state.variables())
+    stopped = np.atleast_1d(hosts.fetch(state.skipped)) > cfg.max_skipped_steps
+    return Trained(cfg, corpus, model, step, state.variables(), stopped.tolist())

@@ -19,6 +19,7 @@ from transformer.console import console
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.experiments.sweep import Program
+from transformer.interruption import PARENT
 from transformer.metrics import read_metrics
 from transformer.workdir import Workdir
 
@@ -67,7 +68,7 @@ def carry_out(
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"COLUMNS": "120"},
+                env=os.environ | {"COLUMNS": "120", PARENT: str(os.getpid())},
             )
             begun(process)
             if cores and hasattr(os, "sched_setaffinity"):

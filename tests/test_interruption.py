@@ -1,0 +1,93 @@
+"""Runs that are asked to stop: by a signal, in the middle of an interval."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_programs import ROOT, TINY, checkpoint, finish, results, start
+from transformer.interruption import RESUME, StopRequests
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
+    before = signal.getsignal(number)
+    with StopRequests() as requests:
+        assert not requests.stop()
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while requests.asked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert requests.stop()
+    assert signal.getsignal(number) is before
+    assert f"{signal.Signals(number).name}: stopping with a checkpoint" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
+    """`read` of a pipe that stays silent goes on after a handler, as waiting for a device does."""
+    code = (
+        "import sys, threading\n"
+        "from transformer.interruption import StopRequests\n"
+        "with StopRequests():\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "SIGINT: stopping" in process.stderr.readline() + process.stderr.readline()
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 128 + signal.SIGINT
+
+
+@pytest.mark.slow
+def test_torture_finds_no_difference(tmp_path, data_dir):
+    flags = ("--kills=3", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
+    out = finish(start("scripts/torture.py", *flags))
+    assert re.search(r"[123] runs? ended as the one left alone", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, tmp_path, data_dir):
+    """Twice, at whatever step it is: the same parameters, metrics, and checkpoints."""
+    steps = 2_000
+    flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}")
+    # Single steps, so that it stops inside of an interval.
+    flags = (*flags, f"--config.replicas={replicas}", "--config.steps_per_call=1")
+    flags = (*flags, "--config.log_every=100", "--config.save_every=200", "--config.eval_every=200")
+    finish(start("train.py", *flags, f"--workdir={tmp_path / 'whole'}"))
+
+    stopped = tmp_path / "stopped"
+    places = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start("train.py", *flags, f"--workdir={stopped}")
+        deadline = time.monotonic() + 120
+        logged = places[-1] if places else 0
+        while max([0, *(row["step"] for row in results(stopped))]) < logged + 100:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == RESUME, errors
+        places.append(int(re.search(r"stopped at step ([\d,]+)", errors)[1].replace(",", "")))
+    assert places[0] < places[1] < steps
+    assert any(place % 100 for place in places)
+    out = finish(start("train.py", *flags, f"--workdir={stopped}"))
+    assert f"resuming at step {places[1]:,}" in " ".join(out.split())
+
+    one, other = checkpoint(tmp_path / "whole", steps), checkpoint(stopped, steps)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert results(tmp_path / "whole") == results(stopped)
+    kept = [sorted(os.listdir(tmp_path / run / "checkpoints")) for run in ("whole", "stopped")]
+    assert kept[0] == kept[1]

@@ -1,0 +1,107 @@
+"""Being asked to stop: SIGTERM and SIGINT end a run with a checkpoint, and not with a loss.
+
+A cluster says SIGTERM before it takes a machine away, a person types ^C. Either is remembered,
+the dispatch in hand ends, a checkpoint is written, and the exit status says that the same command
+goes on from there. Python runs a signal's handler only between two of its own instructions, and
+the training loop waits for the device inside of one; a thread therefore reads the signals as they
+come, so that a second ^C ends the process at once.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from jax.experimental import multihost_utils
+
+from transformer import hosts
+
+PARENT = "TRANSFORMER_PARENT"  # the environment's variable with the process to live as long as
+
+RESUME = 75  # the exit status EX_TEMPFAIL of BSD's sysexits.h: not done, try again
+
+
+class Interrupted(BaseException):
+    """A run has stopped because it was asked to. Its message is one line that says where.
+
+    No `Exception`, as KeyboardInterrupt is none: what is caught on the way is a fault of something.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it in a notebook, instead of a traceback."""
+        return [str(self)]
+
+
+def end_with_parent() -> None:
+    """Asks this process to stop once the one that started it for a sweep is gone."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class StopRequests:
+    """The requests to stop that come while the `with` block lasts, the writing of a checkpoint too.
+
+    Only the main thread of a program can ask for signals; in another, none are noticed here.
+    """
+
+    def __init__(self):
+        self.asked: signal.Signals | None = None
+        self.boundaries = 0
+
+    def __enter__(self) -> "StopRequests":
+        self.before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self.read, self.write = socket.socketpair()
+        self.write.setblocking(False)
+        self.old_descriptor = signal.set_wakeup_fd(self.write.fileno(), warn_on_full_buffer=False)
+        # Of several processes each SIGTERM goes to JAX, which tells the others.
+        noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
+        for each in noticed:
+            self.before[each] = signal.signal(each, lambda *_: None)
+        threading.Thread(target=self.listen, args=(frozenset(noticed),), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+        if self.before:
+            signal.set_wakeup_fd(self.old_descriptor)
+            self.write.close()  # which ends the thread
+
+    def listen(self, noticed: frozenset[signal.Signals]) -> None:
+        """Takes the numbers of signals as they come."""
+        with self.read:
+            while number := self.read.recv(1):
+                if number[0] not in noticed:
+                    continue
+                if self.asked and number[0] == signal.SIGINT:
+                    os._exit(128 + signal.SIGINT)
+                if not self.asked:
+                    self.asked = signal.Signals(number[0])
+                    print(
+                        f"\n{self.asked.name}: stopping with a checkpoint; ^C stops at once",
+                        file=sys.stderr,
+                    )
+                    if hosts.several():
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self) -> bool:
+        """Whether training stops here; to be asked at the end of every dispatch.
+
+        Several processes all answer alike: at the first dispatch that none of them has passed.
+        """
+        self.boundaries += 1
+        if hosts.several():
+            return multihost_utils.reached_preemption_sync_point(self.boundaries)
+        return self.asked is not None
