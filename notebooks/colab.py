@@ -155,8 +155,8 @@ from transformer.data.batches import Dataset
 WORDS = ["hello", "attention", "transformer"]
 
 _, corpus, model, _, variables, _ = trained.load(workdir, sharding.one_device())
-source = corpus.tokenize([word.encode() for word in WORDS])
-target = corpus.tokenize([word[::-1].encode() for word in WORDS])
+source = corpus.tokenize(WORDS)
+target = corpus.tokenize([word[::-1] for word in WORDS])
 examples = Dataset(source, target, batch_size=len(WORDS))
 decode = jax.jit(partial(evaluation.decode, model, length=source.shape[1] + 1))
 for word, output in zip(WORDS, decode(variables, examples), strict=True):

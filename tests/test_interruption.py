@@ -50,16 +50,16 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
 
 @pytest.mark.slow
 def test_torture_finds_no_difference(tmp_path, data_dir):
-    flags = ("--kills=3", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
+    flags = ("--kills=2", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
     out = finish(start("scripts/torture.py", *flags))
-    assert re.search(r"[123] runs? ended as the one left alone", out)
+    assert re.search(r"[12] runs? ended as the one left alone", out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, tmp_path, data_dir):
     """Twice, at whatever step it is: the same parameters, metrics, and checkpoints."""
-    steps = 2_000
+    steps = 1_200
     flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}")
     # Single steps, so that it stops inside of an interval.
     flags = (*flags, f"--config.replicas={replicas}", "--config.steps_per_call=1")

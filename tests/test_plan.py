@@ -62,7 +62,7 @@ def test_memory_by_kind_is_that_of_the_arrays():
     assert plan.memory["parameters"] == parameters
     assert plan.memory["moments"] == 2 * parameters + 2 * 4  # Adam's, and two counts
     assert plan.memory["batch"] == 8 * 4 * (128 // 4) * 16  # eight arrays, a quarter of the rows
-    assert plan.memory["other arguments, padding"] == 8  # step and seed
+    assert plan.memory["other arguments, padding"] == 16  # step, seed, and two counts of bad steps
     assert plan.memory["activations, gradients, temporaries"] > 0
     assert "average" not in plan.memory
     assert toy(ema_decay=0.9).memory["average"] == parameters
