@@ -107,7 +107,7 @@ def test_a_population_has_its_replicas_in_several_processes(tmp_path, data_dir):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_both_at_one_step(number, tmp_path, data_dir):
     run = tmp_path / "run"
-    flags = (*SHORT, *SPLIT, f"--data_dir={data_dir}", f"--workdir={run}", "--config.steps=300")
+    flags = (*SHORT, *SPLIT, f"--data_dir={data_dir}", f"--workdir={run}", "--config.steps=600")
     flags = (*flags, "--config.steps_per_call=7", "--config.log_every=20")
     flags = (*flags, "--config.save_every=60", "--config.eval_every=60")
     both = launch(2, "train.py", *flags)
@@ -121,10 +121,10 @@ def test_a_signal_to_one_process_stops_both_at_one_step(number, tmp_path, data_d
         assert process.returncode == RESUME, errors
         assert "stopped at step" in errors
     saved = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
-    assert saved < 300
+    assert saved < 600
     out = end(launch(2, "train.py", *flags))[0]
-    assert f"at step {saved:,} of 300" in out
-    assert [row["step"] for row in results(run) if "train/loss" in row] == [*range(20, 301, 20)]
+    assert f"at step {saved:,} of 600" in out
+    assert [row["step"] for row in results(run) if "train/loss" in row] == [*range(20, 601, 20)]
 
 
 def complaints(processes):
