@@ -84,7 +84,8 @@ def main() -> None:
         ("while it was", "times"),
         [(k, str(n)) for k, n in moments.most_common()],
     )
-    console.print(f"{runs + 1} runs ended as the one left alone, bit for bit")
+    runs += 1
+    console.print(f"{runs} run{'s' * (runs > 1)} ended as the one left alone, bit for bit")
 
 
 def start(words: list[str], workdir: Path) -> subprocess.Popen:

@@ -52,7 +52,9 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
 def test_torture_finds_no_difference(tmp_path, data_dir):
     flags = ("--kills=2", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
     out = finish(start("scripts/torture.py", *flags))
-    assert re.search(r"[12] runs? ended as the one left alone", out)
+    assert "2 kills" in out
+    # How many there are is for chance to say: a run may end before its turn to be killed.
+    assert re.search(r"\n[1-9]\d* runs? ended as the one left alone, bit for bit\n", out)
 
 
 @pytest.mark.slow
