@@ -24,9 +24,11 @@ from transformer.sharding import (
     RULES,
     MeshConfig,
     check_batch,
+    check_memory,
     constrain,
     cores,
     describe,
+    each_shard,
     make_mesh,
     parameter_shardings,
     processor,
@@ -288,6 +290,39 @@ def test_a_mesh_that_does_not_divide_the_heads_is_explained():
     message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
     with pytest.raises(UserError, match=message):
         abstract_state(small_model(), small_recipe(), mesh_of(1, 1, 8))
+
+
+def test_what_memory_cannot_hold_is_refused(monkeypatch):
+    state = abstract_state(small_model(), small_recipe(), mesh_of(1, 8, 1))
+    size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
+    check_memory(state)
+    monkeypatch.setattr("transformer.sharding.memory", lambda: size / 2)  # most is split over 8
+    check_memory(state)
+    monkeypatch.setattr("transformer.sharding.memory", lambda: size / 9)
+    with pytest.raises(UserError, match=r"take 0\.0 GiB of a device .* mesh.fsdp"):
+        check_memory(state)
+
+
+@pytest.mark.parametrize("replica", [1, 2])
+def test_a_kernel_is_given_parts_that_no_axis_splits_further(replica):
+    """Pallas' are refused on a TPU where one might; also inside of a population's vmap."""
+    seen = []
+
+    def kernel(x):
+        seen.append((x.shape, jax.sharding.get_abstract_mesh().auto_axes))
+        return 2.0 * x
+
+    def call(x):
+        axes = ("batch", "heads", "length", "head")
+        return each_shard(kernel, (axes,), axes)(x)
+
+    mesh = mesh_of(2, 1, 2, replica=replica, replicas=replica)
+    x = jnp.arange(2.0 * 4 * 4 * 3 * 5).reshape(2, 4, 4, 3, 5)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.vmap(call, spmd_axis_name="replica"))(x)
+    np.testing.assert_array_equal(found, 2.0 * x)
+    assert all(auto == () for _, auto in seen)
+    assert seen[-1][0][-4:] == (2, 2, 3, 5)
 
 
 def test_a_batch_that_does_not_divide_is_explained():

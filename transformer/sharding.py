@@ -153,6 +153,33 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         )
 
 
+def check_memory(state: Any) -> None:
+    """Raises a UserError if the arrays of `state`, shapes and shardings, do not fit into memory."""
+    needed = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    there = memory()
+    if needed > there:
+        raise UserError(
+            f"the parameters and the optimizer's state take {needed / 2**30:,.1f} GiB of a device "
+            f"that has {there / 2**30:,.1f}; lower model.width, model.ff_width or model.layers, or "
+            "split them over more devices by mesh.fsdp or mesh.tensor (scripts/plan.py)"
+        )
+
+
+def memory() -> float:
+    """Bytes that a device of this host has; simulated ones share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return math.inf
+    return machine / jax.local_device_count()
+
+
 def one_device() -> Mesh:
     """A mesh of the first device alone."""
     return make_mesh(MeshConfig(replica=1, data=1, fsdp=1, tensor=1, context=1), 1)
@@ -246,7 +273,7 @@ def each_shard(function: Callable, inside: tuple, outside: tuple) -> Callable:
         function,
         in_specs=tuple(map(spec, inside)),
         out_specs=spec(outside),
-        axis_names=set(mesh.auto_axes) - {"replica"},
+        axis_names=set(mesh.auto_axes),
         check_vma=False,
     )
 
