@@ -141,7 +141,8 @@ def commit() -> str | None:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *words),
+            # Without locks: of a process that is killed meanwhile one would stay.
+            ("git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words),
             capture_output=True,
             text=True,
             check=True,
