@@ -1,7 +1,9 @@
 import random
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -130,6 +132,37 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
     for line in refused:
         assert "\n" not in line
         assert "is damaged: " in line or "cannot prepare" in line
+
+
+PREPARE = (
+    "import sys\n"
+    "from tests.test_data import config, loaded, open_corpus\n"
+    "from transformer import cli\n"
+    "cli.explained(lambda: print(len(loaded(open_corpus(config(), sys.argv[1])))))\n"
+)
+
+
+@pytest.mark.slow
+def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, data_dir):
+    command = [sys.executable, "-c", PREPARE, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("toy_strings/reverse_tiny/*incomplete*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "toy_strings" / "reverse_tiny" / "1.0.0").exists()
+
+    small = f"ulimit -f 1; exec {shlex.join(command)}"
+    done = subprocess.run(["bash", "-c", small], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot prepare" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "toy_strings" / "reverse_tiny" / "1.0.0").exists()
+
+    assert loaded(open_corpus(config(), str(tmp_path))) == loaded(open_corpus(config(), data_dir))
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+import struct
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +66,27 @@ def test_what_is_written_is_read(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_the_events_are_those_that_tensorboard_reads(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    with MetricsWriter(tmp_path, resume_from=5) as writer:
+        writer.write(10, [{"train/loss": 2.0, "train/accuracy": 0.5}])
+        writer.write(20, [{"validation/loss": 1.0}])
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    rest, events = path.read_bytes(), []
+    while rest:  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", rest[:8])
+        events.append(Event.FromString(rest[12 : 12 + length]))
+        rest = rest[16 + length :]
+    version, start, *scalars = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (6, SessionLog.START)
+    assert [
+        (event.step, {value.tag: value.simple_value for value in event.summary.value})
+        for event in scalars
+    ] == [(10, {"train/loss": 2.0, "train/accuracy": 0.5}), (20, {"validation/loss": 1.0})]
 
 
 def test_each_replica_has_lines_and_events_of_its_own(tmp_path):

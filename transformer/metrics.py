@@ -1,7 +1,10 @@
 """Metrics on the host: ratios of sums, and the files that they are written to."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +69,17 @@ class MetricsWriter:
         self.writes = hosts.first()
         if not self.writes:
             return
-        from tensorboardX import SummaryWriter  # a second of import, not needed before
-
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_from]
         fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(self.path)
-        self.file = self.path.open("a")
         folders = (
             [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
         )
-        self.events = [SummaryWriter(str(each), purge_step=resume_from + 1) for each in folders]
+        with self.explained():
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            fresh.replace(self.path)
+            self.file = self.path.open("a")
+            self.events = [Events(each, resume_from) for each in folders]
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -85,9 +87,10 @@ class MetricsWriter:
     def __exit__(self, *_) -> None:
         if not self.writes:
             return
-        self.file.close()
-        for events in self.events:
-            events.close()
+        with self.explained():
+            self.file.close()
+            for events in self.events:
+                events.file.close()
 
     def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Adds a line for `step` and each replica."""
@@ -96,11 +99,62 @@ class MetricsWriter:
         rows = [{"step": step, "replica": k, **each} for k, each in enumerate(metrics)]
         if len(rows) == 1:
             del rows[0]["replica"]
-        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.file.flush()
-        for events, each in zip(self.events, metrics, strict=True):
-            for name, value in each.items():
-                events.add_scalar(name, value, step)
+        with self.explained():
+            self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self.file.flush()
+            for events, each in zip(self.events, metrics, strict=True):
+                events.write(step, each)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns what the disk refuses into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}, or the events beside it, could not be written: "
+                f"{error.strerror or error}; free space, or choose another --workdir"
+            ) from error
+
+
+class Events:
+    """Scalars as TensorBoard's events, in a file of their own.
+
+    Written by whoever calls. tensorboardX's SummaryWriter has a thread for it, which a full disk
+    ends, and whose callers then wait for it forever.
+
+    Args:
+      folder: where the file goes.
+      resume_from: what older files say of later steps is not shown any more.
+    """
+
+    FLUSH = 10.0  # seconds: what is written is not seen before, for seeing it costs an fsync
+
+    def __init__(self, folder: Path, resume_from: int):
+        # A second of import, not needed before.
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto import event_pb2
+
+        self.proto: Any = event_pb2  # whose classes a type checker does not see
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self.file, self.flushed = RecordWriter(str(folder / name)), time.monotonic()
+        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
+        self.add(resume_from + 1, file_version="brain.Event:2")
+        self.add(resume_from + 1, session_log=start)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds an event for `step` with all of its metrics."""
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self.add(step, summary={"value": values})
+        if time.monotonic() - self.flushed > self.FLUSH:
+            self.file.flush()
+            self.flushed = time.monotonic()
+
+    def add(self, step: int, **content: Any) -> None:
+        """Adds an event to the file."""
+        event = self.proto.Event(wall_time=time.time(), step=step, **content)
+        self.file.write(event.SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
