@@ -4,10 +4,7 @@ Usage:
     python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
-import contextlib
 import itertools
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,37 +19,16 @@ from ml_collections import ConfigDict, config_flags
 from transformer import cli, costs, evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import (
-    TrainingBar,
-    facts,
-    figure,
-    percent,
-    perplexity,
-    table,
-)
+from transformer.console import facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset, pack
 from transformer.data.load import Corpus, open_corpus
 from transformer.errors import UserError
 from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
-from transformer.interruption import Interrupted, StopRequests
-from transformer.metrics import (
-    MetricsWriter,
-    by_replica,
-    mean_over,
-    read_metrics,
-    train_metrics,
-)
+from transformer.interruption import StopRequests
+from transformer.loop import Loop, Programs, make_programs
+from transformer.metrics import MetricsWriter, by_replica, read_metrics
 from transformer.model import Model
-from transformer.training import (
-    Sums,
-    TrainState,
-    abstract_state,
-    each_replica,
-    init_state,
-    make_train_step,
-    make_train_steps,
-    zero_sums,
-)
+from transformer.training import TrainState, abstract_state, zero_sums
 from transformer.workdir import Workdir
 
 CONFIG = config_flags.DEFINE_config_file("config")
@@ -105,79 +81,37 @@ def run(
     """
     cfg = RunConfig.resolve(config)
     workdir.claim(config, allow_changes=allow_changes)
-    mesh, corpus, examples, data, model, like = prepare(cfg, data_dir)
-    data = sharding.place(data, sharding.replicated(mesh))
-    recipe, numbers = cfg.recipe(), cfg.numbers()
-    where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    facts(
-        {
-            "data": f"{corpus.builder.info.full_name}, {examples:,} training examples"
-            + (f" in {len(data['train']):,} rows" if cfg.data.pack else ""),
-            "devices": sharding.describe(mesh),
-            "parameters": f"{model.count_parameters():,}"
-            + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
-            **(
-                {"attention": f"{model.config.backend_at(data['train'].longest())}, as auto picked"}
-                if cfg.model.attention_backend == "auto"
-                else {}
-            ),
-            "workdir": str(workdir.path),
-        }
-    )
-
+    prepared = prepare(cfg, data_dir)
+    mesh, model = prepared.mesh, prepared.model
+    show_facts(cfg, prepared, workdir)
     with (
         workdir.locked(),
         StopRequests() as requests,
         jax.set_mesh(mesh),
         Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints,
     ):
-        step = checkpoints.latest()
-        begun: dict[str, Any] = {}
-        if step is None:
-            init = each_replica(partial(init_state, model, recipe), cfg.replicas, in_axes=(0, 0))
-            state = jax.jit(init, out_shardings=where)(cfg.seeds(), numbers)
-        else:
-            state, begun = checkpoints.restore(step, like), checkpoints.interval(step)
-            seed, seeds = hosts.fetch(state.seed).tolist(), cfg.seeds().tolist()
-            if seed != seeds or step > cfg.steps:
-                raise UserError(
-                    f"the checkpoint in {workdir.path} has seed {seed} and step {step}, "
-                    f"the config seed={seeds} and steps={cfg.steps}: another run; "
-                    "choose another --workdir"
-                )
-            # Not the checkpoint's: --allow_changes may have brought others.
-            state = state._replace(numbers=sharding.place(numbers, where.numbers))
-            facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
+        programs = make_programs(cfg, model, prepared.like)
+        trace(programs, cfg, prepared)
+        state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
         workdir.write_config(config)  # only now: nothing stands in the way of training
-        flops = costs.step_flops(model, recipe, data["train"])
-        flop_share = costs.share_of_peak(flops * cfg.replicas, mesh)
-        train_steps = make_train_steps(make_train_step(model, recipe))
-        train_steps = jax.jit(
-            each_replica(train_steps, cfg.replicas, in_axes=(0, 0, None, None)),
-            donate_argnums=0,
-            out_shardings=(where, sharding.replicated(mesh)),
-        )
-        score = partial(evaluation.score, model)
-        score = jax.jit(
-            each_replica(score, cfg.replicas, in_axes=(0, None)),
-            out_shardings=sharding.replicated(mesh),
-        )
-        with MetricsWriter(workdir.path, step or 0, cfg.replicas) as writer:
+        data = sharding.place(prepared.data, sharding.replicated(mesh))
+        flops = costs.step_flops(model, cfg.recipe(), data["train"])
+        with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
             if profile:
-                state = write_profile(profile, state, train_steps, data["train"], workdir, cfg)
+                write_profile(profile, state, programs, data["train"], workdir, cfg)
             try:
-                state = train(
+                loop = Loop(
                     cfg,
+                    programs,
+                    data,
                     state,
                     begun,
-                    train_steps,
-                    score,
-                    data,
-                    checkpoints,
-                    writer,
-                    requests,
-                    flop_share,
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    requests=requests,
+                    flop_share=costs.share_of_peak(flops * cfg.replicas, mesh),
                 )
+                state = loop.run()
             except NonfiniteError as failure:
                 raise UserError(explain(failure, model, cfg, data["train"], workdir)) from failure
 
@@ -186,7 +120,7 @@ def run(
 
             curve = workdir.plots / "learning_curve.png"
             plots.learning_curve(read_metrics(workdir.metrics), curve)
-        results = evaluate(cfg, state, score, data)
+        results = evaluate(cfg, state, programs, data)
         workdir.write_results(
             {
                 "step": cfg.steps,
@@ -197,7 +131,7 @@ def run(
             }
         )
         show_results(cfg, results)
-        show_samples(cfg, model, corpus, state, data["validation"].head(3))
+        show_samples(cfg, model, prepared.corpus, state, data["validation"].head(3))
     return state
 
 
@@ -235,114 +169,102 @@ def prepare(cfg: RunConfig, data_dir: str | None) -> Prepared:
         data["train"] = pack(data["train"], cfg.data.pack)
     model = Model(cfg.model, corpus.tokenizer.vocab_size)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    sharding.check_memory(like)
     return Prepared(mesh, corpus, examples, data, model, like)
 
 
-def train(
-    cfg: RunConfig,
-    state: TrainState,
-    begun: dict[str, Any],
-    train_steps: Callable,
-    score: Callable,
-    data: dict[str, Dataset],
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    requests: StopRequests,
-    flop_share: float | None,
-) -> TrainState:
-    """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
+def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
+    """Prints what is about to be trained, on what."""
+    rows, model = prepared.data["train"], prepared.model
+    facts(
+        {
+            "data": f"{prepared.corpus.builder.info.full_name}, "
+            f"{prepared.examples:,} training examples"
+            + (f" in {len(rows):,} rows" if cfg.data.pack else ""),
+            "devices": sharding.describe(prepared.mesh),
+            "parameters": f"{model.count_parameters():,}"
+            + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
+            **(
+                {"attention": f"{model.config.backend_at(rows.longest())}, as auto picked"}
+                if cfg.model.attention_backend == "auto"
+                else {}
+            ),
+            "workdir": str(workdir.path),
+        }
+    )
 
-    Validation at step i describes the parameters after i updates; train metrics are those
-    of the interval that ends there. A save comes with an evaluation, so that the best
-    checkpoint can be told. `flop_share` is what a step a second is of the devices' peak, and
-    `begun` what an interrupted run had of the interval in which it stopped.
+
+def trace(programs: Programs, cfg: RunConfig, prepared: Prepared) -> None:
+    """Traces the step, which finds what is wrong with it before anything is compiled.
 
     Raises:
-      Interrupted: somebody asked for it; the state is saved.
-      NonfiniteError: more steps than may be left out had a NaN or Inf.
+      UserError: a choice cannot be computed as it is here, such as an attention backend.
     """
-    place = partial(sharding.place, where=sharding.replicated(jax.sharding.get_mesh()))
-    nothing = jax.device_get(zero_sums(cfg.replicas))
-    of_interval = {name: np.float32(total) for name, total in begun.get("sums", nothing).items()}
-    step, sums = state.taken(), place(of_interval)
-    started = time.perf_counter()
-    # Compiles, and takes no step.
-    state, sums = train_steps(state, sums, data["train"], place(np.array(0, np.int32)))
-    facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
-    watch, unread = Stopwatch(begun.get("seconds", 0.0)), None
-    watchman, saved = Watchman(state, cfg.max_skipped_steps), step
-    with TrainingBar(step, cfg.steps) as bar:
+    shapes = (jax.eval_shape(partial(zero_sums, cfg.replicas)), prepared.data["train"])
+    jax.eval_shape(programs.train_steps, prepared.like, *shapes, np.int32(0))
 
-        def read(step: int, sums: Sums) -> None:
-            """Waits for the end of an interval, and logs it."""
-            each = by_replica(jax.block_until_ready(sums), cfg.replicas)
-            seconds = watch.lap()
-            metrics = [train_metrics(one, seconds, flop_share) for one in each]
-            bar.update(step, metrics)
-            writer.write(step, metrics)
-            watchman.look(step, each, metrics, state)
 
-        while step < cfg.steps:
-            if requests.stop():
-                if unread is not None:
-                    read(*unread)
-                if step > saved:
-                    with watch.paused(sums):
-                        totals = hosts.fetch(sums)
-                        watchman.look_for_stopped(by_replica(totals, cfg.replicas), state)
-                        totals = jax.tree.map(np.ndarray.tolist, totals)
-                        checkpoints.save(state, {}, {"seconds": watch.seconds, "sums": totals})
-                raise Interrupted(
-                    f"stopped at step {step:,} of {cfg.steps:,}, and saved; "
-                    "the same command goes on from there"
-                )
-            before, stop = sums, next_stop(step, cfg)
-            n = place(np.array(stop - step, np.int32))
-            with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
-                state, sums = train_steps(state, sums, data["train"], n)
-            jax.block_until_ready(before)  # no more than one dispatch waits for another
-            step = stop
-            if unread is not None:  # only now: the device is at work on the next interval
-                read(*unread)
-                unread = None
-            saves = step % cfg.save_every == 0 or step == cfg.steps
-            # At saves too: a resumed run then logs the very intervals of one left alone.
-            if step % cfg.log_every == 0 or saves:
-                unread, sums = (step, sums), place(nothing)
-            if step % cfg.eval_every == 0 or saves:
-                if unread is not None:
-                    read(*unread)
-                    unread = None
-                with watch.paused(sums):
-                    scores = score(state.variables(), data["validation"])
-                    each = by_replica(scores, cfg.replicas)
-                    metrics = [one.metrics("validation") for one in each]
-                    metrics = watchman.without_stopped(metrics)
-                    bar.validated(step, metrics)
-                    writer.write(step, metrics)
-                    if saves:
-                        sound = [one for k, one in enumerate(metrics) if k not in watchman.stopped]
-                        checkpoints.save(state, mean_over(sound))
-                        saved = step
-    return state
+def begin(
+    cfg: RunConfig,
+    prepared: Prepared,
+    programs: Programs,
+    checkpoints: Checkpoints,
+    workdir: Workdir,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to train from, new or the newest saved, and what it has of an interval.
+
+    Raises:
+      UserError: the newest checkpoint is another run's, or damaged.
+    """
+    step, numbers = checkpoints.latest(), cfg.numbers()
+    if step is None:
+        return programs.init(cfg.seeds(), numbers), {}
+    state = checkpoints.restore(step, prepared.like)
+    seed, seeds = hosts.fetch(state.seed).tolist(), cfg.seeds().tolist()
+    if seed != seeds or step > cfg.steps:
+        raise UserError(
+            f"the checkpoint in {workdir.path} has seed {seed} and step {step}, "
+            f"the config seed={seeds} and steps={cfg.steps}: another run; "
+            "choose another --workdir"
+        )
+    check_stopped(cfg, state, workdir)
+    facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
+    # Not the checkpoint's: --allow_changes may have brought others.
+    where = {name: leaf.sharding for name, leaf in prepared.like.numbers.items()}
+    return state._replace(numbers=sharding.place(numbers, where)), checkpoints.interval(step)
+
+
+def check_stopped(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:
+    """Raises a UserError if a replica that had stopped for a NaN or Inf would go on.
+
+    It has missed the steps that the others have taken since.
+    """
+    before = workdir.read_config().get("max_skipped_steps", cfg.max_skipped_steps)
+    skipped = np.atleast_1d(hosts.fetch(state.skipped))
+    revived = np.flatnonzero((skipped > before) & (skipped <= cfg.max_skipped_steps))
+    if revived.size:
+        raise UserError(
+            f"max_skipped_steps={cfg.max_skipped_steps}: replica {revived[0]} stopped when it was "
+            f"{before}, and has missed steps since; leave it at {before}, or choose another "
+            "--workdir"
+        )
 
 
 def write_profile(
     steps: int,
     state: TrainState,
-    train_steps: Callable,
+    programs: Programs,
     data: Dataset,
     workdir: Workdir,
     cfg: RunConfig,
-) -> TrainState:
+) -> None:
     """Writes a trace of `steps` steps for TensorBoard or xprof, taken for nothing else."""
     copy = jax.tree.map(jnp.copy, state)  # the steps take their argument's place
-    sums, n = zero_sums(cfg.replicas), jnp.int32(steps)
-    copy, sums = jax.block_until_ready(train_steps(copy, sums, data, jnp.int32(0)))
+    sums = zero_sums(cfg.replicas)
+    copy, sums = jax.block_until_ready(programs.train_steps(copy, sums, data, jnp.int32(0)))
     with jax.profiler.trace(str(workdir.path / "profile")):
-        jax.block_until_ready(train_steps(copy, sums, data, n))
+        jax.block_until_ready(programs.train_steps(copy, sums, data, jnp.int32(steps)))
     facts({"profile": f"{steps} steps in {workdir.path / 'profile'}"})
-    return state
 
 
 def explain(
@@ -362,42 +284,14 @@ def explain(
     )
 
 
-class Stopwatch:
-    """Seconds of training alone, after those that an interval already has."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.started = seconds, time.perf_counter()
-
-    def lap(self) -> float:
-        """The seconds since the last lap."""
-        now = time.perf_counter()
-        seconds = self.seconds + now - self.started
-        self.seconds, self.started = 0.0, now
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self, sums: Sums) -> Iterator[None]:
-        """Leaves out what is done inside; what leads to `sums` belongs to what came before."""
-        jax.block_until_ready(sums)
-        self.seconds += time.perf_counter() - self.started
-        yield
-        self.started = time.perf_counter()
-
-
-def next_stop(step: int, cfg: RunConfig) -> int:
-    """The step at which the next dispatch ends: no later than the next thing that is due."""
-    due = ((step // every + 1) * every for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
-    return min(cfg.steps, step + cfg.steps_per_call, *due)
-
-
 def evaluate(
-    cfg: RunConfig, state: TrainState, score: Callable, data: dict[str, Dataset]
+    cfg: RunConfig, state: TrainState, programs: Programs, data: dict[str, Dataset]
 ) -> list[dict[str, Any]]:
     """Each replica's seed and final metrics on the validation and test splits."""
     watchman = Watchman(state, cfg.max_skipped_steps)
     results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
     for name in ("validation", "test"):
-        scores = by_replica(score(state.variables(), data[name]), cfg.replicas)
+        scores = by_replica(programs.score(state.variables(), data[name]), cfg.replicas)
         metrics = watchman.without_stopped([one.metrics(name) for one in scores])
         for result, one in zip(results, metrics, strict=True):
             result |= one

@@ -125,5 +125,7 @@ def test_a_population_ends_with_the_replicas_that_are_left(tmp_path, data_dir):
     flags = (*flags, "--config.replicas=2", "--config.per_replica.learning_rate=(1e-3,1e30)")
     out = finish(start("train.py", *flags))
     assert "replica 1: stopped at step" in out
+    line = complaint("train.py", *flags, "--config.max_skipped_steps=3", "--allow_changes")
+    assert "max_skipped_steps=3: replica 1 stopped when it was 0, and has missed steps" in line
     for row in results(tmp_path):
         assert np.isnan(list(row.values())[-1]) == (row["replica"] == 1 and row["step"] > 5)

@@ -25,6 +25,11 @@ from transformer.interruption import RESUME, Interrupted, end_with_parent
 from transformer.sharding import cores, find_devices
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
+# What to do when memory is full.
+SMALLER = (
+    "lower batch_size or model.width, take the batch in parts by accumulate, or compute anew in "
+    "the gradient by model.remat (docs/performance.md)"
+)
 SMALL = 256  # the width up to which a CPU's cores work better side by side than together
 
 
@@ -48,11 +53,16 @@ def explained(function: Callable, *args) -> Any:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
+    except MemoryError as error:
+        message = f"this machine's memory is full ({error}); {SMALLER}"
     except jax.errors.JaxRuntimeError as error:
-        if not hosts.several():
-            raise
         reason = " ".join(str(error).split())[:200]
-        message = f"stopped together with another process, which may say why: {reason}"
+        if "RESOURCE_EXHAUSTED" in reason:
+            message = f"a device's memory is full ({reason}); {SMALLER}"
+        elif hosts.several():
+            message = f"stopped together with another process, which may say why: {reason}"
+        else:
+            raise
     except Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
         if hosts.several():

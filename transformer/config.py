@@ -8,13 +8,30 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from transformer.data.load import DataConfig
-from transformer.errors import UserError, nearest
+from transformer.errors import UserError, nearest, within
 from transformer.model_config import ModelConfig
 from transformer.optimizer import OptimizerConfig
 from transformer.sharding import MeshConfig
 from transformer.training import Hyperparameters, Recipe
 
 Section = TypeVar("Section")
+
+# The least and the most of whole numbers. What is above is a slip of the finger: it would take
+# hours to trace, or pass the 32 bits that steps are counted in.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "replicas": (1, 10_000),
+    "steps": (1, 2**31 - 1),
+    "batch_size": (1, 2**20),
+    "accumulate": (1, 2**20),
+    "max_skipped_steps": (0, 2**31 - 2),
+    "steps_per_call": (1, 2**31 - 1),
+    "log_every": (1, 2**31 - 1),
+    "eval_every": (1, 2**31 - 1),
+    "save_every": (1, 2**31 - 1),
+    "keep_checkpoints": (1, 2**31 - 1),
+    "decode_margin": (0, 2**16),
+}
 
 # Knobs that change how a run is carried out or watched, and not its result.
 FREE_KNOBS = {
@@ -86,18 +103,11 @@ class RunConfig:
     mesh: MeshConfig
 
     def __post_init__(self):
-        positive = ("replicas", "steps", "batch_size", "accumulate", "steps_per_call", "log_every")
-        for name in (*positive, "eval_every", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: it must be at least 0 and below 2**32")
+        for name, (least, most) in RANGES.items():
+            within(name, getattr(self, name), least, most)
         for name in ("label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")
-        for name in ("decode_margin", "max_skipped_steps"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 2**31")
         if self.steps * self.batch_size >= 2**32:
             raise UserError(
                 f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "

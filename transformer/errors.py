@@ -26,6 +26,19 @@ def choose(table: Mapping[str, Entry], name: str, knob: str) -> Entry:
     raise UserError(f"{knob}={name}: choose one of {', '.join(table)}{nearest(name, table)}")
 
 
+def within(knob: str, value: int | float, least: int | float, most: int | float) -> None:
+    """Raises a UserError unless `least` ≤ `value` ≤ `most`."""
+    if not value >= least:  # NaN is not
+        raise UserError(f"{knob}={value}: it must be at least {shown(least)}")
+    if value > most:
+        raise UserError(f"{knob}={value}: it must be at most {shown(most)}")
+
+
+def shown(number: int | float) -> str:
+    """A bound as a person reads it: 1,048,576 or 3.40282e+38."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean X?)` for the one of `names` most like `name`, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.dot_product_attention import (
     ATTENTION_BACKENDS,
@@ -12,7 +13,7 @@ from transformer.dot_product_attention import (
     FLEXIBLE_BACKENDS,
     pick,
 )
-from transformer.errors import UserError, choose
+from transformer.errors import UserError, choose, within
 from transformer.layers import (
     FEED_FORWARDS,
     INITIALIZERS,
@@ -25,6 +26,19 @@ from transformer.recurrent import CELLS
 ARCHITECTURES = ("transformer", "recurrent")  # transformer/model.py: MODULES
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
+
+# The most that a size may be: what is above is a slip of the finger.
+SIZES = {
+    "layers": 1_000,
+    "width": 2**20,
+    "heads": 2**20,
+    "head_width": 2**20,
+    "value_width": 2**20,
+    "kv_heads": 2**20,
+    "ff_width": 2**20,
+    "max_length": 2**20,
+    "window": 2**20,
+}
 
 # What a layer keeps for its gradient; all else is computed anew there.
 REMATS: dict[str, Any] = {
@@ -86,15 +100,16 @@ class ModelConfig:
         }
         for name, entries in tables.items():
             choose(entries, getattr(self, name), f"model.{name}")
-        for name in ("layers", "width", "heads", "ff_width", "max_length"):
-            self.require(name, getattr(self, name) >= 1, "it must be at least 1")
-        for name in ("head_width", "value_width", "kv_heads", "window"):
-            value = getattr(self, name)
-            self.require(name, value is None or value >= 1, "it must be at least 1, or None")
+        for name, most in SIZES.items():
+            if getattr(self, name) is not None:
+                within(f"model.{name}", getattr(self, name), 1, most)
+        within("model.random_positions", self.random_positions, 0, 2**20)
         for name in ("dropout", "attention_dropout"):
             rate = getattr(self, name)
             self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
-        self.require("norm_epsilon", self.norm_epsilon > 0.0, "it must be above 0")
+        # In float32, which the norms compute in.
+        normal = float(np.finfo(np.float32).tiny) <= self.norm_epsilon <= 1.0
+        self.require("norm_epsilon", normal, "it must be above 0, as a float32 too, and at most 1")
         self.check_attention()
         self.check_positions()
         if self.architecture == "recurrent":

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from transformer.errors import UserError, choose
+from transformer.errors import UserError, choose, within
+
+LARGEST = float(np.finfo(np.float32).max)  # the step computes in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,7 @@ class OptimizerConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: at least 0 and below 1")
         for name in ("learning_rate", "warmup_steps", "epsilon", "weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                value = getattr(self, name)
-                raise UserError(f"optimizer.{name}={value}: it cannot be negative or infinite")
+            within(f"optimizer.{name}", getattr(self, name), 0, LARGEST)
         if np.float32(self.epsilon) == 0:  # a parameter without gradient would become 0 / 0
             raise UserError(
                 f"optimizer.epsilon={self.epsilon}: it must be above 0, as a float32 too"

@@ -14,7 +14,7 @@ from transformer import hosts
 from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD, CharTokenizer
-from transformer.errors import UserError, choose, nearest
+from transformer.errors import UserError, choose, nearest, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,7 @@ class DataConfig:
     pack: int
 
     def __post_init__(self):
-        if self.pack < 0:
-            raise UserError(f"data.pack={self.pack}: it must be at least 0")
+        within("data.pack", self.pack, 0, 2**20)
         choose(toy.TASKS, self.task, "data.task")
         choose(toy.SIZES, self.size, "data.size")
 

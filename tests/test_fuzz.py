@@ -1,0 +1,131 @@
+"""Overrides at random: the front door starts a run, or refuses it with a line that names a knob.
+
+FUZZ_TRIES=2000 pytest tests/test_fuzz.py tries more of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from configs import base
+from tests.test_programs import ROOT
+from transformer.config import flat_knobs
+from transformer.data.load import DataConfig, open_corpus
+from transformer.data.toy import TASKS
+from transformer.dot_product_attention import ATTENTION_BACKENDS
+from transformer.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
+from transformer.model_config import ARCHITECTURES, DTYPES, REMATS
+from transformer.normalization import NORMS
+from transformer.optimizer import OPTIMIZERS, SCHEDULES
+from transformer.positions import POSITIONS
+from transformer.recurrent import CELLS
+
+TRIES = int(os.environ.get("FUZZ_TRIES", "60"))
+
+KNOBS = flat_knobs(base.get_config())
+JUNK = ["", " ", "None", "nan", "abc", "☃", "a b", "'", '"', "{}", "[1]", "(1,)", "--", "=", "0x10"]
+WHOLE = ["0", "-1", "1", "2", "3", "4", "7", "8", "16", "64", "100", "4294967296", "9" * 25, "1.5"]
+NUMBERS = ["0", "0.0", "-0.1", "0.1", "0.5", "0.999", "1.0", "2", "1e-3", "1e30", "inf", "-inf"]
+FLAGS = ["true", "false", "True", "1", "0", "yes"]
+NAMES = [
+    *("layer", "rms", "batch", "none", "pre", "post", "both", "sinusoidal", "rotary", "alibi"),
+    *("relu", "swiglu", "lstm", "gru", "recurrent", "transformer", "einsum", "auto", "cudnn"),
+    *("float32", "bfloat16", "float16", "adam", "muon", "sgd", "linear", "cosine", "Layer", "dots"),
+    *("reverse", "copy", "sort", "tiny", "train[:10%]", "train[", "test+validation", "..", "/"),
+]
+TUPLES = ["()", "(1,)", "(1,2)", "(0.1,0.2)", "(1,'a')", "((1,),2)", "(", "(nan,1)", "(1,2,3)"]
+
+
+# What a knob takes, so that runs start and the knobs meet inside of the step.
+ENTRIES = {
+    "model.architecture": ARCHITECTURES,
+    "model.cell": CELLS,
+    "model.feed_forward": FEED_FORWARDS,
+    "model.init": INITIALIZERS,
+    "model.norm": NORMS,
+    "model.norm_placement": NORM_PLACEMENTS,
+    "model.position": POSITIONS,
+    "model.attention_backend": ATTENTION_BACKENDS,
+    "model.remat": REMATS,
+    "model.dtype": DTYPES,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+    "data.task": TASKS,
+    "data.size": ["tiny"],
+    "data.train": ["train", "train[:10%]"],
+    "data.validation": ["validation", "test"],
+    "data.test": ["test_longer", "train[:100]"],
+}
+USUAL = {
+    bool: ["true", "false"],
+    int: ["1", "2", "3", "4", "8", "16", "64"],
+    type(None): ["1", "2", "3", "4", "8", "16"],
+    float: ["0.0", "0.1", "0.5", "1e-3"],
+    tuple: ["()", "(1,2)", "(0.1,0.2)"],
+}
+
+
+def values(name):
+    """Words for a knob: nine of ten what it takes, or looks like it."""
+    kind = type(KNOBS[name])
+    usual = st.sampled_from(list(ENTRIES[name]) if kind is str else USUAL[kind])
+    strange = {bool: FLAGS, int: WHOLE, type(None): WHOLE, float: NUMBERS, str: NAMES}
+    strange = st.sampled_from(strange.get(kind, TUPLES) + JUNK + WHOLE + NAMES)
+    return st.integers(0, 9).flatmap(lambda n: usual if n else strange)
+
+
+@st.composite
+def overrides(draw):
+    names = draw(st.lists(st.sampled_from(sorted(KNOBS)), min_size=1, max_size=4, unique=True))
+    pairs = [(name, draw(values(name))) for name in names]
+    if draw(st.integers(0, 19)) == 0:  # a misspelt one
+        name, value = pairs[0]
+        pairs[0] = (name[:-1] or "x", value)
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def front_door(data_dir):
+    splits = {"train": "train", "validation": "validation", "test": "test"}
+    for task in ("copy", "reverse", "sort"):
+        open_corpus(DataConfig(task=task, size="tiny", pack=0, **splits), data_dir)
+    command = [sys.executable, "-m", "tests.front_door", str(data_dir)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes) as process:
+
+        def ask(words):
+            process.stdin.write(json.dumps(words) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=TRIES,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(pairs=overrides())
+def test_any_overrides_start_a_run_or_are_refused_by_name(front_door, pairs):
+    first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
+    words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
+    said = front_door(["--config=configs/base.py", *words])
+    event(f"status {said['status']}")
+    assert said["traceback"] is None, said["traceback"]
+    if said["status"] == 0:
+        assert not said["said"]
+        return
+    assert said["status"] == 2
+    (line,) = said["said"].splitlines()
+    assert line.startswith("error: ")
+    assert any(name.split(".")[-1] in line for name, _ in pairs), line

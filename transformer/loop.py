@@ -1,0 +1,236 @@
+"""The training loop: dispatches of many steps, and what is due between them."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from transformer import evaluation, hosts, sharding
+from transformer.checkpoint import Checkpoints
+from transformer.config import RunConfig
+from transformer.console import TrainingBar, facts
+from transformer.data.batches import Dataset
+from transformer.health import Watchman
+from transformer.interruption import Interrupted, StopRequests
+from transformer.metrics import MetricsWriter, by_replica, mean_over, train_metrics
+from transformer.model import Model
+from transformer.training import (
+    Sums,
+    TrainState,
+    each_replica,
+    init_state,
+    make_train_step,
+    make_train_steps,
+    zero_sums,
+)
+
+
+class Programs(NamedTuple):
+    """What a run has its devices do, jit-compiled when first called; of all replicas at once.
+
+    init: (seeds, numbers) → state.
+    train_steps: (state, sums, data, n) → (state, sums), n steps on; the state is given away.
+    score: (variables, data) → `evaluation.Scores`.
+    """
+
+    init: Callable
+    train_steps: Callable
+    score: Callable
+
+
+def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:
+    """The programs of a run, on the mesh that is set.
+
+    Args:
+      cfg: the run's.
+      model: its model.
+      like: the state's shapes and shardings.
+    """
+    recipe = cfg.recipe()
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
+    everywhere = sharding.replicated(jax.sharding.get_mesh())
+    train_steps = make_train_steps(make_train_step(model, recipe))
+
+    def each(function: Callable, *in_axes: int | None) -> Callable:
+        return each_replica(function, cfg.replicas, in_axes)
+
+    return Programs(
+        init=jax.jit(each(partial(init_state, model, recipe), 0, 0), out_shardings=where),
+        train_steps=jax.jit(
+            each(train_steps, 0, 0, None, None),
+            donate_argnums=0,
+            out_shardings=(where, everywhere),
+        ),
+        score=jax.jit(each(partial(evaluation.score, model), 0, None), out_shardings=everywhere),
+    )
+
+
+class Loop:
+    """A run from one of its steps to the last.
+
+    Validation at step i describes the parameters after i updates; train metrics are those
+    of the interval that ends there. A save comes with an evaluation, so that the best
+    checkpoint can be told.
+
+    Args:
+      cfg: the run's.
+      programs: the run's.
+      data: split → rows, on the devices.
+      state: that it goes on from; given away.
+      begun: what an interrupted run had of the interval in which it stopped; see
+        `Checkpoints.interval`.
+      checkpoints: take the state.
+      writer: takes the metrics.
+      requests: say when to stop before the end.
+      flop_share: what a step a second is of the devices' peak; None: nobody knows.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        programs: Programs,
+        data: Mapping[str, Dataset],
+        state: TrainState,
+        begun: Mapping[str, Any],
+        *,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        requests: StopRequests,
+        flop_share: float | None,
+    ):
+        self.cfg, self.programs, self.data, self.state = cfg, programs, data, state
+        self.checkpoints, self.writer, self.requests = checkpoints, writer, requests
+        self.flop_share = flop_share
+        self.step = self.saved = state.taken()
+        self.nothing = jax.device_get(zero_sums(cfg.replicas))
+        sums = begun.get("sums", self.nothing)
+        self.sums = self.place({name: np.float32(total) for name, total in sums.items()})
+        self.unread: tuple[int, Sums] | None = None  # an interval that has ended
+        self.watch = Stopwatch(begun.get("seconds", 0.0))
+        self.watchman = Watchman(state, cfg.max_skipped_steps)
+
+    def run(self) -> TrainState:
+        """Takes steps until `cfg.steps`; evaluates, saves and logs where they are due.
+
+        Raises:
+          Interrupted: somebody asked for it; the state is saved.
+          NonfiniteError: more steps than may be left out had a NaN or Inf.
+        """
+        started = time.perf_counter()
+        self.dispatch(self.place(np.array(0, np.int32)))  # compiles, and takes no step
+        facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
+        self.watch.start()
+        with TrainingBar(self.step, self.cfg.steps) as self.bar:
+            while self.step < self.cfg.steps:
+                if self.requests.stop():
+                    self.leave()
+                self.advance()
+        return self.state
+
+    def advance(self) -> None:
+        """Takes the steps of one dispatch, and does what is due after it."""
+        before, stop = self.sums, next_stop(self.step, self.cfg)
+        steps = self.place(np.array(stop - self.step, np.int32))
+        with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
+            self.dispatch(steps)
+        jax.block_until_ready(before)  # no more than one dispatch waits for another
+        self.step = stop
+        self.read()  # only now: the device is at work on the next interval
+        saves = self.is_due(self.cfg.save_every) or self.step == self.cfg.steps
+        # At saves too: a resumed run then logs the very intervals of one left alone.
+        if self.is_due(self.cfg.log_every) or saves:
+            self.unread, self.sums = (self.step, self.sums), self.place(self.nothing)
+        if self.is_due(self.cfg.eval_every) or saves:
+            self.read()
+            with self.watch.paused(self.sums):
+                self.validate(saves)
+
+    def dispatch(self, steps: Int[Array, ""]) -> None:
+        """Gives the devices so many steps to take, and does not wait for them."""
+        given = self.state, self.sums, self.data["train"], steps
+        self.state, self.sums = self.programs.train_steps(*given)
+
+    def read(self) -> None:
+        """Waits for the end of the interval that is not read yet, if any, and logs it."""
+        if self.unread is None:
+            return
+        (step, sums), self.unread = self.unread, None
+        each = by_replica(jax.block_until_ready(sums), self.cfg.replicas)
+        seconds = self.watch.lap()
+        metrics = [train_metrics(one, seconds, self.flop_share) for one in each]
+        self.bar.update(step, metrics)
+        self.writer.write(step, metrics)
+        self.watchman.look(step, each, metrics, self.state)
+
+    def validate(self, saves: bool) -> None:
+        """Scores the validation split, and saves the state if that is due too."""
+        scores = self.programs.score(self.state.variables(), self.data["validation"])
+        metrics = [one.metrics("validation") for one in by_replica(scores, self.cfg.replicas)]
+        metrics = self.watchman.without_stopped(metrics)
+        self.bar.validated(self.step, metrics)
+        self.writer.write(self.step, metrics)
+        if saves:
+            sound = [one for k, one in enumerate(metrics) if k not in self.watchman.stopped]
+            self.checkpoints.save(self.state, mean_over(sound))
+            self.saved = self.step
+
+    def leave(self) -> None:
+        """Saves the state, in the middle of an interval too, and raises Interrupted."""
+        self.read()
+        if self.step > self.saved:
+            with self.watch.paused(self.sums):
+                totals = hosts.fetch(self.sums)
+                self.watchman.look_for_stopped(by_replica(totals, self.cfg.replicas), self.state)
+                totals = jax.tree.map(np.ndarray.tolist, totals)
+                interval = {"seconds": self.watch.seconds, "sums": totals}
+                self.checkpoints.save(self.state, {}, interval)
+        raise Interrupted(
+            f"stopped at step {self.step:,} of {self.cfg.steps:,}, and saved; "
+            "the same command goes on from there"
+        )
+
+    def is_due(self, every: int) -> bool:
+        """Whether this step is one of those that come `every` so often."""
+        return self.step % every == 0
+
+    def place(self, tree: Any) -> Any:
+        """Small arrays on every device."""
+        return sharding.place(tree, sharding.replicated(jax.sharding.get_mesh()))
+
+
+class Stopwatch:
+    """Seconds of training alone, after those that an interval already has."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        """Begins to count, or again after a pause."""
+        self.started = time.perf_counter()
+
+    def lap(self) -> float:
+        """The seconds since the last lap."""
+        seconds = self.seconds + time.perf_counter() - self.started
+        self.seconds = 0.0
+        self.start()
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self, sums: Sums) -> Iterator[None]:
+        """Leaves out what is done inside; what leads to `sums` belongs to what came before."""
+        jax.block_until_ready(sums)
+        self.seconds += time.perf_counter() - self.started
+        yield
+        self.start()
+
+
+def next_stop(step: int, cfg: RunConfig) -> int:
+    """The step at which the next dispatch ends: no later than the next thing that is due."""
+    due = ((step // every + 1) * every for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
+    return min(cfg.steps, step + cfg.steps_per_call, *due)
