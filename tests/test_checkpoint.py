@@ -1,18 +1,21 @@
 import itertools
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import small_model
-from tests.test_programs import ROOT, TINY
+from tests.test_programs import ROOT, TINY, finish, start
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, initial, small_recipe
 from transformer import checkpoint
-from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints
+from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints, DamageError, verify
 from transformer.data.load import DataConfig, open_corpus
 from transformer.errors import UserError
 from transformer.optimizer import OPTIMIZERS
@@ -157,6 +160,49 @@ def test_any_damage_to_any_file_is_named_with_the_checkpoint_before(five, how):
         assert int(checkpoints.restore(50, like).step) == 50
 
 
+def fault_in(folder):
+    """What is wrong with a checkpoint, or None."""
+    try:
+        verify(folder)
+    except DamageError as fault:
+        return str(fault)
+    return None
+
+
+@pytest.mark.slow
+def test_damage_in_500_random_places_is_found_each_time(five, rng):
+    """One byte changed, or all from there on cut off, or the whole file gone."""
+    folder = five[0] / "50"
+    loose = {folder / name for name in UNSEALED - {MANIFEST}}
+    files = [path for path in files_of(five[0]) if path not in loose]
+    sizes = np.array([path.stat().st_size for path in files])
+    sealed = verify(folder)
+    assert sealed["files"].keys() == {str(p.relative_to(folder)) for p in files} - {MANIFEST}
+    harmless = 0
+    for place in rng.integers(sizes.sum(), size=500):
+        k = int(np.searchsorted(sizes.cumsum(), place, side="right"))
+        path, at_byte = files[k], int(place - sizes[:k].sum())
+        whole = path.read_bytes()
+        how = rng.choice(["change", "cut off", "delete"])
+        if how == "change":
+            other = bytes([whole[at_byte] ^ int(rng.integers(1, 256))])
+            path.write_bytes(whole[:at_byte] + other + whole[at_byte + 1 :])
+        elif how == "cut off":
+            path.write_bytes(whole[:at_byte])
+        else:
+            path.unlink()
+        fault = fault_in(folder)
+        if fault is None:  # one space of the manifest for another
+            assert path.name == MANIFEST
+            assert verify(folder) == sealed
+            harmless += 1
+        else:
+            assert str(path.relative_to(folder)) in fault
+        path.write_bytes(whole)
+    assert harmless < 10
+    assert verify(folder) == sealed
+
+
 def test_a_deletion_that_is_cut_off_leaves_nothing_in_the_way(tmp_path, monkeypatch):
     """The old checkpoint is moved aside as a whole before anything of it is deleted."""
     state, like = make(ONE)
@@ -227,6 +273,30 @@ def test_a_disk_that_refuses_is_explained(tmp_path, data_dir):
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "could not be written" in line
     assert "free space, or choose another --workdir" in line
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path, data_dir):
+    """No file of the process may grow any more, once it has saved: it ends, and goes on later."""
+    run = tmp_path / "run"
+    flags = (*TINY, f"--data_dir={data_dir}", f"--workdir={run}", "--config.steps=1000000")
+    process = start("train.py", *flags)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "20").is_dir():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert re.search("could not be written.*free space, or choose another --workdir", line)
+    saved = max(
+        int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()
+    )
+    words = (*flags, f"--config.steps={saved + 20}", "--allow_changes")
+    out = finish(start("train.py", *words))
+    assert f"at step {saved:,} of" in out
 
 
 @pytest.mark.parametrize("name", sorted(UNSEALED - {MANIFEST}))

@@ -1,6 +1,7 @@
 """Several processes on this machine, joined over its loopback, against one."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -125,6 +126,35 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
     out = end(launch(2, "train.py", *flags))[0]
     assert f"at step {saved:,} of 600" in out
     assert [row["step"] for row in results(run) if "train/loss" in row] == [*range(20, 601, 20)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_dies_the_other_does_not_wait_and_both_go_on(killed, tmp_path, data_dir):
+    run = tmp_path / "run"
+    flags = (*SHORT, *SPLIT, f"--data_dir={data_dir}", f"--workdir={run}", "--config.steps=4000")
+    flags = (*flags, "--config.save_every=500", "--config.eval_every=500")
+    both = launch(2, "train.py", *flags)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "500").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    both[killed].kill()
+    began = time.monotonic()
+    _, errors = both[1 - killed].communicate(timeout=150)
+    assert time.monotonic() - began < 60
+    if killed == 1:
+        assert both[0].returncode == 2, errors
+        assert re.search("^error: .*another process", errors, re.MULTILINE)
+        assert "Traceback" not in errors
+    else:  # of process 0, who keeps all together, JAX notices the loss itself, and aborts
+        assert both[1].returncode == -signal.SIGABRT, errors
+        assert "another task died" in errors
+    both[killed].communicate()
+    folders = (run / "checkpoints").glob("[0-9]*")
+    saved = max(int(path.name) for path in folders if path.name.isdigit())
+    words = ("train.py", *flags, f"--config.steps={saved + 10}", "--allow_changes")
+    assert f"at step {saved:,} of" in end(launch(2, *words))[0]
 
 
 def complaints(processes):

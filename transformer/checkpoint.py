@@ -12,6 +12,7 @@ of them see. Orbax waits for the last; the first host then seals and renames.
 import contextlib
 import json
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 # Where a checkpoint that is to go is first moved to: deleted where it stands, one that was cut
 # off in the middle of that would be taken for a damaged one.
 TRASH = "trash"
+GRACE = 10  # seconds for the last checkpoint to end, of one of several processes that failed
 DAMAGED = "damaged"  # where those go whose files are not as they were written
 # Orbax writes these once more after the manifest; what they say is not part of the state.
 UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -103,7 +105,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and issubclass(kind, Exception) and hosts.several():
+            # Another process may be gone, and Orbax would wait for it.
+            closing = threading.Thread(target=self.manager.close, daemon=True)
+            closing.start()
+            closing.join(GRACE)
+            return
         with explained(f"the last checkpoint in {self.directory}"):
             self.manager.close()
         if self.writes and hosts.first():
@@ -221,6 +229,8 @@ def explained(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if hosts.several():
+            reason += "; if another process is gone, give all the same command again; if not"
         raise UserError(
             f"{what} could not be written: {reason}; free space, or choose another --workdir"
         ) from error
