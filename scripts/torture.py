@@ -2,16 +2,20 @@
 
 Each time it is started again by the same command. What it ends with must be the same to the
 last bit: every array of its checkpoints, which of them are kept and which is the best, and each
-line of its metrics but for their speed. A run that ends before the last kill is followed by
-another from the beginning.
+line of its metrics but for their speed; of a sweep that of all of its runs, and the report. One
+that ends before the last kill is followed by another from the beginning.
 
 Usage:
     python scripts/torture.py --kills=100
     python scripts/torture.py --kills=20 --command='train.py --config=configs/toy_copy.py'
+    python scripts/torture.py --kills=20 \\
+        --command='scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4'
 """
 
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,19 +25,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 
-from transformer import cli, sharding
-from transformer.checkpoint import Checkpoints
-from transformer.config import RunConfig
+from transformer import cli
 from transformer.console import console, facts, table
-from transformer.data.load import open_corpus
 from transformer.errors import UserError
-from transformer.model import Model
-from transformer.training import abstract_state
-from transformer.workdir import Workdir
+from transformer.experiments.comparison import compare, read
+from transformer.interruption import PARENT
 
 SMALL = (
     "train.py --config=configs/toy_reverse.py --config.data.size=tiny --config.model.width=16 "
@@ -43,17 +41,26 @@ SMALL = (
 )
 
 KILLS = flags.DEFINE_integer("kills", 100, "How often it is killed.", lower_bound=1)
-COMMAND = flags.DEFINE_string("command", SMALL, "train.py and its flags, without --workdir.")
+COMMAND = flags.DEFINE_string(
+    "command", SMALL, "train.py or scripts/sweep.py and its flags, without --workdir."
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs/torture", "Takes both runs.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+
+SPEEDS = ("seconds", "tokens_per_second")  # of a sweep's runs, in its report
 
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     """One run is left alone, another is killed; then both are looked at."""
-    words = cli.host_command(COMMAND.value)
+    words = shlex.split(COMMAND.value)
+    if not words or words[0] not in ("train.py", "scripts/sweep.py"):
+        raise UserError(
+            f"--command={COMMAND.value!r}: it begins with train.py or scripts/sweep.py, and their "
+            "flags follow"
+        )
     root, rng = Path(WORKDIR.value).absolute(), random.Random(SEED.value)
     shutil.rmtree(root, ignore_errors=True)
     whole, killed = root / "whole", root / "killed"
@@ -69,16 +76,16 @@ def main() -> None:
         try:
             process.wait(rng.uniform(0.0, duration))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # the programs of a sweep too
             process.wait()
-            moments[moment(killed)] += 1
+            moments[moment(words, killed)] += 1
             continue
         finish(process, killed)
-        compare(whole, killed)
+        check(whole, killed)
         runs += 1
         shutil.rmtree(killed)
     finish(start(words, killed), killed)
-    compare(whole, killed)
+    check(whole, killed)
     table(
         f"{KILLS.value} kills",
         ("while it was", "times"),
@@ -95,7 +102,12 @@ def start(words: list[str], workdir: Path) -> subprocess.Popen:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with log_of(workdir).open("w") as log:
         return subprocess.Popen(
-            [sys.executable, *words, *more], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *words, *more],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {PARENT: str(os.getpid())},
+            start_new_session=True,
         )
 
 
@@ -113,8 +125,11 @@ def finish(process: subprocess.Popen, workdir: Path) -> None:
         )
 
 
-def moment(workdir: Path) -> str:
+def moment(words: list[str], workdir: Path) -> str:
     """What a process was doing when it was killed, from what it left."""
+    if words[0] != "train.py":
+        ended = len(list(workdir.glob("*/results.json")))
+        return f"sweeping, {ended} program{'s' * (ended != 1)} ended"
     checkpoints = workdir / "checkpoints"
     if "compiled" not in log_of(workdir).read_text():
         return "starting or compiling"
@@ -127,48 +142,42 @@ def moment(workdir: Path) -> str:
     return "training or evaluating"
 
 
-def compare(whole: Path, other: Path) -> None:
+def check(whole: Path, killed: Path) -> None:
+    """Raises a UserError for the first difference between two finished runs, or sweeps."""
+    for file in sorted(whole.rglob("config.json")):
+        check_run(file.parent, killed / file.parent.relative_to(whole))
+    reports = [figures(folder / "report.json") for folder in (whole, killed)]
+    if reports[0] != reports[1]:
+        raise UserError(f"{killed} has another report.json than {whole}; both are left as they are")
+
+
+def figures(report: Path) -> str | None:
+    """What a sweep's report says but for speeds, as text; None where there is none."""
+
+    def without_speeds(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without_speeds(v) for k, v in value.items() if k not in SPEEDS}
+        return [without_speeds(each) for each in value] if isinstance(value, list) else value
+
+    return json.dumps(without_speeds(json.loads(report.read_text()))) if report.exists() else None
+
+
+def check_run(whole: Path, killed: Path) -> None:
     """Raises a UserError for the first difference between two finished runs."""
-    for what in (metrics, kept, arrays):
-        one, two = what(whole), what(other)
-        for name in sorted(one.keys() | two.keys()):
-            if one.get(name) != two.get(name):
-                raise UserError(
-                    f"{other} is not what {whole} is in its {what.__name__}: {name}; both folders "
-                    "are left as they are"
-                )
-
-
-def metrics(workdir: Path) -> dict[str, Any]:
-    """Each line of the metrics but for their speed, which none has twice, and none by half."""
-    text = (workdir / "metrics.jsonl").read_text()
-    found: dict[str, Any] = {"ends with a whole line": text.endswith("\n")}
-    for line in text.splitlines():
-        row = json.loads(line)
-        row = {k: v for k, v in row.items() if not k.endswith(("per_second", "mfu"))}
-        name = f"{row['step']:>9} {row.get('replica', '')} {min(row.keys() - {'step', 'replica'})}"
-        found[name] = "twice" if name in found else row
-    return found
-
-
-def kept(workdir: Path) -> dict[str, Any]:
-    """Which checkpoints there are, and which is the best."""
-    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
-        return {"all": sorted(checkpoints.manager.all_steps()), "best": checkpoints.find("best")}
-
-
-def arrays(workdir: Path) -> dict[str, bytes]:
-    """Every array of every checkpoint, by its name."""
-    cfg = RunConfig.resolve(Workdir(str(workdir)).read_config())
-    model = Model(cfg.model, open_corpus(cfg.data, DATA_DIR.value).tokenizer.vocab_size)
-    like = abstract_state(model, cfg.recipe(), sharding.one_device(), cfg.replicas, cfg.numbers())
-    found = {}
-    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
-        for step in checkpoints.manager.all_steps():
-            leaves, _ = jax.tree_util.tree_flatten_with_path(checkpoints.restore(step, like))
-            for path, leaf in leaves:
-                found[f"{step} {jax.tree_util.keystr(path)}"] = np.asarray(leaf).tobytes()
-    return found
+    one, other = (read(folder, DATA_DIR.value) for folder in (whole, killed))
+    if (one.steps, one.best) != (other.steps, other.best):
+        apart = [
+            f"it has the checkpoints {other.steps}, of which {other.best} is the best, and not "
+            f"{one.steps} and {one.best}"
+        ]
+    else:
+        apart = [
+            f"{each.unequal} of {each.compared} {each.what} differ, {each.missing} one alone has"
+            for each in compare(one, other, one.steps)
+            if not each.identical()
+        ]
+    if apart:
+        raise UserError(f"{killed} is not what {whole} is: {apart[0]}; both are left as they are")
 
 
 if __name__ == "__main__":
