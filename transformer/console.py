@@ -24,7 +24,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     """Prints a table; the first column is text, the others are figures."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left")
+        # Folded, where there is too little room: a name that is cut off names nothing.
+        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*map(escape, row))
     console.print(drawn)
