@@ -22,3 +22,19 @@ def rng() -> np.random.Generator:
 def data_dir(tmp_path_factory) -> str:
     """Where the toy datasets of this test process are prepared."""
     return str(tmp_path_factory.mktemp("datasets"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deals the long tests out to the test processes, to begin with: nobody waits for a last one.
+
+    pytest-xdist gives each process a run of neighbours, and lets those who are through take over.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    share = -(-len(fast) // processes)
+    items[:] = [
+        item
+        for k in range(processes)
+        for item in (*slow[k::processes], *fast[k * share : (k + 1) * share])
+    ]

@@ -85,7 +85,7 @@ def test_an_old_package_asks_for_a_new_runtime(monkeypatch):
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "0.1.9" if name == "optax" else version(name)
     )
-    with pytest.raises(UserError, match=r"optax>=.* is needed and 0.1.9 is installed: .* delete"):
+    with pytest.raises(UserError, match=r"optax.*>=.* is needed and 0.1.9 is installed: .* delete"):
         start(2)
 
 
