@@ -239,7 +239,7 @@ def check_stopped(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:
 
     It has missed the steps that the others have taken since.
     """
-    before = workdir.read_config().get("max_skipped_steps", cfg.max_skipped_steps)
+    before = workdir.read_config().max_skipped_steps
     skipped = np.atleast_1d(hosts.fetch(state.skipped))
     revived = np.flatnonzero((skipped > before) & (skipped <= cfg.max_skipped_steps))
     if revived.size:
