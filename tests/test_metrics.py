@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from transformer.errors import UserError
 from transformer.metrics import MetricsWriter, by_replica, mean_over, read_metrics, train_metrics
+from transformer.strict_json import dumps
 
 
 def test_train_metrics_are_ratios_made_once():
@@ -66,6 +68,23 @@ def test_what_is_written_is_read(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_nan_is_null_in_the_file_and_nan_again(tmp_path):
+    """Readers of strict JSON, such as JavaScript's, refuse NaN."""
+    with MetricsWriter(tmp_path, resume_from=0) as writer:
+        writer.write(10, [{"train/loss": float("nan")}])
+    path = tmp_path / "metrics.jsonl"
+    assert path.read_text() == '{"step": 10, "train/loss": null}\n'
+    ((step, loss),) = (row.values() for row in read_metrics(path))
+    assert step == 10
+    assert math.isnan(loss)
+    record = {"a": [1.0, float("inf")], "b": ({"c": float("-inf"), "d": "NaN"},), "e": None}
+    assert json.loads(dumps(record)) == {
+        "a": [1.0, None],
+        "b": [{"c": None, "d": "NaN"}],
+        "e": None,
+    }
 
 
 def test_the_events_are_those_that_tensorboard_reads(tmp_path):

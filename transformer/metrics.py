@@ -13,6 +13,7 @@ import numpy as np
 
 from transformer import hosts
 from transformer.errors import UserError
+from transformer.strict_json import dumps, numbers
 
 
 def train_metrics(
@@ -54,7 +55,7 @@ def mean_over(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, an object a line, and to TensorBoard events.
 
-    The JSON lines are the record; the events are for looking at. In a population each
+    The JSON lines are the record, null for NaN; the events are for looking at. In a population each
     replica has lines of its own, with its number under `replica`, and events in a folder of
     its own. Of several hosts the first writes.
 
@@ -76,7 +77,7 @@ class MetricsWriter:
             [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
         )
         with self.explained():
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            fresh.write_text("".join(dumps(row) + "\n" for row in kept))
             fresh.replace(self.path)
             self.file = self.path.open("a")
             self.events = [Events(each, resume_from) for each in folders]
@@ -100,7 +101,7 @@ class MetricsWriter:
         if len(rows) == 1:
             del rows[0]["replica"]
         with self.explained():
-            self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self.file.write("".join(dumps(row) + "\n" for row in rows))
             self.file.flush()
             for events, each in zip(self.events, metrics, strict=True):
                 events.write(step, each)
@@ -165,7 +166,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(numbers(json.loads(line)))
         except ValueError as error:
             raise UserError(f"{path}, line {number} is damaged; delete or mend the line") from error
     return rows

@@ -17,6 +17,7 @@ from transformer import hosts
 from transformer.config import differences
 from transformer.console import console
 from transformer.errors import UserError
+from transformer.strict_json import dumps
 
 
 class Workdir:
@@ -120,11 +121,14 @@ class Workdir:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a file that is never seen half written; of several hosts the first does."""
+    """Writes a file that is never seen half written, null for NaN.
+
+    Of several hosts the first does.
+    """
     if not hosts.first():
         return
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(record, indent=2) + "\n")
+    fresh.write_text(dumps(record, indent=2) + "\n")
     fresh.replace(path)
 
 

@@ -14,6 +14,7 @@ from transformer.config import RunConfig
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.model import Model
+from transformer.strict_json import numbers
 from transformer.training import abstract_state
 from transformer.workdir import Workdir
 
@@ -62,7 +63,7 @@ def read_every_metric(path: Path) -> dict[tuple[int, int, str], float]:
     found = {}
     try:
         text = path.read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [numbers(json.loads(line)) for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); train anew") from error
     if not text.endswith("\n"):

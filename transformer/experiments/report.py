@@ -24,6 +24,7 @@ from transformer.experiments.sweep import PaperRow, Program, Run, Sweep, all_run
 from transformer.metrics import read_metrics
 from transformer.model import Model
 from transformer.model_config import ModelConfig
+from transformer.strict_json import numbers
 from transformer.workdir import Workdir, write_json
 
 LEVEL = 0.95
@@ -65,7 +66,7 @@ def read(sweep: Sweep, program: Program, replica: int, run: Run, root: Path) -> 
     """
     folder = Workdir(str(root / program.name))
     results = runner.read_results(folder.path)
-    own = results["replicas"][replica]
+    own = numbers(results["replicas"][replica])
     rows = [row for row in read_metrics(folder.metrics) if row.get("replica", 0) == replica]
     trained = [row for row in rows if "train/loss" in row]
     curve = [
@@ -107,7 +108,7 @@ def lengths(folder: Workdir, split: str, replica: int) -> list[tuple[int, float,
     record = json.loads((folder.path / f"eval_{split}.json").read_text())
     return [
         (row["length"], row["sequence_accuracy"], row["token_accuracy"])
-        for row in record["replicas"][replica]["by_source_length"]
+        for row in map(numbers, record["replicas"][replica]["by_source_length"])
     ]
 
 
