@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,24 @@ def run(main: Callable[[], None]) -> None:
     that was asked to stop ends with status 75: the same command goes on with it.
     """
     end_with_parent()
+    one_line_for_a_failed_save()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
+
+
+def one_line_for_a_failed_save() -> None:
+    """Holds back what Orbax and TensorStore print of a save that failed, beside the `UserError`.
+
+    Their threads go on reporting to an event loop that has ended, and what was still to be
+    written is never begun.
+    """
+    show = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            show(raised)
+
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited")
 
 
 def explained(function: Callable, *args) -> Any:
@@ -112,11 +130,39 @@ def set_up_jax(config: RunConfig | None = None) -> None:
             parts = config.batch_size // config.accumulate if config.model.width <= SMALL else 1
         number = max(n for n in range(1, cores() + 1) if parts % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        path = Path(cache, "transformer-jax", "xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "transformer-jax", "xla")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache.expanduser()))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    warnings.showwarning = functools.partial(mend_cache, Path(cache), warnings.showwarning)
+
+
+def mend_cache(
+    directory: Path, show: Callable, message: Warning | str, *more: Any, **where: Any
+) -> None:
+    """Takes a compiled program that cannot be read away, and says so in a line.
+
+    A process that is killed while it writes one, and a full disk, leave half of it, which JAX
+    (0.12) finds damaged at each start and never replaces. The warning does not say which of a
+    function's it is: all of them go, and are compiled anew when they are needed.
+
+    Args:
+      directory: where they are.
+      show: shows other warnings.
+      message: of a warning, as `warnings.showwarning` takes it, and what follows it there.
+    """
+    said = re.match(r"Error (reading|writing) persistent .* for '(\w+)': (.*)", str(message), re.S)
+    if not said:
+        show(message, *more, **where)
+        return
+    did, name, reason = said.groups()
+    if did == "reading":
+        for file in directory.glob(f"{name}-*"):
+            file.unlink(missing_ok=True)
+        what = f"compiled {name} is damaged and was deleted; it is compiled anew"
+    else:
+        what = f"compiled {name} could not be kept for the next start"
+    print(f"{directory}: {what} ({' '.join(reason.split())[:100]})", file=sys.stderr, flush=True)
 
 
 def define_host_flags() -> None:
