@@ -125,25 +125,30 @@ def show(plan: Plan) -> None:
 
 
 def compare(plans: list[Plan]) -> None:
-    """A row for each plan; the last column is of a billion target tokens."""
-    columns = ("", "tokens", "GiB", "compute", "memory", "network", "tokens/s", "MFU")
-    columns += ("days", "chip-hours", "a billion")
-    rows = []
+    """Two tables with a row for each plan; the last column is of a billion target tokens."""
+    steps, runs = [], []
     for plan in plans:
+        name = f"{plan.topology.name} {mesh(plan)}"
         memory = f"{sum(plan.memory.values()) / GIB:.2f}" if plan.memory else "too much"
-        row = [f"{plan.topology.name} {mesh(plan)}", f"{plan.tokens:,}", memory]
-        if units := plan.seconds():
+        times = [f"{1e3 * seconds:.3g} ms" for seconds in plan.seconds().values()]
+        steps.append((name, f"{plan.tokens:,}", memory, *(times or [""] * 3)))
+        if times:
             chip_hours = plan.hours() * plan.chips
-            row += [
-                *(f"{1e3 * seconds:.3g} ms" for seconds in units.values()),
-                figure(plan.tokens / plan.step_seconds()),
-                f"{plan.mfu():.0%}",
-                figure(plan.hours() / 24),
-                figure(chip_hours) + dollars(plan),
-                figure(chip_hours * 1e9 / (plan.tokens * plan.steps)),
-            ]
-        rows.append(row + [""] * (len(columns) - len(row)))
-    table("a step, and the run, at the roofline", columns, rows)
+            runs.append(
+                (
+                    name,
+                    figure(plan.tokens / plan.step_seconds()),
+                    f"{plan.mfu():.0%}",
+                    figure(plan.hours() / 24),
+                    figure(chip_hours) + dollars(plan),
+                    figure(chip_hours * 1e9 / (plan.tokens * plan.steps)),
+                )
+            )
+    columns = ("", "tokens", "GiB", "compute", "memory", "network")
+    table("a step, at the roofline", columns, steps)
+    if runs:
+        columns = ("", "tokens/s", "MFU", "days", "chip-hours", "a billion")
+        table("the run, at the roofline", columns, runs)
 
 
 def outcome(plan: Plan) -> str:

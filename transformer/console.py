@@ -21,13 +21,18 @@ def facts(rows: Mapping[str, str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table; the first column is text, the others are figures."""
+    """Prints a table; the first column is text, the others are figures.
+
+    As wide as the terminal, or, in a file or a pipe, as it is itself.
+    """
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         # Folded, where there is too little room: a name that is cut off names nothing.
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*map(escape, row))
+    if not console.is_terminal:
+        drawn.width = console.measure(drawn, options=console.options.update(width=1_000)).maximum
     console.print(drawn)
 
 
