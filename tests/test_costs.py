@@ -120,32 +120,26 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products(backend, 
     assert flops == 3 * forward_flops()
 
 
+SUMS = {
+    "loss": 1.0,
+    "correct": 1.0,
+    "tokens": 1.0,
+    "gradient_norm": 1.0,
+    "steps": 10.0,
+    "skipped": 0.0,
+}
+
+
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)
     mesh = make_mesh(MeshConfig(replica=1, data=4, fsdp=1, tensor=2, context=1))
     assert share_of_peak(200, mesh) == pytest.approx(200 / 800)
-    sums = {
-        "loss": 1.0,
-        "correct": 1.0,
-        "tokens": 1.0,
-        "gradient_norm": 1.0,
-        "steps": 10.0,
-        "skipped": 0.0,
-    }
-    assert train_metrics(sums, 5.0, 0.1)["train/mfu"] == pytest.approx(0.2)
+    assert train_metrics(SUMS, 5.0, 0.1)["train/mfu"] == pytest.approx(0.2)
 
 
 def test_of_a_cpu_nobody_says_the_peak():
     assert share_of_peak(1, one_device()) is None
-    sums = {
-        "loss": 1.0,
-        "correct": 1.0,
-        "tokens": 1.0,
-        "gradient_norm": 1.0,
-        "steps": 10.0,
-        "skipped": 0.0,
-    }
-    assert "train/mfu" not in train_metrics(sums, 5.0, None)
+    assert "train/mfu" not in train_metrics(SUMS, 5.0, None)
 
 
 def test_the_count_is_that_of_the_model_whatever_the_backend():

@@ -269,6 +269,16 @@ def test_flags_that_lead_nowhere_are_explained(flags, message, monkeypatch):
         hosts.join(*flags, interruptible=False)
 
 
+def test_who_waits_for_the_coordinator_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "PATIENCE", 1)
+    monkeypatch.setattr(hosts, "SILENCE", 0)
+    with pytest.raises(UserError, match="nobody answered in 1 s"):
+        hosts.find("localhost:1")
+    said = capsys.readouterr().err
+    assert said.count("localhost:1: nobody answers yet") == 1
+    assert said.endswith("waiting for process 0, 1 s at most\n")
+
+
 def test_once_and_in_turn_are_plain_calls_in_one_process():
     calls = []
     assert hosts.once(lambda: calls.append(1) or {"a": 1}) == {"a": 1}

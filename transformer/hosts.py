@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from transformer.errors import UserError
 Result = TypeVar("Result")
 
 PATIENCE = 300  # seconds for all processes to arrive
+SILENCE = 10  # seconds without a word while one waits
 
 
 def join(
@@ -105,16 +107,24 @@ def find(coordinator: str) -> None:
       UserError: it does not.
     """
     host, _, port = coordinator.rpartition(":")
-    deadline = time.monotonic() + PATIENCE
+    began, said = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > PATIENCE:
                 raise UserError(
                     f"--coordinator={coordinator}: nobody answered in {PATIENCE} s ({error}); "
                     "start process 0 there, and see that this host reaches it"
                 ) from error
+            if waited > SILENCE and not said:
+                said = True
+                print(
+                    f"--coordinator={coordinator}: nobody answers yet ({error}); waiting for "
+                    f"process 0, {PATIENCE} s at most",
+                    file=sys.stderr,
+                )
             time.sleep(0.2)
         else:
             return
