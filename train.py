@@ -91,10 +91,10 @@ def run(
         Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints,
     ):
         programs = make_programs(cfg, model, prepared.like)
-        trace(programs, cfg, prepared)
+        data = sharding.place(prepared.data, sharding.replicated(mesh))
+        trace(programs, cfg, prepared, data["train"])
         state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
         workdir.write_config(config)  # only now: nothing stands in the way of training
-        data = sharding.place(prepared.data, sharding.replicated(mesh))
         flops = costs.step_flops(model, cfg.recipe(), data["train"])
         with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
             if profile:
@@ -194,14 +194,22 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     )
 
 
-def trace(programs: Programs, cfg: RunConfig, prepared: Prepared) -> None:
+def trace(programs: Programs, cfg: RunConfig, prepared: Prepared, train: Dataset) -> None:
     """Traces the step, which finds what is wrong with it before anything is compiled.
+
+    Args:
+      programs: the run's.
+      cfg: the run's.
+      prepared: the run's.
+      train: its examples, on the devices.
 
     Raises:
       UserError: a choice cannot be computed as it is here, such as an attention backend.
     """
-    shapes = (jax.eval_shape(partial(zero_sums, cfg.replicas)), prepared.data["train"])
-    jax.eval_shape(programs.train_steps, prepared.like, *shapes, np.int32(0))
+    small = (jax.device_get(zero_sums(cfg.replicas)), np.array(0, np.int32))
+    sums, steps = sharding.place(small, sharding.replicated(prepared.mesh))
+    # Each is where it will be: the compiler then takes this trace, and makes none of its own.
+    programs.train_steps.trace(prepared.like, sums, train, steps)
 
 
 def begin(

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 import train
-from transformer import cli
+from transformer import cli, sharding
 from transformer.config import RunConfig
 from transformer.loop import make_programs
 
@@ -27,7 +27,8 @@ def begin(data_dir):
     prepared = train.prepare(cfg, data_dir)
     with jax.set_mesh(prepared.mesh):
         programs = make_programs(cfg, prepared.model, prepared.like)
-        train.trace(programs, cfg, prepared)
+        data = sharding.place(prepared.data["train"], sharding.replicated(prepared.mesh))
+        train.trace(programs, cfg, prepared, data)
 
 
 def answer(words, data_dir):

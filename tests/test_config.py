@@ -20,7 +20,7 @@ from transformer.data.batches import Dataset
 from transformer.errors import UserError
 from transformer.metrics import read_metrics
 from transformer.model import Model
-from transformer.training import each_replica, init_state, make_train_step
+from transformer.training import each_replica, init_state, make_train_step, make_train_steps
 from transformer.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
@@ -143,6 +143,20 @@ def config_of(changes) -> ConfigDict:
     config = base.get_config()
     config.update_from_flattened_dict(SMALL | changes)
     return config
+
+
+def test_the_step_is_traced_but_once(tmp_path, data_dir, monkeypatch):
+    """To find what is wrong with it, and then again by the compiler, would be twice."""
+    traced = []
+
+    def counted(step):
+        train_steps = make_train_steps(step)
+        return lambda *given: traced.append(given) or train_steps(*given)
+
+    monkeypatch.setattr(loop, "make_train_steps", counted)
+    with jax.numpy_dtype_promotion("standard"):
+        train.run(config_of({}), Workdir(str(tmp_path)), data_dir)
+    assert len(traced) == 1
 
 
 def fingerprint(changes, path, data_dir, capsys):

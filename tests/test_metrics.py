@@ -1,11 +1,14 @@
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.test_programs import ROOT
 from transformer.errors import UserError
 from transformer.metrics import MetricsWriter, by_replica, mean_over, read_metrics, train_metrics
 from transformer.strict_json import dumps
@@ -106,6 +109,18 @@ def test_the_events_are_those_that_tensorboard_reads(tmp_path):
         (event.step, {value.tag: value.simple_value for value in event.summary.value})
         for event in scalars
     ] == [(10, {"train/loss": 2.0, "train/accuracy": 0.5}), (20, {"validation/loss": 1.0})]
+
+
+def test_the_events_do_without_pytorch(tmp_path):
+    """Whose import takes seconds, and which is there for others when they want it."""
+    program = f"""
+import pathlib, sys
+from transformer.metrics import Events
+
+Events(pathlib.Path({str(tmp_path)!r}), 0)
+assert not any(name.split(".")[0] == "torch" for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_each_replica_has_lines_and_events_of_its_own(tmp_path):

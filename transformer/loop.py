@@ -38,9 +38,9 @@ class Programs(NamedTuple):
     score: (variables, data) → `evaluation.Scores`.
     """
 
-    init: Callable
-    train_steps: Callable
-    score: Callable
+    init: jax.stages.Wrapped
+    train_steps: jax.stages.Wrapped
+    score: jax.stages.Wrapped
 
 
 def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:

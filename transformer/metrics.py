@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,9 +133,13 @@ class Events:
     FLUSH = 10.0  # seconds: what is written is not seen before, for seeing it costs an fsync
 
     def __init__(self, folder: Path, resume_from: int):
-        # A second of import, not needed before.
+        # It imports PyTorch, where that is installed, for what is not used here: seconds.
+        hidden = sys.modules.setdefault("torch", None)  # type: ignore
         from tensorboardX import RecordWriter
         from tensorboardX.proto import event_pb2
+
+        if hidden is None:
+            del sys.modules["torch"]
 
         self.proto: Any = event_pb2  # whose classes a type checker does not see
         folder.mkdir(exist_ok=True)
