@@ -43,9 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     pytest-xdist gives each process a run of neighbours, and lets those who are through take over;
     so nobody waits for a last long one.
     """
-    files = itertools.groupby(items, lambda item: item.path)
-    sample = (list(tests)[:: config.getoption("one_in")] for _, tests in files)
-    items[:] = itertools.chain.from_iterable(sample)
+    every = config.getoption("one_in")
+    files = [list(tests) for _, tests in itertools.groupby(items, lambda item: item.path)]
+    left_out = [test for tests in files for k, test in enumerate(tests) if k % every]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [test for tests in files for test in tests[::every]]
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
