@@ -5,26 +5,26 @@ Usage:
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
 from transformer import cli, evaluation, hosts, sharding
 from transformer.config import RunConfig
-from transformer.console import figure, percent, perplexity, table
+from transformer.console import facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
-from transformer.data.load import Corpus
+from transformer.data.load import Tokenizers, open_corpus
 from transformer.data.tokenizer import BOS, PAD
-from transformer.decoding import Beams, beam_search, greedy
+from transformer.decoding import Beams
 from transformer.errors import UserError
 from transformer.metrics import by_replica, mean_over
 from transformer.model import Model, Params
+from transformer.text_metrics import METRICS
 from transformer.trained import load
 from transformer.training import each_replica
 from transformer.workdir import Workdir, write_json
@@ -32,20 +32,19 @@ from transformer.workdir import Workdir, write_json
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
-BEAM_SIZE = flags.DEFINE_integer("beam_size", 1, "Hypotheses; 1: greedy decoding.", lower_bound=1)
-LENGTH_PENALTY = flags.DEFINE_float(
-    "length_penalty", 0.6, "Of beam search; 0: none, more favours longer outputs.", lower_bound=0.0
-)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+cli.define_decoding_flags()
 cli.define_host_flags()
 
 SHOWN = 3  # examples whose attention is drawn
 SAMPLES = 50  # outputs written to the samples file
+ROWS = 24  # of the table by source length, at most
+STEPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # of those lengths
 
 
 def main() -> None:
     """Restores, scores, decodes, shows, writes."""
-    workdir = Workdir(WORKDIR.value)
+    workdir, decoding = Workdir(WORKDIR.value), cli.decoding()
     cfg = RunConfig.resolve(workdir.read_config())
     split = SPLIT.value or cfg.data.test
 
@@ -54,10 +53,11 @@ def main() -> None:
     mesh = evaluation_mesh(cfg)
     jax.set_mesh(mesh)
 
-    _, corpus, model, step, variables, stopped = load(
-        workdir, mesh, CHECKPOINT.value, DATA_DIR.value
-    )
-    data = corpus.load(split, cfg.batch_size)
+    _, tokenizers, model, step, variables, stopped = load(workdir, mesh, CHECKPOINT.value)
+    corpus = open_corpus(cfg.data, DATA_DIR.value, workdir.tokenizers)
+    workdir.check_corpus(corpus.identity())
+    data, references = corpus.load(split, cfg.batch_size), corpus.references(split)
+    split = corpus.split(split)  # of a file that the config names
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
     data = sharding.place(data, sharding.replicated(mesh))
 
@@ -71,8 +71,7 @@ def main() -> None:
     scores = each(evaluation.score)(variables, data)
     length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
     decode = each(
-        partial(evaluation.decode, length=length, search=search()),
-        compiler_options=evaluation.compiler_options(),
+        partial(decoding.decode, length=length), compiler_options=evaluation.compiler_options()
     )
     found = decode(variables, data)
     data = jax.tree.map(np.asarray, data)
@@ -81,6 +80,9 @@ def main() -> None:
         np.atleast_1d(cfg.seeds()), by_replica((scores, found), cfg.replicas), stopped, strict=True
     ):
         came_to = results(split, data, *jax.tree.map(np.asarray, one))
+        decode_text = tokenizers.target.decode
+        texts = [decode_text(tokens) for tokens in np.asarray(one[1].tokens)[:, 0].tolist()]
+        came_to |= {"text": scores_of_text(cfg.data.metrics, texts, references)}
         if old:  # stopped by a NaN: nothing is known of it but the counts
             came_to = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, came_to)
         replicas.append({"seed": int(seed)} | came_to)
@@ -92,23 +94,15 @@ def main() -> None:
     title = f"{workdir.path}, step {step}, {split}"
     title += f", mean of {cfg.replicas} replicas" if cfg.replicas > 1 else ""
     show(title, split, means, by_length)
-    decoding = {"beam_size": BEAM_SIZE.value}
-    decoding |= {"length_penalty": LENGTH_PENALTY.value} if BEAM_SIZE.value > 1 else {}
+    show_text([each["text"] for each in replicas])
     write_json(
         workdir.path / f"eval_{split}.json",
-        {"step": step, "split": split, **decoding, "replicas": replicas},
+        {"step": step, "split": split, **decoding.describe(), "replicas": replicas},
     )
     first, found = by_replica((variables, found), cfg.replicas)[0]
     if hosts.first():
-        write_samples(workdir, split, corpus, data, jax.tree.map(np.asarray, found))
-    draw(workdir, split, corpus, model, first, data, by_length)
-
-
-def search() -> Callable[..., Beams]:
-    """How outputs are looked for."""
-    if BEAM_SIZE.value > 1:
-        return partial(beam_search, beam_size=BEAM_SIZE.value, length_penalty=LENGTH_PENALTY.value)
-    return lambda *args: Beams(greedy(*args)[:, None], jnp.zeros((len(args[1]), 1)))
+        write_samples(workdir, split, tokenizers, data, jax.tree.map(np.asarray, found))
+    draw(workdir, split, tokenizers, model, first, data, by_length)
 
 
 def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) -> dict[str, Any]:
@@ -118,6 +112,36 @@ def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) 
         "metrics": scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())},
         "by_source_length": accuracy_by_length(np.asarray(data.source), scores, exact),
     }
+
+
+def scores_of_text(
+    names: Sequence[str], outputs: list[str], references: list[list[str]]
+) -> dict[str, Any]:
+    """Metrics of decoded text; where references are several, also against the first alone."""
+    against = {"": references}
+    if any(len(own) > 1 for own in references):
+        against = {", any reference": references, ", first reference": [r[:1] for r in references]}
+    return {
+        f"{name}{which}": METRICS[name](outputs, own)._asdict()
+        for name in names
+        for which, own in against.items()
+    }
+
+
+def show_text(texts: list[dict[str, Any]]) -> None:
+    """Prints the metrics of decoded text; of a population the mean, and the least and the most."""
+    if not texts[0]:
+        return
+    rows = []
+    for name, first in texts[0].items():
+        values = [one[name]["value"] for one in texts]
+        low, high = (first["low"], first["high"]) if len(texts) == 1 else (min(values), max(values))
+        value = f"{np.mean(values):.2f}"
+        rows.append((name.replace("_", " "), value, f"{low:.2f} to {high:.2f}"))
+    spread = "95% interval" if len(texts) == 1 else f"of {len(texts)} replicas"
+    table("decoded text, in percent", ("metric", "value", spread), rows)
+    signatures = {name: each["signature"] for name, each in texts[0].items() if each["signature"]}
+    facts({name.partition(",")[0]: signature for name, signature in signatures.items()})
 
 
 def evaluation_mesh(cfg: RunConfig) -> Mesh:
@@ -138,8 +162,13 @@ def evaluation_mesh(cfg: RunConfig) -> Mesh:
 def accuracy_by_length(
     source: np.ndarray, scores: evaluation.Scores, exact: np.ndarray
 ) -> list[dict[str, Any]]:
-    """For each source length (without EOS): how many sequences, and how well they went."""
+    """For each source length (without EOS): how many sequences, and how well they went.
+
+    Where there are many lengths, several make a row, which is called by the longest.
+    """
     lengths = (source != PAD).sum(1) - 1
+    step = next(step for step in STEPS if lengths.max() <= ROWS * step)
+    lengths = -(-lengths // step) * step
     rows = []
     for length in np.unique(lengths):
         chosen = lengths == length
@@ -191,21 +220,22 @@ def show(
 
 
 def write_samples(
-    workdir: Workdir, split: str, corpus: Corpus, data: Dataset, found: Beams
+    workdir: Workdir, split: str, tokenizers: Tokenizers, data: Dataset, found: Beams
 ) -> None:
     """`samples_<split>.tsv`: source, target and output of the first examples.
 
     Of beam search each hypothesis has a line, the best first, with its score.
     """
-    text = corpus.tokenizer.decode
-    rows = [("source", "target", "output") + (("score",) if BEAM_SIZE.value > 1 else ())]
+    source_text, text = tokenizers.source.decode, tokenizers.target.decode
+    scored = found.tokens.shape[1] > 1
+    rows = [("source", "target", "output") + (("score",) if scored else ())]
     columns = (data.source, data.target, found.tokens, found.scores)
     for source, target, tokens, scores in zip(
         *(column[:SAMPLES].tolist() for column in columns), strict=True
     ):
         for output, score in zip(tokens, scores, strict=True):
-            row = (text(source), text(target), text(output))
-            rows.append(row + ((f"{score:.4f}",) if BEAM_SIZE.value > 1 else ()))
+            row = (source_text(source), text(target), text(output))
+            rows.append(row + ((f"{score:.4f}",) if scored else ()))
     lines = ("\t".join(row) + "\n" for row in rows)
     (workdir.path / f"samples_{split}.tsv").write_text("".join(lines))
 
@@ -213,7 +243,7 @@ def write_samples(
 def draw(
     workdir: Workdir,
     split: str,
-    corpus: Corpus,
+    tokenizers: Tokenizers,
     model: Model,
     params: Params,
     data: Dataset,
@@ -234,10 +264,13 @@ def draw(
     )
     for i in range(len(examples)):
         source, target = (
-            [corpus.tokenizer.symbol(token) for token in tokens[i] if token != PAD]
-            for tokens in (examples.source, examples.target)
+            [tokenizer.symbol(token) for token in tokens[i] if token != PAD]
+            for tokenizer, tokens in (
+                (tokenizers.source, examples.source),
+                (tokenizers.target, examples.target),
+            )
         )
-        target_in = [corpus.tokenizer.symbol(BOS), *target[:-1]]
+        target_in = [tokenizers.target.symbol(BOS), *target[:-1]]
         labels = {
             "encoder": (source, source),
             "decoder": (target_in, target_in),

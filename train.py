@@ -21,7 +21,7 @@ from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset, pack
-from transformer.data.load import Corpus, open_corpus
+from transformer.data.load import Corpus, Tokenizers, learnable, open_corpus, said
 from transformer.errors import UserError
 from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
 from transformer.interruption import StopRequests
@@ -81,7 +81,10 @@ def run(
     """
     cfg = RunConfig.resolve(config)
     workdir.claim(config, allow_changes=allow_changes)
-    prepared = prepare(cfg, data_dir)
+    prepared = prepare(cfg, data_dir, workdir.tokenizers if workdir.trained() else None)
+    identity = prepared.corpus.identity()
+    if workdir.trained() and not allow_changes:
+        workdir.check_corpus(identity)
     mesh, model = prepared.mesh, prepared.model
     show_facts(cfg, prepared, workdir)
     with (
@@ -94,7 +97,9 @@ def run(
         data = sharding.place(prepared.data, sharding.replicated(mesh))
         trace(programs, cfg, prepared, data["train"])
         state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
-        workdir.write_config(config)  # only now: nothing stands in the way of training
+        # Only now: nothing stands in the way of training.
+        hosts.once(partial(prepared.corpus.tokenizers.save, workdir.tokenizers))
+        workdir.write_config(config, identity)
         flops = costs.step_flops(model, cfg.recipe(), data["train"])
         with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
             if profile:
@@ -131,7 +136,7 @@ def run(
             }
         )
         show_results(cfg, results)
-        show_samples(cfg, model, prepared.corpus, state, data["validation"].head(3))
+        show_samples(cfg, model, prepared.corpus.tokenizers, state, data["validation"].head(3))
     return state
 
 
@@ -139,6 +144,7 @@ class Prepared(NamedTuple):
     """What a run is made of, before there is any array on a device.
 
     examples: of training.
+    excluded: why examples of training were left out → how many.
     data: split → its rows.
     like: the state's shapes and shardings.
     """
@@ -146,41 +152,52 @@ class Prepared(NamedTuple):
     mesh: Mesh
     corpus: Corpus
     examples: int
+    excluded: dict[str, int]
     data: dict[str, Dataset]
     model: Model
     like: TrainState
 
 
-def prepare(cfg: RunConfig, data_dir: str | None) -> Prepared:
+def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> Prepared:
     """Finds what can be wrong with a config and its data, before anything is compiled.
+
+    Args:
+      cfg: the run's.
+      data_dir: where TFDS keeps datasets.
+      saved: where a run that goes on keeps its tokenizers.
 
     Raises:
       UserError: something is.
     """
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
     sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
-    corpus = open_corpus(cfg.data, data_dir)
-    splits = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
-    data = {name: corpus.load(split, cfg.batch_size) for name, split in splits.items()}
+    corpus = open_corpus(cfg.data, data_dir, saved)
+    pairs, excluded = learnable(corpus.tokens(cfg.data.train), cfg.data.longest)
+    data = {
+        "train": pairs.dataset(cfg.batch_size),
+        "validation": corpus.load(cfg.data.validation, cfg.batch_size),
+        "test": corpus.load(cfg.data.test, cfg.batch_size),
+    }
     for name, dataset in data.items():
         cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
     examples = len(data["train"])
     if cfg.data.pack:
         data["train"] = pack(data["train"], cfg.data.pack)
-    model = Model(cfg.model, corpus.tokenizer.vocab_size)
+    model = Model(cfg.model, corpus.tokenizers.vocab_size)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     sharding.check_memory(like)
-    return Prepared(mesh, corpus, examples, data, model, like)
+    return Prepared(mesh, corpus, examples, excluded, data, model, like)
 
 
 def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     """Prints what is about to be trained, on what."""
     rows, model = prepared.data["train"], prepared.model
+    left_out = "; ".join(filter(None, (prepared.corpus.left_out(), said(prepared.excluded))))
     facts(
         {
-            "data": f"{prepared.corpus.builder.info.full_name}, "
-            f"{prepared.examples:,} training examples"
+            "data": f"{prepared.corpus.name}, {prepared.examples:,} training examples"
             + (f" in {len(rows):,} rows" if cfg.data.pack else ""),
+            **({"left out": left_out} if left_out else {}),
             "devices": sharding.describe(prepared.mesh),
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
@@ -329,7 +346,7 @@ def show_results(cfg: RunConfig, results: list[dict[str, Any]]) -> None:
 
 
 def show_samples(
-    cfg: RunConfig, model: Model, corpus: Corpus, state: TrainState, samples: Dataset
+    cfg: RunConfig, model: Model, tokenizers: Tokenizers, state: TrainState, samples: Dataset
 ) -> None:
     """Prints what the model, or the first replica, makes of a few sources."""
     length = cfg.model.reach(samples.source.shape[1] + cfg.decode_margin)
@@ -337,9 +354,10 @@ def show_samples(
     decode = partial(evaluation.decode, model, length=length)
     decode = jax.jit(decode, compiler_options=evaluation.compiler_options())
     decoded = hosts.fetch(decode(variables, samples))
-    text = corpus.tokenizer.decode
+    text = tokenizers.target.decode
     rows = zip(
-        *(map(text, each.tolist()) for each in (samples.source, samples.target, decoded)),
+        map(tokenizers.source.decode, samples.source.tolist()),
+        *(map(text, each.tolist()) for each in (samples.target, decoded)),
         strict=True,
     )
     table("samples", ("source", "target", "output"), list(rows))

@@ -31,11 +31,19 @@ def get_config() -> Any:
     config.decode_margin = 50  # an output may be so many tokens longer than the longest source
 
     config.data = ConfigDict()
-    config.data.task = "reverse"  # transformer/data/toy.py: TASKS
-    config.data.size = "small"  # transformer/data/toy.py: SIZES
-    config.data.train = "train"  # TFDS splits, slices too: train[:10%]
+    config.data.dataset = "toy_strings"  # transformer/data/load.py: DATASETS
+    config.data.task = "reverse"  # of toy_strings; transformer/data/toy.py: TASKS
+    config.data.size = "small"  # of toy_strings; transformer/data/toy.py: SIZES
+    config.data.source = "source"  # what the dataset calls the two texts of a pair
+    config.data.target = "target"
+    config.data.train = "train"  # TFDS splits, slices too: train[:10%]; of files, the file
     config.data.validation = "validation"
     config.data.test = "test"
+    config.data.tokenizer = "characters"  # transformer/data/tokenizer.py: TOKENIZERS
+    config.data.vocab_size = 8_000  # pieces to learn, at most, for bpe and unigram
+    config.data.target_tokenizer = config_dict.placeholder(str)  # None: one for both languages
+    config.data.longest = 0  # tokens; longer examples are left out of training; 0: none is
+    config.data.metrics = ()  # of decoded text; transformer/text_metrics.py: METRICS
     config.data.pack = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 
     # Where the replicas of a population differ: a value each, in order; empty: in nothing (but

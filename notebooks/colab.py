@@ -150,17 +150,14 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 from functools import partial
 
 from transformer import evaluation, plots, sharding, trained
-from transformer.data.batches import Dataset
 
 WORDS = ["hello", "attention", "transformer"]
 
-_, corpus, model, _, variables, _ = trained.load(workdir, sharding.one_device())
-source = corpus.tokenize(WORDS)
-target = corpus.tokenize([word[::-1] for word in WORDS])
-examples = Dataset(source, target, batch_size=len(WORDS))
-decode = jax.jit(partial(evaluation.decode, model, length=source.shape[1] + 1))
+_, tokenizers, model, _, variables, _ = trained.load(workdir, sharding.one_device())
+examples = tokenizers.encode(WORDS, [word[::-1] for word in WORDS]).dataset(batch_size=len(WORDS))
+decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))
 for word, output in zip(WORDS, decode(variables, examples), strict=True):
-    print(word, "→", corpus.tokenizer.decode(output.tolist()))
+    print(word, "→", tokenizers.target.decode(output.tolist()))
 
 # %% [markdown]
 # ## Where it looks

@@ -20,7 +20,6 @@ from transformer.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
 OTHER = flags.DEFINE_string("other", None, "Another's.", required=True)
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     apart = differences(*configs)
     if apart:
         facts({"configs": "; ".join(apart)})
-    one, other = (read(Path(folder), DATA_DIR.value) for folder in (RUN.value, OTHER.value))
+    one, other = (read(Path(folder)) for folder in (RUN.value, OTHER.value))
     common = sorted(set(one.steps) & set(other.steps))
     if not common:
         raise UserError(

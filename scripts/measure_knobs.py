@@ -136,7 +136,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
         rows = cfg.batch_size * data.target.shape[1] / cfg.data.pack
         parts = mesh.size * cfg.accumulate
         data = replace(pack(data, cfg.data.pack), batch_size=max(1, round(rows / parts)) * parts)
-    model, recipe = Model(cfg.model, corpus.tokenizer.vocab_size), cfg.recipe()
+    model, recipe = Model(cfg.model, corpus.tokenizers.vocab_size), cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
     everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):

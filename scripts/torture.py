@@ -164,7 +164,7 @@ def figures(report: Path) -> str | None:
 
 def check_run(whole: Path, killed: Path) -> None:
     """Raises a UserError for the first difference between two finished runs."""
-    one, other = (read(folder, DATA_DIR.value) for folder in (whole, killed))
+    one, other = (read(folder) for folder in (whole, killed))
     if (one.steps, one.best) != (other.steps, other.best):
         apart = [
             f"it has the checkpoints {other.steps}, of which {other.best} is the best, and not "

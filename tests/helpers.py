@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from configs import base
 from transformer.data.batches import Batch, make_batch
-from transformer.data.tokenizer import CharTokenizer
+from transformer.data.data_config import DataConfig
+from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.dropout import Training, streams
@@ -22,7 +23,13 @@ from transformer.normalization import NORMS
 from transformer.positions import POSITIONS
 from transformer.recurrent import CELLS
 
-TOKENIZER = CharTokenizer(ALPHABET)
+TOKENIZER = SymbolTokenizer(ALPHABET)
+
+
+def data_config(**changes: Any) -> DataConfig:
+    """The data section of `configs/base.py` at its smallest size, but for `changes`."""
+    return DataConfig(**dict(base.get_config().data) | {"size": "tiny"} | changes)
+
 
 # Every entry of every table, one at a time: the small model but for that. (`init` is not among
 # them, for these tests draw their own parameters: test_layers.py has one over `INITIALIZERS`.)

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import small_model
+from tests.helpers import data_config, small_model
 from tests.test_programs import ROOT, TINY, finish, start
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, initial, small_recipe
 from transformer import checkpoint
 from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints, DamageError, verify
-from transformer.data.load import DataConfig, open_corpus
+from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.optimizer import OPTIMIZERS
 from transformer.training import abstract_state
@@ -263,8 +263,7 @@ def test_a_checkpoint_between_two_validations_gives_way_to_the_next(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_refuses_is_explained(tmp_path, data_dir):
-    splits = {"train": "train", "validation": "validation", "test": "test"}
-    open_corpus(DataConfig(task="reverse", size="tiny", pack=0, **splits), data_dir)
+    open_corpus(data_config(), data_dir)
     flags = " ".join((*TINY, "--config.steps=20", f"--data_dir={data_dir}"))
     run = f"ulimit -f 8; exec {sys.executable} train.py {flags} --workdir={tmp_path / 'run'}"
     done = subprocess.run(["bash", "-c", run], cwd=ROOT, capture_output=True, text=True)

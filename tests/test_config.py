@@ -59,6 +59,13 @@ OTHER = {
     "label_smoothing": 0.1,
     "ema_decay": 0.9,
     "decode_margin": 4,
+    "data.dataset": "files",
+    "data.source": "target",
+    "data.target": "source",
+    "data.tokenizer": "bytes",
+    "data.target_tokenizer": "words",
+    "data.vocab_size": 300,
+    "data.longest": 4,
     "data.task": "copy",
     "data.size": "small",
     "data.train": "train[:50%]",
@@ -116,6 +123,13 @@ OTHER = {
     "mesh.context": 2,
 }
 BESIDES = {
+    "data.dataset": {
+        "data.train": str(Path(__file__).parent / "pairs.tsv"),
+        "data.validation": "train[:5]",
+        "data.test": "train[5:10]",
+    },
+    "data.vocab_size": {"data.tokenizer": "bpe"},
+    "data.target_tokenizer": {"model.tie_embeddings": False},
     "optimizer.name": {"optimizer.weight_decay": 0.1},
     "optimizer.weight_decay": {"optimizer.name": "adamw"},
     "model.max_length": {"model.position": "learned"},
@@ -135,8 +149,9 @@ BESIDES = {
         )
     },
 }
-# adamw with a weight decay is compared with adamw without one, not with adam.
-CANNOT_STAND_ALONE = {"optimizer.name": {}}
+# adamw with a weight decay is compared with adamw without one, not with adam; files are no split
+# of toy_strings.
+CANNOT_STAND_ALONE = {"optimizer.name": {}, "data.dataset": {}}
 
 
 def config_of(changes) -> ConfigDict:

@@ -15,10 +15,10 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import TOKENIZER
+from tests.helpers import TOKENIZER, data_config
 from tests.test_programs import ROOT
 from transformer.data.batches import Dataset, make_batch, permute
-from transformer.data.load import DataConfig, open_corpus
+from transformer.data.load import open_corpus
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.data.toy import ALPHABET, SIZES, TASKS, draw, split_of
 from transformer.errors import UserError
@@ -27,14 +27,9 @@ PINNED = ["loalwojr", "lxjqqehs", "wowzefmg"]
 SPLITS = ("train", "validation", "test", "test_longer")
 
 
-def config(task="reverse", size="tiny"):
-    splits = {"train": "train", "validation": "validation", "test": "test"}
-    return DataConfig(task=task, size=size, pack=0, **splits)
-
-
 def loaded(corpus):
     """Every split, byte for byte."""
-    splits = {split: corpus.load(split, 1) for split in corpus.builder.info.splits}
+    splits = {split: corpus.load(split, 1) for split in corpus.opened.builder.info.splits}
     return {split: (each.source.tobytes(), each.target.tobytes()) for split, each in splits.items()}
 
 
@@ -75,7 +70,7 @@ def test_drawing_is_deterministic():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_it_is_a_tfds_dataset_like_any_other(task, data_dir):
-    builder = open_corpus(config(task), data_dir).builder
+    builder = open_corpus(data_config(task=task), data_dir).opened.builder
     source = tfds.data_source(f"toy_strings/{task}_tiny", split="test", data_dir=data_dir)
     assert len(source) == SIZES["tiny"].held_out
     for example in source:
@@ -85,7 +80,7 @@ def test_it_is_a_tfds_dataset_like_any_other(task, data_dir):
 
 
 def test_a_corpus_loads_a_split_as_padded_tokens(data_dir):
-    corpus = open_corpus(config(), data_dir)
+    corpus = open_corpus(data_config(), data_dir)
     data = corpus.load("validation", 8)
     assert data.source.shape == data.target.shape == (100, 6)  # five letters and EOS
     for source, target in zip(data.source, data.target, strict=True):
@@ -97,7 +92,7 @@ def test_a_corpus_loads_a_split_as_padded_tokens(data_dir):
 
 
 def test_an_unknown_split_is_named(data_dir):
-    corpus = open_corpus(config(), data_dir)
+    corpus = open_corpus(data_config(), data_dir)
     with pytest.raises(UserError, match=r"'tset'.*train \(2000\).*did you mean test\?"):
         corpus.load("tset", 8)
     for slice_of in ("test[90%:10%]", "test[:5000]", "test[:"):
@@ -112,8 +107,8 @@ def flipped(content, place):
 @pytest.mark.slow
 def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_path):
     """Each file gone, cut off, or with a bit turned over in 20 places."""
-    corpus, rng, refused = open_corpus(config(), data_dir), random.Random(0), []
-    whole, folder = loaded(corpus), Path(corpus.builder.data_dir)
+    corpus, rng, refused = open_corpus(data_config(), data_dir), random.Random(0), []
+    whole, folder = loaded(corpus), Path(corpus.opened.builder.data_dir)
     for name in sorted(path.name for path in folder.iterdir()):
         content = (folder / name).read_bytes()
         places = [rng.randrange(len(content)) for _ in range(20)] if content else []
@@ -123,7 +118,7 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
             shutil.copytree(folder, copy)
             (copy / name).unlink() if damage is None else (copy / name).write_bytes(damage)
             try:
-                found = loaded(open_corpus(config(), str(tmp_path)))
+                found = loaded(open_corpus(data_config(), str(tmp_path)))
             except UserError as error:
                 refused.append(str(error))
             else:
@@ -136,9 +131,9 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
 
 PREPARE = (
     "import sys\n"
-    "from tests.test_data import config, loaded, open_corpus\n"
+    "from tests.test_data import data_config, loaded, open_corpus\n"
     "from transformer import cli\n"
-    "cli.explained(lambda: print(len(loaded(open_corpus(config(), sys.argv[1])))))\n"
+    "cli.explained(lambda: print(len(loaded(open_corpus(data_config(), sys.argv[1])))))\n"
 )
 
 
@@ -162,16 +157,18 @@ def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, da
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "toy_strings" / "reverse_tiny" / "1.0.0").exists()
 
-    assert loaded(open_corpus(config(), str(tmp_path))) == loaded(open_corpus(config(), data_dir))
+    assert loaded(open_corpus(data_config(), str(tmp_path))) == loaded(
+        open_corpus(data_config(), data_dir)
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_prepare_one_dataset_at_once(tmp_path):
     code = (
         "import sys\n"
-        "from tests.test_data import config, loaded, open_corpus\n"
+        "from tests.test_data import data_config, loaded, open_corpus\n"
         "sys.stdin.readline()\n"
-        "loaded(open_corpus(config('copy'), sys.argv[1]))\n"
+        "loaded(open_corpus(data_config(task='copy'), sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
@@ -188,7 +185,7 @@ def test_a_data_dir_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match=r"cannot prepare .*file.*--data_dir"):
-        open_corpus(config(), str(file))
+        open_corpus(data_config(), str(file))
 
 
 @given(st.text(ALPHABET))

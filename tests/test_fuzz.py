@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from configs import base
+from tests.helpers import data_config
 from tests.test_programs import ROOT
 from transformer.config import flat_knobs
-from transformer.data.load import DataConfig, open_corpus
+from transformer.data.load import open_corpus
+from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
 from transformer.dot_product_attention import ATTENTION_BACKENDS
 from transformer.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
@@ -55,6 +57,11 @@ ENTRIES = {
     "model.dtype": DTYPES,
     "optimizer.name": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
+    "data.dataset": ["toy_strings"],
+    "data.source": ["source"],
+    "data.target": ["target"],
+    "data.tokenizer": TOKENIZERS,
+    "data.target_tokenizer": TOKENIZERS,
     "data.task": TASKS,
     "data.size": ["tiny"],
     "data.train": ["train", "train[:10%]"],
@@ -73,7 +80,7 @@ USUAL = {
 def values(name):
     """Words for a knob: nine of ten what it takes, or looks like it."""
     kind = type(KNOBS[name])
-    usual = st.sampled_from(list(ENTRIES[name]) if kind is str else USUAL[kind])
+    usual = st.sampled_from(list(ENTRIES[name]) if name in ENTRIES else USUAL[kind])
     strange = {bool: FLAGS, int: WHOLE, type(None): WHOLE, float: NUMBERS, str: NAMES}
     strange = st.sampled_from(strange.get(kind, TUPLES) + JUNK + WHOLE + NAMES)
     return st.integers(0, 9).flatmap(lambda n: usual if n else strange)
@@ -91,9 +98,8 @@ def overrides(draw):
 
 @pytest.fixture(scope="module")
 def front_door(data_dir):
-    splits = {"train": "train", "validation": "validation", "test": "test"}
-    for task in ("copy", "reverse", "sort"):
-        open_corpus(DataConfig(task=task, size="tiny", pack=0, **splits), data_dir)
+    for task in TASKS:
+        open_corpus(data_config(task=task), data_dir)
     command = [sys.executable, "-m", "tests.front_door", str(data_dir)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)

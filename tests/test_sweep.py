@@ -164,7 +164,7 @@ def finished(root: Path, programs: Any, accuracy: Any, fails: str = "") -> None:
         folder.path.mkdir(parents=True)
         rng = np.random.default_rng(0)
         final = [accuracy(run) for run in program.members]
-        folder.write_config(program.resolved())
+        folder.write_config(program.resolved(), {})
         write_json(
             folder.results,
             {

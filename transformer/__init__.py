@@ -25,4 +25,18 @@ Nouns, with their shapes and dtypes:
     metrics                          ratios of sums, on the host
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(workdir: str, **options: Any) -> Any:
+    """A trained model that makes texts of texts: `load("runs/x").generate(["hello"])`.
+
+    Args:
+      workdir: the run's folder.
+      **options: as of `generation.Generator`, which this is.
+    """
+    from transformer.generation import Generator  # most imports of this package need none of it
+
+    return Generator(workdir, **options)

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformer import hosts
 from transformer.config import RunConfig, flat_knobs
 from transformer.console import console
 from transformer.errors import UserError, nearest
+from transformer.generation import Decoding
 from transformer.interruption import RESUME, Interrupted, end_with_parent
 from transformer.sharding import cores, find_devices
 
@@ -172,6 +174,25 @@ def define_host_flags() -> None:
     )
     flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def define_decoding_flags() -> None:
+    """Defines the flags that say how outputs are looked for; see `decoding`."""
+    flags.DEFINE_integer("beam_size", 1, "Hypotheses; 1: greedy decoding.")
+    flags.DEFINE_float(
+        "length_penalty", 0.6, "Of beam search; 0: none, more favours longer outputs."
+    )
+    flags.DEFINE_float("temperature", 0.0, "Draws outputs, the more freely the higher; 0: no.")
+    flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest tokens; 0: all.")
+    flags.DEFINE_float("top_p", 1.0, "Draws among the likeliest with this share of it; 1: all.")
+    flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+
+
+def decoding() -> Decoding:
+    """What the flags of `define_decoding_flags` say."""
+    given = flags.FLAGS
+    settings: dict[str, Any] = {each.name: given[each.name].value for each in fields(Decoding)}
+    return Decoding(**settings)
 
 
 def host_command(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from transformer.data.load import DataConfig
+from transformer.data.data_config import DataConfig
 from transformer.errors import UserError, nearest, within
 from transformer.model_config import ModelConfig
 from transformer.optimizer import OptimizerConfig
@@ -41,6 +41,7 @@ FREE_KNOBS = {
     "save_every",
     "keep_checkpoints",
     "debug_nans",
+    "data.metrics",
 }
 FREE_SECTIONS = {"mesh"}
 
@@ -122,6 +123,11 @@ class RunConfig:
             raise UserError(
                 f"accumulate={self.accumulate}: model.norm=batch needs the whole batch at once; "
                 "set it to 1, or choose another norm"
+            )
+        if self.model.tie_embeddings and self.data.target_tokenizer is not None:
+            raise UserError(
+                f"data.target_tokenizer={self.data.target_tokenizer}: model.tie_embeddings=True "
+                "needs one vocabulary for source, target and logits; set it to False"
             )
         if self.data.pack and self.model.architecture == "recurrent":
             raise UserError(

@@ -18,11 +18,81 @@ def greedy(
     source_segments: Int[Array, "B S"],
     length: int,
 ) -> Int[Array, "B {length}"]:
-    """The likeliest token at each step, up to and with EOS, then padding.
+    """The likeliest token at each step, up to and with EOS, then padding; see `extend`."""
+
+    def likeliest(logits: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
+        return logits.argmax(-1)
+
+    return extend(model, source, source_segments, length, likeliest)
+
+
+def sample(
+    model: Transformer | Recurrent,
+    source: Int[Array, "B S"],
+    source_segments: Int[Array, "B S"],
+    length: int,
+    *,
+    keys: Array,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Array, "B {length}"]:
+    """Tokens drawn from the model's own distribution, or from its likelier part; see `extend`.
+
+    Args:
+      model: the module.
+      source: as the encoder reads it.
+      source_segments: 0 = padding.
+      length: tokens in an output at most, EOS included.
+      keys: of each row, [B]: what it draws does not depend on what shares its batch.
+      temperature: what logits are divided by, above 0; below 1 the likelier are drawn more often.
+      top_k: so many of the likeliest tokens may be drawn (Fan et al. 2018); 0: all.
+      top_p: the likeliest that have this share of the probability together may be drawn (nucleus
+        sampling, Holtzman et al. 2020); 1: all.
+    """
+
+    def draw(logits: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
+        logits = likelier(logits.astype(jnp.float32) / temperature, top_k, top_p)
+        return jax.vmap(jax.random.categorical)(
+            jax.vmap(jax.random.fold_in, (0, None))(keys, index), logits
+        )
+
+    return extend(model, source, source_segments, length, draw)
+
+
+def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """-inf for the tokens that `sample` may not draw. The likeliest one always stays."""
+    if top_k:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if top_p < 1.0:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        share = jax.nn.softmax(order)
+        before = jnp.cumsum(share, axis=-1) - share  # of all that are likelier
+        least = jnp.where(before < top_p, order, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return logits
+
+
+def extend(
+    model: Transformer | Recurrent,
+    source: Int[Array, "B S"],
+    source_segments: Int[Array, "B S"],
+    length: int,
+    pick: Callable[[Array, Array], Array],
+) -> Int[Array, "B {length}"]:
+    """One output a row, a token at a time, up to and with EOS, then padding.
 
     The encoder runs once, the memory's keys and values are projected once, and each
     step computes one target position against the cache. The loop stops when every
     row has ended, or at `length` tokens. A row without a source stays padding.
+
+    Args:
+      model: the module.
+      source: as the encoder reads it.
+      source_segments: 0 = padding.
+      length: tokens in an output at most, EOS included.
+      pick: (logits [B, V], the token's place) → the next tokens [B].
     """
     rows = source.shape[0]
     memory = model.encode(source, source_segments)
@@ -38,7 +108,8 @@ def greedy(
     def step(carry):
         cache, tokens, last, done = carry
         logits, advanced = model.decode_step(last, cache)
-        token = jnp.where(done, PAD, logits[:, 0].argmax(-1).astype(jnp.int32))
+        picked = pick(logits[:, 0], cache.filled).astype(jnp.int32)
+        token = jnp.where(done, PAD, picked)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, cache.filled))
         return advanced, tokens, token[:, None], done | (token == EOS)
 

@@ -1,7 +1,8 @@
 """The one kind of error that a person can cause."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
@@ -43,3 +44,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean X?)` for the one of `names` most like `name`, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turns the absence of a package that is imported inside into a UserError."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"the package {error.name} is not installed: pip install -e '.[{extra}]'"
+        ) from error

@@ -81,7 +81,12 @@ def score(model: Model, params: Params, data: Dataset) -> Scores:
 
 
 def decode(
-    model: Model, params: Params, data: Dataset, length: int, search: Callable[..., Any] = greedy
+    model: Model,
+    params: Params,
+    data: Dataset,
+    length: int,
+    search: Callable[..., Any] = greedy,
+    keys: Array | None = None,
 ) -> Any:
     """What `search` finds for every source of `data`, at most `length` tokens with EOS.
 
@@ -93,7 +98,8 @@ def decode(
       params: its variables.
       data: the examples, of which only the sources are read.
       length: of an output, at most.
-      search: `decoding.greedy`, or `decoding.beam_search` with its settings.
+      search: `decoding.greedy`, or `beam_search` or `sample` with its settings.
+      keys: of each example, [examples], which `sample` takes.
 
     Returns:
       What `search` returns, with the examples in their order: [examples, T] int32, or Beams.
@@ -103,16 +109,20 @@ def decode(
     order = jnp.pad(order, (0, -len(data) % ways), constant_values=len(data))
     order = order.reshape(-1, ways).T.reshape(-1)
 
-    def decode_part(params, source):
+    def decode_part(params, source, numbers):
         module = model.bind(params)
 
-        def decode_batch(source, _):
-            return search(module, source, (source != PAD).astype(jnp.int32), length)
+        def decode_batch(source, numbers):
+            given = {} if keys is None else {"keys": jax.random.wrap_key_data(numbers)}
+            return search(module, source, (source != PAD).astype(jnp.int32), length, **given)
 
-        return map_batches(decode_batch, Dataset(source, source, max(data.batch_size // ways, 1)))
+        return map_batches(decode_batch, Dataset(source, numbers, max(data.batch_size // ways, 1)))
 
-    dealt = source.at[order].get(mode="fill", fill_value=PAD)
-    found = each_part(decode_part, ways)(params, dealt)
+    def dealt(rows):
+        return rows.at[order].get(mode="fill", fill_value=PAD)
+
+    numbers = source if keys is None else jax.random.key_data(keys)
+    found = each_part(decode_part, ways)(params, dealt(source), dealt(numbers))
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
 

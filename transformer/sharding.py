@@ -185,6 +185,11 @@ def one_device() -> Mesh:
     return make_mesh(MeshConfig(replica=1, data=1, fsdp=1, tensor=1, context=1), 1)
 
 
+def all_devices() -> Mesh:
+    """A mesh of all devices, each of which takes its part of a batch."""
+    return make_mesh(MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1))
+
+
 def describe(mesh: Mesh) -> str:
     """`8 × TPU v5 lite, mesh data 4, fsdp 2`; of a CPU, the processor and the cores to run on."""
     kind = mesh.devices.flat[0].device_kind

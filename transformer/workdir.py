@@ -27,6 +27,7 @@ class Workdir:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.tokenizers = self.path / "tokenizers"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
         self.results = self.path / "results.json"
@@ -38,8 +39,19 @@ class Workdir:
         Raises:
           UserError: the folder is no run's.
         """
+        return ConfigDict(self.read_record()["config"])
+
+    def read_record(self) -> dict[str, Any]:
+        """What `write_config` wrote.
+
+        Raises:
+          UserError: the folder is no run's.
+        """
         try:
-            return ConfigDict(json.loads(self.config.read_text())["config"])
+            record = json.loads(self.config.read_text())
+            if not (isinstance(record["config"], dict) and isinstance(record["corpus"], dict)):
+                raise TypeError("it is no record of a run")
+            return record
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.path} holds no run: train first, or name a run's folder"
@@ -48,6 +60,28 @@ class Workdir:
             raise UserError(
                 f"{self.config} is damaged ({error}); restore it or train anew"
             ) from error
+
+    def trained(self) -> bool:
+        """Whether it has checkpoints."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def check_corpus(self, identity: Mapping[str, str]) -> None:
+        """Compares data (`Corpus.identity`, or a part of it) with what the run was trained on.
+
+        Raises:
+          UserError: they differ.
+        """
+        own = self.read_record()["corpus"]
+        changed = [
+            f"{name} {own.get(name)} → {identity[name]}"
+            for name in identity
+            if own.get(name) != identity[name]
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} was trained on other data ({'; '.join(changed)}); bring those back, "
+                "or choose another --workdir"
+            )
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
         """Makes the folder, if it may be this run's own; what is in it stays as it is.
@@ -60,8 +94,7 @@ class Workdir:
           UserError: it holds checkpoints of another config.
           OSError: it cannot be written to.
         """
-        trained = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if trained and not allow_changes:
+        if self.trained() and not allow_changes:
             changes = differences(self.read_config(), config)
             if changes:
                 raise UserError(
@@ -110,9 +143,10 @@ class Workdir:
         file.flush()
         self.holding = file
 
-    def write_config(self, config: ConfigDict) -> None:
-        """Writes `config.json`: the config, and what the run is made with."""
-        record = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
+    def write_config(self, config: ConfigDict, identity: Mapping[str, str]) -> None:
+        """Writes `config.json`: the config, its data (`Corpus.identity`), what it is made with."""
+        record = {"config": config.to_dict(), "corpus": dict(identity)}
+        record |= {"versions": versions(), "commit": commit()}
         write_json(self.config, record)
 
     def write_results(self, results: Mapping[str, Any]) -> None:

