@@ -20,14 +20,16 @@ from transformer import cli, costs, evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import facts, figure, percent, perplexity, table
-from transformer.data.batches import Dataset, pack
-from transformer.data.load import Corpus, Tokenizers, learnable, open_corpus, said
+from transformer.data.batches import Dataset
+from transformer.data.load import Corpus, Tokenizers, open_corpus
+from transformer.data.rows import Rows, alone, learnable, pack, said
 from transformer.errors import UserError
 from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
 from transformer.interruption import StopRequests
-from transformer.loop import Loop, Programs, make_programs
+from transformer.loop import Loop, Programs, make_programs, next_stop
 from transformer.metrics import MetricsWriter, by_replica, read_metrics
 from transformer.model import Model
+from transformer.streaming import Resident, Stream
 from transformer.training import TrainState, abstract_state, zero_sums
 from transformer.workdir import Workdir
 
@@ -95,20 +97,22 @@ def run(
     ):
         programs = make_programs(cfg, model, prepared.like)
         data = sharding.place(prepared.data, sharding.replicated(mesh))
-        trace(programs, cfg, prepared, data["train"])
+        feed = make_feed(cfg, prepared)
+        trace(programs, cfg, prepared, feed)
         state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
         # Only now: nothing stands in the way of training.
         hosts.once(partial(prepared.corpus.tokenizers.save, workdir.tokenizers))
         workdir.write_config(config, identity)
-        flops = costs.step_flops(model, cfg.recipe(), data["train"])
+        flops = costs.step_flops(model, cfg.recipe(), prepared.example(cfg.batch_size))
         with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
             if profile:
-                write_profile(profile, state, programs, data["train"], workdir, cfg)
+                write_profile(profile, state, programs, feed, workdir, cfg)
             try:
                 loop = Loop(
                     cfg,
                     programs,
-                    data,
+                    feed,
+                    data["validation"],
                     state,
                     begun,
                     checkpoints=checkpoints,
@@ -118,7 +122,7 @@ def run(
                 )
                 state = loop.run()
             except NonfiniteError as failure:
-                raise UserError(explain(failure, model, cfg, data["train"], workdir)) from failure
+                raise UserError(explain(failure, model, cfg, feed, workdir)) from failure
 
         if hosts.first():
             from transformer import plots  # matplotlib is not needed before
@@ -143,19 +147,25 @@ def run(
 class Prepared(NamedTuple):
     """What a run is made of, before there is any array on a device.
 
-    examples: of training.
     excluded: why examples of training were left out → how many.
-    data: split → its rows.
+    examples: of training.
+    rows: of training.
+    data: validation and test → their rows.
     like: the state's shapes and shardings.
     """
 
     mesh: Mesh
     corpus: Corpus
-    examples: int
     excluded: dict[str, int]
+    examples: int
+    rows: Rows
     data: dict[str, Dataset]
     model: Model
     like: TrainState
+
+    def example(self, batch_size: int) -> Dataset:
+        """A dataset whose batches have the shapes of the run's."""
+        return Dataset(*self.rows.take(np.zeros(1, int)), batch_size, self.rows.packed)
 
 
 def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> Prepared:
@@ -172,26 +182,43 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
     sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
     corpus = open_corpus(cfg.data, data_dir, saved)
-    pairs, excluded = learnable(corpus.tokens(cfg.data.train), cfg.data.longest)
-    data = {
-        "train": pairs.dataset(cfg.batch_size),
-        "validation": corpus.load(cfg.data.validation, cfg.batch_size),
-        "test": corpus.load(cfg.data.test, cfg.batch_size),
-    }
-    for name, dataset in data.items():
-        cfg.model.check_length(dataset.longest(), f"the longest example of data.{name}")
-    examples = len(data["train"])
+    pairs = corpus.tokens(cfg.data.train)
+    kept, excluded = learnable(pairs, cfg.data.longest)
+    rows = alone(pairs, kept)
+    held_out = {"validation": cfg.data.validation, "test": cfg.data.test}
+    data = {name: corpus.load(split, cfg.batch_size) for name, split in held_out.items()}
+    longest = {"train": max(rows.widths)} | {name: each.longest() for name, each in data.items()}
+    for name, length in longest.items():
+        cfg.model.check_length(length, f"the longest example of data.{name}")
     if cfg.data.pack:
-        data["train"] = pack(data["train"], cfg.data.pack)
+        rows = pack(rows, cfg.data.pack)
     model = Model(cfg.model, corpus.tokenizers.vocab_size)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     sharding.check_memory(like)
-    return Prepared(mesh, corpus, examples, excluded, data, model, like)
+    return Prepared(mesh, corpus, excluded, len(kept), rows, data, model, like)
+
+
+def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
+    """What the steps read: rows on the devices, or what worker processes make of them."""
+    rows, mesh = prepared.rows, prepared.mesh
+    if not cfg.data.workers:
+        data = Dataset.of(rows, cfg.batch_size)
+        return Resident(sharding.place(data, sharding.replicated(mesh)), cfg.steps_per_call)
+    return Stream(
+        rows,
+        cfg.batch_size,
+        cfg.seeds(),
+        steps=cfg.steps,
+        stop_after=partial(next_stop, cfg),
+        most=cfg.steps_per_call,
+        workers=cfg.data.workers,
+        mesh=mesh,
+    )
 
 
 def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     """Prints what is about to be trained, on what."""
-    rows, model = prepared.data["train"], prepared.model
+    rows, model = prepared.rows, prepared.model
     left_out = "; ".join(filter(None, (prepared.corpus.left_out(), said(prepared.excluded))))
     facts(
         {
@@ -202,7 +229,7 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
             **(
-                {"attention": f"{model.config.backend_at(rows.longest())}, as auto picked"}
+                {"attention": f"{model.config.backend_at(max(rows.widths))}, as auto picked"}
                 if cfg.model.attention_backend == "auto"
                 else {}
             ),
@@ -211,14 +238,14 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     )
 
 
-def trace(programs: Programs, cfg: RunConfig, prepared: Prepared, train: Dataset) -> None:
+def trace(programs: Programs, cfg: RunConfig, prepared: Prepared, feed: Resident | Stream) -> None:
     """Traces the step, which finds what is wrong with it before anything is compiled.
 
     Args:
       programs: the run's.
       cfg: the run's.
       prepared: the run's.
-      train: its examples, on the devices.
+      feed: its training data.
 
     Raises:
       UserError: a choice cannot be computed as it is here, such as an attention backend.
@@ -226,7 +253,7 @@ def trace(programs: Programs, cfg: RunConfig, prepared: Prepared, train: Dataset
     small = (jax.device_get(zero_sums(cfg.replicas)), np.array(0, np.int32))
     sums, steps = sharding.place(small, sharding.replicated(prepared.mesh))
     # Each is where it will be: the compiler then takes this trace, and makes none of its own.
-    programs.train_steps.trace(prepared.like, sums, train, steps)
+    programs.train_steps.trace(prepared.like, sums, feed.blank(), steps)
 
 
 def begin(
@@ -279,11 +306,12 @@ def write_profile(
     steps: int,
     state: TrainState,
     programs: Programs,
-    data: Dataset,
+    feed: Resident | Stream,
     workdir: Workdir,
     cfg: RunConfig,
 ) -> None:
     """Writes a trace of `steps` steps for TensorBoard or xprof, taken for nothing else."""
+    data = feed.blank()  # of a stream rows of padding, which take as long as any
     copy = jax.tree.map(jnp.copy, state)  # the steps take their argument's place
     sums = zero_sums(cfg.replicas)
     copy, sums = jax.block_until_ready(programs.train_steps(copy, sums, data, jnp.int32(0)))
@@ -293,10 +321,15 @@ def write_profile(
 
 
 def explain(
-    failure: NonfiniteError, model: Model, cfg: RunConfig, data: Dataset, workdir: Workdir
+    failure: NonfiniteError,
+    model: Model,
+    cfg: RunConfig,
+    feed: Resident | Stream,
+    workdir: Workdir,
 ) -> str:
     """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do."""
     step, state = failure.step, failure.state
+    data = feed.at(step, state.seed)
     file = dump_batch(workdir.path / f"batch_of_step_{step}.npz", state, data, step)
     if cfg.debug_nans:
         operation = find_operation(model, cfg.recipe(), state, data, step)

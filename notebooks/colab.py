@@ -150,11 +150,14 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 from functools import partial
 
 from transformer import evaluation, plots, sharding, trained
+from transformer.data.batches import Dataset
+from transformer.data.rows import alone
 
 WORDS = ["hello", "attention", "transformer"]
 
 _, tokenizers, model, _, variables, _ = trained.load(workdir, sharding.one_device())
-examples = tokenizers.encode(WORDS, [word[::-1] for word in WORDS]).dataset(batch_size=len(WORDS))
+pairs = tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
+examples = Dataset.of(alone(pairs), batch_size=len(WORDS))
 decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))
 for word, output in zip(WORDS, decode(variables, examples), strict=True):
     print(word, "→", tokenizers.target.decode(output.tolist()))

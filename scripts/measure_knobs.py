@@ -10,7 +10,7 @@ Usage:
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from transformer import cli, sharding
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
-from transformer.data.batches import pack
+from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
+from transformer.data.rows import alone, pack
 from transformer.dot_product_attention import ATTENTION_BACKENDS
 from transformer.errors import UserError
 from transformer.experiments.claims.measuring import interleaved
@@ -130,12 +131,13 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
     cfg = RunConfig.resolve(config)
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
     corpus = open_corpus(cfg.data, DATA_DIR.value)
-    data = corpus.load(cfg.data.train, cfg.batch_size)
+    rows, batch_size = alone(corpus.tokens(cfg.data.train)), cfg.batch_size
     if cfg.data.pack:
         # A batch of as many tokens, as near as the devices and the parts of a batch allow.
-        rows = cfg.batch_size * data.target.shape[1] / cfg.data.pack
         parts = mesh.size * cfg.accumulate
-        data = replace(pack(data, cfg.data.pack), batch_size=max(1, round(rows / parts)) * parts)
+        batch_size = max(1, round(batch_size * rows.widths[1] / cfg.data.pack / parts)) * parts
+        rows = pack(rows, cfg.data.pack)
+    data = Dataset.of(rows, batch_size)
     model, recipe = Model(cfg.model, corpus.tokenizers.vocab_size), cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
     everywhere = sharding.replicated(mesh)

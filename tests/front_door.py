@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 import train
-from transformer import cli, sharding
+from transformer import cli
 from transformer.config import RunConfig
 from transformer.loop import make_programs
 
@@ -27,8 +27,7 @@ def begin(data_dir):
     prepared = train.prepare(cfg, data_dir)
     with jax.set_mesh(prepared.mesh):
         programs = make_programs(cfg, prepared.model, prepared.like)
-        data = sharding.place(prepared.data["train"], sharding.replicated(prepared.mesh))
-        train.trace(programs, cfg, prepared, data)
+        train.trace(programs, cfg, prepared, train.make_feed(cfg, prepared))
 
 
 def answer(words, data_dir):

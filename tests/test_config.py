@@ -66,6 +66,7 @@ OTHER = {
     "data.target_tokenizer": "words",
     "data.vocab_size": 300,
     "data.longest": 4,
+    "data.workers": 2,
     "data.task": "copy",
     "data.size": "small",
     "data.train": "train[:50%]",

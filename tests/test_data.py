@@ -109,13 +109,14 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
     """Each file gone, cut off, or with a bit turned over in 20 places."""
     corpus, rng, refused = open_corpus(data_config(), data_dir), random.Random(0), []
     whole, folder = loaded(corpus), Path(corpus.opened.builder.data_dir)
-    for name in sorted(path.name for path in folder.iterdir()):
+    for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
         content = (folder / name).read_bytes()
         places = [rng.randrange(len(content)) for _ in range(20)] if content else []
         for damage in (None, content[:-1], *(flipped(content, place) for place in places)):
             copy = tmp_path / folder.relative_to(data_dir)
             shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(folder, copy)
+            # Without what is kept of it as tokens, which would be read in its place.
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokens"))
             (copy / name).unlink() if damage is None else (copy / name).write_bytes(damage)
             try:
                 found = loaded(open_corpus(data_config(), str(tmp_path)))

@@ -62,9 +62,12 @@ def test_torture_finds_no_difference(tmp_path, data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, tmp_path, data_dir):
-    """Twice, at whatever step it is: the same parameters, metrics, and checkpoints."""
+@pytest.mark.parametrize(("replicas", "workers"), [(1, (0, 0, 0)), (2, (1, 2, 0))])
+def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, workers, tmp_path, data_dir):
+    """Twice, at whatever step it is: the same parameters, metrics, and checkpoints.
+
+    The data of the one left alone lie on the devices; processes may make those of the other.
+    """
     steps = 1_200
     flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}")
     # Single steps, so that it stops inside of an interval.
@@ -74,8 +77,9 @@ def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, tmp_path,
 
     stopped = tmp_path / "stopped"
     places = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = start("train.py", *flags, f"--workdir={stopped}")
+    for number, some in zip((signal.SIGTERM, signal.SIGINT), workers, strict=False):
+        by = f"--config.data.workers={some}"
+        process = start("train.py", *flags, by, f"--workdir={stopped}")
         deadline = time.monotonic() + 120
         logged = places[-1] if places else 0
         while max([0, *(row["step"] for row in results(stopped))]) < logged + 100:

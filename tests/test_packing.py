@@ -14,7 +14,9 @@ from tests.helpers import (
     strings,
     training_of,
 )
-from transformer.data.batches import Dataset, make_batch, pack
+from transformer.data.batches import make_batch
+from transformer.data.ragged import Ragged
+from transformer.data.rows import Pairs, alone, pack
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
@@ -46,13 +48,13 @@ def dataset(rng, rows, longest=16):
         for example, size in enumerate(rng.integers(1, longest + 1, rows)):
             each[example, : size - 1] = rng.integers(3, 29, size - 1)
             each[example, size - 1] = EOS
-    return Dataset(*tokens, batch_size=4)
+    return alone(Pairs(*map(Ragged.unpadded, tokens)))
 
 
 def examples(data):
-    """The pairs of a packed or an unpacked dataset, as tuples of tokens."""
+    """The pairs of packed or unpacked rows, as tuples of tokens."""
     pairs = []
-    for source, target in zip(np.asarray(data.source), np.asarray(data.target), strict=True):
+    for source, target in zip(*data.take(np.arange(len(data))), strict=True):
         parts = []
         for side in (source, target):
             ends = np.flatnonzero(side == EOS) + 1
@@ -81,18 +83,18 @@ def test_every_example_is_packed_once_and_with_its_target(rng):
     data = dataset(rng, 500)
     packed = pack(data, 40)
     assert packed.packed
-    assert packed.source.shape[1] == packed.target.shape[1] == 40
+    assert packed.widths == (40, 40)
     assert sorted(examples(packed)) == sorted(examples(data))
     again = pack(data, 40)
-    np.testing.assert_array_equal(packed.source, again.source)
-    np.testing.assert_array_equal(packed.target, again.target)
+    np.testing.assert_array_equal(packed.members.values, again.members.values)
+    np.testing.assert_array_equal(packed.members.offsets, again.members.offsets)
 
 
 @pytest.mark.parametrize("length", [16, 32, 64])
 def test_rows_are_filled(rng, length):
     """The bound is where first fit stands; to open a row for each example gives half or less."""
     packed = pack(dataset(rng, 2_000), length)
-    filled = max((np.asarray(side) != PAD).mean() for side in (packed.source, packed.target))
+    filled = max((side != PAD).mean() for side in packed.take(np.arange(len(packed))))
     assert filled > {16: 0.6, 32: 0.75, 64: 0.85}[length]
 
 

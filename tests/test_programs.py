@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from transformer.experiments.comparison import SPEEDS
 from transformer.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -91,9 +92,9 @@ def checkpoint(workdir, step):
 
 
 def results(workdir):
-    """`metrics.jsonl` without the speed."""
+    """`metrics.jsonl` without the speeds."""
     return [
-        {name: value for name, value in row.items() if not name.endswith("per_second")}
+        {name: value for name, value in row.items() if not name.endswith(SPEEDS)}
         for row in read_metrics(Path(workdir) / "metrics.jsonl")
     ]
 

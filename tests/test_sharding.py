@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from tests.helpers import VARIANTS, random_params, small_model, strings, training_of
 from tests.test_training import initial, small_recipe
 from transformer import evaluation
-from transformer.data.batches import Dataset, make_batch, pack
+from transformer.data.batches import Dataset, make_batch
+from transformer.data.ragged import Ragged
+from transformer.data.rows import Pairs, alone, pack
 from transformer.decoding import beam_search
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
@@ -188,7 +190,10 @@ def test_what_looks_at_whole_arrays_and_batches_is_the_same_on_a_mesh():
 
 def test_packed_rows_split_along_their_length_give_the_losses_of_one_device():
     """Segments and positions are counted across the places where a row is cut."""
-    packed = pack(DATA, 21)
+    pairs = Pairs(
+        Ragged.unpadded(np.asarray(DATA.source)), Ragged.unpadded(np.asarray(DATA.target))
+    )
+    packed = Dataset.of(pack(alone(pairs), 21), DATA.batch_size)
     one, other = (train((1, 1, 1), 3, context=context, data=packed) for context in (1, 4))
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
     assert len(packed) < len(DATA)

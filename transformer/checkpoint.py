@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from transformer import hosts
 from transformer.console import console
 from transformer.errors import UserError
+from transformer.files import checksum
 from transformer.training import TrainState
 
 MANIFEST = "manifest.json"
@@ -318,11 +319,7 @@ def checksums(folder: Path) -> dict[str, list[int]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and str(path.relative_to(folder)) not in UNSEALED:
-            crc = 0
-            with path.open("rb") as file:
-                while part := file.read(1 << 24):
-                    crc = zlib.crc32(part, crc)
-            found[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+            found[str(path.relative_to(folder))] = checksum(path)
     return found
 
 
@@ -359,9 +356,9 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     sealed = read_manifest(folder)
     present = checksums(folder)
-    for name, checksum in sealed["files"].items():
+    for name, written in sealed["files"].items():
         if name not in present:
             raise DamageError(f"{name} is missing")
-        if present[name] != checksum:
+        if present[name] != written:
             raise DamageError(f"{name} has changed")
     return sealed

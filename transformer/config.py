@@ -42,6 +42,7 @@ FREE_KNOBS = {
     "keep_checkpoints",
     "debug_nans",
     "data.metrics",
+    "data.workers",
 }
 FREE_SECTIONS = {"mesh"}
 

@@ -109,8 +109,8 @@ def decode(
     order = jnp.pad(order, (0, -len(data) % ways), constant_values=len(data))
     order = order.reshape(-1, ways).T.reshape(-1)
 
-    def decode_part(params, source, numbers):
-        module = model.bind(params)
+    def decode_part(params, rows):
+        module, (source, numbers) = model.bind(params), rows
 
         def decode_batch(source, numbers):
             given = {} if keys is None else {"keys": jax.random.wrap_key_data(numbers)}
@@ -122,7 +122,7 @@ def decode(
         return rows.at[order].get(mode="fill", fill_value=PAD)
 
     numbers = source if keys is None else jax.random.key_data(keys)
-    found = each_part(decode_part, ways)(params, dealt(source), dealt(numbers))
+    found = each_part(decode_part, ways)(params, (dealt(source), dealt(numbers)))
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
 

@@ -16,7 +16,7 @@ from jax.experimental import checkify
 
 from transformer import hosts
 from transformer.console import console
-from transformer.data.batches import Batch, Dataset
+from transformer.data.batches import Batch, Dataset, Window
 from transformer.model import Model
 from transformer.training import Recipe, TrainState, make_train_step, stream
 
@@ -125,12 +125,12 @@ class Watchman:
         ]
 
 
-def batch_of(state: TrainState, data: Dataset, step: int) -> Batch:
+def batch_of(state: TrainState, data: Dataset | Window, step: int) -> Batch:
     """What a run has in its step `step`."""
     return data.batch(stream(jnp.asarray(state.seed), "data"), jnp.int32(step))
 
 
-def dump_batch(path: Path, state: TrainState, data: Dataset, step: int) -> Path:
+def dump_batch(path: Path, state: TrainState, data: Dataset | Window, step: int) -> Path:
     """Writes the batch of a step as NumPy's arrays; of several hosts the first does."""
     batch = hosts.fetch(batch_of(state, data, step))
     if hosts.first():
@@ -140,7 +140,7 @@ def dump_batch(path: Path, state: TrainState, data: Dataset, step: int) -> Path:
 
 
 def find_operation(
-    model: Model, recipe: Recipe, state: TrainState, data: Dataset, step: int
+    model: Model, recipe: Recipe, state: TrainState, data: Dataset | Window, step: int
 ) -> str:
     """The first operation of a step that makes a NaN, or divides by zero, and where it is written.
 

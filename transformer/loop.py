@@ -14,11 +14,12 @@ from transformer import evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.console import TrainingBar, facts
-from transformer.data.batches import Dataset
+from transformer.data.batches import Dataset, Window
 from transformer.health import Watchman
 from transformer.interruption import Interrupted, StopRequests
 from transformer.metrics import MetricsWriter, by_replica, mean_over, train_metrics
 from transformer.model import Model
+from transformer.streaming import Resident, Stream
 from transformer.training import (
     Sums,
     TrainState,
@@ -62,7 +63,8 @@ def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:
     return Programs(
         init=jax.jit(each(partial(init_state, model, recipe), 0, 0), out_shardings=where),
         train_steps=jax.jit(
-            each(train_steps, 0, 0, None, None),
+            # Batches that come from the host are each replica's own.
+            each(train_steps, 0, 0, 0 if cfg.data.workers else None, None),
             donate_argnums=0,
             out_shardings=(where, everywhere),
         ),
@@ -80,7 +82,8 @@ class Loop:
     Args:
       cfg: the run's.
       programs: the run's.
-      data: split → rows, on the devices.
+      feed: says what the steps of training read.
+      validation: its rows, on the devices.
       state: that it goes on from; given away.
       begun: what an interrupted run had of the interval in which it stopped; see
         `Checkpoints.interval`.
@@ -94,7 +97,8 @@ class Loop:
         self,
         cfg: RunConfig,
         programs: Programs,
-        data: Mapping[str, Dataset],
+        feed: Resident | Stream,
+        validation: Dataset,
         state: TrainState,
         begun: Mapping[str, Any],
         *,
@@ -103,14 +107,16 @@ class Loop:
         requests: StopRequests,
         flop_share: float | None,
     ):
-        self.cfg, self.programs, self.data, self.state = cfg, programs, data, state
+        self.cfg, self.programs, self.state = cfg, programs, state
+        self.feed, self.validation = feed, validation
         self.checkpoints, self.writer, self.requests = checkpoints, writer, requests
         self.flop_share = flop_share
         self.step = self.saved = state.taken()
         self.nothing = jax.device_get(zero_sums(cfg.replicas))
         sums = begun.get("sums", self.nothing)
         self.sums = self.place({name: np.float32(total) for name, total in sums.items()})
-        self.unread: tuple[int, Sums] | None = None  # an interval that has ended
+        # An interval that has ended: its last step, its sums, and how often it waited for data.
+        self.unread: tuple[int, Sums, float | None] | None = None
         self.watch = Stopwatch(begun.get("seconds", 0.0))
         self.watchman = Watchman(state, cfg.max_skipped_steps)
 
@@ -122,10 +128,11 @@ class Loop:
           NonfiniteError: more steps than may be left out had a NaN or Inf.
         """
         started = time.perf_counter()
-        self.dispatch(self.place(np.array(0, np.int32)))  # compiles, and takes no step
-        facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
-        self.watch.start()
-        with TrainingBar(self.step, self.cfg.steps) as self.bar:
+        with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
+            # It compiles, and takes no step.
+            self.dispatch(self.feed.blank(), self.place(np.array(0, np.int32)))
+            facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
+            self.watch.start()
             while self.step < self.cfg.steps:
                 if self.requests.stop():
                     self.leave()
@@ -134,42 +141,42 @@ class Loop:
 
     def advance(self) -> None:
         """Takes the steps of one dispatch, and does what is due after it."""
-        before, stop = self.sums, next_stop(self.step, self.cfg)
-        steps = self.place(np.array(stop - self.step, np.int32))
+        before, stop = self.sums, next_stop(self.cfg, self.step, self.feed.most)
+        steps, data = self.place(np.array(stop - self.step, np.int32)), self.feed.following()
         with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
-            self.dispatch(steps)
+            self.dispatch(data, steps)
         jax.block_until_ready(before)  # no more than one dispatch waits for another
         self.step = stop
         self.read()  # only now: the device is at work on the next interval
         saves = self.is_due(self.cfg.save_every) or self.step == self.cfg.steps
         # At saves too: a resumed run then logs the very intervals of one left alone.
         if self.is_due(self.cfg.log_every) or saves:
-            self.unread, self.sums = (self.step, self.sums), self.place(self.nothing)
+            self.unread = self.step, self.sums, self.feed.waited()
+            self.sums = self.place(self.nothing)
         if self.is_due(self.cfg.eval_every) or saves:
             self.read()
             with self.watch.paused(self.sums):
                 self.validate(saves)
 
-    def dispatch(self, steps: Int[Array, ""]) -> None:
+    def dispatch(self, data: Dataset | Window, steps: Int[Array, ""]) -> None:
         """Gives the devices so many steps to take, and does not wait for them."""
-        given = self.state, self.sums, self.data["train"], steps
-        self.state, self.sums = self.programs.train_steps(*given)
+        self.state, self.sums = self.programs.train_steps(self.state, self.sums, data, steps)
 
     def read(self) -> None:
         """Waits for the end of the interval that is not read yet, if any, and logs it."""
         if self.unread is None:
             return
-        (step, sums), self.unread = self.unread, None
+        (step, sums, waited), self.unread = self.unread, None
         each = by_replica(jax.block_until_ready(sums), self.cfg.replicas)
         seconds = self.watch.lap()
-        metrics = [train_metrics(one, seconds, self.flop_share) for one in each]
+        metrics = [train_metrics(one, seconds, self.flop_share, waited) for one in each]
         self.bar.update(step, metrics)
         self.writer.write(step, metrics)
         self.watchman.look(step, each, metrics, self.state)
 
     def validate(self, saves: bool) -> None:
         """Scores the validation split, and saves the state if that is due too."""
-        scores = self.programs.score(self.state.variables(), self.data["validation"])
+        scores = self.programs.score(self.state.variables(), self.validation)
         metrics = [one.metrics("validation") for one in by_replica(scores, self.cfg.replicas)]
         metrics = self.watchman.without_stopped(metrics)
         self.bar.validated(self.step, metrics)
@@ -230,7 +237,13 @@ class Stopwatch:
         self.start()
 
 
-def next_stop(step: int, cfg: RunConfig) -> int:
-    """The step at which the next dispatch ends: no later than the next thing that is due."""
+def next_stop(cfg: RunConfig, step: int, most: int) -> int:
+    """The step at which the next dispatch ends: no later than the next thing that is due.
+
+    Args:
+      cfg: the run's.
+      step: where it begins.
+      most: steps in a dispatch.
+    """
     due = ((step // every + 1) * every for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
-    return min(cfg.steps, step + cfg.steps_per_call, *due)
+    return min(cfg.steps, step + most, *due)

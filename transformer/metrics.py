@@ -18,26 +18,35 @@ from transformer.strict_json import dumps, numbers
 
 
 def train_metrics(
-    sums: Mapping[str, Any], seconds: float, flop_share: float | None = None
+    sums: Mapping[str, Any],
+    seconds: float,
+    flop_share: float | None = None,
+    waited: float | None = None,
 ) -> dict[str, float]:
     """The ratios of an interval's sums (`training.make_train_step`) and its speed.
 
     With `flop_share`, what one step a second is of the devices' peak, `train/mfu` is among
     them: the model's FLOPs, none counted twice, as a fraction of the peak (Chowdhery et al. 2022,
-    section 4.1).
+    section 4.1). With `waited`, `train/data_waits` is: the share of the dispatches whose data were
+    not there yet.
     """
     totals = {name: float(np.asarray(value)) for name, value in sums.items()}
     # Of an interval all of whose steps were left out nothing is known.
     tokens, good = totals["tokens"] or np.nan, totals["steps"] - totals["skipped"] or np.nan
     speed = totals["steps"] / seconds
     utilisation = {} if flop_share is None else {"train/mfu": speed * flop_share}
-    return utilisation | {
-        "train/loss": totals["loss"] / tokens,
-        "train/accuracy": totals["correct"] / tokens,
-        "train/gradient_norm": totals["gradient_norm"] / good,
-        "train/steps_per_second": speed,
-        "train/target_tokens_per_second": totals["tokens"] / seconds,
-    }
+    waits = {} if waited is None else {"train/data_waits": waited}
+    return (
+        utilisation
+        | waits
+        | {
+            "train/loss": totals["loss"] / tokens,
+            "train/accuracy": totals["correct"] / tokens,
+            "train/gradient_norm": totals["gradient_norm"] / good,
+            "train/steps_per_second": speed,
+            "train/target_tokens_per_second": totals["tokens"] / seconds,
+        }
+    )
 
 
 def by_replica(tree: Any, replicas: int) -> list[Any]:

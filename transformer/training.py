@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from transformer import sharding
-from transformer.data.batches import Batch, Dataset
+from transformer.data.batches import Batch, Dataset, Window
 from transformer.dropout import Training, streams
 from transformer.loss import cross_entropy
 from transformer.model import Model, Params, flatten
@@ -329,7 +329,7 @@ def zero_sums(replicas: int = 1) -> Sums:
 
 def make_train_steps(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-) -> Callable[[TrainState, Sums, Dataset, Int[Array, ""]], tuple[TrainState, Sums]]:
+) -> Callable[[TrainState, Sums, Dataset | Window, Int[Array, ""]], tuple[TrainState, Sums]]:
     """Many steps in one dispatch: (state, sums, data, n) → (state, sums) after n steps.
 
     n is an argument of the one compiled program and not its shape, so that calls of
@@ -338,7 +338,7 @@ def make_train_steps(
     """
 
     def train_steps(
-        state: TrainState, sums: Sums, data: Dataset, n: Int[Array, ""]
+        state: TrainState, sums: Sums, data: Dataset | Window, n: Int[Array, ""]
     ) -> tuple[TrainState, Sums]:
         def body(_, carry):
             state, sums = carry

@@ -1,6 +1,5 @@
 """A split that lives on the device, and batches of it as a pure function of (key, step)."""
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from transformer.data.feistel import ROUNDS, half_width, network
+from transformer.data.rows import Rows
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.errors import UserError
 from transformer.sharding import constrain
-
-OPEN = 64  # rows that `pack` still looks for room in
 
 
 class Batch(NamedTuple):
@@ -87,13 +85,19 @@ class Dataset:
     source: [rows, S] int32, EOS at each end, then padding.
     target: [rows, T] int32, likewise.
     batch_size: rows a batch.
-    packed: whether a row may hold several examples; see `pack`.
+    packed: whether a row may hold several examples; see `rows.pack`.
     """
 
     source: Array | np.ndarray
     target: Array | np.ndarray
     batch_size: int = field(metadata={"static": True})
     packed: bool = field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of(cls, rows: Rows, batch_size: int) -> "Dataset":
+        """All of `rows`."""
+        source, target = rows.take(np.arange(len(rows)))
+        return cls(source, target, batch_size, rows.packed)
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -115,7 +119,7 @@ class Dataset:
         first = step.astype(jnp.uint32) * np.uint32(self.batch_size)
         place = first + jnp.arange(self.batch_size, dtype=jnp.uint32)
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
-        keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(epoch)
+        keys = jax.vmap(epoch_key, (None, 0))(key, epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
         source, target = (
             constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
@@ -123,76 +127,46 @@ class Dataset:
         return make_batch(source, target, self.packed)
 
 
-def pack(data: Dataset, length: int) -> Dataset:
-    """`data` with as many examples in each row of `length` tokens as fit.
-
-    Examples go, in an order that depends on their number alone, into the first of the
-    `OPEN` youngest rows that has room for source and target. What lies together does so in every
-    epoch, so that a batch stays a function of its number.
-
-    Raises:
-      UserError: an example is longer than a row.
-    """
-    if data.longest() > length:
-        raise UserError(
-            f"data.pack={length}: the longest example has {data.longest()} tokens, its end "
-            "included; raise it to that, or to 0 for an example a row"
-        )
-    source, target = np.asarray(data.source), np.asarray(data.target)
-    sizes = np.stack([(source != PAD).sum(1), (target != PAD).sum(1)], axis=1)
-    rows: list[list[int]] = []
-    room = np.zeros((0, 2), int)  # of the open rows, the last ones of `rows`
-    for example in np.random.default_rng(len(data)).permutation(len(data)).tolist():
-        fits = np.flatnonzero((room >= sizes[example]).all(1))
-        if fits.size:
-            place = fits[0]
-            rows[place - len(room)].append(example)
-        else:
-            room = np.concatenate([room, [[length, length]]])[-OPEN:]
-            rows.append([example])
-            place = len(room) - 1
-        room[place] -= sizes[example]
-    return Dataset(
-        source=packed_rows(source, rows, length),
-        target=packed_rows(target, rows, length),
-        batch_size=data.batch_size,
-        packed=True,
+def permute(index: UInt32[Array, ""], size: int, key: Array) -> UInt32[Array, ""]:
+    """Where the random permutation of 0 … size - 1 that `key` stands for sends `index`."""
+    keys, half = round_keys(key), half_width(size)
+    return jax.lax.while_loop(
+        lambda x: x >= size, lambda x: network(x, keys, half), network(index, keys, half)
     )
 
 
-def packed_rows(
-    tokens: Int[np.ndarray, "examples _"], rows: list[list[int]], length: int
-) -> Int[np.ndarray, "rows {length}"]:
-    """The tokens of each row's examples, one after another, then padding."""
-    packed = np.full((len(rows), length), PAD, tokens.dtype)
-    for into, row in zip(packed, rows, strict=True):
-        together = tokens[row][tokens[row] != PAD]
-        into[: len(together)] = together
-    return packed
+def round_keys(key: Array) -> UInt32[Array, "6"]:
+    """The keys of the permutation that `key` stands for."""
+    return jax.random.bits(key, (ROUNDS,), jnp.uint32)
 
 
-def permute(index: UInt32[Array, ""], size: int, key: Array) -> UInt32[Array, ""]:
-    """Where the random permutation of 0 … size - 1 that `key` stands for sends `index`.
+def epoch_key(key: Array, epoch: UInt32[Array, ""]) -> Array:
+    """The key of an epoch's order."""
+    return jax.random.fold_in(key, epoch)
 
-    A permutation that is computed an element at a time, so that a batch costs its own
-    size and no step holds or sorts a whole epoch. It is a Feistel network (Luby and
-    Rackoff 1988) of six rounds over the smallest even number of bits that holds
-    `size`, walked until it lands below `size` (Black and Rogaway 2002).
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
+    """The batches of some steps that follow each other, made on the host; see `streaming`.
+
+    Of a population all arrays have a first axis more, [replicas].
+
+    source: [steps, B, S] int32, rows as those of a `Dataset`.
+    target: [steps, B, T] int32, likewise.
+    first: the number of the first step.
+    packed: whether a row may hold several examples.
     """
-    half = max(1, math.ceil(math.log2(max(size, 2)) / 2))
-    low = np.uint32((1 << half) - 1)
-    round_keys = jax.random.bits(key, (6,), jnp.uint32)
 
-    def mix(x):
-        # The finaliser of MurmurHash3: every bit of x reaches every bit of the result.
-        x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
+    source: Array | np.ndarray
+    target: Array | np.ndarray
+    first: Int[Array, "*replicas"] | np.ndarray
+    packed: bool = field(metadata={"static": True})
 
-    def network(x):
-        left, right = x >> half, x & low
-        for round_key in round_keys:
-            left, right = right, left ^ (mix(right ^ round_key) & low)
-        return (left << half) | right
-
-    return jax.lax.while_loop(lambda x: x >= size, network, network(index))
+    def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
+        """The batch of training step `step`, which is one of these; `key` made it already."""
+        source, target = (
+            constrain(tokens[step - self.first], "batch", "length")
+            for tokens in (self.source, self.target)
+        )
+        return make_batch(source, target, self.packed)

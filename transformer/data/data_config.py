@@ -29,6 +29,7 @@ class DataConfig:
     vocab_size: int
     longest: int
     metrics: Sequence[str]
+    workers: int
     pack: int
 
     def __post_init__(self):
@@ -44,6 +45,7 @@ class DataConfig:
             choose(METRICS, name, "data.metrics")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
         within("data.longest", self.longest, 0, 2**20)
+        within("data.workers", self.workers, 0, 1_000)
         within("data.pack", self.pack, 0, 2**20)
 
     def fields(self) -> tuple[str, str]:

@@ -2,14 +2,10 @@
 
 import contextlib
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-from jaxtyping import Int
 
 from transformer import hosts
 from transformer.data import text, toy
@@ -17,25 +13,14 @@ from transformer.data.batches import Dataset
 from transformer.data.data_config import DataConfig
 from transformer.data.datasets import Opened, damage_explained, open_dataset
 from transformer.data.ragged import Ragged
+from transformer.data.rows import Pairs, alone
+from transformer.data.store import in_parts, stored
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError, choose, nearest
+from transformer.files import write_whole
 
-
-class Pairs(NamedTuple):
-    """Sources, and their targets in the same order, as tokens with EOS at each end."""
-
-    source: Ragged
-    target: Ragged
-
-    def sizes(self) -> Int[np.ndarray, "pairs 2"]:
-        """Tokens of each source and its target."""
-        return np.stack([self.source.lengths(), self.target.lengths()], axis=1)
-
-    def dataset(self, batch_size: int) -> Dataset:
-        """All of them, a pair a row."""
-        widths = self.sizes().max(0, initial=1).tolist()
-        source, target = (side.padded(width) for side, width in zip(self, widths, strict=True))
-        return Dataset(source, target, batch_size)
+AT_ONCE = 20_000  # examples that are text in memory
+ENOUGH = 1_000_000  # texts to learn a tokenizer from
 
 
 class Tokenizers(NamedTuple):
@@ -99,67 +84,61 @@ class Corpus:
         Raises:
           UserError: there is no such split, it is empty, or its files are damaged.
         """
-        return read(self.opened, self.split(split))
+        parts = list(texts_in_parts(self.opened, self.split(split)))
+        return [each for part in parts for each in part[0]], [
+            each for part in parts for each in part[1]
+        ]
 
     def references(self, split: str) -> list[list[str]]:
         """What counts as right for each source of a split: its targets, the first of them first."""
         builder = self.opened.builder
         if "references" not in builder.info.features:
             return [[target] for target in self.texts(split)[1]]
-        (several,) = columns(builder, self.split(split), ["references"])
-        return [[text.decode() for text in own] for own in several]
+        parts = columns(builder, self.split(split), ["references"])
+        return [[text.decode() for text in own] for (part,) in parts for own in part]
 
     def tokens(self, split: str) -> Pairs:
-        """The whole of a split in memory; arguments and errors as of `texts`."""
-        return self.tokenizers.encode(*self.texts(split))
+        """The whole of a split, in files beside the dataset; arguments and errors as of `texts`."""
+        name = self.split(split)
+
+        def make() -> Iterator[Pairs]:
+            for sources, targets in texts_in_parts(self.opened, name):
+                yield self.tokenizers.encode(sources, targets)
+
+        examples(self.opened.builder, name)  # there are any
+        made_of = f"{name} {self.opened.fields} {self.tokenizers.digests()}"
+        own = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        with damage_explained(f"{self.name} under {self.opened.builder.data_dir}"):
+            return stored(Path(self.opened.builder.data_dir) / "tokens" / own, make)
 
     def load(self, split: str, batch_size: int) -> Dataset:
         """`tokens`, a pair a row, in batches of so many."""
-        return self.tokens(split).dataset(batch_size)
+        return Dataset.of(alone(self.tokens(split)), batch_size)
 
 
-def learnable(pairs: Pairs, longest: int) -> tuple[Pairs, dict[str, int]]:
-    """The pairs that one can learn from, and how many are left out for which reason.
+def texts_in_parts(
+    opened: Opened, split: str, stride: int = 1
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Sources and targets, so many at a time, of a split as the dataset calls it.
 
     Args:
-      pairs: all there are.
-      longest: tokens that a text may have, its end included; 0: as many as it likes.
+      opened: the dataset.
+      split: which.
+      stride: 1, or n for each n-th example.
 
     Raises:
-      UserError: none is left.
+      UserError: as of `Corpus.texts`.
     """
-    sizes = pairs.sizes()
-    empty = sizes.min(1) <= 1
-    long = (sizes.max(1) > longest) & ~empty if longest else np.zeros_like(empty)
-    counts = {"with an empty text": empty, f"with a text of more than {longest} tokens": long}
-    counts = {reason: int(mask.sum()) for reason, mask in counts.items() if mask.any()}
-    if not counts:
-        return pairs, {}
-    (kept,) = np.nonzero(~(empty | long))
-    if not kept.size:
-        raise UserError(
-            f"data.longest={longest}: no example is left, {said(counts)} being left out; raise it, "
-            "or set it to 0"
-        )
-    return Pairs(*(side.take(kept) for side in pairs)), counts
-
-
-def said(counts: dict[str, int]) -> str:
-    """`3 with an empty text, 1 with a text of more than 128 tokens`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-
-
-def read(opened: Opened, split: str) -> tuple[list[str], list[str]]:
-    """`Corpus.texts`, of a split as the dataset calls it."""
     for knob, field in zip(("data.source", "data.target"), opened.fields, strict=True):
         choose(dict(opened.builder.info.features.items()), field, knob)
-    sources, targets = columns(opened.builder, split, opened.fields)
-    with damage_explained(f"{opened.builder.info.full_name} under {opened.builder.data_dir}"):
-        return [text.decode() for text in sources], [text.decode() for text in targets]
+    for part in columns(opened.builder, split, opened.fields, stride):
+        with damage_explained(f"{opened.builder.info.full_name} under {opened.builder.data_dir}"):
+            sources, targets = ([text.decode() for text in column] for column in part)
+        yield sources, targets
 
 
-def columns(builder: Any, split: str, fields: Sequence[str]) -> list[list[Any]]:
-    """Some features of all examples of a split; errors as of `Corpus.texts`."""
+def examples(builder: Any, split: str) -> int:
+    """How many a split has; errors as of `Corpus.texts`."""
     held = builder.info.splits
     try:
         count = held[split].num_examples
@@ -174,12 +153,22 @@ def columns(builder: Any, split: str, fields: Sequence[str]) -> list[list[Any]]:
         ) from error
     if count == 0:
         raise UserError(f"split {split!r} of {builder.info.full_name} is empty")
+    return count
+
+
+def columns(
+    builder: Any, split: str, fields: Sequence[str], stride: int = 1
+) -> Iterator[list[list[Any]]]:
+    """Some features of a split's examples, so many at a time; errors as of `Corpus.texts`."""
+    count = examples(builder, split)
     with damage_explained(f"{builder.info.full_name} under {builder.data_dir}"):
         source = builder.as_data_source(split=split)
         if len(source) != count:
             raise ValueError(f"{len(source)} examples in {split} instead of {count}")
-        examples = source.__getitems__(range(count))
-        return [[each[field] for each in examples] for field in fields]
+        every = range(0, count, stride)
+        for part in in_parts(len(every), AT_ONCE):
+            found = source.__getitems__(every[part.start : part.stop])
+            yield [[each[field] for each in found] for field in fields]
 
 
 def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = None) -> Corpus:
@@ -242,18 +231,26 @@ def learned_tokenizers(config: DataConfig, opened: Opened) -> Tokenizers:
         elif config.dataset == "toy_strings" and kind == "characters":
             made.append(SymbolTokenizer(toy.ALPHABET))  # all of it, however small the split is
         else:
-            sources, targets = read(opened, split)
-            texts = {"shared": [*sources, *targets], "source": sources, "target": targets}[side]
-            print(f"learning {kind} from {len(texts):,} texts")
-            made.append(TOKENIZERS[kind].learn(texts, config.vocab_size))
+            made.append(learned(kind, side, config.vocab_size, opened, split))
             with contextlib.suppress(OSError):  # others' datasets may only be read
                 write_whole(kept, made[-1].to_bytes())
     return Tokenizers(made[0], made[-1])
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    fresh.write_bytes(content)
-    fresh.replace(path)
+def learned(kind: str, side: str, vocab_size: int, opened: Opened, split: str) -> Tokenizer:
+    """A tokenizer of a split's texts; of more than `ENOUGH` texts, of so many, evenly spread.
+
+    Args:
+      kind: one of `TOKENIZERS`.
+      side: source, target, or shared, which is both.
+      vocab_size: pieces to learn, at most.
+      opened: the dataset.
+      split: as the dataset calls it.
+    """
+    taken = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
+    count = examples(opened.builder, split) * len(taken)
+    stride = -(-count // ENOUGH)
+    print(f"learning {kind} from {-(-count // stride):,} texts")
+    parts = texts_in_parts(opened, split, stride)
+    texts = (text for part in parts for which in taken for text in part[which])
+    return TOKENIZERS[kind].learn(texts, vocab_size)

@@ -1,8 +1,10 @@
 """Rows of unequal length, one after another in one array."""
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -10,7 +12,8 @@ from jaxtyping import Int
 from transformer.data.tokenizer import PAD
 
 
-class Ragged(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Ragged:
     """Row i is `values[offsets[i] : offsets[i + 1]]`.
 
     values: all rows, joined; of a large corpus a file in the place of memory.
@@ -18,7 +21,7 @@ class Ragged(NamedTuple):
     """
 
     values: Int[np.ndarray, "values"]
-    offsets: Int[np.ndarray, "rows+1"]
+    offsets: Int[np.ndarray, "ends"]
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
@@ -27,6 +30,30 @@ class Ragged(NamedTuple):
         np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
         values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, offsets[-1])
         return cls(values, offsets)
+
+    @classmethod
+    def unpadded(cls, tokens: Int[np.ndarray, "rows width"]) -> "Ragged":
+        """Of rows that are padded at their end."""
+        real = tokens != PAD
+        return cls(tokens[real], np.concatenate([[0], np.cumsum(real.sum(1))]))
+
+    @classmethod
+    def mapped(cls, values: Path, offsets: Path) -> "Ragged":
+        """In two files, of int32 and of int64, of which only what is looked at is read."""
+        return cls(np.memmap(values, np.int32, "r"), np.memmap(offsets, np.int64, "r"))
+
+    @classmethod
+    def joining(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """The rows of each, one after another."""
+        lengths = np.concatenate([part.lengths() for part in parts])
+        values = np.concatenate([part.values for part in parts])
+        return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        """Files go to another process as their names."""
+        if isinstance(self.values, np.memmap) and isinstance(self.offsets, np.memmap):
+            return Ragged.mapped, (self.values.filename, self.offsets.filename)
+        return Ragged, (self.values, self.offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -168,7 +168,7 @@ def parser(
 
     else:
         for name in fields:
-            known = dict.fromkeys(COLUMNS)
+            known: dict[str, None] = dict.fromkeys(COLUMNS)
             choose(known, name, f"the names of the texts of {found[0]}, data.source, data.target")
         first, second = map(COLUMNS.index, fields)
 

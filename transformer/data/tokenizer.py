@@ -15,7 +15,6 @@ from transformer.errors import UserError, nearest, needs
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
-ENOUGH = 1_000_000  # texts to learn pieces from
 
 
 class Tokenizer(abc.ABC):
@@ -71,7 +70,7 @@ class SymbolTokenizer(Tokenizer):
         self.ids = {piece: number for number, piece in enumerate(self.pieces)}
 
     @classmethod
-    def learn(cls, separator: str, texts: Sequence[str], vocab_size: int) -> "SymbolTokenizer":
+    def learn(cls, separator: str, texts: Iterable[str], vocab_size: int) -> "SymbolTokenizer":
         """Knows the symbols of `texts`: all characters, or the `vocab_size` most common words.
 
         Args:
@@ -140,7 +139,7 @@ class ByteTokenizer(Tokenizer):
         self.pieces = (*SPECIALS, *(f"<{value:02x}>" for value in range(256)))
 
     @classmethod
-    def learn(cls, texts: Sequence[str], vocab_size: int) -> "ByteTokenizer":
+    def learn(cls, texts: Iterable[str], vocab_size: int) -> "ByteTokenizer":
         """The same whatever the texts are."""
         return cls()
 
@@ -193,12 +192,12 @@ class PieceTokenizer(Tokenizer):
         self.pieces = tuple(self.processor.IdToPiece(number) for number in range(size))
 
     @classmethod
-    def learn(cls, kind: str, texts: Sequence[str], vocab_size: int) -> "PieceTokenizer":
+    def learn(cls, kind: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
         """Learns at most `vocab_size` pieces, fewer from little text.
 
         Args:
           kind: bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
-          texts: what to learn from; of more than `ENOUGH` so many, evenly spread.
+          texts: what to learn from.
           vocab_size: special tokens and the 256 bytes included.
 
         Raises:
@@ -210,7 +209,7 @@ class PieceTokenizer(Tokenizer):
         model = io.BytesIO()
         try:
             SentencePieceTrainer.Train(
-                sentence_iterator=iter(texts[:: -(-len(texts) // ENOUGH)]),
+                sentence_iterator=iter(texts),
                 model_writer=model,
                 model_type=kind,
                 vocab_size=vocab_size,
@@ -260,7 +259,7 @@ class Kind(NamedTuple):
     read: `Tokenizer.to_bytes` → tokenizer.
     """
 
-    learn: Callable[[Sequence[str], int], Tokenizer]
+    learn: Callable[[Iterable[str], int], Tokenizer]
     read: Callable[[bytes], Tokenizer]
 
 

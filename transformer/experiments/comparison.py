@@ -18,7 +18,7 @@ from transformer.strict_json import numbers
 from transformer.training import abstract_state
 from transformer.workdir import Workdir
 
-SPEEDS = ("per_second", "mfu")  # what no two runs have alike
+SPEEDS = ("per_second", "mfu", "data_waits")  # what no two runs have alike
 
 
 class Finished(NamedTuple):

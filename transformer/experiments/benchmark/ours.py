@@ -12,7 +12,9 @@ import numpy as np
 from configs import base
 from transformer import cli, costs, decoding, evaluation, sharding
 from transformer.config import RunConfig
-from transformer.data.batches import Dataset, pack
+from transformer.data.batches import Dataset
+from transformer.data.ragged import Ragged
+from transformer.data.rows import Pairs, alone, pack
 from transformer.data.tokenizer import PAD
 from transformer.experiments.benchmark import task
 from transformer.experiments.benchmark.contender import Contender, Schedule, Setting
@@ -63,8 +65,8 @@ class Ours(Contender):
     def __init__(self, setting: Setting):
         self.size, self.device = setting.size, setting.device
         strings = task.load(setting.data, "train")
-        unpacked = Dataset(strings.source, strings.target, setting.size.batch)
-        packed = pack(unpacked, setting.size.pack)
+        pairs = Pairs(Ragged.unpadded(strings.source), Ragged.unpadded(strings.target))
+        packed = pack(alone(pairs), setting.size.pack)
         # As many rows a step as hold, on average, the strings that a step of the peers has, in a
         # number that the cores divide.
         rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
@@ -75,9 +77,7 @@ class Ours(Contender):
         whole = sharding.MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
         self.mesh = sharding.make_mesh(whole)
         self.everywhere = sharding.replicated(self.mesh)
-        self.data = jax.device_put(
-            Dataset(packed.source, packed.target, rows, packed=True), self.everywhere
-        )
+        self.data = jax.device_put(Dataset.of(packed, rows), self.everywhere)
         self.schedule: Schedule | None = None
         self.decoders: dict[tuple[Any, ...], Callable] = {}
         self.placed: dict[Any, Params] = {}  # mesh → the variables there, which came `from` these

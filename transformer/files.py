@@ -1,0 +1,22 @@
+"""Files that are whole or not there, and whether one is as it was written."""
+
+import os
+import zlib
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def checksum(path: Path) -> list[int]:
+    """Bytes and CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            crc = zlib.crc32(part, crc)
+    return [path.stat().st_size, crc]
