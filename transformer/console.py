@@ -3,13 +3,23 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 from transformer.metrics import mean_over
+
+Part = TypeVar("Part")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,6 +44,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     if not console.is_terminal:
         drawn.width = console.measure(drawn, options=console.options.update(width=1_000)).maximum
     console.print(drawn)
+
+
+def watched(parts: Iterable[Part], total: int, what: str) -> Iterable[Part]:
+    """`parts`, of which there are `total`, with a bar while they are gone through."""
+    return track(
+        parts, what, total, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def figure(value: float) -> str:
@@ -98,6 +115,8 @@ class TrainingBar:
         figures = (
             f"loss {mean['train/loss']:.4f}  {speed:.1f} steps/s  {tokens:,.0f} target tokens/s"
         )
+        if waits := mean.get("train/data_waits"):
+            figures += f"  waited for data {waits:.0%}"
         self.progress.update(self.task, completed=step, figures=figures)
         if not self.live:
             left = (self.steps - step) / speed

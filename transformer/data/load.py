@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformer import hosts
+from transformer.console import watched
 from transformer.data import text, toy
 from transformer.data.batches import Dataset
 from transformer.data.data_config import DataConfig
@@ -101,11 +102,13 @@ class Corpus:
         """The whole of a split, in files beside the dataset; arguments and errors as of `texts`."""
         name = self.split(split)
 
+        parts = -(-examples(self.opened.builder, name) // AT_ONCE)
+
         def make() -> Iterator[Pairs]:
-            for sources, targets in texts_in_parts(self.opened, name):
+            texts = texts_in_parts(self.opened, name)
+            for sources, targets in watched(texts, parts, f"tokens of {name}"):
                 yield self.tokenizers.encode(sources, targets)
 
-        examples(self.opened.builder, name)  # there are any
         made_of = f"{name} {self.opened.fields} {self.tokenizers.digests()}"
         own = hashlib.sha256(made_of.encode()).hexdigest()[:16]
         with damage_explained(f"{self.name} under {self.opened.builder.data_dir}"):
