@@ -1,0 +1,36 @@
+"""From letters to phonemes: the CMU Pronouncing Dictionary, without stress, on a CPU.
+
+Nothing is downloaded: the dictionary comes with `pip install -e '.[text]'`.
+
+Usage:
+    python train.py --config=configs/pronunciations.py
+    python eval.py --workdir=runs/pronunciations [--beam_size=4]
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.steps = 5_000
+    config.batch_size = 64  # rows of about seven words
+    config.eval_every = 500
+    config.save_every = 500
+    config.keep_checkpoints = 5
+    config.label_smoothing = 0.1
+    config.data.dataset = "pronunciations/plain"
+    config.data.train = "train"
+    config.data.tokenizer = "characters"
+    config.data.target_tokenizer = "words"
+    config.data.vocab_size = 264
+    config.data.pack = 64
+    config.data.metrics = ("exact_match", "error_rate")
+    config.model.layers = 2
+    config.model.width = 128
+    config.model.heads = 4
+    config.model.ff_width = 512
+    config.model.dropout = 0.1
+    config.model.tie_embeddings = False
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 400
+    return config
