@@ -12,7 +12,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.steps = 5_000
+    config.steps = 2_500
     config.batch_size = 64  # rows of about seven words
     config.eval_every = 500
     config.save_every = 500
@@ -32,5 +32,5 @@ def get_config():
     config.model.dropout = 0.1
     config.model.tie_embeddings = False
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 400
+    config.optimizer.warmup_steps = 250
     return config

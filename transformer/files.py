@@ -1,6 +1,7 @@
 """Files that are whole or not there, and whether one is as it was written."""
 
 import os
+import socket
 import zlib
 from pathlib import Path
 
@@ -8,9 +9,14 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    fresh = unfinished(path)
     fresh.write_bytes(content)
     fresh.replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """A name beside `path` that no other process has, on this host or on one that shares a disk."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def checksum(path: Path) -> list[int]:

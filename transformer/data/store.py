@@ -6,7 +6,6 @@ verified when it is opened. Files that are damaged are made again.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs
-from transformer.files import checksum
+from transformer.files import checksum, unfinished
 
 MANIFEST = "manifest.json"
 
@@ -30,7 +29,7 @@ def stored(folder: Path, make: Callable[[], Iterable[Pairs]]) -> Pairs:
             return opened(folder)
         print(f"{folder} is damaged; it is made again")
         shutil.rmtree(folder, ignore_errors=True)
-    fresh = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    fresh = unfinished(folder)
     try:
         write(fresh, make())
         with contextlib.suppress(OSError):  # another process was sooner
