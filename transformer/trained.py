@@ -10,7 +10,7 @@ from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.data.load import Tokenizers, saved_tokenizers
 from transformer.model import Model, Params
-from transformer.training import abstract_state
+from transformer.training import TrainState, abstract_state
 from transformer.workdir import Workdir
 
 
@@ -40,13 +40,23 @@ def load(workdir: Workdir, mesh: Mesh, checkpoint: str = "latest") -> Trained:
     Raises:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.
     """
-    cfg = RunConfig.resolve(workdir.read_config())
-    tokenizers = saved_tokenizers(cfg.data, workdir.tokenizers)
-    workdir.check_corpus(tokenizers.digests())
-    model = Model(cfg.model, tokenizers.vocab_size)
-    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    cfg, tokenizers, model, like = outline(workdir, mesh)
     with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
         step = checkpoints.find(checkpoint)
         state = checkpoints.restore(step, like)
     stopped = np.atleast_1d(hosts.fetch(state.skipped)) > cfg.max_skipped_steps
     return Trained(cfg, tokenizers, model, step, state.variables(), stopped.tolist())
+
+
+def outline(workdir: Workdir, mesh: Mesh) -> tuple[RunConfig, Tokenizers, Model, TrainState]:
+    """A run without its arrays: config, tokenizers, model, the state's shapes on `mesh`.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    cfg = RunConfig.resolve(workdir.read_config())
+    tokenizers = saved_tokenizers(cfg.data, workdir.tokenizers)
+    workdir.check_corpus(tokenizers.digests())
+    model = Model(cfg.model, tokenizers.vocab_size)
+    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    return cfg, tokenizers, model, like
