@@ -91,9 +91,14 @@ class Workdir:
           allow_changes: go on with checkpoints of another config.
 
         Raises:
-          UserError: it holds checkpoints of another config.
+          UserError: it holds checkpoints of another config, or an average of another run's.
           OSError: it cannot be written to.
         """
+        if self.trained() and "averaged" in self.read_record():
+            raise UserError(
+                f"{self.path} holds an average of checkpoints, from which no training goes on; "
+                "choose another --workdir"
+            )
         if self.trained() and not allow_changes:
             changes = differences(self.read_config(), config)
             if changes:
