@@ -69,9 +69,9 @@ def main() -> None:
         )
 
     scores = each(evaluation.score)(variables, data)
-    length = cfg.model.reach(data.source.shape[1] + cfg.decode_margin)
     decode = each(
-        partial(decoding.decode, length=length), compiler_options=evaluation.compiler_options()
+        partial(decoding.decode, margin=cfg.decode_margin),
+        compiler_options=evaluation.compiler_options(),
     )
     found = decode(variables, data)
     data = jax.tree.map(np.asarray, data)

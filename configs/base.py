@@ -28,7 +28,7 @@ def get_config() -> Any:
     config.keep_checkpoints = 2  # the latest so many, and the best
     config.label_smoothing = 0.0  # ε of the smoothed targets; the paper's is 0.1
     config.ema_decay = 0.0  # of a moving average of parameters, to evaluate with; 0: there is none
-    config.decode_margin = 50  # an output may be so many tokens longer than the longest source
+    config.decode_margin = 50  # an output may be so many tokens longer than its source
 
     config.data = ConfigDict()
     config.data.dataset = "toy_strings"  # transformer/data/datasets.py: DATASETS, or TFDS's name

@@ -1,5 +1,5 @@
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import VARIANTS, logits_of, random_params, small_model, strings
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import beam_search, greedy
+from transformer.decoding import beam_search, greedy, sample
 from transformer.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
@@ -244,3 +244,45 @@ def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
     for seed in range(20):
         params = random_params(model, seed)
         np.testing.assert_array_equal(beam(params).tokens[:, 0], decode(params))
+
+
+SEARCHES = {
+    "greedy": greedy,
+    "sample": partial(sample, temperature=2.0),
+    "beams": partial(beam_search, beam_size=3, length_penalty=0.6),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_an_output_is_as_long_as_its_own_source_allows(name):
+    """With a margin a batch gives what each source alone gives in so much room."""
+    model, _ = tiny_tokens(tie_embeddings=False)
+    lengths, margin, seeds = (3, 2, 4), 2, range(12)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def found(params, rows, length, **options):
+        given = {"keys": keys[rows]} if name == "sample" else {}
+        search = partial(SEARCHES[name], **given, **options)
+        return search(model.bind(params), SOURCE[rows], SEGMENTS[rows], length)
+
+    together = jax.jit(lambda params: found(params, slice(0, 3), 9, margin=margin))
+    alone = [
+        jax.jit(partial(found, rows=slice(i, i + 1), length=length + margin))
+        for i, length in enumerate(lengths)
+    ]
+    cut = whole = 0
+    for seed in seeds:
+        params = random_params(model, seed)
+        batch = together(params)
+        for i, one in enumerate(alone):
+            tokens, *scores = zip(jax.tree.leaves(batch), jax.tree.leaves(one(params)), strict=True)
+            width = tokens[1].shape[-1]
+            assert width == lengths[i] + margin
+            np.testing.assert_array_equal(tokens[0][i][..., :width], tokens[1][0])
+            np.testing.assert_array_equal(tokens[0][i][..., width:], PAD)
+            for of_batch, of_one in scores:
+                np.testing.assert_allclose(of_batch[i], of_one[0], rtol=1e-5)
+            ends = (np.asarray(tokens[1]) == EOS).any(-1)
+            cut, whole = cut + (~ends).sum(), whole + ends.sum()
+    assert cut > 5  # so that the test is about something
+    assert whole > 5

@@ -17,13 +17,15 @@ def greedy(
     source: Int[Array, "B S"],
     source_segments: Int[Array, "B S"],
     length: int,
+    *,
+    margin: int | None = None,
 ) -> Int[Array, "B {length}"]:
     """The likeliest token at each step, up to and with EOS, then padding; see `extend`."""
 
     def likeliest(logits: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
         return logits.argmax(-1)
 
-    return extend(model, source, source_segments, length, likeliest)
+    return extend(model, source, source_segments, length, margin, likeliest)
 
 
 def sample(
@@ -32,6 +34,7 @@ def sample(
     source_segments: Int[Array, "B S"],
     length: int,
     *,
+    margin: int | None = None,
     keys: Array,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -44,6 +47,7 @@ def sample(
       source: as the encoder reads it.
       source_segments: 0 = padding.
       length: tokens in an output at most, EOS included.
+      margin: see `limits`.
       keys: of each row, [B]: what it draws does not depend on what shares its batch.
       temperature: what logits are divided by, above 0; below 1 the likelier are drawn more often.
       top_k: so many of the likeliest tokens may be drawn (Fan et al. 2018); 0: all.
@@ -57,7 +61,7 @@ def sample(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index), logits
         )
 
-    return extend(model, source, source_segments, length, draw)
+    return extend(model, source, source_segments, length, margin, draw)
 
 
 def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -74,24 +78,39 @@ def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
+def limits(source_segments: Int[Array, "B S"], length: int, margin: int | None) -> Int[Array, "B"]:
+    """Tokens that each output may have, EOS included: what shares its batch is no part of it.
+
+    Args:
+      source_segments: 0 = padding.
+      length: the most of any output.
+      margin: so many more than its source has (Vaswani et al. 2017: 50); None: as `length` says.
+    """
+    if margin is None:
+        return jnp.full(len(source_segments), length, jnp.int32)
+    return jnp.minimum((source_segments > 0).sum(-1) + margin, length)
+
+
 def extend(
     model: Transformer | Recurrent,
     source: Int[Array, "B S"],
     source_segments: Int[Array, "B S"],
     length: int,
+    margin: int | None,
     pick: Callable[[Array, Array], Array],
 ) -> Int[Array, "B {length}"]:
     """One output a row, a token at a time, up to and with EOS, then padding.
 
     The encoder runs once, the memory's keys and values are projected once, and each
     step computes one target position against the cache. The loop stops when every
-    row has ended, or at `length` tokens. A row without a source stays padding.
+    row has ended, or is as long as it may be. A row without a source stays padding.
 
     Args:
       model: the module.
       source: as the encoder reads it.
       source_segments: 0 = padding.
       length: tokens in an output at most, EOS included.
+      margin: see `limits`.
       pick: (logits [B, V], the token's place) → the next tokens [B].
     """
     rows = source.shape[0]
@@ -100,10 +119,10 @@ def extend(
     tokens = jnp.full((rows, length), PAD, jnp.int32)
     last = jnp.full((rows, 1), BOS, jnp.int32)
     done = ~(source_segments > 0).any(-1)
+    most = limits(source_segments, length, margin)
 
     def going(carry):
-        cache, _, _, done = carry
-        return (cache.filled < length) & ~done.all()
+        return ~carry[-1].all()
 
     def step(carry):
         cache, tokens, last, done = carry
@@ -111,7 +130,8 @@ def extend(
         picked = pick(logits[:, 0], cache.filled).astype(jnp.int32)
         token = jnp.where(done, PAD, picked)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, cache.filled))
-        return advanced, tokens, token[:, None], done | (token == EOS)
+        done = done | (token == EOS) | (advanced.filled >= most)
+        return advanced, tokens, token[:, None], done
 
     return loop(going, step, (cache, tokens, last, done))[1]
 
@@ -168,9 +188,9 @@ class Search(NamedTuple):
     ended: Beams
 
 
-def penalty(length: int | Int[Array, ""], alpha: float) -> Float[Array, ""]:
+def penalty(length: Int[Array, "*B"], alpha: float) -> Float[Array, "*B"]:
     """((5 + length) / 6)^α, which a hypothesis' log p is divided by (Wu et al. 2016, section 7)."""
-    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+    return ((5.0 + length.astype(jnp.float32)) / 6.0) ** alpha
 
 
 def beam_search(
@@ -179,6 +199,7 @@ def beam_search(
     source_segments: Int[Array, "B S"],
     length: int,
     *,
+    margin: int | None = None,
     beam_size: int,
     length_penalty: float,
 ) -> Beams:
@@ -187,8 +208,9 @@ def beam_search(
     Each step extends the J hypotheses at hand by every token. Of the 2J likeliest results
     those that end, and are among the first J, are kept by their score; the J likeliest of
     the others go on. A row is done when no hypothesis at hand can still enter its J best:
-    log p only falls, and the penalty of the longest output divides it the most. The loop
-    stops when all rows are done, so the answer does not depend on what shares a batch.
+    log p only falls, and the penalty of the longest output divides it the most; or when it has
+    as many tokens as it may. The loop stops when all rows are done, so the answer does not depend
+    on what shares a batch.
 
     At J = 1 without a length penalty it is greedy decoding; with J the number of all
     sequences, it ranks them all.
@@ -198,6 +220,7 @@ def beam_search(
       source: as the encoder reads it.
       source_segments: 0 = padding; a row without a source gets no hypothesis.
       length: tokens in an output at most, EOS included.
+      margin: see `limits`.
       beam_size: J.
       length_penalty: α ≥ 0; 0 ranks by probability, more favours longer outputs.
     """
@@ -207,6 +230,8 @@ def beam_search(
     blank = jnp.full((rows, width, length), PAD, jnp.int32)
     nothing = jnp.full((rows, width), -jnp.inf)
     has_source = (source_segments > 0).any(-1)
+    most = limits(source_segments, length, margin)
+    longest_penalty = penalty(most, length_penalty)
     search = Search(
         cache=cache,
         going=blank,
@@ -215,9 +240,9 @@ def beam_search(
     )
 
     def is_going(search: Search) -> Bool[Array, ""]:
-        within_reach = search.log_p[:, 0] / penalty(length, length_penalty)
+        within_reach = search.log_p[:, 0] / longest_penalty
         hopeful = within_reach > search.ended.scores[:, -1]
-        return (search.cache.filled < length) & hopeful.any()
+        return (hopeful & (search.cache.filled < most)).any()
 
     def step(search: Search) -> Search:
         index = search.cache.filled
@@ -243,11 +268,23 @@ def beam_search(
         )
         log_p, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), width)
         parent = jnp.take_along_axis(parent, chosen, axis=1)
-        return Search(cache.pick(parent), take(tokens, chosen), log_p, ended)
+        grown: Any = take(tokens, chosen), log_p, ended
+        if margin is not None:  # a row that is as long as it may be waits for the others
+            grown = where(index < most, grown, (search.going, search.log_p, search.ended))
+        return Search(cache.pick(parent), *grown)
 
     search = loop(is_going, step, search)
-    scores = search.log_p / penalty(length, length_penalty)
+    scores = search.log_p / longest_penalty[:, None]
     return followed_by(search.ended, Beams(search.going, scores))
+
+
+def where(rows: Bool[Array, "B"], chosen: Any, others: Any) -> Any:
+    """Those rows of `chosen`, and of `others` the other ones; trees of arrays [B, …]."""
+
+    def pick(one: Array, other: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+    return jax.tree.map(pick, chosen, others)
 
 
 def take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:

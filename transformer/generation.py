@@ -76,7 +76,7 @@ class Decoding:
         model: Model,
         params: Params,
         data: Dataset,
-        length: int,
+        margin: int,
         draws: Int[Array, "examples 2"] | None = None,
     ) -> Beams:
         """`evaluation.decode` of all sources; without a search one hypothesis each, with score 0.
@@ -85,16 +85,18 @@ class Decoding:
           model: the model.
           params: its variables.
           data: the examples.
-          length: of an output, at most.
+          margin: tokens that an output may have more than its source.
           draws: of each, two numbers that, with the seed, decide what is drawn; None: its place.
         """
+        length = model.config.reach(data.source.shape[1] + margin)
         if self.beam_size > 1:
             settings = {"beam_size": self.beam_size, "length_penalty": self.length_penalty}
-            return evaluation.decode(model, params, data, length, partial(beam_search, **settings))
-        search, keys = greedy, None
+            search = partial(beam_search, margin=margin, **settings)
+            return evaluation.decode(model, params, data, length, search)
+        search, keys = partial(greedy, margin=margin), None
         if self.temperature:
             settings = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            search = partial(sample, **settings)
+            search = partial(sample, margin=margin, **settings)
             place = jnp.arange(len(data))
             keys = self.keys(jnp.stack([place, 0 * place], 1) if draws is None else draws)
         tokens = evaluation.decode(model, params, data, length, search, keys)
@@ -158,7 +160,7 @@ class Generator:
         within("replica", replica, 0, loaded.cfg.replicas - 1)
         self.cfg, self.tokenizers, self.model, self.step = loaded[:4]
         self.params = by_replica(loaded.variables, self.cfg.replicas)[replica]
-        self.programs: dict[tuple[Decoding, int], Callable[..., Beams]] = {}
+        self.programs: dict[Decoding, Callable[..., Beams]] = {}
         self.maps = jax.jit(partial(evaluation.attention_maps, self.model))
 
     def generate(
@@ -214,29 +216,29 @@ class Generator:
         decoding: Decoding,
     ) -> Beams:
         """The scored hypotheses of a batch; `draws` as of `Decoding.decode`."""
-        rows, width = sources.shape
+        rows = len(sources)
         more = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))  # few programs are compiled
-        run = self.program(decoding, self.cfg.model.reach(width + self.cfg.decode_margin))
+        run = self.program(decoding)
         with jax.set_mesh(self.mesh):
             found = run(self.params, np.pad(sources, more), np.pad(draws, more).astype(np.int32))
             return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
-    def program(self, decoding: Decoding, length: int) -> Callable[..., Beams]:
+    def program(self, decoding: Decoding) -> Callable[..., Beams]:
         """(parameters, sources, draws) → scored hypotheses; jit-compiled."""
 
         def run(params: Params, sources: Array, draws: Array) -> Beams:
             data = Dataset(sources, sources, len(sources))
-            found = decoding.decode(self.model, params, data, length, draws)
+            found = decoding.decode(self.model, params, data, self.cfg.decode_margin, draws)
             if decoding.beam_size > 1:
                 return found
             own = Dataset(sources, found.tokens[:, 0], len(sources))
             log_p = -evaluation.score(self.model, params, own).nll[:, None]
             return found._replace(scores=log_p)
 
-        if (decoding, length) not in self.programs:
+        if decoding not in self.programs:
             options = evaluation.compiler_options()
-            self.programs[decoding, length] = jax.jit(run, compiler_options=options)
-        return self.programs[decoding, length]
+            self.programs[decoding] = jax.jit(run, compiler_options=options)
+        return self.programs[decoding]
 
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         """A hypothesis as text."""
