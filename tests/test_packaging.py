@@ -15,9 +15,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
+def others(requirements):
+    """Those that are not an extra of this package itself, and what such an extra holds."""
+    for text in requirements:
+        wanted = Requirement(text)
+        if wanted.name != PROJECT["name"]:
+            yield text
+        for extra in wanted.extras if wanted.name == PROJECT["name"] else ():
+            yield from others(EXTRAS[extra])
+
+
 @pytest.mark.parametrize("name", ["", *EXTRAS])
 def test_every_version_is_bounded_on_both_sides(name):
-    for text in EXTRAS[name] if name else PROJECT["dependencies"]:
+    for text in others(EXTRAS[name] if name else PROJECT["dependencies"]):
         operators = {each.operator for each in Requirement(text).specifier}
         assert operators == {">=", "<"}, text
 
@@ -40,7 +50,7 @@ def pinned():
 def test_the_constraints_hold_each_dependency_with_hashes_and_no_address():
     pins = pinned()
     assert "://" not in (ROOT / "constraints.txt").read_text()
-    for text in (*PROJECT["dependencies"], *EXTRAS["test"]):
+    for text in others((*PROJECT["dependencies"], *EXTRAS["test"])):
         wanted = Requirement(text)
         there = pins[canonicalize_name(wanted.name)]
         assert there, text
