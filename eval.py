@@ -140,8 +140,7 @@ def show_text(texts: list[dict[str, Any]]) -> None:
         rows.append((name.replace("_", " "), value, f"{low:.2f} to {high:.2f}"))
     spread = "95% interval" if len(texts) == 1 else f"of {len(texts)} replicas"
     table("decoded text, in percent", ("metric", "value", spread), rows)
-    signatures = {name: each["signature"] for name, each in texts[0].items() if each["signature"]}
-    facts({name.partition(",")[0]: signature for name, signature in signatures.items()})
+    facts({name: each["signature"] for name, each in texts[0].items() if each["signature"]})
 
 
 def evaluation_mesh(cfg: RunConfig) -> Mesh:

@@ -17,8 +17,8 @@ References = Sequence[Sequence[str]]  # of each output, one or more
 class Score(NamedTuple):
     """A percentage, with an interval from resampling the examples.
 
-    low, high: the bootstrap's 95% interval.
-    signature: of sacrebleu's metrics, so that others can compute the same; else empty.
+    low, high: the bootstrap's 95% interval (percentiles).
+    signature: of sacrebleu's metrics, so that others can compute the same value; else empty.
     """
 
     value: float
@@ -47,15 +47,26 @@ def by_sacrebleu(metric: Any, outputs: Sequence[str], references: References) ->
     """Of a metric of sacrebleu."""
     # It wants the first reference of each output, the second of each, and so on; None: no more.
     streams = list(map(list, itertools.zip_longest(*references)))
-    score = metric.corpus_score(list(outputs), streams, n_bootstrap=RESAMPLES)
-    low, high = score._mean - score._ci, score._mean + score._ci
-    return Score(score.score, low, high, str(metric.get_signature()))
+    value = metric.corpus_score(list(outputs), streams).score
+    # Not its own bootstrap: sacrebleu 2.6 cannot take the mean of chrF where some drawn are 0.
+    counts = np.array(metric._extract_corpus_statistics(list(outputs), streams), float)
+
+    def of_drawn(index: np.ndarray) -> float:
+        return metric._compute_score_from_stats(counts[index].sum(0)).score
+
+    return Score(float(value), *interval(of_drawn, len(counts)), str(metric.get_signature()))
 
 
 def exact_match(outputs: Sequence[str], references: References) -> Score:
     """Outputs that are one of their references."""
     right = [output in own for output, own in zip(outputs, references, strict=True)]
     return ratio(np.array(right, float), np.ones(len(right)))
+
+
+def sequence_error_rate(outputs: Sequence[str], references: References) -> Score:
+    """Outputs that are none of their references."""
+    right = exact_match(outputs, references)
+    return Score(100 - right.value, 100 - right.high, 100 - right.low)
 
 
 def error_rate(
@@ -71,7 +82,7 @@ def error_rate(
     edits, lengths = [], []
     for output, own in zip(outputs, references, strict=True):
         pairs = [(edit_distance(split(output), split(one)), len(split(one))) for one in own]
-        nearest = min(pairs, key=lambda pair: pair[0] / max(pair[1], 1))
+        nearest = min(pairs, key=lambda pair: (pair[0] / max(pair[1], 1), pair))
         edits.append(nearest[0])
         lengths.append(nearest[1])
     return ratio(np.array(edits, float), np.array(lengths, float))
@@ -91,24 +102,34 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> Score:
-    """Σ over / Σ under in percent, with the percentile interval of the bootstrap."""
+    """Σ over / Σ under in percent."""
 
-    def of_sums(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
-        return 100 * over.sum(axis) / np.maximum(under.sum(axis), 1)
+    def of_drawn(index: np.ndarray) -> float:
+        return float(100 * over[index].sum() / max(under[index].sum(), 1))
 
+    return Score(of_drawn(np.arange(len(over))), *interval(of_drawn, len(over)))
+
+
+def interval(value: Callable[[np.ndarray], float], examples: int) -> tuple[float, float]:
+    """The percentile interval of the bootstrap; the same examples are drawn for every metric.
+
+    Args:
+      value: the metric of the examples with these numbers.
+      examples: how many there are.
+    """
     rng = np.random.default_rng(0)
-    drawn = [
-        of_sums(over[index], under[index])
-        for index in (rng.integers(len(over), size=len(over)) for _ in range(RESAMPLES))
-    ]
+    drawn = [value(rng.integers(examples, size=examples)) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(float(of_sums(over, under)), float(low), float(high))
+    return float(low), float(high)
 
 
 METRICS: dict[str, Callable[[Sequence[str], References], Score]] = {
     "bleu": bleu,
     "chrf": chrf,
     "exact_match": exact_match,
-    "error_rate": partial(error_rate, str.split),  # of words, or of phonemes with spaces between
+    # Where a target is the phonemes of a word, with spaces between them, the literature calls
+    # these two the word error rate and the phoneme error rate.
+    "sequence_error_rate": sequence_error_rate,
+    "unit_error_rate": partial(error_rate, str.split),
     "character_error_rate": partial(error_rate, list),
 }
