@@ -31,7 +31,7 @@ def get_config() -> Any:
     config.decode_margin = 50  # an output may be so many tokens longer than its source
 
     config.data = ConfigDict()
-    config.data.dataset = "toy_strings"  # transformer/data/datasets.py: DATASETS, or TFDS's name
+    config.data.dataset = "toy_strings"  # transformer/data/datasets.py: DATASETS; or a name of TFDS
     config.data.task = "reverse"  # of toy_strings; transformer/data/toy.py: TASKS
     config.data.size = "small"  # of toy_strings; transformer/data/toy.py: SIZES
     config.data.source = "source"  # what the dataset calls the two texts of a pair

@@ -1,14 +1,19 @@
 """Datasets by name: `DATASETS`, and all that TFDS knows. Each is prepared when it is first used."""
 
 import contextlib
+import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from logging import getLogger
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from absl import logging
+from tensorflow_datasets.core.download import downloader, extractor
+from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from transformer.data import (
@@ -18,6 +23,8 @@ from transformer.data import (
 )
 from transformer.data.data_config import DataConfig
 from transformer.errors import UserError, nearest
+
+RETRIES = 7  # of a download, which take 25 s; those of TFDS take 205
 
 
 class Opened(NamedTuple):
@@ -75,17 +82,27 @@ def from_tfds(config: DataConfig, data_dir: str | None) -> Opened:
     Raises:
       UserError: it knows none of that name.
     """
-    import tensorflow_datasets.translate  # noqa: F401  without TensorFlow TFDS does not find them
+    # Without TensorFlow TFDS does not find these families of datasets by itself.
+    import tensorflow_datasets.summarization
+    import tensorflow_datasets.text
+    import tensorflow_datasets.text_simplification
+    import tensorflow_datasets.translate  # noqa: F401
 
     name = config.dataset
 
     def make(data_dir: str | None) -> Any:
         try:
             return tfds.builder(name, data_dir=data_dir)
-        except (DatasetNotFoundError, ValueError) as error:
+        except (DatasetNotFoundError, ValueError, AssertionError) as error:
             known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
-            if name.split("/")[0] in known:  # but not that config of it
-                reason = " ".join(str(error).split())[:200]
+            family, _, wanted = name.partition("/")
+            if family in known:
+                configs = tfds.builder_cls(family).builder_configs
+                if wanted and wanted.partition(":")[0] not in configs:
+                    names = [f"{family}/{config}" for config in configs] or [family]
+                    reason = f"choose one of {', '.join(names)}{nearest(name, names)}"
+                else:  # such as a version
+                    reason = " ".join(str(error).split()).rpartition('}": ')[2][:200]
                 raise UserError(f"data.dataset={name}: {reason}") from error
             raise UserError(
                 f"data.dataset={name}: choose one of {', '.join(DATASETS)}, or a name that TFDS "
@@ -116,10 +133,11 @@ def prepared(make: Callable, name: str, data_dir: str | None) -> Any:
             return make(data_dir=data_dir)
 
     builder = find()
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         print(f"preparing {builder.info.full_name} under {builder.data_dir}")
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
+        mend_downloads()
         try:
             with contextlib.redirect_stdout(io.StringIO()), quiet():  # TFDS speaks of downloads
                 builder.download_and_prepare(file_format="array_record")
@@ -127,28 +145,66 @@ def prepared(make: Callable, name: str, data_dir: str | None) -> Any:
             raise
         except Exception as error:  # TFDS and array_record each have their own
             builder = find()
-            if not builder.is_prepared():  # nor by another process meanwhile
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
-                    f"{reason}; choose another --data_dir, or, if it is downloaded, see that its "
-                    "source can be reached"
-                ) from error
+            if not is_prepared(builder):  # nor by another process meanwhile
+                raise UserError(unprepared(builder, error)) from error
     with damage_explained(f"{builder.info.full_name} under {builder.data_dir}"):
         if not builder.info.splits:  # TFDS takes any folder of that name for a dataset
             raise ValueError("it has no splits")
+        formats = builder.info.available_file_formats()
+    if not formats & FileFormat.with_random_access():
+        raise UserError(
+            f"the dataset {builder.info.full_name} under {builder.data_dir} is kept as "
+            f"{', '.join(each.value for each in formats)}, which only TensorFlow reads; choose "
+            "another --data_dir, where it is prepared anew, or do that yourself with "
+            "file_format=array_record: tfds build --file_format=array_record"
+        )
     return builder
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether a dataset is there."""
+    with quiet():
+        return builder.is_prepared()
+
+
+def unprepared(builder: Any, error: Exception) -> str:
+    """A line on a dataset that cannot be prepared."""
+    request = getattr(error, "request", None)  # of the package requests, which downloads
+    if request is not None:
+        return (
+            f"cannot prepare {builder.info.full_name}: {request.url} cannot be reached; mend the "
+            f"network, or copy the dataset to {builder.data_dir} from a machine that has one"
+        )
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return (
+        f"cannot prepare {builder.info.full_name} under {builder.data_dir}: {reason}; choose "
+        "another --data_dir, or, if it is downloaded, see that its source can be reached"
+    )
+
+
+def mend_downloads() -> None:
+    """Lets TFDS unpack what it downloads without TensorFlow, and soon see that it has no network.
+
+    It has nothing to do with tensors there: it opens files.
+    """
+    downloader.MAX_RETRIES = RETRIES
+    if importlib.util.find_spec("tensorflow") is None:
+        files = SimpleNamespace(gfile=SimpleNamespace(GFile=open))
+        extractor.tf = SimpleNamespace(io=files, compat=SimpleNamespace(as_text=str))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back what TFDS logs of what is as it should be."""
-    before = logging.get_verbosity()
+    """Holds back what TFDS logs of what is as it should be, and each try to download."""
+    before, tries = logging.get_verbosity(), getLogger("urllib3")
+    tries_before = tries.level
     logging.set_verbosity(logging.ERROR)
+    tries.setLevel("ERROR")
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        tries.setLevel(tries_before)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,212 @@
+"""Datasets of TFDS by name: WMT14 in small, from archives of the form in which it is downloaded."""
+
+import io
+import json
+import shutil
+import socket
+import tarfile
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
+
+from tests.helpers import data_config
+from tests.test_programs import finish, start
+from transformer.data import datasets
+from transformer.data.load import open_corpus
+from transformer.errors import UserError
+
+NAME = "wmt14_translate/de-en"
+WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf"}
+
+
+def pairs(first, count):
+    """(English, German) numbers from `first` on, said by their digits to base 5."""
+    digits = [[n // 25 % 5, n // 5 % 5, n % 5] for n in range(first, first + count)]
+    both = list(WORDS.items())
+    return [tuple(" ".join(both[k][side] for k in each) for side in (0, 1)) for each in digits]
+
+
+PAIRS = {"train": pairs(0, 90), "validation": pairs(90, 15), "test": pairs(105, 20)}
+
+
+def sgm(texts):
+    segments = [f'<seg id="{k}">{text}</seg>' for k, text in enumerate(texts, 1)]
+    return "\n".join(["<doc>", *segments, "</doc>", ""])
+
+
+def files(english, german, pairs, write="\n".join):
+    """Two files' names → what is in them."""
+    return dict(zip((english, german), map(write, zip(*pairs, strict=True)), strict=True))
+
+
+# What `wmt14_translate/de-en` downloads, and TFDS finds in it.
+ARCHIVES = {
+    "training-parallel-europarl-v7.tgz": files(
+        "training/europarl-v7.de-en.en", "training/europarl-v7.de-en.de", PAIRS["train"][:30]
+    ),
+    "training-parallel-commoncrawl.tgz": files(
+        "commoncrawl.de-en.en", "commoncrawl.de-en.de", PAIRS["train"][30:60]
+    ),
+    "training-parallel-nc-v9.tgz": files(
+        "training/news-commentary-v9.de-en.en",
+        "training/news-commentary-v9.de-en.de",
+        PAIRS["train"][60:],
+    ),
+    "dev.tgz": files("dev/newstest2013.en", "dev/newstest2013.de", PAIRS["validation"])
+    | files(
+        "dev/newstest2014-deen-ref.en.sgm",
+        "dev/newstest2014-deen-src.de.sgm",
+        PAIRS["test"],
+        write=sgm,
+    ),
+}
+
+
+def fetch(self, url, folder, verify=True):
+    """In the place of a download: the archive of that name, which is what was expected."""
+    path = folder / url.rsplit("/", 1)[1]
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in ARCHIVES[path.name].items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    expected = tfds.builder_cls(NAME.split("/")[0]).url_infos[url]
+    return downloader.DownloadResult(path=path, url_info=expected)
+
+
+@pytest.fixture(scope="module")
+def wmt(tmp_path_factory):
+    """Where this test process has prepared WMT14 in small: by its name, as anyone does."""
+    data_dir = str(tmp_path_factory.mktemp("wmt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(downloader._Downloader, "_sync_download", fetch)
+        opened(data_dir)
+    return data_dir
+
+
+def opened(data_dir, name=NAME, source="en", target="de", **changes):
+    config = data_config(dataset=name, source=source, target=target, **changes)
+    return open_corpus(config, str(data_dir))
+
+
+def test_every_split_has_the_pairs_of_the_archives_in_either_direction(wmt):
+    corpus = opened(wmt)
+    assert corpus.name == f"{NAME}/1.0.0"
+    back = opened(wmt, source="de", target="en")
+    for split, expected in PAIRS.items():
+        found = list(zip(*corpus.texts(split), strict=True))
+        assert sorted(found) == sorted(expected)
+        assert found == [pair[::-1] for pair in zip(*back.texts(split), strict=True)]
+    assert corpus.references("test") == [[target] for target in corpus.texts("test")[1]]
+    assert corpus.left_out() == ""
+
+
+def test_a_part_of_a_split_is_the_first_of_it(wmt):
+    corpus = opened(wmt, train="train[:10%]")
+    assert [each[:9] for each in corpus.texts("train")] == list(corpus.texts("train[:10%]"))
+    tokens = corpus.load("train[10:20]", 4)
+    texts = [corpus.tokenizers.source.decode(row) for row in tokens.source.tolist()]
+    assert texts == corpus.texts("train")[0][10:20]
+
+
+def test_a_language_that_it_lacks_is_named_with_those_it_has(wmt):
+    with pytest.raises(UserError, match=r"^data\.target=fr: choose one of de, en$"):
+        opened(wmt, target="fr")
+    with pytest.raises(UserError, match=r"^data\.source=source: choose one of de, en$"):
+        opened(wmt, source="source")
+
+
+# Reads a dataset, finds others by their names, and says whether TensorFlow was imported.
+WITHOUT_TENSORFLOW = """
+import sys
+
+from configs import base
+from transformer.data import datasets
+from transformer.data.data_config import DataConfig
+from transformer.data.load import open_corpus
+
+def config(name):
+    return DataConfig(**dict(base.get_config().data) | {"dataset": name, **SIDES})
+
+SIDES = {"source": "en", "target": "de"}
+data_dir, name, *others = sys.argv[1:]
+print(name, len(open_corpus(config(name), data_dir).load("test", 4)))
+datasets.prepared = lambda make, name, data_dir: make(data_dir)
+for other in others:
+    builder = datasets.open_dataset(config(other), data_dir).builder
+    print(builder.info.full_name.rpartition("/")[0], *sorted(dict(builder.info.features.items())))
+print("tensorflow" in sys.modules)
+"""
+FIELDS = {
+    "wmt16_translate/de-en": "de en",
+    "wmt17_translate/de-en": "de en",
+    "wmt19_translate/fi-en": "en fi",
+    "ted_hrlr_translate/pt_to_en": "en pt",
+    "opus/medical": "de en",
+    "flores/neen": "en ne",
+    "para_crawl/ende": "de en",
+    "cnn_dailymail": "article highlights id publisher",  # from here on of other families
+    "gsm8k": "annotation answer question short_answer",
+    "cfq/mcd1": "query question",
+    "scan/simple": "actions commands",
+}
+
+
+def test_tensorflow_is_needed_for_no_text(wmt):
+    found = finish(start("-c", WITHOUT_TENSORFLOW, wmt, NAME, *FIELDS)).splitlines()
+    named = [f"{name} {fields}" for name, fields in FIELDS.items()]
+    assert found == [f"{NAME} 20", *named, "False"]
+
+
+NO_SUCH = {
+    "wmt14_translat/de-en": r"choose one of toy_strings, files, or .*mean wmt14_translate\?\)$",
+    "toy_string": r"\(did you mean toy_strings\?\)$",
+    "wmt14_translate/de-fr": r"choose one of wmt14_translate/cs-en, .*mean wmt14_translate/de-en\?",
+    "wmt14_translate/de-en:9.9.9": r"cannot be loaded at version 9\.9\.9, only: 1\.0\.0\.$",
+    "cnn_dailymail/long": r"choose one of cnn_dailymail \(did you mean cnn_dailymail\?\)$",
+}
+
+
+@pytest.mark.parametrize("name", NO_SUCH)
+def test_a_name_that_nobody_knows_is_refused_with_the_nearest(name, tmp_path):
+    with pytest.raises(UserError, match=f"^data.dataset={name}: .*{NO_SUCH[name]}") as refused:
+        opened(tmp_path, name)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypatch, caplog, capfd):
+    def unreachable(*_, **__):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(datasets, "RETRIES", 1)
+    address = "http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz"
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path)
+    assert str(refused.value) == (
+        f"cannot prepare {NAME}/1.0.0: {address} cannot be reached; mend the network, or copy the "
+        f"dataset to {tmp_path}/{NAME}/1.0.0 from a machine that has one"
+    )
+    assert capfd.readouterr().out == f"preparing {NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0\n"
+    assert not caplog.records
+
+
+def test_a_dataset_kept_for_tensorflow_alone_is_refused(wmt, tmp_path):
+    """As TFDS prepares it unless it is told otherwise."""
+    folder = tmp_path / NAME / "1.0.0"
+    shutil.copytree(Path(wmt) / NAME / "1.0.0", folder)
+    info = folder / "dataset_info.json"
+    record = json.loads(info.read_text())
+    assert record["fileFormat"] == "array_record"
+    info.write_text(json.dumps(record | {"fileFormat": "tfrecord"}))
+    for file in folder.glob("*.array_record-*"):
+        file.rename(str(file).replace("array_record", "tfrecord"))
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path)
+    assert "is kept as tfrecord, which only TensorFlow reads" in str(refused.value)
+    assert "another --data_dir" in str(refused.value)
+    assert "file_format=array_record" in str(refused.value)
