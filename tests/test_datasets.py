@@ -210,3 +210,45 @@ def test_a_dataset_kept_for_tensorflow_alone_is_refused(wmt, tmp_path):
     assert "is kept as tfrecord, which only TensorFlow reads" in str(refused.value)
     assert "another --data_dir" in str(refused.value)
     assert "file_format=array_record" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_wmt14_from_training_to_bleu(wmt, tmp_path):
+    """configs/wmt14_ende.py but for its size; BLEU is sacrebleu's own, of the outputs written."""
+    tiny = {
+        "steps": 6,
+        "batch_size": 4,
+        "eval_every": 3,
+        "save_every": 3,
+        "data.vocab_size": 300,
+        "data.pack": 64,
+        "data.longest": 64,
+        "model.layers": 2,
+        "model.width": 16,
+        "model.heads": 2,
+        "model.ff_width": 32,
+        "model.dtype": "float32",
+        "optimizer.warmup_steps": 2,
+    }
+    flags = [f"--config.{knob}={value}" for knob, value in tiny.items()]
+    where = (f"--workdir={tmp_path}", f"--data_dir={wmt}")
+    out = finish(start("train.py", "--config=configs/wmt14_ende.py", *flags, *where))
+    assert "learning bpe from 180 texts" in out
+    assert f"{NAME}/1.0.0, 90 training examples in " in out
+    out = finish(start("eval.py", "--beam_size=4", *where))
+
+    record = json.loads((tmp_path / "eval_test.json").read_text())
+    assert record["beam_size"] == 4
+    scores = record["replicas"][0]["text"]
+    rows = [
+        row.split("\t") for row in (tmp_path / "samples_test.tsv").read_text().split("\n")[1:-1]
+    ]
+    assert len(rows) == 4 * 20
+    best = [row[2] for row in rows[::4]]
+    targets = [row[1] for row in rows[::4]]
+    assert sorted((row[0], row[1]) for row in rows[::4]) == sorted(PAIRS["test"])
+    for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        assert scores[name]["value"] == metric.corpus_score(best, [targets]).score
+        assert scores[name]["signature"] in " ".join(out.split())
+    assert scores["chrf"]["value"] > 0
+    assert scores["bleu"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|")
