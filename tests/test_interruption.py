@@ -56,7 +56,7 @@ def test_torture_finds_no_difference(tmp_path, data_dir):
     # How many there are is for chance to say: a run may end before its turn to be killed.
     assert re.search(r"\n[1-9]\d* runs? ended as the one left alone, bit for bit\n", out)
     runs = (f"--run={tmp_path / 'whole'}", f"--other={tmp_path / 'killed'}")
-    out = finish(start("scripts/compare.py", *runs, f"--data_dir={data_dir}"))
+    out = finish(start("scripts/compare.py", *runs))
     assert out.endswith("\nalike to the last bit\n")
     assert "validation/sequence_accuracy" in out
 
