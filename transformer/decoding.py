@@ -42,6 +42,8 @@ def sample(
 ) -> Int[Array, "B {length}"]:
     """Tokens drawn from the model's own distribution, or from its likelier part; see `extend`.
 
+    PAD and BOS are never drawn: no target has them, though smoothed labels give them a share.
+
     Args:
       model: the module.
       source: as the encoder reads it.
@@ -56,7 +58,8 @@ def sample(
     """
 
     def draw(logits: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
-        logits = likelier(logits.astype(jnp.float32) / temperature, top_k, top_p)
+        logits = logits.astype(jnp.float32).at[:, jnp.array([PAD, BOS])].set(-jnp.inf)
+        logits = likelier(logits / temperature, top_k, top_p)
         return jax.vmap(jax.random.categorical)(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index), logits
         )
@@ -65,7 +68,10 @@ def sample(
 
 
 def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf for the tokens that `sample` may not draw. The likeliest one always stays."""
+    """-inf for the tokens that `sample` may not draw.
+
+    The likeliest one always stays, and what is as likely as one that stays does too.
+    """
     if top_k:
         least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -73,7 +79,7 @@ def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
         order = jnp.sort(logits, axis=-1, descending=True)
         share = jax.nn.softmax(order)
         before = jnp.cumsum(share, axis=-1) - share  # of all that are likelier
-        least = jnp.where(before < top_p, order, jnp.inf).min(-1, keepdims=True)
+        least = jnp.where(before < top_p, order, order[:, :1]).min(-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
 

@@ -29,7 +29,7 @@ class Decoding:
 
     beam_size: hypotheses a source; 1 without a temperature is greedy decoding.
     length_penalty: α of beam search; 0 ranks by probability, more favours longer outputs.
-    temperature: of sampling, above 0; 0 is no sampling.
+    temperature: of sampling, from 1e-6; 0 is no sampling.
     top_k: of sampling, so many of the likeliest tokens; 0: all.
     top_p: of sampling, the likeliest that have this share together; 1: all.
     seed: of sampling.
@@ -48,7 +48,8 @@ class Decoding:
     def __post_init__(self):
         within("beam_size", self.beam_size, 1, 1_000)
         within("length_penalty", self.length_penalty, 0.0, 100.0)
-        within("temperature", self.temperature, 0.0, 1e6)
+        if self.temperature:  # logits over less are no float32
+            within("temperature", self.temperature, 1e-6, 1e6)
         within("top_k", self.top_k, 0, 2**20)
         within("top_p", self.top_p, 0.0, 1.0)
         within("seed", self.seed, 0, 2**32 - 1)
@@ -186,6 +187,7 @@ class Generator:
             tokenizer refuses.
         """
         within("batch_size", batch_size, 1, 2**20)
+        within("n_best", n_best, 1, 2**20)
         draws = n_best if decoding.temperature else 1
         if n_best > max(decoding.beam_size, draws):
             raise UserError(
@@ -193,8 +195,9 @@ class Generator:
                 "set a temperature, and they are drawn"
             )
         sources = Ragged.of(self.tokenizers.source.encode_all(texts))
-        widths = roomy(sources.lengths())
-        self.cfg.model.check_length(int(widths.max(initial=0)), "the longest text, with some room")
+        longest = int(sources.lengths().max(initial=0))
+        self.cfg.model.check_length(longest, "the longest text")
+        widths = self.widths(sources.lengths())
         real = np.flatnonzero([bool(text.strip()) for text in texts])
         outputs: list[list[Output]] = [[] for _ in texts]
         for width in np.unique(widths[real])[::-1].tolist():
@@ -205,8 +208,9 @@ class Generator:
                 found = self.decode(sources.take(rows[part]).padded(width), places[part], decoding)
                 for row, tokens, scores in zip(rows[part].tolist(), *found, strict=True):
                     outputs[row] += map(self.output, tokens[:n_best], scores[:n_best].tolist())
-        for own in outputs:
-            own.sort(key=lambda output: -output.score)
+        if decoding.temperature:  # a search has put its own in order, those without an end last
+            for own in outputs:
+                own.sort(key=lambda output: -output.score)
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
 
     def decode(
@@ -240,6 +244,11 @@ class Generator:
             self.programs[decoding] = jax.jit(run, compiler_options=options)
         return self.programs[decoding]
 
+    def widths(self, lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
+        """What rows are padded to: `roomy`, as far as the model's positions reach."""
+        widths = roomy(lengths)
+        return np.minimum(widths, self.cfg.model.reach(int(widths.max(initial=0))))
+
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         """A hypothesis as text."""
         own = list(before_end(tokens[tokens != PAD].tolist()))
@@ -251,7 +260,8 @@ class Generator:
         for text, output in zip(texts, outputs, strict=True):
             source = tokenizers.source.encode(text)
             target = [*output.tokens, EOS]
-            width = int(roomy(np.array([max(len(source), len(target))]))[0])
+            (width,) = self.widths(np.array([max(len(source), len(target))])).tolist()
+            target = target[:width]  # no room for an end, where positions reach no further
             pair = [Ragged.of([tokens]).padded(width) for tokens in (source, target)]
             with jax.set_mesh(self.mesh):
                 maps = self.maps(self.params, Dataset(pair[0], pair[1], 1))["cross"]
