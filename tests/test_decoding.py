@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from tests.helpers import VARIANTS, logits_of, random_params, small_model, strings
+from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import beam_search, greedy, sample
+from transformer.decoding import beam_search, greedy, likelier, sample
 from transformer.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
@@ -286,3 +288,101 @@ def test_an_output_is_as_long_as_its_own_source_allows(name):
             cut, whole = cut + (~ends).sum(), whole + ends.sum()
     assert cut > 5  # so that the test is about something
     assert whole > 5
+
+
+KEYS = jax.random.split(jax.random.key(7), 4000)
+
+
+def drawn(module, source, segments, length, keys, **settings):
+    return np.asarray(
+        jax.jit(lambda keys: sample(module, source, segments, length, keys=keys, **settings))(keys)
+    )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.95)]
+)
+def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_k, top_p):
+    """The first two tokens of one source, by a χ² test with p = 1e-4, keys being fixed."""
+    model, params = tiny_tokens()
+    source, segments = (jnp.broadcast_to(each[:1], (len(KEYS), 4)) for each in (SOURCE, SEGMENTS))
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    rows = drawn(model.bind(params), source, segments, 2, KEYS, **settings)
+
+    first, counts = 3, np.bincount(rows[:, 0], minlength=6)
+    check_frequencies(counts, shares(model, params, [BOS], temperature, top_k, top_p))
+    after = rows[rows[:, 0] == first, 1]
+    assert len(after) > 200
+    counts = np.bincount(after, minlength=6)
+    check_frequencies(counts, shares(model, params, [BOS, first], temperature, top_k, top_p))
+    np.testing.assert_array_equal(rows[rows[:, 0] == EOS, 1], PAD)
+
+
+def shares(model, params, target_in, temperature, top_k, top_p):
+    """How often each token should come after some, by the whole model and NumPy."""
+    batch = make_batch(SOURCE[:1], jnp.asarray([target_in], jnp.int32))
+    batch = batch._replace(target_in=jnp.asarray([target_in], jnp.int32))
+    logits = np.asarray(logits_of(model, params, batch), np.float64)[0, -1] / temperature
+    logits[[PAD, BOS]] = -np.inf
+    p = np.where(kept(logits, top_k, top_p), np.exp(logits - logits.max()), 0.0)
+    return p / p.sum()
+
+
+def check_frequencies(counts, p):
+    assert (counts[p == 0] == 0).all()
+    assert (p > 0).sum() > 1
+    assert chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-4
+
+
+def kept(logits, top_k, top_p):
+    """Which tokens may be drawn: one after another, the likeliest first, and all that tie."""
+    order = sorted(set(logits[np.isfinite(logits)].tolist()), reverse=True)
+    may = np.zeros(len(logits), bool)
+    for value in order:
+        if top_k and may.sum() >= top_k:
+            break
+        may |= logits == value
+    p = np.where(may, np.exp(logits - logits.max()), 0.0)
+    p /= p.sum()
+    nucleus = np.zeros(len(logits), bool)
+    for value in order:
+        if nucleus.any() and p[nucleus].sum() >= top_p:
+            break
+        nucleus |= (logits == value) & may
+    return nucleus
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 7, 100])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.77, 0.999, 1.0])
+def test_the_likelier_tokens_are_those_of_brute_force(top_k, top_p, rng):
+    """With ties at every place, and with all alike."""
+    logits = rng.integers(-3, 4, size=(200, 9)) * 0.37 * rng.choice([0, 1, 5], size=(200, 1))
+    logits = np.asarray(logits, np.float32)
+    found = np.asarray(likelier(jnp.asarray(logits), top_k, top_p))
+    for row, own in zip(logits.astype(np.float64), found, strict=True):
+        np.testing.assert_array_equal(np.isfinite(own), kept(row, top_k, top_p))
+    np.testing.assert_array_equal(found[np.isfinite(found)], logits[np.isfinite(found)])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 0.0}], ids=str)
+def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
+    model = small_model(tie_embeddings=False)
+    params = random_params(model, 1)
+    table = params["output_embedding/table"]  # an untrained model's likeliest may be PAD
+    params["output_embedding/table"] = table.at[jnp.array([PAD, BOS])].set(0.0)
+    module = model.bind(params)
+    source, segments = BATCH.source, BATCH.source_segments
+    wanted = jax.jit(lambda: greedy(module, source, segments, 6))()
+    found = drawn(module, source, segments, 6, KEYS[:3], **settings)
+    np.testing.assert_array_equal(found, wanted)
+    assert len(set(found.ravel().tolist())) > 3
+
+
+def test_what_a_row_draws_does_not_depend_on_what_shares_its_batch():
+    model, params = tiny_tokens()
+    module = model.bind(params)
+    together = drawn(module, SOURCE, SEGMENTS, 8, KEYS[:3])
+    alone = drawn(module, SOURCE[1:2], SEGMENTS[1:2], 8, KEYS[1:2])
+    np.testing.assert_array_equal(alone[0], together[1])
+    other = drawn(module, SOURCE, SEGMENTS, 8, KEYS[3:6])
+    assert (other != together).any(1).all()
