@@ -15,13 +15,14 @@ UTF-8 is read with � in the place of what is none, and is counted.
 output, and for each layer the cross-attention, the mean of its heads: [layers][output][source].
 """
 
+import io
 import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from absl import flags
 
@@ -48,12 +49,16 @@ def main() -> None:
     decoding = cli.decoding()
     cfg = RunConfig.resolve(Workdir(WORKDIR.value).read_config())
     cli.set_up_jax(cfg)
-    generator = Generator(WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # as what is read
     broken: list[int] = []
     numbered = enumerate(lines(sys.stdin.buffer, broken), 1)
-    with Path(ALIGNMENTS.value or os.devnull).open("w") as looked:
-        while window := list(itertools.islice(numbered, WINDOW.value)):
-            write(generator, decoding, window, looked)
+    with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as looked:
+        generator = Generator(WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value)
+        try:
+            while window := list(itertools.islice(numbered, WINDOW.value)):
+                write(generator, decoding, window, looked)
+        except BrokenPipeError:  # `| head` has all that it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if broken:
         first = ", ".join(map(str, broken[:3])) + ", …" * (len(broken) > 3)
         print(f"{len(broken)} lines were no UTF-8 (lines {first})", file=sys.stderr)

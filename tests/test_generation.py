@@ -1,5 +1,9 @@
 """From texts to texts, by a model whose parameters are drawn instead of trained."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,12 +15,13 @@ import pytest
 
 from configs import base
 from tests.helpers import TOKENIZER, logits_of, random_params, strings
+from tests.test_programs import ROOT
 from transformer import evaluation, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.load import Tokenizers
-from transformer.data.tokenizer import EOS, PAD
+from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, Tokenizer
 from transformer.decoding import beam_search, greedy
 from transformer.errors import UserError
 from transformer.generation import Decoding, Generator, Output, roomy
@@ -32,25 +37,26 @@ DRAWN = Decoding(temperature=1.0, seed=5)
 TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 
 
-def make_run(folder: Any, replicas: int = 1) -> Workdir:
+def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -> Workdir:
     """The folder of a run that was never trained, of so many replicas."""
     config: Any = base.get_config()
     config.update({"replicas": replicas, "decode_margin": MARGIN, "batch_size": 8})
     config.data.size = "tiny"
+    config.data.tokenizer = "characters" if tokenizer is TOKENIZER else "bytes"
     config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
     config.model.update({"position": "learned", "max_length": REACH, "tie_embeddings": False})
     cfg, workdir = RunConfig.resolve(config), Workdir(str(folder))
-    tokenizers = Tokenizers(TOKENIZER, TOKENIZER)
+    tokenizers = Tokenizers(tokenizer, tokenizer)
     workdir.path.mkdir()
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, tokenizers.digests())
 
-    model, mesh = Model(cfg.model, TOKENIZER.vocab_size), sharding.one_device()
+    model, mesh = Model(cfg.model, tokenizer.vocab_size), sharding.one_device()
     like = abstract_state(model, cfg.recipe(), mesh, replicas)
     state = jax.tree.map(
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), like
     )
-    drawn = [params_of(model, seed) for seed in range(replicas)]
+    drawn = [params_of(model, seed, tokenizer) for seed in range(replicas)]
     params = {
         name: np.stack([np.asarray(each[name]) for each in drawn]).reshape(leaf.shape)
         for name, leaf in like.params.items()
@@ -63,7 +69,7 @@ def make_run(folder: Any, replicas: int = 1) -> Workdir:
     return workdir
 
 
-def params_of(model: Model, seed: int) -> dict[str, Any]:
+def params_of(model: Model, seed: int, tokenizer: Tokenizer = TOKENIZER) -> dict[str, Any]:
     """Random ones, by which outputs vary, end, and hold no special tokens."""
     params = random_params(model, seed)
     gain, bias, table = (
@@ -72,7 +78,7 @@ def params_of(model: Model, seed: int) -> dict[str, Any]:
     )
     gain[0], bias[0] = 0.0, 1.0  # one feature is 1: what reads it is a bias
     table[:, 0] = -50.0
-    table[EOS : len(TOKENIZER.pieces), 0] = 0.0
+    table[EOS : len(tokenizer.pieces), 0] = 0.0
     table[EOS, 0] = 1.0
     return params | {
         "decoder/final_norm/gain": jnp.asarray(gain),
@@ -281,3 +287,87 @@ def test_lengths_have_some_room_and_few_widths():
     assert (widths >= lengths).all()
     assert (widths < np.maximum(2 * lengths, 9)).all()
     assert set(widths[:128]) == {8, 16, 24, 32, 48, 64, 96, 128}
+
+
+def predict(run: Workdir, given: bytes, *flags: str, status: int = 0, **environment: str):
+    """Lines of output and of errors, of `scripts/predict.py`."""
+    done = subprocess.run(
+        [sys.executable, "scripts/predict.py", f"--workdir={run.path}", *flags],
+        input=given,
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_predict_writes_a_line_for_each_line(run, found, tmp_path):
+    """Whatever their ends are, and those that are no text among them."""
+    looked = tmp_path / "looked.jsonl"
+    given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
+    out, errors = predict(run, given, f"--alignments={looked}", "--window=4")
+    assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
+    assert not errors
+    records = [json.loads(line) for line in looked.read_text().splitlines()]
+    assert [record["line"] for record in records] == [1, 3, 4, 5, 6]
+    for record in records:
+        text, (output,) = TEXTS[record["line"] - 1], found["greedy"][record["line"] - 1]
+        assert record["source"][:-1] == list(text)
+        assert record["output"][:-1] == list(output.text)
+        weights = np.array(record["weights"])
+        assert weights.shape == (1, len(record["output"]), len(record["source"]))
+        np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_predict_numbers_scores_and_draws_as_generate_does(run, found):
+    flags = ("--temperature=1", "--seed=5", "--n_best=3", "--scores", "--window=2")
+    out, _ = predict(run, "\n".join(TEXTS).encode(), *flags)
+    rows = [line.split("\t") for line in out.splitlines()]
+    wanted = [(n, output) for n, own in enumerate(found["drawn"], 1) for output in own]
+    for (number, score, text), (n, output) in zip(rows, wanted, strict=True):
+        assert (int(number), text) == (n, output.text)
+        assert float(score) == pytest.approx(output.score, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_predict_counts_what_is_no_utf_8(tmp_path):
+    """And writes UTF-8 whatever the terminal is said to take."""
+    run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
+    out, errors = predict(run, b"a\n\xff\nb\xfe", PYTHONIOENCODING="ascii")
+    assert out.count("\n") == 3
+    assert errors == "2 lines were no UTF-8 (lines 2, 3)\n"
+
+
+@pytest.mark.slow
+def test_predict_ends_quietly_when_nobody_reads_on(run):
+    command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"yes a | head -200 | {command} | head -1"],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        timeout=300,
+    )
+    assert done.stdout.count(b"\n") == 1
+    assert not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (("--alignments=/nowhere/looked.jsonl",), "/nowhere/looked.jsonl: No such file"),
+        (("--temperature=1", "--beam_size=2"), "outputs are drawn, or searched for"),
+        (("--workdir=/nowhere",), "/nowhere holds no run"),
+    ],
+)
+def test_predict_refuses_in_one_line(flags, cause, run):
+    out, errors = predict(run, b"a\n", *flags, status=2)
+    assert not out
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert cause in errors
