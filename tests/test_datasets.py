@@ -155,7 +155,7 @@ FIELDS = {
 }
 
 
-def test_tensorflow_is_needed_for_no_text(wmt):
+def test_names_are_found_and_splits_are_read_without_tensorflow(wmt):
     found = finish(start("-c", WITHOUT_TENSORFLOW, wmt, NAME, *FIELDS)).splitlines()
     named = [f"{name} {fields}" for name, fields in FIELDS.items()]
     assert found == [f"{NAME} 20", *named, "False"]
@@ -193,6 +193,24 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
     )
     assert capfd.readouterr().out == f"preparing {NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0\n"
     assert not caplog.records
+
+
+def test_what_cannot_be_prepared_without_tensorflow_is_a_line_with_the_remedy(
+    tmp_path, monkeypatch
+):
+    """As cnn_dailymail, once it is downloaded."""
+
+    def generate(*_):
+        import tensorflow_that_is_not_there  # noqa: F401
+
+    monkeypatch.setattr(tfds.builder_cls("wmt14_translate"), "_split_generators", generate)
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path)
+    assert str(refused.value) == (
+        f"cannot prepare {NAME}/1.0.0 without the package tensorflow_that_is_not_there; do that "
+        f"where it is installed, tfds build {NAME} --file_format=array_record, and copy it to "
+        f"{tmp_path}/{NAME}/1.0.0"
+    )
 
 
 def test_a_dataset_kept_for_tensorflow_alone_is_refused(wmt, tmp_path):

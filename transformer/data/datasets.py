@@ -175,6 +175,12 @@ def unprepared(builder: Any, error: Exception) -> str:
             f"cannot prepare {builder.info.full_name}: {request.url} cannot be reached; mend the "
             f"network, or copy the dataset to {builder.data_dir} from a machine that has one"
         )
+    if isinstance(error, ImportError):  # some read their files with TensorFlow or Beam
+        return (
+            f"cannot prepare {builder.info.full_name} without the package {error.name}; do that "
+            f"where it is installed, tfds build {builder.info.full_name.rpartition('/')[0]} "
+            f"--file_format=array_record, and copy it to {builder.data_dir}"
+        )
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return (
         f"cannot prepare {builder.info.full_name} under {builder.data_dir}: {reason}; choose "
