@@ -24,7 +24,7 @@ def get_config():
     config.data.target_tokenizer = "words"
     config.data.vocab_size = 264
     config.data.pack = 64
-    config.data.metrics = ("exact_match", "error_rate")
+    config.data.metrics = ("sequence_error_rate", "unit_error_rate")
     config.model.layers = 2
     config.model.width = 128
     config.model.heads = 4

@@ -92,6 +92,9 @@ class Stream:
         workers: int,
         mesh: Mesh,
     ):
+        with needs("text"):
+            import grain
+        self.grain = grain
         self.rows, self.batch_size, self.seeds, self.steps = rows, batch_size, seeds, steps
         self.stop_after, self.workers, self.mesh = stop_after, workers, mesh
         row = sum(rows.widths) * np.dtype(np.int32).itemsize
@@ -198,11 +201,10 @@ class Stream:
 
     def iterate(self, begin: int) -> Any:
         """An iterator of grain over the batches from step `begin` on."""
-        with needs("text"):
-            import grain
         if not flags.FLAGS.is_parsed():  # grain reads its own, in a test or a notebook too
             flags.FLAGS.mark_as_parsed()
         batches = self.batches(self.seeds, begin, self.steps)
+        grain = self.grain
         here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         several = grain.MultiprocessingOptions(
             num_workers=self.workers, per_worker_buffer_size=WORKER_AHEAD
