@@ -195,7 +195,7 @@ def fingerprint(changes, path, data_dir, capsys):
         "shardings": str({name: value.sharding for name, value in state.params.items()}),
         "metrics": rows,
         "checkpoints": sorted(each.name for each in workdir.checkpoints.iterdir()),
-        "dispatches": [loop.next_stop(step, cfg) for step in range(cfg.steps)],
+        "dispatches": [loop.next_stop(cfg, step, cfg.steps_per_call) for step in range(cfg.steps)],
         "results": shown[shown.index("after") :],
     }
 

@@ -32,6 +32,7 @@ def test_what_it_learned_from_comes_back_from_its_tokens(name):
         assert max(tokens) < len(tokenizer.pieces) <= tokenizer.vocab_size
         back = " ".join(text.split()) if name == "words" else text
         assert tokenizer.decode([*tokens, 7, PAD]) == back
+        assert tokenizer.decode([*tokens[:-1], PAD, PAD]) == back  # cut off, with no room for EOS
         assert all(tokenizer.symbol(token) for token in tokens)
     assert tokenizer.vocab_size % 8 == 0
 

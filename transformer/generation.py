@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from transformer import evaluation, sharding, trained
 from transformer.data.batches import Dataset
 from transformer.data.ragged import Ragged
-from transformer.data.tokenizer import EOS, PAD, before_end
+from transformer.data.tokenizer import EOS, before_end
 from transformer.decoding import Beams, beam_search, greedy, sample
 from transformer.errors import UserError, within
 from transformer.metrics import by_replica
@@ -251,7 +251,7 @@ class Generator:
 
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         """A hypothesis as text."""
-        own = list(before_end(tokens[tokens != PAD].tolist()))
+        own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS."""
+        """The text before the first EOS, or before the padding."""
 
     def symbol(self, token: int) -> str:
         """A few characters for a plot's axis: the token's own, or ⊢ for BOS and ⊣ for EOS."""
@@ -109,7 +109,10 @@ class SymbolTokenizer(Tokenizer):
             ) from None
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS; tokens that are no symbol show as their name or `?`."""
+        """The text before the first EOS, or before the padding.
+
+        Tokens that are no symbol show as their name or `?`.
+        """
         return self.separator.join(
             self.pieces[token] if token < len(self.pieces) else "?" for token in before_end(tokens)
         )
@@ -127,9 +130,12 @@ def split(text: str, separator: str) -> list[str]:
     return text.split() if separator else list(text)
 
 
-def before_end(tokens: Iterable[int]) -> Iterator[int]:
-    """The tokens before the first EOS."""
-    return itertools.takewhile(lambda token: token != EOS, map(int, tokens))
+def before_end(tokens: Iterable[int]) -> list[int]:
+    """The tokens before the first EOS; of an output that was cut off, those before the padding."""
+    own = list(itertools.takewhile(lambda token: token != EOS, map(int, tokens)))
+    while own and own[-1] == PAD:
+        own.pop()
+    return own
 
 
 class ByteTokenizer(Tokenizer):
@@ -153,7 +159,10 @@ class ByteTokenizer(Tokenizer):
         return [*(len(SPECIALS) + value for value in text.encode()), EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS; � for what is no UTF-8, or no byte at all."""
+        """The text before the first EOS, or before the padding.
+
+        � stands for what is no UTF-8, or no byte at all.
+        """
         values = bytearray()
         for token in before_end(tokens):
             known = len(SPECIALS) <= token < len(self.pieces)
@@ -241,7 +250,10 @@ class PieceTokenizer(Tokenizer):
         return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS; a number that is no piece shows as SentencePiece's ⁇."""
+        """The text before the first EOS, or before the padding.
+
+        A number that is no piece shows as SentencePiece's ⁇.
+        """
         unknown = self.processor.unk_id()
         return self.processor.Decode(
             [token if token < len(self.pieces) else unknown for token in before_end(tokens)]
