@@ -73,6 +73,7 @@ OTHER = {
     "data.validation": "test",
     "data.test": "validation",
     "data.pack": 32,
+    "data.metrics": ("bleu",),
     "per_replica.seed": (5, 6),
     "per_replica.learning_rate": (1e-3, 2e-3),
     "per_replica.warmup_steps": (1, 4),
@@ -260,15 +261,19 @@ def test_the_same_config_gives_the_same_program():
 
 # Tested where a run fails: tests/test_health.py.
 OF_FAILURES = ["debug_nans"]
+# Tested where text is scored: tests/test_datasets.py.
+OF_EVALUATION = ["data.metrics"]
+OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + OF_FAILURES + OF_EVALUATION]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knob", [knob for knob in OTHER if knob not in INSIDE + OF_FAILURES])
+@pytest.mark.parametrize("knob", OUTSIDE)
 def test_every_other_knob_changes_the_run(knob, unchanged, tmp_path, data_dir, capsys):
-    before = BESIDES.get(knob, {})
+    besides = BESIDES.get(knob, {})
+    before = CANNOT_STAND_ALONE.get(knob, besides)
     if str(before) not in unchanged:
         unchanged[str(before)] = fingerprint(before, tmp_path / "before", data_dir, capsys)
-    after = fingerprint(before | {knob: OTHER[knob]}, tmp_path / "after", data_dir, capsys)
+    after = fingerprint(besides | {knob: OTHER[knob]}, tmp_path / "after", data_dir, capsys)
     assert after != unchanged[str(before)]
 
 
@@ -434,7 +439,7 @@ def test_dispatches_end_wherever_something_is_due(steps_per_call):
     cfg = RunConfig.resolve(config_of(every | {"steps": 25, "steps_per_call": steps_per_call}))
     stops = [0]
     while stops[-1] < 25:
-        stops.append(loop.next_stop(stops[-1], cfg))
+        stops.append(loop.next_stop(cfg, stops[-1], steps_per_call))
     due = {step for each in every.values() for step in range(each, 26, each)}
     assert due | {25} <= set(stops)
     assert all(0 < b - a <= steps_per_call for a, b in itertools.pairwise(stops))

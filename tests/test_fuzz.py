@@ -62,6 +62,7 @@ ENTRIES = {
     "data.target": ["target"],
     "data.tokenizer": TOKENIZERS,
     "data.target_tokenizer": TOKENIZERS,
+    "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
     "data.task": TASKS,
     "data.size": ["tiny"],
     "data.train": ["train", "train[:10%]"],

@@ -84,7 +84,7 @@ class Stream:
         self,
         rows: Rows,
         batch_size: int,
-        seeds: np.ndarray,
+        seeds: np.ndarray | np.uint32,
         *,
         steps: int,
         stop_after: Callable[[int, int], int],
@@ -110,7 +110,7 @@ class Stream:
         (source,), (target,) = self.batches(np.atleast_1d(seed), step, step + 1)[step]
         return Window(source[None], target[None], np.array(step, np.int32), self.rows.packed)
 
-    def batches(self, seeds: np.ndarray, begin: int, end: int) -> Batches:
+    def batches(self, seeds: np.ndarray | np.uint32, begin: int, end: int) -> Batches:
         """Those of steps `begin` to `end` - 1."""
         first, last = (step * self.batch_size // len(self.rows) for step in (begin, end))
         epochs = jnp.arange(first, last + 1, dtype=jnp.uint32)

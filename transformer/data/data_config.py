@@ -42,7 +42,7 @@ class DataConfig:
             raise UserError(f"data.metrics={self.metrics}: names, such as ('bleu','chrf')")
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
         for name in self.metrics:
-            choose(METRICS, name, "data.metrics")
+            choose(METRICS, str(name), "data.metrics")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
         within("data.longest", self.longest, 0, 2**20)
         within("data.workers", self.workers, 0, 1_000)
