@@ -38,11 +38,6 @@ class Ragged:
         return cls(tokens[real], np.concatenate([[0], np.cumsum(real.sum(1))]))
 
     @classmethod
-    def mapped(cls, values: Path, offsets: Path) -> "Ragged":
-        """In two files, of int32 and of int64, of which only what is looked at is read."""
-        return cls(np.memmap(values, np.int32, "r"), np.memmap(offsets, np.int64, "r"))
-
-    @classmethod
     def joining(cls, parts: Sequence["Ragged"]) -> "Ragged":
         """The rows of each, one after another."""
         lengths = np.concatenate([part.lengths() for part in parts])
@@ -52,7 +47,7 @@ class Ragged:
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         """Files go to another process as their names."""
         if isinstance(self.values, np.memmap) and isinstance(self.offsets, np.memmap):
-            return Ragged.mapped, (self.values.filename, self.offsets.filename)
+            return mapped, (self.values.filename, self.offsets.filename)
         return Ragged, (self.values, self.offsets)
 
     def __len__(self) -> int:
@@ -79,3 +74,8 @@ class Ragged:
     def joined(self, counts: Int[np.ndarray, "groups"]) -> "Ragged":
         """The first counts[0] rows as one, the next counts[1] as one, and so on."""
         return Ragged(self.values, self.offsets[np.concatenate([[0], np.cumsum(counts)])])
+
+
+def mapped(values: Path, offsets: Path) -> Ragged:
+    """In two files, of int32 and of int64, of which only what is looked at is read."""
+    return Ragged(np.memmap(values, np.int32, "r"), np.memmap(offsets, np.int64, "r"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transformer.data.ragged import Ragged
+from transformer.data.ragged import Ragged, mapped
 from transformer.data.rows import Pairs
 from transformer.files import checksum, unfinished
 
@@ -49,7 +49,7 @@ def paths(folder: Path, side: str) -> tuple[Path, Path]:
 
 def opened(folder: Path) -> Pairs:
     """The pairs of a folder."""
-    return Pairs(*(Ragged.mapped(*paths(folder, side)) for side in Pairs._fields))
+    return Pairs(*(mapped(*paths(folder, side)) for side in Pairs._fields))
 
 
 def intact(folder: Path) -> bool:
