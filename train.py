@@ -390,7 +390,7 @@ def show_samples(
     text = tokenizers.target.decode
     rows = zip(
         map(tokenizers.source.decode, samples.source.tolist()),
-        *(map(text, each.tolist()) for each in (samples.target, decoded)),
+        *(map(text, each.tolist()) for each in (samples.target, decoded.tokens)),
         strict=True,
     )
     table("samples", ("source", "target", "output"), list(rows))

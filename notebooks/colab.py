@@ -159,7 +159,7 @@ _, tokenizers, model, _, variables, _ = trained.load(workdir, sharding.one_devic
 pairs = tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
 examples = Dataset.of(alone(pairs), batch_size=len(WORDS))
 decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))
-for word, output in zip(WORDS, decode(variables, examples), strict=True):
+for word, output in zip(WORDS, decode(variables, examples).tokens, strict=True):
     print(word, "→", tokenizers.target.decode(output.tolist()))
 
 # %% [markdown]

@@ -33,7 +33,7 @@ def by_hand(model, params, batch, length):
 def test_greedy_is_decoding_without_a_cache(changes):
     model = small_model(**changes)
     decode = jax.jit(
-        lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6)
+        lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6).tokens
     )
     for seed in range(4):
         params = random_params(model, seed)
@@ -55,7 +55,7 @@ def ending_at_once():
 
 def test_rows_end_with_eos_and_padding():
     decoded = greedy(ending_at_once(), BATCH.source, BATCH.source_segments, 5)
-    np.testing.assert_array_equal(decoded, [[EOS, PAD, PAD, PAD, PAD]] * 3)
+    np.testing.assert_array_equal(decoded.tokens, [[EOS, PAD, PAD, PAD, PAD]] * 3)
 
 
 def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
@@ -76,7 +76,8 @@ def test_a_row_without_a_source_stays_padding():
     module = small_model().bind(random_params(small_model(), 0))
     segments = BATCH.source_segments.at[1].set(0)
     decoded = greedy(module, BATCH.source, segments, 4)
-    np.testing.assert_array_equal(decoded[1], PAD)
+    np.testing.assert_array_equal(decoded.tokens[1], PAD)
+    assert decoded.log_p[1] == 0.0
 
 
 LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
@@ -173,7 +174,8 @@ def test_a_beam_of_one_is_greedy(changes):
         decode = jax.jit(
             lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6)
         )
-        np.testing.assert_array_equal(found.tokens[:, 0], decode(params))
+        np.testing.assert_array_equal(found.tokens[:, 0], decode(params).tokens)
+        np.testing.assert_allclose(found.scores[:, 0], decode(params).log_p, rtol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "recurrent"}], ids=str)
@@ -245,7 +247,7 @@ def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
     )
     for seed in range(20):
         params = random_params(model, seed)
-        np.testing.assert_array_equal(beam(params).tokens[:, 0], decode(params))
+        np.testing.assert_array_equal(beam(params).tokens[:, 0], decode(params).tokens)
 
 
 SEARCHES = {
@@ -295,7 +297,9 @@ KEYS = jax.random.split(jax.random.key(7), 4000)
 
 def drawn(module, source, segments, length, keys, **settings):
     return np.asarray(
-        jax.jit(lambda keys: sample(module, source, segments, length, keys=keys, **settings))(keys)
+        jax.jit(
+            lambda keys: sample(module, source, segments, length, keys=keys, **settings).tokens
+        )(keys)
     )
 
 
@@ -372,7 +376,7 @@ def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
     params["output_embedding/table"] = table.at[jnp.array([PAD, BOS])].set(0.0)
     module = model.bind(params)
     source, segments = BATCH.source, BATCH.source_segments
-    wanted = jax.jit(lambda: greedy(module, source, segments, 6))()
+    wanted = jax.jit(lambda: greedy(module, source, segments, 6).tokens)()
     found = drawn(module, source, segments, 6, KEYS[:3], **settings)
     np.testing.assert_array_equal(found, wanted)
     assert len(set(found.ravel().tolist())) > 3

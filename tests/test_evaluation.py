@@ -55,7 +55,8 @@ def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decodin
     state, shares = init(jnp.uint32(0)), []
     for _ in range(10):
         state, _ = steps(state, zero_sums(), dataset(3), jnp.int32(25))
-        scores, decoded = score(state.params, dataset(7)), decode(state.params, dataset(7))
+        scores = score(state.params, dataset(7))
+        decoded = decode(state.params, dataset(7)).tokens
         exact = evaluation.exact_match(np.asarray(decoded), np.asarray(BATCH.target_out))
         np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
         shares.append(exact.mean())
@@ -67,9 +68,9 @@ def test_decoding_restores_the_order_of_the_examples(batch_size):
     model = small_model(tie_embeddings=False)
     params = random_params(model, 0)
     decode = jax.jit(partial(evaluation.decode, model, length=9))
-    expected = greedy(model.bind(params), BATCH.source, BATCH.source_segments, 9)
+    expected = greedy(model.bind(params), BATCH.source, BATCH.source_segments, 9).tokens
     assert len(np.unique(expected, axis=0)) > 3
-    np.testing.assert_array_equal(decode(params, dataset(batch_size)), expected)
+    np.testing.assert_array_equal(decode(params, dataset(batch_size)).tokens, expected)
 
 
 def test_sources_of_like_length_are_decoded_together():

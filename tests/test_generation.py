@@ -172,7 +172,7 @@ def test_outputs_are_those_of_evaluation(name, generator, found):
         lambda params: evaluation.decode(generator.model, params, data, 8 + MARGIN, search)
     )
     rows = decode(generator.params)
-    tokens = rows[:, None] if name == "greedy" else rows.tokens
+    tokens = rows.tokens[:, None] if name == "greedy" else rows.tokens
     texts = [[TOKENIZER.decode(each) for each in own if each[0] != PAD] for own in tokens.tolist()]
     assert texts == [[output.text for output in found[name][i]] for i in short]
     if name == "beam":

@@ -89,7 +89,7 @@ def train(sizes, steps=5, recipe=(), context=1, data=DATA, **changes):
         decoded = jax.jit(decode)(state.variables(), data)
         beams = partial(beam_search, beam_size=3, length_penalty=0.6)
         beams = jax.jit(partial(decode, search=beams))(state.variables(), data)
-    decoded = np.concatenate([decoded[:, None], beams.tokens], axis=1)
+    decoded = np.concatenate([decoded.tokens[:, None], beams.tokens], axis=1)
     return losses, state, float(scores.nll.sum()), decoded
 
 

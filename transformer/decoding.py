@@ -12,6 +12,17 @@ from transformer.model import Transformer
 from transformer.recurrent import Recurrent
 
 
+class Decoded(NamedTuple):
+    """An output of each source.
+
+    tokens: up to and with EOS, then padding.
+    log_p: of all of them together, by the model, in nats.
+    """
+
+    tokens: Int[Array, "*B T"]
+    log_p: Float[Array, "*B"]
+
+
 def greedy(
     model: Transformer | Recurrent,
     source: Int[Array, "B S"],
@@ -19,7 +30,7 @@ def greedy(
     length: int,
     *,
     margin: int | None = None,
-) -> Int[Array, "B {length}"]:
+) -> Decoded:
     """The likeliest token at each step, up to and with EOS, then padding; see `extend`."""
 
     def likeliest(logits: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
@@ -39,7 +50,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Int[Array, "B {length}"]:
+) -> Decoded:
     """Tokens drawn from the model's own distribution, or from its likelier part; see `extend`.
 
     PAD and BOS are never drawn: no target has them, though smoothed labels give them a share.
@@ -104,7 +115,7 @@ def extend(
     length: int,
     margin: int | None,
     pick: Callable[[Array, Array], Array],
-) -> Int[Array, "B {length}"]:
+) -> Decoded:
     """One output a row, a token at a time, up to and with EOS, then padding.
 
     The encoder runs once, the memory's keys and values are projected once, and each
@@ -122,7 +133,7 @@ def extend(
     rows = source.shape[0]
     memory = model.encode(source, source_segments)
     cache = model.start_cache(memory, source_segments, length)
-    tokens = jnp.full((rows, length), PAD, jnp.int32)
+    blank = Decoded(jnp.full((rows, length), PAD, jnp.int32), jnp.zeros(rows))
     last = jnp.full((rows, 1), BOS, jnp.int32)
     done = ~(source_segments > 0).any(-1)
     most = limits(source_segments, length, margin)
@@ -131,15 +142,19 @@ def extend(
         return ~carry[-1].all()
 
     def step(carry):
-        cache, tokens, last, done = carry
+        cache, found, last, done = carry
         logits, advanced = model.decode_step(last, cache)
-        picked = pick(logits[:, 0], cache.filled).astype(jnp.int32)
-        token = jnp.where(done, PAD, picked)
-        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, cache.filled))
-        done = done | (token == EOS) | (advanced.filled >= most)
-        return advanced, tokens, token[:, None], done
+        picked = pick(logits[:, 0], cache.filled).astype(jnp.int32)[:, None]
+        # log p is summed here: to score whole outputs afterwards takes longer than to find them.
+        log_p = jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
+        log_p = jnp.take_along_axis(log_p, picked, axis=1)[:, 0]
+        token = jnp.where(done[:, None], PAD, picked)
+        tokens = jax.lax.dynamic_update_slice(found.tokens, token, (0, cache.filled))
+        found = Decoded(tokens, found.log_p + jnp.where(done, 0.0, log_p))
+        done = done | (token[:, 0] == EOS) | (advanced.filled >= most)
+        return advanced, found, token, done
 
-    return loop(going, step, (cache, tokens, last, done))[1]
+    return loop(going, step, (cache, blank, last, done))[1]
 
 
 def loop(going: Callable[[Any], Array], step: Callable[[Any], Any], carry: Any) -> Any:

@@ -102,7 +102,7 @@ def decode(
       keys: of each example, [examples], which `sample` takes.
 
     Returns:
-      What `search` returns, with the examples in their order: [examples, T] int32, or Beams.
+      What `search` returns, with the examples in their order: Decoded, or Beams.
     """
     source, ways = jnp.asarray(data.source), parts()
     order = jnp.argsort((source != PAD).sum(1))

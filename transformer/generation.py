@@ -80,7 +80,7 @@ class Decoding:
         margin: int,
         draws: Int[Array, "examples 2"] | None = None,
     ) -> Beams:
-        """`evaluation.decode` of all sources; without a search one hypothesis each, with score 0.
+        """`evaluation.decode` of all sources; without a search one hypothesis each, with its log p.
 
         Args:
           model: the model.
@@ -100,8 +100,8 @@ class Decoding:
             search = partial(sample, margin=margin, **settings)
             place = jnp.arange(len(data))
             keys = self.keys(jnp.stack([place, 0 * place], 1) if draws is None else draws)
-        tokens = evaluation.decode(model, params, data, length, search, keys)
-        return Beams(tokens[:, None], jnp.zeros((len(data), 1)))
+        found = evaluation.decode(model, params, data, length, search, keys)
+        return Beams(found.tokens[:, None], found.log_p[:, None])
 
     def keys(self, draws: Int[Array, "examples 2"]) -> Array:
         """A key of each two numbers."""
@@ -232,12 +232,7 @@ class Generator:
 
         def run(params: Params, sources: Array, draws: Array) -> Beams:
             data = Dataset(sources, sources, len(sources))
-            found = decoding.decode(self.model, params, data, self.cfg.decode_margin, draws)
-            if decoding.beam_size > 1:
-                return found
-            own = Dataset(sources, found.tokens[:, 0], len(sources))
-            log_p = -evaluation.score(self.model, params, own).nll[:, None]
-            return found._replace(scores=log_p)
+            return decoding.decode(self.model, params, data, self.cfg.decode_margin, draws)
 
         if decoding not in self.programs:
             options = evaluation.compiler_options()

@@ -132,7 +132,7 @@ class Ours(Contender):
                 jax.block_until_ready(decode(variables, Dataset(part, part, batch)))
                 for part in parts
             ]
-        tokens = np.concatenate([np.asarray(each if beams == 1 else each.tokens) for each in found])
+        tokens = np.concatenate([np.asarray(each.tokens) for each in found])
         return tokens if beams == 1 else tokens[:, 0]
 
     def product(self, n: int) -> Callable[[], Any]:
