@@ -335,6 +335,7 @@ def test_every_config_names_itself_in_its_docstring():
             {"mesh.context": 2, "model.architecture": "recurrent"},
             r"mesh.context=2: model.architecture=recurrent is split over the batch alone; set all",
         ),
+        ({"data.metrics": ("blue",)}, r"data.metrics=blue: .*did you mean bleu\?"),
         ({"data.size": "big"}, r"data.size=big: choose one of tiny, small"),
         ({"model.norm": "rmsnorm"}, r"model.norm=rmsnorm: choose one of layer, rms"),
         ({"model.norm_placement": "pos"}, r"choose one of pre, post, both .*mean post\?\)"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from configs import base
@@ -123,6 +123,7 @@ def front_door(data_dir):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(pairs=overrides())
+@example(pairs=[("data.metrics", "(1,)")])  # a traceback once
 def test_any_overrides_start_a_run_or_are_refused_by_name(front_door, pairs):
     first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
     words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
