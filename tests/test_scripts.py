@@ -60,7 +60,15 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
     config.update_from_flattened_dict(changes)
     cli.set_up_jax(RunConfig.resolve(config))
     assert asked["jax_num_cpu_devices"] == devices
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
-    asked.clear()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")  # not about devices
     cli.set_up_jax(RunConfig.resolve(config))
-    assert "jax_num_cpu_devices" not in asked
+    assert asked["jax_num_cpu_devices"] == devices
+    for name, value in (
+        ("JAX_NUM_CPU_DEVICES", "2"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=2"),
+    ):
+        with monkeypatch.context() as chosen:
+            chosen.setenv(name, value)
+            asked.clear()
+            cli.set_up_jax(RunConfig.resolve(config))
+            assert "jax_num_cpu_devices" not in asked

@@ -125,7 +125,10 @@ def set_up_jax(config: RunConfig | None = None) -> None:
     Args:
       config: the run's; None: all cores are one device.
     """
-    if config is not None and not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    )
+    if config is not None and not chosen:
         if config.replicas > 1:
             parts = config.replicas
         else:
