@@ -25,6 +25,9 @@ from transformer.recurrent import CELLS
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 
+# The environment of a program that compiles as a user's does (conftest.py).
+AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
 
 def data_config(**changes: Any) -> DataConfig:
     """The data section of `configs/base.py` at its smallest size, but for `changes`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.helpers import AS_USERS
 from transformer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +99,8 @@ def execute(tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
 
     def run(accelerator):
-        monkeypatch.setenv("ACCELERATOR", accelerator)
+        for name, value in {"ACCELERATOR": accelerator, **AS_USERS}.items():
+            monkeypatch.setenv(name, value)
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         place = {"metadata": {"path": str(tmp_path)}}
         client = nbclient.NotebookClient(notebook, timeout=900, resources=place, allow_errors=False)
