@@ -9,8 +9,10 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -19,6 +21,24 @@ import train
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.loop import make_programs
+
+
+@contextlib.contextmanager
+def opened(data_dir, devices):
+    """What asks such a process: a function from words to its answer."""
+    command = [sys.executable, "-m", "tests.front_door", str(data_dir)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    place = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=place, text=True, env=environment, **pipes) as process:
+
+        def ask(words):
+            process.stdin.write(json.dumps(words) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
 
 
 def begin(data_dir):

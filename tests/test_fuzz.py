@@ -3,18 +3,15 @@
 FUZZ_TRIES=2000 pytest tests/test_fuzz.py tries more of them.
 """
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from configs import base
+from tests import front_door
 from tests.helpers import data_config
-from tests.test_programs import ROOT
 from transformer.config import flat_knobs
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
@@ -98,21 +95,11 @@ def overrides(draw):
 
 
 @pytest.fixture(scope="module")
-def front_door(data_dir):
+def ask(data_dir):
     for task in TASKS:
         open_corpus(data_config(task=task), data_dir)
-    command = [sys.executable, "-m", "tests.front_door", str(data_dir)]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    with subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes) as process:
-
-        def ask(words):
-            process.stdin.write(json.dumps(words) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
+    with front_door.opened(data_dir, devices=8) as asking:
+        yield asking
 
 
 @pytest.mark.slow
@@ -124,10 +111,10 @@ def front_door(data_dir):
 )
 @given(pairs=overrides())
 @example(pairs=[("data.metrics", "(1,)")])  # a traceback once
-def test_any_overrides_start_a_run_or_are_refused_by_name(front_door, pairs):
+def test_any_overrides_start_a_run_or_are_refused_by_name(ask, pairs):
     first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
     words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
-    said = front_door(["--config=configs/base.py", *words])
+    said = ask(["--config=configs/base.py", *words])
     event(f"status {said['status']}")
     assert said["traceback"] is None, said["traceback"]
     if said["status"] == 0:

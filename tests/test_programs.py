@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from tests import front_door
+from tests.helpers import AS_USERS
 from transformer.experiments.comparison import SPEEDS
 from transformer.metrics import read_metrics
 
@@ -163,8 +165,9 @@ def test_a_run_resumes_on_another_mesh(tmp_path, data_dir):
 @pytest.mark.slow
 def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir):
     """Strings of up to 5 letters, 800 steps: at least 95 in 100 unseen ones are reversed."""
+    places = (f"--workdir={tmp_path}", f"--data_dir={data_dir}")
     flags = ("--config=configs/toy_reverse.py", "--config.data.size=tiny", "--config.steps=800")
-    out = finish(start("train.py", *flags, f"--workdir={tmp_path}", f"--data_dir={data_dir}"))
+    out = finish(start("train.py", *flags, *places, **AS_USERS))
     for word in ("config", "data", "devices", "parameters", "workdir", "samples", "perplexity"):
         assert word in out
     assert re.search(r"step 100/800  loss .* steps/s .* target tokens/s .* s left", out)
@@ -175,7 +178,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     assert (tmp_path / "plots" / "learning_curve.png").stat().st_size > 10_000
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
-    finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}"))
+    finish(start("eval.py", *places, **AS_USERS))
     record = json.loads((tmp_path / "eval_test.json").read_text())
     assert record["replicas"][0]["metrics"]["test/sequence_accuracy"] >= 0.95
     assert [row["length"] for row in record["replicas"][0]["by_source_length"]] == [1, 2, 3, 4, 5]
@@ -189,9 +192,15 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     assert (tmp_path / "plots" / "accuracy_by_length_test.png").stat().st_size > 5_000
 
     flags = ("--split=test_longer", "--checkpoint=best")
-    finish(start("eval.py", f"--workdir={tmp_path}", f"--data_dir={data_dir}", *flags))
+    finish(start("eval.py", *places, *flags, **AS_USERS))
     longer = json.loads((tmp_path / "eval_test_longer.json").read_text())
     assert [row["length"] for row in longer["replicas"][0]["by_source_length"]] == [6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def ask(data_dir):
+    with front_door.opened(data_dir, devices=1) as asking:
+        yield asking
 
 
 @pytest.mark.slow
@@ -216,18 +225,33 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
         ("--config.optimizer.warmup_steps=9999", r"warmup_steps=9999 is not below steps"),
         ("--config=configs/toy_revers.py", r"toy_revers.py: there is no such file"),
         ("--config=README.md", r"--config=README.md: SyntaxError"),
-        ("--config README.md", r"--config=README.md: SyntaxError"),
         ("--config.mesh.tensor=2", r"needs 2 devices and there are 1 \(cpu\); lower mesh.data"),
         ("--workdr=runs/x", r"Unknown command line flag 'workdr'. Did you mean: workdir"),
         ("runs/x", r"'runs/x' is not a flag"),
+    ],
+)
+def test_what_a_person_gets_wrong_ends_in_one_line(flag, message, ask):
+    answer = ask(["--config=configs/toy_reverse.py", flag])
+    assert answer["status"] == 2, answer["traceback"]
+    (line,) = answer["said"].splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config.model.nrm=rms", r"--config.model.nrm: there is no such knob"),
+        ("--config README.md", r"--config=README.md: SyntaxError"),
         ("--workdir=README.md/run", r"README.md/run.*Not a directory"),
         ("--data_dir=README.md", r"cannot prepare toy_strings/reverse_small.*--data_dir"),
     ],
 )
-def test_what_a_person_gets_wrong_ends_in_one_line(flag, message, tmp_path):
-    flags = [f"--workdir={tmp_path}"] if "--workdir" not in flag else []
-    flags += [] if "--data_dir" in flag else [f"--data_dir={tmp_path}"]
-    line = complaint("train.py", "--config=configs/toy_reverse.py", *flags, *flag.split())
+def test_the_program_itself_says_no_more_than_that_line(flags, message, tmp_path):
+    places = (f"--data_dir={tmp_path}", f"--workdir={tmp_path}")
+    words = ("--config=configs/toy_reverse.py", *places, *flags.split())
+    line = complaint("train.py", *words)
     assert re.search(message, line), line
 
 
