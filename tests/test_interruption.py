@@ -68,7 +68,7 @@ def test_a_run_that_was_asked_to_stop_ends_as_one_left_alone(replicas, workers, 
 
     The data of the one left alone lie on the devices; processes may make those of the other.
     """
-    steps = 1_200
+    steps = 600
     flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}")
     # Single steps, so that it stops inside of an interval.
     flags = (*flags, f"--config.replicas={replicas}", "--config.steps_per_call=1")

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers import AS_USERS
 from transformer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -90,18 +89,37 @@ def test_an_old_package_asks_for_a_new_runtime(monkeypatch):
         start(2)
 
 
+# What takes minutes in the notebook, and seconds here.
+SMALLER = {
+    "state = train.run(toy_reverse.get_config(), workdir, data_dir=None)": """
+config = toy_reverse.get_config()
+config.update_from_flattened_dict({"data.size": "tiny", "steps": 800})
+state = train.run(config, workdir, data_dir=None)
+""",
+    '"model.layers": 4, ': '"steps": 60, "eval_every": 20, "save_every": 20, ',
+    '["hello", "attention", "transformer"]': '["cab", "hello", "notes"]',
+}
+
+
 @pytest.fixture
 def execute(tmp_path, data_dir, monkeypatch):
-    """Runs the notebook in a kernel and a folder of its own, to its end or its first error."""
+    """Runs the notebook in a kernel and a folder of its own, to its end or its first error.
+
+    As it is, but for `SMALLER`.
+    """
     nbclient = pytest.importorskip("nbclient", reason=EXTRA)
     nbformat = pytest.importorskip("nbformat", reason=EXTRA)
     pytest.importorskip("ipykernel", reason=EXTRA)
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
 
     def run(accelerator):
-        for name, value in {"ACCELERATOR": accelerator, **AS_USERS}.items():
-            monkeypatch.setenv(name, value)
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        monkeypatch.setenv("ACCELERATOR", accelerator)
+        text = NOTEBOOK.read_text()
+        for old, new in SMALLER.items():
+            old, new = (json.dumps(each)[1:-1] for each in (old, new))
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        notebook = nbformat.reads(text, as_version=4)
         place = {"metadata": {"path": str(tmp_path)}}
         client = nbclient.NotebookClient(notebook, timeout=900, resources=place, allow_errors=False)
         try:
@@ -123,12 +141,11 @@ def outputs(notebook, kind):
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(execute, tmp_path):
-    """As it is, on the CPU."""
     notebook, error = execute("cpu")
     assert error is None, error
     (results,) = json.loads((tmp_path / "runs/toy_reverse/results.json").read_text())["replicas"]
-    assert results["test/sequence_accuracy"] > 0.99
-    assert "transformer → remrofsnart" in "".join(outputs(notebook, "printed"))
+    assert results["test/sequence_accuracy"] > 0.95
+    assert "notes → seton" in "".join(outputs(notebook, "printed"))
     assert len(outputs(notebook, "image/png")) == 3
     (table,) = outputs(notebook, "text/markdown")
     for variant in ("layer", "rms", "none"):
