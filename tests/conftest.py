@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):
     )
 
 # Test processes and programs share what they have compiled, until the first of them ends. (Where
-# the variable is set, it is kept: to run the tests again takes half as long.)
+# the variable is set, it is kept for the next time.)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
