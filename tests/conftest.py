@@ -38,7 +38,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture(autouse=True, scope="module")
 def _forget_what_was_compiled() -> Iterator[None]:
     """Four test processes would keep 17 GB of it at their end, instead of 10."""
-    gc.freeze()
+    gc.freeze()  # nor does each collection look through all that was imported
     yield
     jax.clear_caches()
 

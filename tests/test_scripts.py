@@ -60,6 +60,7 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
     config.update_from_flattened_dict(changes)
     cli.set_up_jax(RunConfig.resolve(config))
     assert asked["jax_num_cpu_devices"] == devices
+    asked.clear()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")  # not about devices
     cli.set_up_jax(RunConfig.resolve(config))
     assert asked["jax_num_cpu_devices"] == devices
