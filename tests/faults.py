@@ -1,0 +1,211 @@
+"""Checks that the tests catch small faults: `faults.toml` lists them, this applies each to a copy.
+
+    python -m tests.faults                 # the default suite, for every fault
+    python -m tests.faults --full          # also the slow tests, for what the default suite misses
+    python -m tests.faults --only=cache    # faults whose name, or whose file, contains a word
+    python -m tests.faults --draw=30       # draws operators to change, as TOML
+
+A fault is a text that occurs once in a file, its replacement, and the test files that are
+relevant to it. It is caught if those tests fail. The exit status is 1 if too few are caught, and
+2 if a fault no longer applies, so that the list follows the code.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+WANTED = 0.95  # the share that the default suite must catch; the full suite must catch all
+TIMEOUT = 900.0  # seconds; a fault that makes a test hang is caught by whoever waits for it
+
+
+class Fault(NamedTuple):
+    """A small change of the code that the tests should notice."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: list[str]
+
+    def mutated(self) -> str:
+        """The file's text with the fault in it."""
+        text = (ROOT / self.file).read_text()
+        if text.count(self.before) != 1:
+            raise ValueError(f"its text occurs {text.count(self.before)} times in {self.file}")
+        if missing := [test for test in self.tests if not (ROOT / test).exists()]:
+            raise ValueError(f"there is no {missing[0]}")
+        changed = text.replace(self.before, self.after)
+        compile(changed, self.file, "exec")
+        return changed
+
+
+def load() -> list[Fault]:
+    """The faults of `faults.toml`."""
+    with (ROOT / "tests" / "faults.toml").open("rb") as file:
+        return [Fault(**fault) for fault in tomllib.load(file)["fault"]]
+
+
+def tracked() -> list[str]:
+    """The files of the working tree that Git tracks or would track."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in names.splitlines() if (ROOT / name).is_file()]
+
+
+def fails(fault: Fault, marker: str, cache: str) -> tuple[bool, str]:
+    """Whether the relevant tests fail with the fault, and the first that does."""
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        for name in tracked():
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+        Path(folder, fault.file).write_text(fault.mutated())
+        words = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-m", marker, *fault.tests]
+        paths = {"PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
+        try:
+            done = subprocess.run(
+                words,
+                cwd=folder,
+                env=os.environ | paths,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return True, "a test hangs"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode in (1, 2):  # a test fails, or a test file cannot be imported
+        return True, failed[0].split(" - ")[0] if failed else "collection"
+    if done.returncode in (0, 5):  # 5: these files have no such tests
+        return False, ""
+    raise RuntimeError(done.stdout + done.stderr)
+
+
+def check(fault: Fault, full: bool, cache: str) -> tuple[str, str, float]:
+    """By which suite a fault is caught (default, full, or none), the test, and the seconds."""
+    began = time.monotonic()
+    for suite, marker in (("default", "not slow"), ("full", "slow")):
+        if suite == "full" and not full:
+            break
+        caught, test = fails(fault, marker, cache)
+        if caught:
+            return suite, test, time.monotonic() - began
+    return "none", "", time.monotonic() - began
+
+
+# Drawing
+
+COMPARISONS = {
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+    ast.In: "not in",
+    ast.NotIn: "in",
+}
+OPERATIONS = {
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "/",
+    ast.Div: "*",
+    ast.FloorDiv: "*",
+    ast.Mod: "//",
+    ast.BitAnd: "|",
+    ast.And: "or",
+    ast.Or: "and",
+}
+SKIPPED = ("annotation", "returns")  # `int | None` is no operation
+
+
+def operators(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, str]]:
+    """Each operator's operands and what may stand in its place."""
+    match node:
+        case ast.JoinedStr():  # positions inside of these are not exact before Python 3.12
+            return
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            yield left, right, COMPARISONS[type(op)]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATIONS:
+            yield left, right, OPERATIONS[type(op)]
+        case ast.BoolOp(op=op, values=[left, right]):
+            yield left, right, OPERATIONS[type(op)]
+    for name, value in ast.iter_fields(node):
+        if name not in SKIPPED:
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from operators(child)
+
+
+def draw(count: int, seed: int) -> None:
+    """Prints changes of single operators, drawn from all of the code."""
+    sites = []
+    for name in sorted(tracked()):
+        if name.endswith(".py") and not name.startswith(("tests/", "notebooks/")):
+            lines = (ROOT / name).read_text().splitlines(keepends=True)
+            for left, right, other in operators(ast.parse("".join(lines))):
+                if left.end_lineno == right.lineno:  # the line is the change
+                    sites.append((name, lines, left, right, other))
+    for name, lines, left, right, other in random.Random(seed).sample(sites, count):
+        before = lines[right.lineno - 1].encode()
+        start, end = before[: left.end_col_offset].decode(), before[right.col_offset :].decode()
+        closing = before[left.end_col_offset : right.col_offset].decode()
+        ahead, behind = closing.count(")"), closing.count("(")
+        after = f"{start}{')' * ahead} {other} {'(' * behind}{end}"
+        print("[[fault]]", f'file = "{name}"  # line {right.lineno}', sep="\n")
+        print(f"before = '''{before.decode().rstrip()}'''\nafter = '''{after.rstrip()}'''\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--draw", type=int, metavar="COUNT")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.draw:
+        draw(args.draw, args.seed)
+        return 0
+
+    faults = [fault for fault in load() if args.only in fault.name or args.only in fault.file]
+    for fault in faults:
+        try:
+            fault.mutated()
+        except (ValueError, SyntaxError) as error:
+            print(f"error: the fault {fault.name!r} does not apply: {error}")
+            return 2
+    found = {"default": 0, "full": 0, "none": 0}
+    with (
+        tempfile.TemporaryDirectory(prefix="compiled-") as cache,
+        concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
+        futures = {pool.submit(check, fault, args.full, cache): fault for fault in faults}
+        for future in concurrent.futures.as_completed(futures):
+            suite, test, seconds = future.result()
+            found[suite] += 1
+            said = {"none": "NOT CAUGHT"}.get(suite, suite)
+            print(f"{said:10}  {seconds:4.0f} s  {futures[future].name}  {test}", flush=True)
+    print(f"default suite: {found['default']} of {len(faults)}", end="")
+    print(f"; full suite: {found['default'] + found['full']}" if args.full else "")
+    enough = found["default"] >= WANTED * len(faults)
+    return int(not enough or (args.full and found["none"] > 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
