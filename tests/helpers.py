@@ -1,27 +1,28 @@
-"""What several test files share: small models, every variant of the tables, a batch of strings."""
+"""What several test files share: small models, random parameters, a batch of strings."""
 
+import contextlib
+import importlib.util
 import itertools
+from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jaxtyping import Array, Float
 
 from configs import base
+from transformer import cli
 from transformer.data.batches import Batch, make_batch
 from transformer.data.data_config import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
-from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.dropout import Training, streams
-from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.model import Model, Params
 from transformer.model_config import ModelConfig
-from transformer.normalization import NORMS
-from transformer.positions import POSITIONS
-from transformer.recurrent import CELLS
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 
@@ -32,50 +33,6 @@ AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 def data_config(**changes: Any) -> DataConfig:
     """The data section of `configs/base.py` at its smallest size, but for `changes`."""
     return DataConfig(**dict(base.get_config().data) | {"size": "tiny"} | changes)
-
-
-# Every entry of every table, one at a time: the small model but for that. (`init` is not among
-# them, for these tests draw their own parameters: test_layers.py has one over `INITIALIZERS`.)
-ENTRIES: list[dict[str, Any]] = [
-    {knob: value}
-    for knob, values in {
-        "norm": NORMS,
-        "norm_placement": NORM_PLACEMENTS,
-        "position": POSITIONS,
-        "attention_backend": [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS],
-        "feed_forward": FEED_FORWARDS,
-    }.items()
-    for value in values
-    if base.get_config().model[knob] != value
-]
-
-# Other knobs, and knobs that meet.
-OTHERS: list[dict[str, Any]] = [
-    {},
-    {"tie_embeddings": False},
-    {"attention_bias": True},
-    {"qk_norm": True},
-    {"layers": 2},
-    {"heads": 1},
-    {"head_width": 3},
-    {"value_width": 5},
-    {"kv_heads": 1},
-    {"heads": 4, "kv_heads": 2},
-    {"window": 2},
-    {"fused_qkv": True, "attention_bias": True},
-    {"layers": 2, "scan_layers": True, "remat": "full"},
-    {"layers": 2, "scan_layers": True, "norm": "batch"},
-    {"layers": 2, "remat": "dots", "norm": "batch"},
-    {"norm": "batch", "norm_placement": "both"},
-    *({"random_positions": 64, "position": name} for name in POSITIONS if name != "none"),
-    *({"architecture": "recurrent", "cell": name} for name in CELLS),
-    {"architecture": "recurrent", "layers": 2, "tie_embeddings": False},
-]
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    ",".join(f"{knob}={value}" for knob, value in changes.items()) or "small": changes
-    for changes in ENTRIES + OTHERS
-}
 
 
 @cache
@@ -137,3 +94,33 @@ def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int 
         missing = max(0, length - tokens.shape[1])
         columns.append(jnp.asarray(np.pad(tokens, ((0, 0), (0, missing)))))
     return make_batch(*columns)
+
+
+@contextlib.contextmanager
+def program(path: str, *words: str) -> Iterator[Any]:
+    """The module of a program in this process, its flags parsed from `words`.
+
+    Programs define flags of the same names; those of other programs are set aside meanwhile.
+    """
+    known, mine = flags.FLAGS, importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert mine is not None
+    assert mine.loader is not None
+
+    def take() -> dict[str, flags.Flag]:
+        names = [
+            n for n in known if not (known.find_module_defining_flag(n) or "").startswith("absl")
+        ]
+        taken = {name: known[name] for name in names}
+        for name in names:
+            delattr(known, name)
+        return taken
+
+    module, others = importlib.util.module_from_spec(mine), take()
+    try:
+        mine.loader.exec_module(module)
+        cli.explained(cli.parse, [path, *words])
+        yield module
+    finally:
+        take()
+        for name, flag in others.items():
+            known[name] = flag

@@ -7,37 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from tests.helpers import VARIANTS, logits_of, random_params, small_model, strings
+from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding import beam_search, greedy, likelier, sample
 from transformer.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
-
-
-def by_hand(model, params, batch, length):
-    """Greedy decoding with no cache: the whole model on the whole prefix for each token."""
-    rows = np.full((len(batch.source), length + 1), PAD, np.int32)
-    rows[:, 0] = BOS
-    for t in range(length):
-        prefix = jnp.asarray(rows[:, :length])
-        read = jnp.broadcast_to(jnp.arange(length) <= t, prefix.shape).astype(jnp.int32)
-        logits = logits_of(model, params, batch._replace(target_in=prefix, target_segments=read))
-        ended = (rows == EOS).any(1)
-        rows[:, t + 1] = np.where(ended, PAD, logits[:, t].argmax(-1))
-    return rows[:, 1:]
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_greedy_is_decoding_without_a_cache(changes):
-    model = small_model(**changes)
-    decode = jax.jit(
-        lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6).tokens
-    )
-    for seed in range(4):
-        params = random_params(model, seed)
-        np.testing.assert_array_equal(decode(params), by_hand(model, params, BATCH, 6))
 
 
 def ending_at_once():
@@ -155,27 +131,6 @@ def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
     for tokens, scores, ranked in zip(*found, scored(model, params, alpha), strict=True):
         assert [tuple(each) for each in tokens.tolist()] == [each[2] for each in ranked]
         np.testing.assert_allclose(scores, [each[1] for each in ranked], rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"layers": 2},
-        {"kv_heads": 1, "window": 2, "position": "rotary"},
-        {"architecture": "recurrent", "layers": 2},
-    ],
-    ids=str,
-)
-def test_a_beam_of_one_is_greedy(changes):
-    model = small_model(**changes)
-    for seed in range(3):
-        params = random_params(model, seed)
-        found = search(model, params, 1, 0.0, 6, BATCH.source, BATCH.source_segments)
-        decode = jax.jit(
-            lambda params: greedy(model.bind(params), BATCH.source, BATCH.source_segments, 6)
-        )
-        np.testing.assert_array_equal(found.tokens[:, 0], decode(params).tokens)
-        np.testing.assert_allclose(found.scores[:, 0], decode(params).log_p, rtol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "recurrent"}], ids=str)

@@ -19,13 +19,19 @@ from transformer.normalization import BatchNorm, LayerNorm
 from transformer.recurrent import GRU, LSTM
 from transformer.stacks import Decoder, DecoderLayer, Encoder, EncoderLayer
 
-torch = pytest.importorskip(
-    "torch", reason="PyTorch is the oracle: pip install '.[oracle]' to run these"
-)
-
 B, S, T, D, N, F = 3, 7, 6, 16, 4, 32
 FLOAT32 = jnp.dtype("float32")
 PLACEMENTS = pytest.mark.parametrize("placement", ["pre", "post"])
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _import_torch():
+    """Imports PyTorch, which takes seconds, where a test runs, not where tests are collected."""
+    global torch
+    torch = pytest.importorskip(
+        "torch", reason="PyTorch is the oracle: pip install '.[oracle]' to run these"
+    )
 
 
 def config(placement):

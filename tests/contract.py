@@ -1,0 +1,253 @@
+"""What every model must do, whatever its knobs: `check(model)` is the contract of all variants.
+
+Most of the time is compilation, so all properties share five programs: logits with gradients, the
+same in bfloat16 and on eight devices, an unpadded row with and without a cache, and decoding.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from tests.helpers import TOKENIZER, random_params
+from transformer.data.batches import Batch, make_batch
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.decoding import beam_search, greedy
+from transformer.model import Model, Params
+from transformer.sharding import RULES, MeshConfig, make_mesh, parameter_shardings, spec
+
+# No two axes are alike: rows, source, target. Each target position has a row of its own.
+B, S, T = 8, 9, 6
+LONG, SHORT, SINGLE = ("abcdefgh", "hgfed"), ("xyz", "zyx"), ("q", "q")
+PACKED = (("ab", "c"), ("cdefg", "gfe"))  # fill a row of each side together
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Outputs(NamedTuple):
+    logits: Float[Array, "B T V"]
+    params: Params  # gradients
+    target: Float[Array, "B T D"]  # gradient with respect to the embedded target
+
+
+def check(model: Model) -> None:
+    """Checks every property of `model`; an assertion fails where it breaks one."""
+    outputs, params = program(model), random_params(model, 0)
+    causality(model, partial(outputs, params))
+    padding(model, partial(outputs, params))
+    packing(model, partial(outputs, params))
+    gradients(model, outputs, params)
+    caching(model, outputs, params)
+    searching(model, outputs)
+    sharding(model, outputs, params)
+
+
+def program(model: Model):
+    """Jitted: parameters, a batch, and weights of the logits in the loss → `Outputs`."""
+
+    packed = model.config.architecture != "recurrent"  # which reads one example a row
+
+    def loss(params, nudge, batch, weights):
+        module = model.bind(params)
+        embed = module.target_embedding or module.embedding
+        module.target_embedding = lambda tokens: embed(tokens) + nudge
+        logits = module(
+            batch.source,
+            batch.source_segments,
+            batch.target_in,
+            batch.target_segments,
+            source_positions=batch.source_positions if packed else None,
+            target_positions=batch.target_positions if packed else None,
+        )
+        return (logits * weights).sum(), logits
+
+    @jax.jit
+    def outputs(params, batch, weights):
+        nudge = jnp.zeros((B, T, model.config.width), model.config.dtype)
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (of_params, of_nudge), logits = gradient(params, nudge, batch, weights)
+        return Outputs(logits, of_params, of_nudge)
+
+    def call(params: Params, batch: Batch, weights: Array | float = 1.0) -> Outputs:
+        shape = (B, T, model.vocab_size)
+        weights = jnp.broadcast_to(jnp.float32(weights), shape)
+        return jax.device_get(outputs(params, batch, weights))
+
+    return call
+
+
+def rows(*examples) -> Batch:
+    """A batch of B rows, each a pair of texts, several pairs, or nothing."""
+    tokens = np.full((2, B, max(S, T)), PAD, np.int32)
+    for row, pairs in enumerate(examples):
+        for side, texts in enumerate(zip(*pairs, strict=True)):
+            together = [token for text in texts for token in TOKENIZER.encode(text)]
+            tokens[side, row, : len(together)] = together
+    source, target = jnp.asarray(tokens[0, :, :S]), jnp.asarray(tokens[1, :, :T])
+    return make_batch(source, target, packed=True)
+
+
+def noise(model: Model) -> Array:
+    """Random weights of the logits, so that no two gradients cancel."""
+    return jnp.asarray(np.random.default_rng(1).normal(size=(B, T, model.vocab_size)), jnp.float32)
+
+
+def causality(model: Model, outputs) -> None:
+    """Logits at t have no gradient with respect to the embedded target u > t.
+
+    With a window they have none either for a u that is too far back. In row t the loss is of
+    position t alone. Through the tokens the same: a row whose tokens change from t on keeps its
+    logits before t.
+    """
+    batch = rows(*[[LONG]] * B)
+    alone = jnp.eye(B, T)[..., None] * noise(model)
+    influence = np.abs(outputs(batch, alone).target).sum(-1)[:T]
+    back = np.arange(T)[:, None] - np.arange(T)[None, :]
+    read = (back >= 0) & (back < (model.config.window or T))
+    np.testing.assert_array_equal(influence[~read], 0.0)
+    assert (influence[read] > 0).all()
+
+    later = np.arange(T) >= np.arange(1, B + 1)[:, None]  # row t: from t + 1 on
+    changed = batch._replace(target_in=jnp.where(later, 20, batch.target_in))
+    moved = np.abs(outputs(changed).logits - outputs(batch).logits).max(-1)
+    np.testing.assert_array_equal(moved[~later], 0.0)
+    assert (moved[range(T - 1), range(1, T)] > 0).all()
+
+
+def padding(model: Model, outputs) -> None:
+    """Neither what stands in the padding nor what else is in the batch changes a row's logits."""
+    batch = rows([LONG], [SHORT], [], [SINGLE])
+    littered = batch._replace(
+        source=jnp.where(batch.source_segments == 0, 5, batch.source),
+        target_in=jnp.where(batch.target_segments == 0, 6, batch.target_in),
+    )
+    real = np.asarray(batch.target_segments) > 0
+    logits = outputs(batch).logits
+    np.testing.assert_array_equal(outputs(littered).logits[real], logits[real])
+
+    others = outputs(rows([], [SHORT], [LONG], [SINGLE], [LONG], [SINGLE], [LONG])).logits
+    for row in (1, 3):
+        np.testing.assert_allclose(others[row][real[row]], logits[row][real[row]], **CLOSE)
+
+
+def packing(model: Model, outputs) -> None:
+    """Examples that share a row have the logits, and give the gradients, that they have apart."""
+    if model.config.architecture == "recurrent":  # reads one example a row
+        return
+    first, second = PACKED
+    start = len(first[1]) + 1
+    end = start + len(second[1]) + 1
+    batch, weights = rows(PACKED, [first], [second]), noise(model)[0]
+    together = jnp.zeros((B, *weights.shape)).at[0, :end].set(weights[:end])
+    apart = jnp.zeros_like(together).at[1, :start].set(weights[:start])
+    apart = apart.at[2, : end - start].set(weights[start:end])
+    one, other = outputs(batch, together), outputs(batch, apart)
+    np.testing.assert_allclose(one.logits[0, :start], one.logits[1, :start], **CLOSE)
+    np.testing.assert_allclose(one.logits[0, start:end], one.logits[2, : end - start], **CLOSE)
+    for name, gradient in one.params.items():
+        np.testing.assert_allclose(other.params[name], gradient, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def gradients(model: Model, outputs, params: Params) -> None:
+    """Gradients are finite beside empty rows and reach every parameter, also in bfloat16.
+
+    The logits of bfloat16 are float32, and near those of float32.
+    """
+    config = replace(model.config, dtype="bfloat16")
+    batch, weights = rows([LONG], [], [SHORT]), noise(model)
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn's own attention relies on it
+        low = program(Model(config, model.vocab_size))(params, batch, weights)
+    high = outputs(params, batch, weights)
+    for found in (high, low):
+        assert found.logits.dtype == jnp.float32
+        for name, gradient in found.params.items():
+            assert np.isfinite(gradient).all(), name
+            if not name.endswith("key/bias"):  # it shifts all scores of a query alike
+                assert np.abs(gradient).max() > 1e-5, name
+    error = np.abs(low.logits - high.logits).max() / np.abs(high.logits).max()
+    assert 1e-4 < error < 0.05
+
+
+def caching(model: Model, outputs, params: Params) -> None:
+    """Decoding with a cache is teacher forcing, with several tokens at once or one by one.
+
+    On a row without padding and without positions of its own: padding changes nothing either.
+    """
+    batch = make_batch(*(jnp.asarray([TOKENIZER.encode(text)], jnp.int32) for text in SHORT))
+    length = batch.target_in.shape[1]
+
+    @jax.jit
+    def both(params):
+        module = model.bind(params)
+        source = (batch.source, batch.source_segments)
+        whole = module(*source, batch.target_in, batch.target_segments)
+        cache = module.start_cache(module.encode(*source), batch.source_segments, length)
+        parts = []
+        for tokens in jnp.split(batch.target_in, [length - 1], axis=1):
+            logits, cache = module.decode_step(tokens, cache)
+            parts.append(logits)
+        return whole, jnp.concatenate(parts, axis=1), cache.filled
+
+    whole, decoded, filled = both(params)
+    assert filled == length
+    np.testing.assert_allclose(decoded, whole, **CLOSE)
+    padded = outputs(params, rows([LONG], [SHORT])).logits[1, :length]
+    np.testing.assert_allclose(padded, whole[0], **CLOSE)
+
+
+def searching(model: Model, outputs) -> None:
+    """Greedy decoding is the likeliest token at each step of teacher forcing, and a beam of 1."""
+    batch = rows([LONG], [SHORT], [SINGLE], [])
+
+    @jax.jit
+    def search(params):
+        call = (model.bind(params), batch.source, batch.source_segments, T)
+        return greedy(*call), beam_search(*call, beam_size=1, length_penalty=0.0)
+
+    for seed in range(1, 4):
+        params = random_params(model, seed)
+        found, beam = search(params)
+        np.testing.assert_array_equal(beam.tokens[:3, 0], found.tokens[:3])
+        np.testing.assert_allclose(beam.scores[:3, 0], found.log_p[:3], rtol=1e-5)
+        np.testing.assert_array_equal(found.tokens[3:], PAD)  # without a source nothing is said
+        tokens = np.asarray(found.tokens)
+        ended = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) > 0
+        np.testing.assert_array_equal(tokens[ended], PAD)
+        forced = batch._replace(
+            target_in=jnp.asarray(np.insert(tokens[:, :-1], 0, BOS, axis=1)),
+            target_segments=jnp.asarray(~ended, jnp.int32),
+            target_positions=jnp.broadcast_to(jnp.arange(T), (B, T)),
+        )
+        log_p = np.asarray(jax.nn.log_softmax(outputs(params, forced).logits))
+        for row in range(3):
+            said = np.flatnonzero(~ended[row])
+            np.testing.assert_array_equal(log_p[row, said].argmax(-1), tokens[row, said])
+            total = log_p[row, said, tokens[row, said]].sum()
+            np.testing.assert_allclose(found.log_p[row], total, rtol=1e-4)
+
+
+def sharding(model: Model, outputs, params: Params) -> None:
+    """Eight devices give what one gives; every dimension of a variable has a name in the rules."""
+    assert model.axes.keys() == model.shapes.keys()
+    for name, shape in model.shapes.items():
+        assert len(model.axes[name]) == len(shape.shape), name
+        assert set(model.axes[name]) <= set(RULES), name
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+    if model.config.heads == 1:  # a single head cannot be split in two
+        sizes |= {"data": 2, "tensor": 1}
+    if model.config.architecture == "recurrent":  # is split over the batch alone
+        sizes = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
+    mesh = make_mesh(MeshConfig(replica=1, **sizes))
+    batch, weights = rows([LONG], [SHORT], [], [SINGLE]), noise(model)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(mesh, model.shapes, model.axes))
+        split = jax.device_put(batch, NamedSharding(mesh, spec(("batch",))))
+        found = outputs(placed, split, weights)
+    expected = outputs(params, batch, weights)
+    np.testing.assert_allclose(found.logits, expected.logits, **CLOSE)
+    for name, gradient in expected.params.items():
+        np.testing.assert_allclose(found.params[name], gradient, rtol=1e-3, atol=1e-4, err_msg=name)
