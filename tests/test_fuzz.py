@@ -1,6 +1,6 @@
 """Overrides at random: the front door starts a run, or refuses it with a line that names a knob.
 
-FUZZ_TRIES=2000 pytest tests/test_fuzz.py tries more of them.
+FUZZ_TRIES=2000 pytest -m slow tests/test_fuzz.py tries more of them.
 """
 
 import os
@@ -43,6 +43,7 @@ TUPLES = ["()", "(1,)", "(1,2)", "(0.1,0.2)", "(1,'a')", "((1,),2)", "(", "(nan,
 # What a knob takes, so that runs start and the knobs meet inside of the step.
 ENTRIES = {
     "model.architecture": ARCHITECTURES,
+    "model.layers": ["1", "2", "3"],  # each is traced
     "model.cell": CELLS,
     "model.feed_forward": FEED_FORWARDS,
     "model.init": INITIALIZERS,
@@ -95,32 +96,49 @@ def overrides(draw):
 
 
 @pytest.fixture(scope="module")
-def ask(data_dir):
+def prepared(data_dir):
+    """Where the datasets are that the overrides may name."""
     for task in TASKS:
         open_corpus(data_config(task=task), data_dir)
-    with front_door.opened(data_dir, devices=8) as asking:
-        yield asking
+    return data_dir
+
+
+def check(pairs, data_dir):
+    """Starts a run, or is refused with one line that names one of the knobs."""
+    first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
+    words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
+    status, said = front_door.answer(["--config=configs/base.py", *words], data_dir)
+    event(f"status {status}")
+    if status == 0:
+        assert not said
+        return
+    assert status == 2
+    (line,) = said.splitlines()
+    assert line.startswith("error: ")
+    assert any(name.split(".")[-1] in line for name, _ in pairs), line
+
+
+def fuzzed(tries):
+    """Settings of so many tries; the few of the default suite are the same each time."""
+    unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(
+        max_examples=tries,
+        deadline=None,
+        database=None,
+        derandomize=tries < TRIES,
+        suppress_health_check=unhealthy,
+    )
+
+
+@fuzzed(20)
+@given(pairs=overrides())
+@example(pairs=[("data.metrics", "(1,)")])  # a traceback once
+def test_overrides_start_a_run_or_are_refused_by_name(prepared, pairs):
+    check(pairs, prepared)
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=TRIES,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@fuzzed(TRIES)
 @given(pairs=overrides())
-@example(pairs=[("data.metrics", "(1,)")])  # a traceback once
-def test_any_overrides_start_a_run_or_are_refused_by_name(ask, pairs):
-    first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
-    words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
-    said = ask(["--config=configs/base.py", *words])
-    event(f"status {said['status']}")
-    assert said["traceback"] is None, said["traceback"]
-    if said["status"] == 0:
-        assert not said["said"]
-        return
-    assert said["status"] == 2
-    (line,) = said["said"].splitlines()
-    assert line.startswith("error: ")
-    assert any(name.split(".")[-1] in line for name, _ in pairs), line
+def test_many_overrides_start_a_run_or_are_refused_by_name(prepared, pairs):
+    check(pairs, prepared)

@@ -1,0 +1,173 @@
+"""`train.run` in this process: what it logs and saves, and how it goes on."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from configs import base
+from tests.test_programs import results
+from transformer import cli, loop
+from transformer.checkpoint import Checkpoints
+from transformer.errors import UserError
+from transformer.interruption import RESUME, Interrupted, StopRequests
+from transformer.workdir import Workdir
+
+# Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
+KNOBS = {
+    "steps": 14,
+    "batch_size": 16,
+    "log_every": 4,
+    "eval_every": 6,
+    "save_every": 5,
+    "keep_checkpoints": 3,
+    "decode_margin": 2,
+    "data.size": "tiny",
+    "model.width": 16,
+    "model.heads": 2,
+    "model.ff_width": 32,
+    "model.dropout": 0.1,
+    "optimizer.warmup_steps": 2,
+    "mesh.data": 1,
+}
+
+
+def run(workdir, data_dir, allow_changes=False, **changes):
+    config = base.get_config()
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(KNOBS | changes)
+    with jax.numpy_dtype_promotion("standard"):  # what a user has
+        return train.run(config, Workdir(str(workdir)), data_dir, allow_changes=allow_changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir):
+    """A run that is left alone: its folder, its last state, and the steps of each interval."""
+    folder, intervals = tmp_path_factory.mktemp("train") / "whole", []
+    train_metrics = loop.train_metrics
+
+    def recorded(sums, *more):
+        intervals.append(int(sums["steps"]))
+        return train_metrics(sums, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_metrics", recorded)
+        state = run(folder, data_dir)
+    return folder, state, intervals
+
+
+def steps_with(folder, metric):
+    return [row["step"] for row in results(folder) if metric in row]
+
+
+def test_metrics_are_of_the_interval_that_ends_there(whole):
+    folder, _, intervals = whole
+    ends = [4, 5, 8, 10, 12, 14]
+    assert steps_with(folder, "train/loss") == ends
+    assert steps_with(folder, "validation/loss") == [5, 6, 10, 12, 14]
+    assert intervals == np.diff([0, *ends]).tolist()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, monkeypatch):
+    """In the middle of an interval, and after lines of the log that no checkpoint covers."""
+    folder, state, _ = whole
+    stops = iter([False, False, False, True])  # dispatches end at 4, 5, 6: 7 is not reached
+    monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
+    with pytest.raises(Interrupted, match="stopped at step 6 of 14, and saved"):
+        run(tmp_path / "run", data_dir)
+    monkeypatch.undo()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "train/loss": 1.0}\n')
+    resumed = run(tmp_path / "run", data_dir)
+    assert results(tmp_path / "run") == results(folder)
+    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole):
+    folder, *_ = whole
+    validated = {row["step"]: row for row in results(folder) if "validation/loss" in row}
+    saved = {step: validated[step] for step in (5, 10, 14)}
+
+    def merit(step):
+        return saved[step]["validation/sequence_accuracy"], -saved[step]["validation/loss"]
+
+    with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.manager.all_steps() == [5, 10, 14]
+        assert checkpoints.find("latest") == 14
+        assert checkpoints.find("best") == max(saved, key=merit)
+
+
+def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"another config \(optimizer.beta1: 0.9 → 0.8; steps: 14"):
+        run(folder, data_dir, steps=16, optimizer__beta1=0.8)
+    with pytest.raises(UserError, match="14 is of another config"):
+        run(folder, data_dir, allow_changes=True, steps=16, model__ff_width=64)
+    with pytest.raises(UserError, match="has seed 0 and step 14"):
+        run(folder, data_dir, allow_changes=True, steps=16, seed=5)
+    for path, content in before.items():
+        assert path.name == "lock" or path.read_bytes() == content, path
+    state = run(folder, data_dir, allow_changes=True, steps=16, optimizer__beta1=0.8)
+    assert state.taken() == 16
+    assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
+
+
+def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    record = json.loads((folder / "config.json").read_text())
+    record["corpus"]["dataset"] = "toy_strings/reverse_tiny/0.9.0"
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"trained on other data \(dataset toy_strings.* → toy"):
+        run(folder, data_dir)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("no"), 2, "error: no\n"),
+        (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; mend"),
+        (MemoryError("x"), 2, "error: this machine's memory is full"),
+        (Interrupted("stopped"), RESUME, "stopped\n"),
+        (KeyboardInterrupt(), 130, "interrupted; training goes on from its last checkpoint"),
+    ],
+)
+def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.explained(fail)
+    assert end.value.code == status
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_status_of_an_interrupted_run_is_that_of_a_temporary_failure():
+    assert RESUME == 75  # EX_TEMPFAIL, by which a scheduler knows to start it again
+
+
+def test_a_damaged_compiled_program_is_deleted_and_other_warnings_are_shown(tmp_path, capsys):
+    names = ["jit_step-1-cache", "jit_step-2-cache", "jit_other-1-cache"]
+    for name in names:
+        (tmp_path / name).touch()
+    shown = []
+
+    def mend(message):
+        cli.mend_cache(tmp_path, lambda *given, **where: shown.append(given), message)
+
+    mend("Error writing persistent compilation cache entry for 'jit_step': no space")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    mend("Error reading persistent compilation cache entry for 'jit_step': bad\nzip")
+    assert [path.name for path in tmp_path.iterdir()] == ["jit_other-1-cache"]
+    mend("another")
+    assert shown == [("another",)]
+    written, read = capsys.readouterr().err.splitlines()
+    assert written.startswith(f"{tmp_path}: compiled jit_step could not be kept")
+    assert read.startswith(f"{tmp_path}: compiled jit_step is damaged and was deleted;")
+    assert read.endswith("(bad zip)")
