@@ -1,11 +1,11 @@
 """Eight simulated devices, strict promotion, and what many tests need."""
 
 import gc
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
 
+gc.disable()  # until the tests are collected: imports leave no garbage
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 # A test compiles much and computes little. The programs that it starts inherit this, but for those
@@ -38,7 +38,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture(autouse=True, scope="module")
 def _forget_what_was_compiled() -> Iterator[None]:
     """Four test processes would keep 17 GB of it at their end, instead of 10."""
-    gc.freeze()  # nor does each collection look through all that was imported
     yield
     jax.clear_caches()
 
@@ -54,21 +53,17 @@ def data_dir(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("datasets"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, help="Run each Nth test of a file alone.")
+def pytest_collection_finish() -> None:
+    gc.freeze()  # no collection looks through what was imported
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes a sample, if asked to, and deals the long tests out to the test processes first.
+    """Deals the long tests out to the test processes first, so that nobody waits for a last one.
 
-    pytest-xdist gives each process a run of neighbours, and lets those who are through take over;
-    so nobody waits for a last long one.
+    pytest-xdist gives each process a run of neighbours, and a process that is through takes over
+    tests of the others.
     """
-    every = config.getoption("one_in")
-    files = [list(tests) for _, tests in itertools.groupby(items, lambda item: item.path)]
-    left_out = [test for tests in files for k, test in enumerate(tests) if k % every]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [test for tests in files for test in tests[::every]]
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
