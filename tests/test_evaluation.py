@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import logits_of, random_params, small_model, strings
-from tests.test_training import pieces
 from transformer import evaluation
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.decoding import beam_search, greedy
 from transformer.loss import cross_entropy
-from transformer.training import make_train_step, make_train_steps, zero_sums
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
@@ -22,7 +20,7 @@ def dataset(batch_size):
     return Dataset(BATCH.source, BATCH.target_out, batch_size)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_scores_do_not_depend_on_the_batch_size(batch_size):
     model = small_model()
     params = random_params(model, 0)
@@ -47,23 +45,22 @@ def test_metrics_are_ratios_of_totals():
 
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
-    """Half-way through learning these strings by heart, when some are right and some are not."""
-    model, recipe, init = pieces()
-    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
-    score = jax.jit(partial(evaluation.score, model))
-    decode = jax.jit(partial(evaluation.decode, model, length=20))
-    state, shares = init(jnp.uint32(0)), []
-    for _ in range(10):
-        state, _ = steps(state, zero_sums(), dataset(3), jnp.int32(25))
-        scores = score(state.params, dataset(7))
-        decoded = decode(state.params, dataset(7)).tokens
-        exact = evaluation.exact_match(np.asarray(decoded), np.asarray(BATCH.target_out))
-        np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
-        shares.append(exact.mean())
-    assert any(0 < share < 1 for share in shares)
+    """Targets are what the model says, of which every other one is changed at some place."""
+    model = small_model(tie_embeddings=False)
+    params = random_params(model, 0)
+    decode = jax.jit(partial(evaluation.decode, model, length=9))
+    target = np.array(decode(params, dataset(2)).tokens)
+    for row in range(1, len(target), 2):
+        place = row % (target[row] != PAD).sum()
+        target[row, place] = EOS + 1 + target[row, place] % 5
+    data = Dataset(BATCH.source, jnp.asarray(target), 3)
+    scores = jax.jit(partial(evaluation.score, model))(params, data)
+    exact = evaluation.exact_match(np.asarray(decode(params, dataset(2)).tokens), target)
+    np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
+    np.testing.assert_array_equal(exact, np.arange(len(target)) % 2 == 0)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 7])
+@pytest.mark.parametrize("batch_size", [2, 7])
 def test_decoding_restores_the_order_of_the_examples(batch_size):
     model = small_model(tie_embeddings=False)
     params = random_params(model, 0)

@@ -106,15 +106,23 @@ def check(population, cfg, k):
         np.testing.assert_allclose(one, other, rtol=5e-6)
 
 
-@pytest.mark.parametrize("sizes", [ONE, APART, MIXED], ids=["one", "apart", "mixed"])
+@pytest.mark.parametrize(
+    "sizes", [APART, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (ONE, MIXED))]
+)
 def test_replica_k_is_the_single_run_with_its_seed(sizes):
-    cfg = run_config(4, seed=7)
+    """Batch norm's statistics and the average of parameters are each replica's own too."""
+    cfg = run_config(4, seed=7, model__norm="batch", ema_decay=0.5)
     population = train(cfg, sizes)
     for k in range(4):
         assert cfg.replica(k).seed == 7 + k
         check(population, cfg, k)
     assert [int(state.seed) for state, _, _ in population] == [7, 8, 9, 10]
     assert len({float(sums["loss"]) for _, sums, _ in population}) == 4
+    one, other = (state for state, _, _ in population[:2])
+    for name, value in one.statistics.items():
+        assert (value != other.statistics[name]).any(), name
+    for name, value in one.average.items():
+        assert (value != one.params[name]).any(), name
 
 
 def test_replicas_may_differ_in_every_number_inside_the_step():
@@ -135,24 +143,12 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
         model__max_length=16,
         **{f"per_replica__{name}": values for name, values in own.items()},
     )
-    population = train(cfg)
+    population = train(cfg, MIXED)
     for k in range(2):
         check(population, cfg, k)
         single = cfg.replica(k)
         knobs = vars(single) | vars(single.optimizer) | vars(single.model)
         assert {name: knobs[name] for name in own} == {name: own[name][k] for name in own}
-
-
-def test_batch_norm_and_the_average_are_each_replicas_own():
-    cfg = run_config(2, model__norm="batch", ema_decay=0.5)
-    population = train(cfg, (1, 1, 1, 2))
-    for k in range(2):
-        check(population, cfg, k)
-    one, other = (state for state, _, _ in population)
-    for name, value in one.statistics.items():
-        assert (value != other.statistics[name]).any(), name
-    for name, value in one.average.items():
-        assert (value != one.params[name]).any(), name
 
 
 def test_each_replica_decodes_with_its_own_parameters():

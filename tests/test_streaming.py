@@ -53,8 +53,10 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(getattr(other, name), wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("count", "batch_size"), [(5, 8), (64, 8), (100, 16), (1, 3)])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "packed"),
+    [(5, 8, False), (64, 8, False), (100, 16, True), (1, 3, True)],
+)
 def test_a_batch_is_the_same_by_whom_and_where_it_is_made(count, batch_size, packed):
     """Also where an epoch ends within it, and where several do."""
     rows = rows_of(count, packed)
@@ -65,20 +67,32 @@ def test_a_batch_is_the_same_by_whom_and_where_it_is_made(count, batch_size, pac
             assert_equal(of_step(Dataset.of(rows, batch_size), seed, step), own)
 
 
+def check_windows(feed, data, begin, steps):
+    """The windows that follow from a step on hold the batches of the steps, in order."""
+    step = begin
+    while step < steps:
+        window = feed.following()
+        for within in range(step, min(step + 3, step - step % 5 + 5, steps)):
+            for replica, seed in enumerate(SEEDS):
+                own = jax.tree.map(lambda leaf, k=replica: leaf[k], window)
+                assert_equal(of_step(data, seed, within), of_step(own, seed, within))
+            step += 1
+    assert 0.0 <= feed.waited() <= 1.0
+
+
+def test_windows_follow_each_other_from_any_step_without_workers():
+    rows = rows_of(100, packed=True)
+    feed = streamed(rows, 4, 20, workers=0)
+    with feed.running(12):
+        check_windows(feed, Dataset.of(rows, 4), 12, 20)
+
+
 @pytest.mark.slow
 def test_windows_follow_each_other_from_any_step_and_end_with_their_workers():
     rows = rows_of(100, packed=True)
     data, feed = Dataset.of(rows, 4), streamed(rows, 4, 40)
     with feed.running(12):
-        step = 12
-        while step < 40:
-            window = feed.following()
-            for within in range(step, min(step + 3, step - step % 5 + 5, 40)):
-                for replica, seed in enumerate(SEEDS):
-                    own = jax.tree.map(lambda leaf, k=replica: leaf[k], window)
-                    assert_equal(of_step(data, seed, within), of_step(own, seed, within))
-                step += 1
-        assert 0.0 <= feed.waited() <= 1.0
+        check_windows(feed, data, 12, 40)
     assert not multiprocessing.active_children()
 
     with feed.running(0):

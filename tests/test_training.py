@@ -9,8 +9,8 @@ import pytest
 from configs import base
 from tests.helpers import logits_of, small_model, strings
 from transformer import evaluation
-from transformer.data.batches import Dataset
-from transformer.dropout import Training, streams
+from transformer.data.batches import Dataset, make_batch
+from transformer.health import batch_of
 from transformer.loss import cross_entropy
 from transformer.optimizer import OptimizerConfig
 from transformer.training import (
@@ -26,7 +26,7 @@ from transformer.training import (
 )
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst", "u")
-BATCH = strings(*((text, text[::-1]) for text in TEXTS))
+BATCH = strings(*((text, text[::-1]) for text in TEXTS), source_length=8, target_length=7)
 DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 
 # The knobs of a recipe that are none of the optimizer's.
@@ -74,17 +74,34 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in leaves)
 
 
+DECAY = 0.15
+NUMBERS = {"dropout": 0.2, "attention_dropout": 0.1, "label_smoothing": 0.1}
+
+
 @pytest.fixture(scope="module")
 def train_steps():
-    model, recipe, init = pieces({"dropout": 0.2, "label_smoothing": 0.1, "ema_decay": 0.9})
-    return init, jax.jit(make_train_steps(make_train_step(model, recipe)))
+    """(state by seed, train steps), one program for all rates of dropout and smoothing.
+
+    Gradients are not clipped, so that Adam's first moment after one step is a tenth of them.
+    """
+    model, recipe, _ = pieces({"ema_decay": DECAY, "clip_norm": 0.0})
+
+    @jax.jit
+    def init(seed, numbers):
+        return init_state(model, recipe, seed, numbers)
+
+    def start(seed=0, **changes):
+        numbers = NUMBERS | changes
+        return init(jnp.uint32(seed), {name: jnp.float32(x) for name, x in numbers.items()})
+
+    return start, jax.jit(make_train_steps(make_train_step(model, recipe)))
 
 
-@pytest.mark.parametrize("division", [[1] * 12, [12], [5, 7], [4, 1, 7]])
+@pytest.mark.parametrize("division", [[1] * 12, [5, 7], [4, 1, 7]])
 def test_the_division_of_steps_among_calls_changes_no_bit(division, train_steps):
-    init, steps = train_steps
-    whole = steps(init(jnp.uint32(0)), zero_sums(), DATA, jnp.int32(12))
-    divided = (init(jnp.uint32(0)), zero_sums())
+    start, steps = train_steps
+    whole = steps(start(), zero_sums(), DATA, jnp.int32(12))
+    divided = (start(), zero_sums())
     for n in division:
         divided = steps(*divided, DATA, jnp.int32(n))
     assert equal(whole, divided)
@@ -93,60 +110,60 @@ def test_the_division_of_steps_among_calls_changes_no_bit(division, train_steps)
 
 
 def test_no_steps_change_nothing(train_steps):
-    init, steps = train_steps
-    state = init(jnp.uint32(0))
-    assert equal(steps(state, zero_sums(), DATA, jnp.int32(0)), (state, zero_sums()))
+    start, steps = train_steps
+    assert equal(steps(start(), zero_sums(), DATA, jnp.int32(0)), (start(), zero_sums()))
 
 
 def test_a_seed_decides_everything(train_steps):
-    init, steps = train_steps
-    one, same, other = (
-        steps(init(jnp.uint32(seed)), zero_sums(), DATA, jnp.int32(3)) for seed in (7, 7, 8)
-    )
+    start, steps = train_steps
+    one, same, other = (steps(start(seed), zero_sums(), DATA, jnp.int32(3)) for seed in (7, 7, 8))
     assert equal(one, same)
     assert not equal(one[0].params, other[0].params)
 
 
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
-def test_dropout_differs_from_step_to_step(rate):
-    model, recipe, init = pieces({rate: 0.5})
-    step = jax.jit(make_train_step(model, recipe))
-    state = init(jnp.uint32(0))
+def test_dropout_differs_from_step_to_step(rate, train_steps):
+    start, steps = train_steps
+    state = start(**{"dropout": 0.0, "attention_dropout": 0.0, rate: 0.5})
+    same = jax.tree.map(lambda tokens: jnp.repeat(tokens[:1], len(tokens), axis=0), DATA)
     losses = {  # of the same parameters and batch
-        float(step(state._replace(step=jnp.int32(number)), BATCH)[1]["loss"]) for number in range(5)
+        float(
+            steps(state._replace(step=jnp.int32(step)), zero_sums(), same, jnp.int32(1))[1]["loss"]
+        )
+        for step in range(5)
     }
     assert len(losses) == 5
 
 
-def test_the_gradient_is_of_the_mean_over_real_tokens():
-    """Plain gradient descent by hand, and padding that changes nothing."""
-    model = small_model()
-    recipe = small_recipe(clip_norm=0.0, label_smoothing=0.1)
-    state = initial(model, recipe)(jnp.uint32(0))
+def test_the_gradient_is_of_the_mean_over_real_tokens(train_steps):
+    """By hand, of the batch without its padding, which changes nothing."""
+    start, steps = train_steps
+    state = start(dropout=0.0, attention_dropout=0.0)
+    state = state._replace(average=jax.tree.map(jnp.zeros_like, state.params))  # it is not taken
+    batch = batch_of(state, DATA, 0)
+    source, target = (int(side.sum(1).max()) for side in (batch.source_segments, batch.weights))
+    batch = make_batch(batch.source[:, :source], batch.target_out[:, :target])
+    assert source < DATA.source.shape[1]
+    assert target < DATA.target.shape[1]
 
     def loss(params):
-        nll = cross_entropy(logits_of(model, params, BATCH), BATCH.target_out, 0.1)
-        return (nll * BATCH.weights).sum() / BATCH.weights.sum()
+        logits = logits_of(small_model(), params, batch)
+        nll = cross_entropy(logits, batch.target_out, NUMBERS["label_smoothing"])
+        return (nll * batch.weights).sum() / batch.weights.sum()
 
-    expected = jax.grad(loss)(state.params)
-    step = jax.jit(make_train_step(model, recipe))
-    after, sums = step(state, BATCH)
-    first_moment = after.moments[0].mu
+    value, expected = jax.value_and_grad(loss)(state.params)
+    after, sums = steps(state, zero_sums(), DATA, jnp.int32(1))
     for name, gradient in expected.items():
-        np.testing.assert_allclose(first_moment[name] / 0.1, gradient, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(sums["loss"] / sums["tokens"], loss(state.params), rtol=1e-5)
-    assert sums["tokens"] == sum(len(text) + 1 for text in TEXTS)
-
-    padded = strings(*((t, t[::-1]) for t in TEXTS), source_length=12, target_length=11)
-    wider, _ = step(state, padded)
-    for name, value in wider.moments[0].mu.items():
-        np.testing.assert_allclose(value, first_moment[name], rtol=1e-3, atol=1e-6)
+        found = after.moments[0].mu[name] / 0.1
+        np.testing.assert_allclose(found, gradient, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(sums["loss"] / sums["tokens"], value, rtol=1e-5)
+    assert sums["tokens"] == batch.weights.sum()
 
 
-def test_a_few_strings_are_learnt_by_heart():
-    model, recipe, init = pieces()
-    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
-    state, first = steps(init(jnp.uint32(0)), zero_sums(), DATA, jnp.int32(1))
+def test_a_few_strings_are_learnt_by_heart(train_steps):
+    start, steps = train_steps
+    state = start(dropout=0.0, attention_dropout=0.0, label_smoothing=0.0)
+    state, first = steps(state, zero_sums(), DATA, jnp.int32(1))
     state, _ = steps(state, zero_sums(), DATA, jnp.int32(95))
     _, last = steps(state, zero_sums(), DATA, jnp.int32(3))
     assert first["loss"] / first["tokens"] > 3.0
@@ -159,15 +176,14 @@ def test_the_streams_of_a_seed_share_no_key():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
-def test_the_average_follows_its_formula_and_evaluation_uses_it():
+def test_the_average_follows_its_formula_and_evaluation_uses_it(train_steps):
     """Three updates by hand; the warm-up of the decay, then the decay itself."""
-    model, recipe, init = pieces({"ema_decay": 0.15})
-    step = jax.jit(make_train_step(model, recipe))
-    state = init(jnp.uint32(0))
+    start, steps = train_steps
+    state = start()
     expected = {name: np.asarray(value) for name, value in state.params.items()}
-    for number, kept in enumerate((1 / 10, 0.15, 0.15)):
-        assert kept == min(0.15, (1 + number) / (10 + number))
-        state, _ = step(state, BATCH)
+    for number, kept in enumerate((1 / 10, DECAY, DECAY)):
+        assert kept == min(DECAY, (1 + number) / (10 + number))
+        state, _ = steps(state, zero_sums(), DATA, jnp.int32(1))
         for name, value in state.params.items():
             expected[name] = kept * expected[name] + (1 - kept) * np.asarray(value)
             np.testing.assert_allclose(state.average[name], expected[name], rtol=1e-5, atol=1e-7)
@@ -183,7 +199,8 @@ def test_the_average_forgets_its_noisy_beginning(step, kept):
 
 def test_without_an_average_no_copy_is_kept_and_evaluation_uses_the_parameters():
     model, recipe, init = pieces()
-    state, _ = jax.eval_shape(make_train_step(model, recipe), init(jnp.uint32(0)), BATCH)
+    state = jax.eval_shape(init, jnp.uint32(0))
+    state, _ = jax.eval_shape(make_train_step(model, recipe), state, BATCH)
     assert state.average == {}
     assert state.variables() == state.params
 
@@ -191,7 +208,7 @@ def test_without_an_average_no_copy_is_kept_and_evaluation_uses_the_parameters()
 @pytest.fixture(scope="module")
 def batch_norm():
     """A model with batch norm, its state before and after 5 steps, and its train steps."""
-    model, recipe, init = pieces(norm="batch")
+    model, recipe, init = pieces(norm="batch", position="none")
     steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
     before = init(jnp.uint32(0))
     after, _ = steps(before, zero_sums(), DATA, jnp.int32(5))
@@ -218,13 +235,13 @@ def test_statistics_are_neither_counted_nor_trained(batch_norm):
         assert not isinstance(each, dict) or each.keys() == before.params.keys()
 
 
-def test_statistics_after_a_step_are_those_of_the_batch():
-    """By hand: the encoder's first norm reads the embedded tokens and their positions."""
-    model, recipe, init = pieces(norm="batch", position="none")
-    state = init(jnp.uint32(0))
-    after, _ = jax.jit(make_train_step(model, recipe))(state, BATCH)
-    embedded = np.asarray(state.params["embedding/table"])[BATCH.source] * 16**0.5
-    seen = embedded[np.asarray(BATCH.source_segments) > 0]
+def test_statistics_after_a_step_are_those_of_the_batch(batch_norm):
+    """By hand: the encoder's first norm reads the embedded tokens."""
+    _, before, _, steps = batch_norm
+    after, _ = steps(before, zero_sums(), DATA, jnp.int32(1))
+    batch = batch_of(before, DATA, 0)
+    embedded = np.asarray(before.params["embedding/table"])[batch.source] * 16**0.5
+    seen = embedded[np.asarray(batch.source_segments) > 0]
     norm = "encoder/layers/0/residuals/0/norm"
     mean, variance = (after.statistics[f"{norm}/{kind}"] for kind in ("mean", "variance"))
     np.testing.assert_allclose(mean, 0.1 * seen.mean(0), rtol=1e-4, atol=1e-6)
@@ -241,47 +258,40 @@ def test_validation_uses_what_batch_norm_has_seen_and_changes_nothing(batch_norm
     np.testing.assert_allclose(alone.nll[0], score(after.variables(), DATA).nll[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("ways", [2, 4, 8])
-def test_a_batch_in_parts_is_the_batch(ways):
-    """Its parts have different numbers of tokens, and weigh accordingly. Nothing is dropped."""
-    state, sums = {}, {}
-    for accumulate in (1, ways):
-        model, recipe, init = pieces(
-            {"accumulate": accumulate, "label_smoothing": 0.1, "name": "sgd"}
-        )
-        step = jax.jit(make_train_step(model, recipe))
-        state[accumulate], sums[accumulate] = step(init(jnp.uint32(0)), BATCH)
-    for name, value in sums[1].items():
-        np.testing.assert_allclose(sums[ways][name], value, rtol=1e-5, err_msg=name)
-    for name, value in state[1].params.items():
-        np.testing.assert_allclose(state[ways].params[name], value, rtol=1e-4, atol=1e-6)
+def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own(train_steps):
+    """Parts have different numbers of tokens, and weigh accordingly."""
+    start, steps = train_steps
+    model, recipe, _ = pieces({"clip_norm": 0.0, "ema_decay": DECAY, "accumulate": 3})
+    in_parts = jax.jit(make_train_step(model, recipe))
+    state = start(dropout=0.0, attention_dropout=0.0)
+    batch = batch_of(state, DATA, 0)
+    assert len(set(batch.weights.sum(1).tolist())) > 1
+    whole, expected = steps(state, zero_sums(), DATA, jnp.int32(1))
+    parts, sums = in_parts(state, batch)
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+    for name, value in whole.moments[0].mu.items():
+        np.testing.assert_allclose(parts.moments[0].mu[name], value, rtol=1e-4, atol=1e-6)
 
-
-def test_parts_of_a_batch_drop_elements_of_their_own():
-    model, recipe, init = pieces({"accumulate": 2, "dropout": 0.5})
-    step = jax.jit(make_train_step(model, recipe))
-    alike = jax.tree.map(lambda x: jnp.repeat(x[:1], 2, axis=0), BATCH)
-    both = float(step(init(jnp.uint32(0)), alike)[1]["loss"])
+    state = start(dropout=0.5, attention_dropout=0.0, label_smoothing=0.0)
     single = jax.tree.map(lambda x: x[:1], BATCH)
-    keys = jax.random.split(jax.random.fold_in(stream(jnp.uint32(0), "dropout"), 0), 2)
-    params, losses = init(jnp.uint32(0)).params, []
-    for key in keys:
-        module, training = model.bind(params), Training(streams(key), 0.5)
-        logits = module(
-            *(single.source, single.source_segments, single.target_in, single.target_segments),
-            training=training,
-        )
-        losses.append(float((cross_entropy(logits, single.target_out) * single.weights).sum()))
-    assert losses[0] != pytest.approx(losses[1])
-    assert both == pytest.approx(sum(losses), rel=1e-4)
+    alike = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), single)
+    keys = jax.random.split(jax.random.fold_in(stream(jnp.uint32(0), "dropout"), 0), 3)
+    logits = jax.vmap(lambda key: logits_of(small_model(dropout=0.5), state.params, single, key))(
+        keys
+    )
+    losses = [(cross_entropy(each, single.target_out) * single.weights).sum() for each in logits]
+    assert len({float(loss) for loss in losses}) == 3
+    found = float(in_parts(state, alike)[1]["loss"])
+    assert found == pytest.approx(float(sum(losses)), rel=1e-4)
 
 
 def test_parts_take_less_memory():
     def taken(accumulate):
-        model, recipe, init = pieces({"accumulate": accumulate})
+        model, recipe, init = pieces({"accumulate": accumulate, "name": "sgd"})
         batch = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), BATCH)
         step = jax.jit(make_train_step(model, recipe))
-        compiled = step.lower(init(jnp.uint32(0)), batch).compile()
+        compiled = step.lower(jax.eval_shape(init, jnp.uint32(0)), batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert taken(16) < taken(1) / 4
