@@ -5,21 +5,26 @@ import dataclasses
 import json
 import re
 import shutil
+from functools import cache
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
-from tests.test_programs import complaint, finish, start
+from tests.helpers import program
+from tests.test_programs import finish, start
 from transformer import costs
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import EOS, PAD
+from transformer.errors import UserError
 from transformer.experiments.benchmark import measure, page, rotation, task, worker
 from transformer.experiments.benchmark.batching import POOL, Batches, by_length
 from transformer.experiments.benchmark.contender import (
     CONTENDERS,
     OURS,
     SCHEDULES,
+    Contender,
     Schedule,
     Setting,
 )
@@ -28,6 +33,7 @@ from transformer.model import Model
 from transformer.optimizer import make_schedule
 
 TRIAL = task.SIZES["cpu"]["trial"]
+SCHEDULE = {"learning_rate": 4e-3, "warmup_steps": 20, "name": "linear", "steps": 1_000}
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +78,10 @@ def test_needed_flops_are_those_of_the_program_where_nothing_is_padded():
     schedule = Schedule(learning_rate=1e-3, warmup_steps=1, name="linear", steps=10)
     cfg = ours.run_config(size, "cpu", schedule, rows=5)
     rows = np.full((7, 6), EOS, np.int32)
-    program = costs.step_flops(
+    flops = costs.step_flops(
         Model(cfg.model, size.vocabulary), cfg.recipe(), Dataset(rows, rows, batch_size=5)
     )
-    assert task.useful_flops(size, np.full(5, 6), np.full(5, 6)) == program
+    assert task.useful_flops(size, np.full(5, 6), np.full(5, 6)) == flops
 
 
 # Batches
@@ -146,6 +152,19 @@ def test_what_follows_the_end_of_an_output_is_ignored():
     ended = worker.ended(np.array(decoded))
     assert ended[0].tolist() == [5, 6, EOS, PAD]
     assert worker.exact(ended, target) == 0.5
+
+
+def test_a_worker_trains_to_the_end_of_the_schedule_and_checks_on_the_way(setting):
+    contender = Mock(spec=Contender)
+    contender.decode = lambda source, batch, beams, room: np.zeros((len(source), room), int)
+    learned = worker.Worker(contender, setting).learn(
+        seed=0, schedule=SCHEDULE | {"steps": 10}, batching="x", every=4, target=0.5, limit=1e9
+    )
+    assert [step for step, *_ in learned["curve"]] == [4, 8, 10]
+    assert (learned["steps"], learned["reached"]) == (10, False)
+    # The first step compiles; training then starts anew.
+    assert [call.args for call in contender.train.mock_calls] == [(n, "x") for n in (1, 4, 4, 2)]
+    assert contender.start.call_count == 2
 
 
 def test_a_peer_that_fails_is_left_out_and_named(setting, tmp_path):
@@ -374,7 +393,6 @@ def installed(name):
     )
 
 
-SCHEDULE = {"learning_rate": 4e-3, "warmup_steps": 20, "name": "linear", "steps": 1_000}
 LEARNERS = [name for name, entry in CONTENDERS.items() if entry.learns]
 DECODERS = [name for name, entry in CONTENDERS.items() if entry.weights]
 
@@ -388,8 +406,16 @@ def check_decoding(remote, contender):
             assert found["tokens"] == pytest.approx(3.5, abs=0.4)
 
 
+@pytest.fixture(scope="module")
+def weights(setting, tmp_path_factory):
+    """Contender → where its parameters are when it reverses."""
+    folder = tmp_path_factory.mktemp("weights")
+    return cache(lambda contender: learn_to_reverse(contender, setting, folder))
+
+
 def learn_to_reverse(contender, setting, folder):
-    """Trains a contender until it reverses; leaves its parameters."""
+    """Trains a contender until it reverses; says where it leaves its parameters."""
+    file = folder / f"{contender}.weights"
     with rotation.Remote(contender, setting, folder / f"{contender}.log") as remote:
         for batching in CONTENDERS[contender].batchings:
             remote.ask("start", seed=0, schedule=SCHEDULE)
@@ -412,27 +438,28 @@ def learn_to_reverse(contender, setting, folder):
         assert learned["steps"] == learned["curve"][-1][0]
         check_decoding(remote, contender)
         assert remote.ask("memory") > 2**27
-        remote.ask("save", path=str(folder / f"{contender}.weights"))
+        remote.ask("save", path=str(file))
         # Fresh parameters know nothing; those that were saved do.
         remote.ask("start", seed=1, schedule=SCHEDULE)
         assert remote.ask("decode", strings=50, batch=50, beams=1, shortest=0.0)["exact"] < 0.1
-        remote.ask("load", path=str(folder / f"{contender}.weights"))
+        remote.ask("load", path=str(file))
         check_decoding(remote, contender)
+    return file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", [installed(name) for name in LEARNERS])
-def test_a_contender_learns_to_reverse(contender, setting, tmp_path):
-    learn_to_reverse(contender, setting, tmp_path)
+def test_a_contender_learns_to_reverse(contender, weights):
+    assert weights(contender).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", [installed(name) for name in DECODERS])
-def test_those_that_only_decode_do_it_with_the_parameters_of_others(contender, setting, tmp_path):
-    owner = CONTENDERS[contender].weights
-    learn_to_reverse(owner, setting, tmp_path)
+def test_those_that_only_decode_do_it_with_the_parameters_of_others(
+    contender, setting, weights, tmp_path
+):
     with rotation.Remote(contender, setting, tmp_path / "log") as remote:
-        remote.ask("load", path=str(tmp_path / f"{owner}.weights"))
+        remote.ask("load", path=str(weights(CONTENDERS[contender].weights)))
         check_decoding(remote, contender)
 
 
@@ -476,11 +503,22 @@ def test_the_script_writes_the_page(tmp_path):
     assert record["training"]["found"]["best_product"] > 1e9
 
 
-def test_mistakes_end_with_a_line():
-    refusal = complaint("scripts/benchmark.py", "--contenders=ours,marain")
-    assert refusal.startswith("error: --contenders=marain: choose one of ours, pytorch")
-    assert refusal.endswith("(did you mean marian?)")
-    refusal = complaint("scripts/benchmark.py", "--sizes=big")
-    assert refusal.startswith("error: --sizes=big: choose one of trial, tiny, base")
-    refusal = complaint("scripts/benchmark.py", "--device=gpu", PATH="")
-    assert refusal == "error: --device=gpu: nvidia-smi finds none; leave it out for the CPU"
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--contenders=ours,marain",
+            r"--contenders=marain: choose one of ours, pytorch.*mean marian\?\)$",
+        ),
+        ("--contenders=marian", "ours must be among them"),
+        ("--sizes=big", "^--sizes=big: choose one of trial, tiny, base"),
+        ("--device=gpu", "^--device=gpu: nvidia-smi finds none; leave it out for the CPU$"),
+    ],
+)
+def test_mistakes_are_explained(words, message, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with (
+        program("scripts/benchmark.py", words) as script,
+        pytest.raises(UserError, match=message),
+    ):
+        script.main()

@@ -33,6 +33,8 @@ def test_a_difference_is_measured_and_found():
     loss, step, params = compare(finished(2.0, [3, 4]), finished(2.2, [3, 4.5]), [20])
     assert (loss.unequal, loss.where) == (1, "step 10")
     assert loss.largest == pytest.approx(0.1)
+    assert not loss.identical()
+    assert not params.identical()
     assert step.identical()
     assert params.where == ".params['kernel']"
     assert params.largest == pytest.approx(0.5 / np.sqrt(12.5))

@@ -1,6 +1,6 @@
 """What a run shows, where there is no terminal: a file, a pipe, a test."""
 
-from transformer.console import facts, figure, table
+from transformer.console import facts, figure, over_replicas, table
 
 
 def test_a_table_in_a_file_is_as_wide_as_its_words(capsys):
@@ -29,3 +29,9 @@ def test_figures_have_four_digits_or_commas():
         "1,000",
         "1,234,567",
     ]
+
+
+def test_a_metric_of_a_population_is_its_mean_with_the_range():
+    metrics = [{"loss": 1.0}, {"loss": 4.0}, {"loss": 1.0}]
+    assert over_replicas(metrics, "loss", "{:.1f}".format) == "2.0 (1.0–4.0)"
+    assert over_replicas(metrics[:1], "loss", "{:.1f}".format) == "1.0"

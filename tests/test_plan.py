@@ -9,23 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import program
 from tests.test_programs import complaint, finish, start
 from transformer import planning
 from transformer.config import RunConfig
+from transformer.console import figure
 from transformer.errors import UserError
 from transformer.model import Model
 from transformer.planning import CHIPS, Chip, make_plan, meshes, open_topology, rank
 from transformer.sharding import MeshConfig
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
-PAPERS = [name for name in CONFIGS if name.startswith("vaswani")]
-# Those of ATTENTION_BACKENDS that are meant for TPUs.
-TPU_BACKENDS = ["einsum", "xla", "chunked", "splash"]
-TPU_CASES = [  # the papers' configs without a backend that tells nothing new: minutes each
-    (name, backend)
-    for name in CONFIGS
-    for backend in TPU_BACKENDS
-    if not (name in PAPERS and backend in ("xla", "chunked"))
+TPU_CASES = [  # those of ATTENTION_BACKENDS that are meant for TPUs, and a paper's config
+    *(("toy_reverse", backend) for backend in ("einsum", "xla", "chunked", "splash")),
+    *(("vaswani_base", backend) for backend in ("einsum", "splash")),
 ]
 
 needs_libtpu = pytest.mark.skipif(
@@ -121,6 +118,18 @@ def test_the_roofline_is_the_slowest_unit():
     assert slow.step_seconds() == pytest.approx(1e6 * seconds["interconnect"])
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_shows_the_memory_the_roofline_and_the_cost_of_all_chips(capsys):
+    plan = on(CHIPS["v5e"], toy())
+    words = ("--config=configs/toy_reverse.py", "--topology=v5e:2x2", "--price=3")
+    with program("scripts/plan.py", *words) as script:
+        script.show(plan)
+    shown = capsys.readouterr().out
+    hours = f"{figure(plan.hours() * 4)} chip-hours, ${figure(plan.hours() * 4 * 3)}"
+    for words in ("data 4", "all-reduce", "parameters", "into 16 GiB", plan.bound(), hours):
+        assert words in shown
+
+
 def test_without_figures_there_is_no_roofline():
     assert toy().seconds() == {}
     assert toy().step_seconds() == math.inf
@@ -179,11 +188,16 @@ def test_without_the_compiler_the_remedy_is_named(monkeypatch):
         open_topology("v5e:2x2")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "vaswani_base")) for name in CONFIGS],
+)
 def test_a_shipped_config_compiles_for_simulated_devices(name):
-    """The papers' with a layer of each kind: here it is about the config, not about size."""
-    changes = {"model__layers": 1, "batch_size": 8} if name in PAPERS else {}
-    plan = make_plan(load(name, **changes), open_topology("cpu:2x2"), vocab_size=512, length=16)
+    """With a narrow layer of each kind: here it is about the config, not about size."""
+    small = {"layers": 1, "width": 16, "heads": 2, "ff_width": 32}
+    changes = {f"model__{knob}": value for knob, value in small.items()}
+    cfg = load(name, **changes, batch_size=8)
+    plan = make_plan(cfg, open_topology("cpu:2x2"), vocab_size=96, length=16)
     assert plan.chips == 4
     assert plan.flops > 0
 
@@ -192,7 +206,7 @@ def test_a_shipped_config_compiles_for_simulated_devices(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), TPU_CASES)
 def test_a_shipped_config_compiles_for_a_tpu(name, backend):
-    cfg = load(name, model__attention_backend=backend)
+    cfg = load(name, model__attention_backend=backend, model__layers=1)
     plan = make_plan(cfg, open_topology("v5e:2x2"), vocab_size=37_000, length=32)
     assert plan.refusal == ""
     assert 0.0 < plan.mfu() < 1.0
@@ -200,6 +214,7 @@ def test_a_shipped_config_compiles_for_a_tpu(name, backend):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_tpu_sends_its_gradients_once():
     plan = toy("v5e:2x2", model__tie_embeddings=False)
     expected = 2 * 3 / 4 * plan.memory["parameters"]
@@ -209,6 +224,7 @@ def test_a_tpu_sends_its_gradients_once():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_every_topology_of_the_table_is_known_to_the_compiler():
     for kind, chip in CHIPS.items():
         for shape in chip.topologies:
@@ -217,6 +233,7 @@ def test_every_topology_of_the_table_is_known_to_the_compiler():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_compiler_refuses_what_does_not_fit():
     cfg = load(model__width=8192, model__ff_width=8192, model__heads=64, batch_size=4096)
     plan = make_plan(cfg, open_topology("v5e:1x1"), vocab_size=37_000, length=64)

@@ -1,13 +1,16 @@
 import runpy
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
 
 from configs import base
+from tests.helpers import program
 from tests.test_programs import finish, start
 from transformer import cli
 from transformer.config import RunConfig
+from transformer.data.batches import Dataset
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
 
@@ -37,6 +40,27 @@ def test_the_formula_knows_every_size():
     config.update({"layers": 3, "width": 24, "heads": 4, "ff_width": 50})
     config = ModelConfig(**config)
     assert formula(config, 101) == Model(config, 101).count_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_packed_batches_are_measured_with_as_many_tokens(data_dir, monkeypatch):
+    """16 rows of 6 tokens are 3 rows of 32; or 4, of which each of two parts has 2."""
+    built = []
+
+    def noted(rows, batch_size):
+        built.append(Dataset.of(rows, batch_size))
+        raise StopIteration
+
+    words = ("--config=configs/toy_reverse.py", f"--data_dir={data_dir}")
+    with program("scripts/measure_knobs.py", *words) as script:
+        monkeypatch.setattr(script, "Dataset", Mock(of=noted))
+        config = script.CONFIG.value
+        config.update_from_flattened_dict({"data.size": "tiny", "mesh.data": 1, "batch_size": 16})
+        for accumulate in (1, 2):
+            with pytest.raises(StopIteration):
+                script.build(config, {"data.pack": 32, "accumulate": accumulate})
+    assert [data.batch_size for data in built] == [3, 4]
+    assert all(data.packed and data.source.shape[1] == 32 for data in built)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from configs import base
+from tests import helpers
 from tests.helpers import logits_of, random_params, strings
 from transformer import normalization
 from transformer.config import RunConfig
@@ -179,6 +180,13 @@ def finished(root: Path, programs: Any, accuracy: Any, fails: str = "") -> None:
             },
         )
         replicas = len(program.members)
+        by_length = [
+            [{"length": n, "sequence_accuracy": value / n, "token_accuracy": value} for n in (1, 2)]
+            for value in final
+        ]
+        for split in program.splits:
+            rows = [{"by_source_length": each} for each in by_length]
+            write_json(folder.path / f"eval_{split}.json", {"replicas": rows})
         with MetricsWriter(folder.path, 0, replicas) as writer:
             for i, step in enumerate(STEPS, 1):
                 speed = {
@@ -216,6 +224,7 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
         name: each["outcomes"]["accuracy"]["verdict"] for name, each in record["variants"].items()
     }
     assert verdicts["plain"] == "baseline"
+    assert record["variants"]["rms"]["outcomes"]["loss"]["verdict"].startswith("worse by")
     assert verdicts["rms"].startswith("worse by 4 points")
     assert verdicts["none"].startswith("better by 3")
     assert verdicts["batch"].startswith("no evidence of a difference at 8 seeds; smallest")
@@ -249,6 +258,12 @@ def test_seconds_are_the_programs_divided_by_its_replicas(tmp_path):
     assert own["tokens_per_second"] == pytest.approx(4 * 100, rel=0.01)
 
 
+def test_accuracy_by_length_is_a_table_and_a_picture(tmp_path):
+    text, _ = reported(tmp_path, lambda run: 0.8, seeds=2, splits=("test_longer",))
+    assert "| variant | 1 | 2 |\n| --- | ---: | ---: |\n| plain | 80.0% (80.0%) | 40.0%" in text
+    assert (tmp_path / "by_length_test_longer.png").stat().st_size > 5_000
+
+
 def test_what_failed_is_left_out_and_named(tmp_path):
     variants = {"plain": {}, "rms": {"model.norm": "rms"}}
     sweep = sweep_of(variants)
@@ -261,12 +276,11 @@ def test_what_failed_is_left_out_and_named(tmp_path):
 
 def test_the_papers_columns_stand_beside_exact_counts():
     """Base and the rows that it prints, which all differ from ours by what its vocabulary is."""
-    sweep = load_sweep(str(ROOT / "configs" / "ablations" / "head_width.py"))
-    counts = {name: report.paper_parameters(row) for name, row in sweep.paper.items()}
-    assert counts["base, d_k 64"] == 63_045_632
+    paper = load_sweep(str(ROOT / "configs" / "ablations" / "head_width.py")).paper
+    table = report.paper_table({name: paper[name] for name in ("base, d_k 64", "d_k 16")})
+    assert "| base, d_k 64 | 63,045,632 | 65M | -2.0M |" in table
     # 18 attentions, of which queries and keys are narrower by 48 in each of 8 heads.
-    assert counts["d_k 16"] == 63_045_632 - 18 * 2 * 512 * 8 * 48
-    assert "| base, d_k 64 | 63,045,632 | 65M | -2.0M |" in report.paper_table(sweep.paper)
+    assert f"| d_k 16 | {63_045_632 - 18 * 2 * 512 * 8 * 48:,} |" in table
 
 
 def test_done_means_this_very_config_and_all_its_splits(tmp_path):
@@ -356,6 +370,22 @@ def figures(workdir):
         for seed in each["seeds"]:
             del seed["seconds"], seed["tokens_per_second"]
     return record["variants"]
+
+
+def test_a_dry_run_prints_the_programs_and_starts_none(tmp_path, data_dir, monkeypatch, capsys):
+    file = tmp_path / "tiny.py"
+    file.write_text(TINY_SWEEP)
+    monkeypatch.setattr(runner, "run_all", None)
+    places = (f"--sweep={file}", f"--workdir={tmp_path / 'runs'}", f"--data_dir={data_dir}")
+    with helpers.program("scripts/sweep.py", *places, "--dry_run") as script:
+        monkeypatch.setattr(script, "flops", lambda _: 1e9)
+        script.main()
+    shown = capsys.readouterr().out
+    assert shown.count("python train.py") == 3
+    assert shown.count("python eval.py") == 3
+    assert f"--workdir={tmp_path / 'runs' / 'rms'}" in shown
+    assert "6 runs in 3 programs" in shown
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
