@@ -1,4 +1,3 @@
-import json
 import math
 import shutil
 
@@ -7,9 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from tests.helpers import TOKENIZER
+from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
-from tests.test_programs import TINY, checkpoint, complaint, finish, start
 from tests.test_training import equal
 from transformer import sharding
 from transformer.averaging import average, in_a_row, mean
@@ -32,7 +30,7 @@ EMA = {"ema_decay": 0.9}
 POPULATION = {"replicas": 2, "per_replica.learning_rate": (1e-3, 2e-3)}
 
 
-def drawn(like, step, rng):
+def drawn(model, like, step, rng):
     """A state of `step` with random numbers for all that is a float."""
 
     def draw(leaf):
@@ -45,19 +43,19 @@ def drawn(like, step, rng):
     return state._replace(step=jax.device_put(steps, like.step.sharding))
 
 
-def make_run(path, rng, steps=(10, 20, 30), accuracy=0.5, **changes):
+def make_run(path, rng, steps=(10, 20, 30), tokenizer=TOKENIZER, drawn=drawn, **changes):
     """The folder of a run that was never trained, the states in it, and their abstract twin."""
     workdir = Workdir(str(path))
     config = base.get_config()
     config.update_from_flattened_dict(KNOBS | changes)
-    tokenizers = Tokenizers(TOKENIZER, TOKENIZER)
+    tokenizers = Tokenizers(tokenizer, tokenizer)
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, {"dataset": "toy"} | tokenizers.digests())
-    *_, like = outline(workdir, sharding.one_device())
-    states = [drawn(like, step, rng) for step in steps]
+    *_, model, like = outline(workdir, sharding.one_device())
+    states = [drawn(model, like, step, rng) for step in steps]
     with Checkpoints(workdir.checkpoints, keep=len(steps)) as checkpoints:
         for state in states:
-            checkpoints.save(state, metrics(accuracy))
+            checkpoints.save(state, metrics(0.5))
     return workdir, states, like
 
 
@@ -184,28 +182,17 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):
     assert files_of(into.path) == before
 
 
-@pytest.mark.slow
-def test_train_average_evaluate(tmp_path, data_dir):
-    """By the commands: the parameters that are evaluated are the mean of those that were saved."""
-    run, data = tmp_path / "run", f"--data_dir={data_dir}"
-    flags = (*TINY, data, "--config.steps=70", "--config.keep_checkpoints=3")
-    finish(start("train.py", *flags, f"--workdir={run}"))
-    assert "has 3 checkpoints in a row" in complaint("scripts/average.py", f"--workdir={run}")
-
-    out = finish(start("scripts/average.py", f"--workdir={run}/", "--last=3"))
-    assert "at steps 40, 60, 70" in out
-    mean = tmp_path / "run_average"
-    saved = [checkpoint(run, step) for step in (40, 60, 70)]
-    found = checkpoint(mean, 70)
-    params = [name for name in found if name.startswith("params")]
-    assert len(params) > 10
-    for name in params:
-        wanted = np.mean([arrays[name] for arrays in saved], axis=0, dtype=np.float64)
-        np.testing.assert_array_equal(found[name], wanted.astype(np.float32), err_msg=name)
-    assert any((found[name] != saved[-1][name]).any() for name in params)
-
-    assert "source length" in finish(start("eval.py", f"--workdir={mean}", data))
-    record = json.loads((mean / "eval_test.json").read_text())
-    assert record["step"] == 70
-    assert 0.0 < record["replicas"][0]["metrics"]["test/loss"] < 10.0
-    assert "holds an average" in complaint("train.py", *flags, f"--workdir={mean}")
+def test_the_program_takes_as_many_as_it_is_told_and_names_the_new_folder(tmp_path, rng, capsys):
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10, 20, 30, 33))
+    with program("scripts/average.py", f"--workdir={workdir.path}/", "--last=2") as script:
+        script.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at steps 30, 33" in said
+    mean = Workdir(f"{workdir.path}_average")
+    assert mean.read_record()["averaged"]["steps"] == [30, 33]
+    into = tmp_path / "mean"
+    with (
+        program("scripts/average.py", f"--workdir={workdir.path}", f"--into={into}") as script,
+        pytest.raises(UserError, match=r"last=5: .* has 4 checkpoints in a row"),
+    ):
+        script.main()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import TOKENIZER, data_config
@@ -106,12 +106,12 @@ def flipped(content, place):
 
 @pytest.mark.slow
 def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_path):
-    """Each file gone, cut off, or with a bit turned over in 20 places."""
+    """Each file gone, cut off, or with a bit turned over in 4 places."""
     corpus, rng, refused = open_corpus(data_config(), data_dir), random.Random(0), []
     whole, folder = loaded(corpus), Path(corpus.opened.builder.data_dir)
     for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
         content = (folder / name).read_bytes()
-        places = [rng.randrange(len(content)) for _ in range(20)] if content else []
+        places = [rng.randrange(len(content)) for _ in range(4)] if content else []
         for damage in (None, content[:-1], *(flipped(content, place) for place in places)):
             copy = tmp_path / folder.relative_to(data_dir)
             shutil.rmtree(copy, ignore_errors=True)
@@ -124,31 +124,34 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
                 refused.append(str(error))
             else:
                 assert found == whole, name
-    assert len(refused) > 20
+    assert len(refused) > 10
     for line in refused:
         assert "\n" not in line
         assert "is damaged: " in line or "cannot prepare" in line
 
 
-PREPARE = (
-    "import sys\n"
-    "from tests.test_data import data_config, loaded, open_corpus\n"
-    "from transformer import cli\n"
-    "cli.explained(lambda: print(len(loaded(open_corpus(data_config(), sys.argv[1])))))\n"
-)
+PREPARE = """
+import sys
+from tests.helpers import data_config
+from transformer import cli
+from transformer.data.load import open_corpus
+
+cli.explained(lambda: open_corpus(data_config(), sys.argv[1]).tokens("train"))
+"""
 
 
 @pytest.mark.slow
 def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, data_dir):
-    command = [sys.executable, "-c", PREPARE, str(tmp_path)]
+    """By two processes at once."""
+    command, prepared = [sys.executable, "-c", PREPARE, str(tmp_path)], tmp_path / "toy_strings"
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("toy_strings/reverse_tiny/*incomplete*")):
+    while not list(prepared.glob("reverse_tiny/*incomplete*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
     process.kill()
     process.wait()
-    assert not (tmp_path / "toy_strings" / "reverse_tiny" / "1.0.0").exists()
+    assert not (prepared / "reverse_tiny" / "1.0.0").exists()
 
     small = f"ulimit -f 1; exec {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", small], cwd=ROOT, capture_output=True, text=True)
@@ -156,30 +159,15 @@ def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, da
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "cannot prepare" in line
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "toy_strings" / "reverse_tiny" / "1.0.0").exists()
+    assert not (prepared / "reverse_tiny" / "1.0.0").exists()
 
-    assert loaded(open_corpus(data_config(), str(tmp_path))) == loaded(
-        open_corpus(data_config(), data_dir)
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_prepare_one_dataset_at_once(tmp_path):
-    code = (
-        "import sys\n"
-        "from tests.test_data import data_config, loaded, open_corpus\n"
-        "sys.stdin.readline()\n"
-        "loaded(open_corpus(data_config(task='copy'), sys.argv[1]))\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
-    both = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]
-    for process in both:
-        process.stdin.write("now\n")
-        process.stdin.flush()
+    both = [subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) for _ in "ab"]
     for process in both:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+    assert loaded(open_corpus(data_config(), str(tmp_path))) == loaded(
+        open_corpus(data_config(), data_dir)
+    )
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):
@@ -213,12 +201,19 @@ def test_a_batch_shifts_the_target_and_weighs_real_tokens():
     np.testing.assert_array_equal(batch.target_segments, [[1, 1, 1, 0]])
 
 
-@settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 3_000), seed=st.integers(0, 2**32 - 1))
-def test_permute_is_a_permutation(size, seed):
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 64, 1_000, 3_000])
+def test_permute_is_a_permutation(size, rng):
     index = jnp.arange(size, dtype=jnp.uint32)
-    images = jax.vmap(lambda i: permute(i, size, jax.random.key(seed)))(index)
+    key = jax.random.key(rng.integers(2**32))
+    images = jax.vmap(lambda i: permute(i, size, key))(index)
     assert sorted(images.tolist()) == list(range(size))
+
+
+def test_the_order_of_a_seed_is_pinned():
+    index = jnp.arange(10, dtype=jnp.uint32)
+    order = jax.vmap(lambda i: permute(i, 10, jax.random.key(0)))(index).tolist()
+    moved = "saved runs would resume with other data: restore the order, or note it as a break"
+    assert order == [9, 8, 0, 7, 4, 3, 6, 2, 5, 1], moved
 
 
 def test_permute_is_uniform():

@@ -232,16 +232,19 @@ def test_a_dataset_kept_for_tensorflow_alone_is_refused(wmt, tmp_path):
 
 @pytest.mark.slow
 def test_wmt14_from_training_to_bleu(wmt, tmp_path):
-    """configs/wmt14_ende.py but for its size; BLEU is sacrebleu's own, of the outputs written."""
+    """By the commands that configs/wmt14_ende.py names, at its smallest size.
+
+    BLEU is sacrebleu's own, of the outputs written.
+    """
     tiny = {
-        "steps": 6,
+        "steps": 40,
         "batch_size": 4,
-        "eval_every": 3,
-        "save_every": 3,
+        "eval_every": 20,
+        "save_every": 20,
         "data.vocab_size": 300,
         "data.pack": 64,
         "data.longest": 64,
-        "model.layers": 2,
+        "model.layers": 1,
         "model.width": 16,
         "model.heads": 2,
         "model.ff_width": 32,
@@ -249,18 +252,21 @@ def test_wmt14_from_training_to_bleu(wmt, tmp_path):
         "optimizer.warmup_steps": 2,
     }
     flags = [f"--config.{knob}={value}" for knob, value in tiny.items()]
-    where = (f"--workdir={tmp_path}", f"--data_dir={wmt}")
-    out = finish(start("train.py", "--config=configs/wmt14_ende.py", *flags, *where))
+    data, run, mean = f"--data_dir={wmt}", tmp_path / "run", tmp_path / "run_average"
+    words = ("--config=configs/wmt14_ende.py", *flags, data, f"--workdir={run}")
+    out = finish(start("train.py", *words))
     assert "learning bpe from 180 texts" in out
     assert f"{NAME}/1.0.0, 90 training examples in " in out
-    out = finish(start("eval.py", "--beam_size=4", *where))
+    out = finish(start("scripts/average.py", f"--workdir={run}/", "--last=2"))
+    assert "at steps 20, 40" in out
+    out = finish(start("eval.py", "--beam_size=4", data, f"--workdir={mean}"))
 
-    record = json.loads((tmp_path / "eval_test.json").read_text())
-    assert record["beam_size"] == 4
+    record = json.loads((mean / "eval_test.json").read_text())
+    assert (record["step"], record["beam_size"]) == (40, 4)
+    assert 0.0 < record["replicas"][0]["metrics"]["test/loss"] < 10.0
     scores = record["replicas"][0]["text"]
-    rows = [
-        row.split("\t") for row in (tmp_path / "samples_test.tsv").read_text().split("\n")[1:-1]
-    ]
+    samples = (mean / "samples_test.tsv").read_text()
+    rows = [row.split("\t") for row in samples.split("\n")[1:-1]]
     assert len(rows) == 4 * 20
     best = [row[2] for row in rows[::4]]
     targets = [row[1] for row in rows[::4]]

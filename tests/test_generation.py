@@ -1,32 +1,30 @@
 """From texts to texts, by a model whose parameters are drawn instead of trained."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from tests.helpers import TOKENIZER, logits_of, random_params, strings
+from tests import test_average
+from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
 from tests.test_programs import ROOT
-from transformer import evaluation, sharding
-from transformer.checkpoint import Checkpoints
-from transformer.config import RunConfig
+from transformer import cli, evaluation, sharding
 from transformer.data.batches import Dataset, make_batch
-from transformer.data.load import Tokenizers
 from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, Tokenizer
 from transformer.decoding import beam_search, greedy
 from transformer.errors import UserError
 from transformer.generation import Decoding, Generator, Output, roomy
 from transformer.model import Model
-from transformer.training import abstract_state
+from transformer.training import TrainState
 from transformer.workdir import Workdir
 
 REACH = 20  # positions
@@ -39,34 +37,20 @@ TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 
 def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -> Workdir:
     """The folder of a run that was never trained, of so many replicas."""
-    config: Any = base.get_config()
-    config.update({"replicas": replicas, "decode_margin": MARGIN, "batch_size": 8})
-    config.data.size = "tiny"
-    config.data.tokenizer = "characters" if tokenizer is TOKENIZER else "bytes"
-    config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
-    config.model.update({"position": "learned", "max_length": REACH, "tie_embeddings": False})
-    cfg, workdir = RunConfig.resolve(config), Workdir(str(folder))
-    tokenizers = Tokenizers(tokenizer, tokenizer)
-    workdir.path.mkdir()
-    tokenizers.save(workdir.tokenizers)
-    workdir.write_config(config, tokenizers.digests())
+    knobs: dict[str, Any] = {"layers": 1, "position": "learned", "max_length": REACH}
+    knobs = {f"model.{name}": value for name, value in knobs.items()}
+    knobs |= {"model.tie_embeddings": False, "replicas": replicas, "decode_margin": MARGIN}
+    knobs["data.tokenizer"] = "characters" if tokenizer is TOKENIZER else "bytes"
 
-    model, mesh = Model(cfg.model, tokenizer.vocab_size), sharding.one_device()
-    like = abstract_state(model, cfg.recipe(), mesh, replicas)
-    state = jax.tree.map(
-        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), like
-    )
-    drawn = [params_of(model, seed, tokenizer) for seed in range(replicas)]
-    params = {
-        name: np.stack([np.asarray(each[name]) for each in drawn]).reshape(leaf.shape)
-        for name, leaf in like.params.items()
-    }
-    state = state._replace(
-        params={name: jax.device_put(x, like.params[name].sharding) for name, x in params.items()}
-    )
-    with Checkpoints(workdir.checkpoints, keep=1) as checkpoints:
-        checkpoints.save(state, {"validation/sequence_accuracy": 0.0, "validation/loss": 1.0})
-    return workdir
+    def state(model: Model, like: TrainState, *_: Any) -> TrainState:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+        each = [params_of(model, seed, tokenizer) for seed in range(replicas)]
+        params = {name: np.stack([one[name] for one in each]) for name in like.params}
+        params = {name: x.reshape(like.params[name].shape) for name, x in params.items()}
+        where = jax.tree.map(lambda leaf: leaf.sharding, like)
+        return jax.device_put(zeros._replace(params=params), where)
+
+    return test_average.make_run(folder, None, (0,), tokenizer, state, **knobs)[0]
 
 
 def params_of(model: Model, seed: int, tokenizer: Tokenizer = TOKENIZER) -> dict[str, Any]:
@@ -275,9 +259,6 @@ def test_a_replica_of_a_population_has_its_own_parameters(tmp_path):
         np.testing.assert_array_equal(array, wanted[name])
     with pytest.raises(UserError, match="replica=2: it must be at most 1"):
         Generator(folder, replica=2, mesh=sharding.one_device())
-
-
-def test_a_folder_without_a_run_is_explained(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         Generator(tmp_path)
 
@@ -290,26 +271,30 @@ def test_lengths_have_some_room_and_few_widths():
     assert set(widths[:128]) == {8, 16, 24, 32, 48, 64, 96, 128}
 
 
-def predict(run: Workdir, given: bytes, *flags: str, status: int = 0, **environment: str):
-    """Lines of output and of errors, of `scripts/predict.py`."""
-    done = subprocess.run(
-        [sys.executable, "scripts/predict.py", f"--workdir={run.path}", *flags],
-        input=given,
-        capture_output=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stderr
-    return done.stdout.decode(), done.stderr.decode()
+@pytest.fixture
+def predict(run, generator, monkeypatch):
+    """Calls `main` of scripts/predict.py; returns what it prints as output and as errors."""
+
+    def of(given: bytes, *words: str) -> tuple[str, str]:
+        out, errors = io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", errors)
+        monkeypatch.setattr(cli, "set_up_jax", lambda cfg: None)  # JAX is at work already
+        with program("scripts/predict.py", f"--workdir={run.path}", *words) as script:
+            script.Generator = lambda *_, **__: generator  # its programs are compiled
+            cli.explained(script.main)
+        out.flush()
+        return cast(io.BytesIO, out.buffer).getvalue().decode(), errors.getvalue()
+
+    return of
 
 
-@pytest.mark.slow
-def test_predict_writes_a_line_for_each_line(run, found, tmp_path):
+def test_predict_writes_a_line_for_each_line(predict, found, tmp_path):
     """Whatever their ends are, and those that are no text among them."""
     looked = tmp_path / "looked.jsonl"
     given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
-    out, errors = predict(run, given, f"--alignments={looked}", "--window=4")
+    out, errors = predict(given, f"--alignments={looked}", "--window=4")
     assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
     assert not errors
     records = [json.loads(line) for line in looked.read_text().splitlines()]
@@ -323,10 +308,9 @@ def test_predict_writes_a_line_for_each_line(run, found, tmp_path):
         np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_predict_numbers_scores_and_draws_as_generate_does(run, found):
+def test_predict_numbers_scores_and_draws_as_generate_does(predict, found):
     flags = ("--temperature=1", "--seed=5", "--n_best=3", "--scores", "--window=2")
-    out, _ = predict(run, "\n".join(TEXTS).encode(), *flags)
+    out, _ = predict("\n".join(TEXTS).encode(), *flags)
     rows = [line.split("\t") for line in out.splitlines()]
     wanted = [(n, output) for n, own in enumerate(found["drawn"], 1) for output in own]
     for (number, score, text), (n, output) in zip(rows, wanted, strict=True):
@@ -334,30 +318,6 @@ def test_predict_numbers_scores_and_draws_as_generate_does(run, found):
         assert float(score) == pytest.approx(output.score, abs=2e-4)
 
 
-@pytest.mark.slow
-def test_predict_counts_what_is_no_utf_8(tmp_path):
-    """And writes UTF-8 whatever the terminal is said to take."""
-    run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
-    out, errors = predict(run, b"a\n\xff\nb\xfe", PYTHONIOENCODING="ascii")
-    assert out.count("\n") == 3
-    assert errors == "2 lines were no UTF-8 (lines 2, 3)\n"
-
-
-@pytest.mark.slow
-def test_predict_ends_quietly_when_nobody_reads_on(run):
-    command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"yes a | head -200 | {command} | head -1"],
-        capture_output=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        timeout=300,
-    )
-    assert done.stdout.count(b"\n") == 1
-    assert not done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
@@ -366,9 +326,31 @@ def test_predict_ends_quietly_when_nobody_reads_on(run):
         (("--workdir=/nowhere",), "/nowhere holds no run"),
     ],
 )
-def test_predict_refuses_in_one_line(flags, cause, run):
-    out, errors = predict(run, b"a\n", *flags, status=2)
-    assert not out
+def test_predict_refuses_in_one_line(flags, cause, predict):
+    with pytest.raises(SystemExit, match="2"):
+        predict(b"a\n", *flags)
+    errors = sys.stderr.getvalue()
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert cause in errors
+    assert not sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(tmp_path):
+    """And writes UTF-8 whatever the terminal is said to take."""
+    run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
+    for given, more, lines, errors in (
+        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, "2 lines were no UTF-8 (lines 2, 3)\n"),
+        ("yes a | head -200", "head -1", 1, ""),
+    ):
+        command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{given} | {command} | {more}"],
+            capture_output=True,
+            cwd=ROOT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONIOENCODING": "ascii"},
+            timeout=300,
+        )
+        assert done.stdout.decode().count("\n") == lines
+        assert done.stderr.decode() == errors

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_programs import complaint, finish, start
+from tests.helpers import program
+from tests.test_programs import complaint
+from transformer import cli
 
 COMMAND = "--command=train.py --config=configs/toy_reverse.py --workdir='runs/a b'"
 WORDS = ["train.py", "--config=configs/toy_reverse.py", "--workdir=runs/a b"]
@@ -15,7 +17,9 @@ GKE = ("--name=big", "--image=hub/it:1", "--claim=disk", "--accelerator=tpu-v5-l
 
 
 def launch(name, *flags):
-    return finish(start(f"scripts/launch/{name}.py", *flags))
+    """Calls `main` of a starter in this process."""
+    with program(f"scripts/launch/{name}.py", *flags) as starter:
+        cli.explained(starter.main)
 
 
 @pytest.mark.parametrize("path", sorted(Path("scripts/launch").glob("*.py")), ids=str)
@@ -23,10 +27,10 @@ def test_a_starter_names_itself_in_its_docstring(path):
     assert f"python {path}" in path.read_text().split('"""')[1]
 
 
-@pytest.mark.slow
-def test_slurm_is_asked_for_a_task_for_each_process():
+def test_slurm_is_asked_for_a_task_for_each_process(capsys):
     flags = ("--nodes=2", "--tasks_per_node=8", "--cluster_parameters=gpus_per_node=8", COMMAND)
-    out = launch("slurm", *flags, "--dry_run")
+    launch("slurm", *flags, "--dry_run")
+    out = capsys.readouterr().out
     for line in ("nodes=2", "tasks_per_node=8", "gpus_per_node=8", "'requeue': True"):
         assert line in out
     *_, python, train, config, workdir = shlex.split(out.splitlines()[-1])
@@ -35,18 +39,18 @@ def test_slurm_is_asked_for_a_task_for_each_process():
     assert [train, config, workdir] == WORDS
 
 
-@pytest.mark.slow
-def test_a_tpu_pod_runs_the_command_on_every_host():
-    call = shlex.split(launch("tpu_pod", *TPU_POD, "--dry_run"))
+def test_a_tpu_pod_runs_the_command_on_every_host(capsys):
+    launch("tpu_pod", *TPU_POD, "--dry_run")
+    call = shlex.split(capsys.readouterr().out)
     assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "mine"]
     assert call[6:8] == ["--zone=here", "--worker=all"]
     there = shlex.split(call[8].removeprefix("--command="))
     assert there == ["cd", "/mnt/it is", "&&", "python", *WORDS, "--coordinator=auto"]
 
 
-@pytest.mark.slow
-def test_gke_gets_a_pod_for_each_host():
-    manifest = yaml.safe_load(launch("gke", *GKE, "--topology=4x4", "--hosts=4", COMMAND))
+def test_gke_gets_a_pod_for_each_host(capsys):
+    launch("gke", *GKE, "--topology=4x4", "--hosts=4", COMMAND)
+    manifest = yaml.safe_load(capsys.readouterr().out)
     assert manifest["kind"] == "JobSet"
     (job,) = manifest["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
@@ -60,7 +64,6 @@ def test_gke_gets_a_pod_for_each_host():
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
@@ -70,8 +73,12 @@ def test_gke_gets_a_pod_for_each_host():
         ("slurm", ("--cluster_parameters=a", COMMAND), "'a' is not of the form name=value"),
     ],
 )
-def test_what_cannot_be_started_is_explained(name, flags, message):
-    assert message in complaint(f"scripts/launch/{name}.py", *flags)
+def test_what_cannot_be_started_is_explained(name, flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        launch(name, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.slow

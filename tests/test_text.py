@@ -64,17 +64,15 @@ def as_windows_writes_it(folder):
     return str(path)
 
 
-@pytest.mark.parametrize("write", [as_tsv, as_gzip, as_two_files, as_json_lines])
+WAYS = [as_tsv, as_gzip, as_two_files, as_json_lines, as_windows_writes_it]
+
+
+@pytest.mark.parametrize("write", WAYS)
 def test_each_way_to_write_pairs_gives_the_same_ones(write, tmp_path):
     corpus = opened(tmp_path, write(tmp_path))
     assert sorted(everything(corpus)) == sorted(GOOD)
     assert corpus.left_out() == ""
     assert corpus.tokenizers.source is corpus.tokenizers.target
-
-
-def test_line_ends_and_byte_order_marks_are_no_text(tmp_path):
-    corpus = opened(tmp_path, as_windows_writes_it(tmp_path))
-    assert sorted(everything(corpus)) == sorted(GOOD)
 
 
 def test_the_fields_of_json_and_the_direction_are_the_configs(tmp_path):
@@ -247,6 +245,7 @@ def test_any_bytes_are_pairs_or_are_counted(tmp_path):
 def test_long_and_empty_examples_are_left_out_of_training_alone(tmp_path):
     corpus = opened(tmp_path, as_tsv(tmp_path))
     tokens = corpus.tokenizers.encode(["ab", "", "abcd", "a", "s"], ["t", "t", "s", "", "stst"])
+    assert learnable(tokens, 3)[0].tolist() == [0]  # whose source has three tokens
     kept, counts = learnable(tokens, 4)
     assert kept.tolist() == [0]
     assert counts == {"with an empty text": 2, "with a text of more than 4 tokens": 2}
