@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,7 @@ from flax import nnx
 
 from tests.helpers import small_model
 from transformer import masking
-from transformer.attention import KeyValue, MultiHeadAttention
+from transformer.attention import MultiHeadAttention
 from transformer.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
@@ -35,27 +34,24 @@ MASKS = {
     "heads": jnp.arange(B * N * T * S).reshape(B, N, T, S) % 3 > 0,
 }
 
-
 # Those that run here; cuDNN wants its GPU. What they take as an array the kernels leave to the
 # reference: see MASKS_IN_SHORT for what they take themselves.
 HERE = [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS]
+each_backend = pytest.mark.parametrize("backend", HERE)
+each_mask = pytest.mark.parametrize("mask", MASKS)
+each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])  # heads of the keys and values
 
 
-# K, how many heads the keys and values have.
-each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def make_qkv(rng, kv_heads, value_width=H):
-    shapes = ((B, N, T, H), (B, kv_heads, S, H), (B, kv_heads, S, value_width))
-    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+def make_qkv(rng, kv_heads=N, value_width=H):
+    keys, values = normal(rng, B, kv_heads, S, H), normal(rng, B, kv_heads, S, value_width)
+    return normal(rng, B, N, T, H), keys, values
 
 
-@pytest.fixture
-def qkv(rng):
-    return make_qkv(rng, N)
-
-
-def by_hand(query, key, value, mask, bias):
+def by_hand(query, key, value, mask, bias=None):
     """Equation 1, one query at a time, over the keys it may attend to, in float64.
 
     The first N/K heads read the first of the K heads of keys and values, and so on.
@@ -75,64 +71,58 @@ def by_hand(query, key, value, mask, bias):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @each_sharing
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", HERE)
+@each_mask
+@each_backend
 def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng):
-    qkv = make_qkv(rng, kv_heads)
-    bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32) if with_bias else None
-    out = ATTENTION_BACKENDS[backend](*qkv, MASKS[mask], bias)
-    expected = by_hand(*qkv, MASKS[mask], bias)
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+    qkv, mask = make_qkv(rng, kv_heads), MASKS[mask]
+    bias = normal(rng, 1, N, T, S) if with_bias else None
+    out = ATTENTION_BACKENDS[backend](*qkv, mask, bias)
+    np.testing.assert_allclose(out, by_hand(*qkv, mask, bias), rtol=2e-5, atol=2e-6)
 
 
 @each_sharing
 @pytest.mark.parametrize("backend", FLEXIBLE_BACKENDS)
 def test_values_may_have_a_width_of_their_own(backend, kv_heads, rng):
-    qkv = make_qkv(rng, kv_heads, value_width=3)
-    out = ATTENTION_BACKENDS[backend](*qkv, MASKS["padding"])
-    expected = by_hand(*qkv, MASKS["padding"], None)
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+    inputs = *make_qkv(rng, kv_heads, value_width=3), MASKS["padding"]
+    out = ATTENTION_BACKENDS[backend](*inputs)
+    np.testing.assert_allclose(out, by_hand(*inputs), rtol=2e-5, atol=2e-6)
 
 
 @each_sharing
-@pytest.mark.parametrize("mask", MASKS)
+@each_mask
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "einsum"])
 def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_heads, rng):
-    qkv = make_qkv(rng, kv_heads)
-    bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32)
+    inputs = *make_qkv(rng, kv_heads), normal(rng, 1, N, T, S)
 
     def gradients(name):
         def loss(*inputs):
             return jnp.sin(ATTENTION_BACKENDS[name](*inputs[:3], MASKS[mask], inputs[3])).sum()
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*qkv, bias)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
 
     for mine, theirs in zip(gradients(backend), gradients("einsum"), strict=True):
         assert jnp.isfinite(mine).all()
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, qkv):
-    out = ATTENTION_BACKENDS[backend](*qkv, MASKS["nothing"])
+@each_backend
+def test_masked_keys_have_no_influence_and_without_keys_there_are_zeros(backend, rng):
+    attend, (query, *others) = ATTENTION_BACKENDS[backend], make_qkv(rng)
+    out = attend(query, *others, MASKS["nothing"])
     np.testing.assert_array_equal(out[1], 0.0)
     np.testing.assert_array_equal(out[0, :, [0, 2, 3]], 0.0)
     assert (out[0, :, 1] != 0).all()
 
+    def loss(*others):
+        return jnp.sin(attend(query, *others, MASKS["padding"])).sum()
 
-@pytest.mark.parametrize("backend", HERE)
-def test_masked_keys_have_no_influence_at_all(backend, qkv):
-    attend, mask = ATTENTION_BACKENDS[backend], MASKS["padding"]
-    key_gradient, value_gradient = jax.grad(
-        lambda key, value: jnp.sin(attend(qkv[0], key, value, mask)).sum(), argnums=(0, 1)
-    )(*qkv[1:])
-    for gradient in (key_gradient, value_gradient):
+    for gradient in jax.grad(loss, argnums=(0, 1))(*others):
         np.testing.assert_array_equal(gradient[0, :, 3:], 0.0)
         assert (jnp.abs(gradient[0, :, :3]).sum((0, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_scores_and_softmax_are_float32_under_bfloat16(backend, qkv):
+@each_backend
+def test_scores_and_softmax_are_float32_under_bfloat16(backend):
     # Scores near 1000 that differ by less than bfloat16 can tell apart there (4).
     key = jnp.zeros((1, 1, 2, 2)).at[0, 0, :, 0].set(32.0).at[0, 0, 1, 1].set(1.0)
     query = jnp.zeros((1, 1, 1, 2)).at[..., 0].set(44.0).at[..., 1].set(1.0)
@@ -154,14 +144,12 @@ def test_softmax_survives_large_scores():
 @pytest.mark.parametrize("backend", FLEXIBLE_BACKENDS)
 def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
     """With the identity for values, what comes out is the weights."""
-    size = 64
-    query, key = (jnp.asarray(rng.normal(size=(2, 2, size, 4)), jnp.float32) for _ in range(2))
+    size, rate = 64, 0.3
+    query, key = normal(rng, 2, 2, size, 4), normal(rng, 2, 2, size, 4)
     value = jnp.broadcast_to(jnp.eye(size), (2, 2, size, size))
-    mask = masking.causal(size)
-    attend = partial(ATTENTION_BACKENDS[backend], query, key, value, mask)
-    whole, rate = attend(), 0.3
-    drop = partial(dropout, rate=rate, stream=nnx.Rngs(dropout=0).dropout)
-    dropped = attend(drop=drop)
+    attend = partial(ATTENTION_BACKENDS[backend], query, key, value, masking.causal(size))
+    whole = attend()
+    dropped = attend(drop=partial(dropout, rate=rate, stream=nnx.Rngs(dropout=0).dropout))
     allowed = whole > 0
     gone = allowed & (dropped == 0)
     np.testing.assert_allclose(gone.sum() / allowed.sum(), rate, atol=0.03)
@@ -169,69 +157,43 @@ def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
 
 
 def make_attention(heads=2, **changes):
-    sizes = {
-        "kv_heads": heads,
-        "value_width": 3,
-        "use_bias": False,
-        "qk_norm": False,
-        "fused": False,
-        "init": nnx.initializers.glorot_uniform(),
-        "backend": "einsum",
-        "dtype": jnp.dtype("float32"),
-    }
-    return MultiHeadAttention(8, heads, 3, rngs=nnx.Rngs(0), **sizes | changes)
+    sizes = {"kv_heads": heads, "value_width": 3, "use_bias": False, "qk_norm": False}
+    sizes |= {"fused": False, "backend": "einsum", "dtype": jnp.dtype("float32")}
+    init = nnx.initializers.glorot_uniform()
+    return MultiHeadAttention(8, heads, 3, rngs=nnx.Rngs(0), init=init, **sizes | changes)
 
 
-def test_attention_drops_weights_in_training_alone_and_shows_them_whole(rng):
-    attention = make_attention()
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-    rngs = streams(jax.random.key(0))
+def products(function, x):
+    jaxpr = jax.make_jaxpr(function)(x)
+    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
-    def call(training, maps=None):
+
+def test_attention_drops_weights_in_training_alone_and_shows_them_whole_if_asked_to(rng):
+    attention, x, rngs = make_attention(), normal(rng, B, T, 8), streams(jax.random.key(0))
+
+    def call(x, training=None, maps=None):
         return attention(*attention.project_all(x), training=training, maps=maps)
 
-    plain, maps, plain_maps = call(None), [], []
-    assert (call(Training(rngs, 0.0, 0.5), maps) != plain).any()
-    call(None, plain_maps)
+    plain, maps, plain_maps = call(x), [], []
+    assert (call(x, Training(rngs, 0.0, 0.5), maps) != plain).any()
+    call(x, None, plain_maps)
     np.testing.assert_array_equal(maps[0], plain_maps[0])
+    np.testing.assert_allclose(maps[0].sum(-1), np.ones((B, 2, T)), rtol=1e-6)
     assert int(rngs.attention.count[...]) == 1
-    np.testing.assert_array_equal(call(Training(rngs, 0.5, 0.0)), plain)
+    np.testing.assert_array_equal(call(x, Training(rngs, 0.5, 0.0)), plain)
     assert int(rngs.attention.count[...]) == 1
-
-
-def test_the_mean_over_many_drops_is_the_attention_of_evaluation(rng):
-    attention = make_attention()
-    x = jnp.asarray(rng.normal(size=(1, T, 8)), jnp.float32)
-
-    @jax.jit
-    @jax.vmap
-    def call(key):
-        training = Training(streams(key), 0.0, jnp.float32(0.4))
-        return attention(*attention.project_all(x), training=training)
-
-    outs = call(jax.random.split(jax.random.key(0), 4000))
-    error = outs.std(0).max() / math.sqrt(len(outs))
-    expected = attention(*attention.project_all(x))
-    np.testing.assert_allclose(outs.mean(0), expected, rtol=0, atol=5 * error)
+    assert products(call, x) < products(partial(call, maps=[]), x)  # they are computed for that
 
 
 @pytest.mark.parametrize("value_width", [3, 5])
 def test_multi_head_attention_is_its_definition(value_width, rng):
     attention = make_attention(use_bias=True, value_width=value_width)
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-    y = jnp.asarray(rng.normal(size=(B, S, 8)), jnp.float32)
+    x, y = normal(rng, B, T, 8), normal(rng, B, S, 8)
 
     def head(i):
-        def project(linear, inputs):
-            return inputs @ linear.kernel[...][:, i] + linear.bias[...][i]
-
         query, key, value = (
-            project(linear, inputs)
-            for linear, inputs in (
-                (attention.query, x),
-                (attention.key, y),
-                (attention.value, y),
-            )
+            inputs @ linear.kernel[...][:, i] + linear.bias[...][i]
+            for linear, inputs in ((attention.query, x), (attention.key, y), (attention.value, y))
         )
         return jax.nn.softmax(query @ key.swapaxes(1, 2) / jnp.sqrt(3.0)) @ value
 
@@ -242,80 +204,51 @@ def test_multi_head_attention_is_its_definition(value_width, rng):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(("kv_heads", "qk_norm"), [(1, True), (2, True), (2, False)])
 def test_sharing_keys_and_values_is_having_them_twice(kv_heads, qk_norm, rng):
     """Grouped-query attention is multi-head attention whose neighbouring heads are alike."""
     shared = make_attention(4, kv_heads=kv_heads, use_bias=True, qk_norm=qk_norm)
-    shared.key.bias[...] = jnp.asarray(rng.normal(size=(kv_heads, 3)), jnp.float32)
+    shared.key.bias[...] = normal(rng, kv_heads, 3)
     whole = make_attention(4, use_bias=True, qk_norm=qk_norm)
     whole.query, whole.out = shared.query, shared.out
     for name in ("key", "value"):
         few, many = getattr(shared, name), getattr(whole, name)
         many.kernel[...] = jnp.repeat(few.kernel[...], 4 // kv_heads, axis=1)
         many.bias[...] = jnp.repeat(few.bias[...], 4 // kv_heads, axis=0)
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-    mask = masking.causal(T)
-    np.testing.assert_allclose(
-        shared(*shared.project_all(x), mask),
-        whole(*whole.project_all(x), mask),
-        rtol=1e-5,
-        atol=1e-6,
-    )
-
-
-def test_with_qk_norm_weights_depend_on_directions_and_not_on_lengths(rng):
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-
-    def weights(x, qk_norm):
-        attention, maps = make_attention(qk_norm=qk_norm), []
-        attention(*attention.project_all(x), maps=maps)
-        return maps[0]
-
-    np.testing.assert_allclose(weights(x, True), weights(30 * x, True), rtol=1e-4)
-    assert jnp.abs(weights(x, False) - weights(30 * x, False)).max() > 0.1
+    x, mask = normal(rng, B, T, 8), masking.causal(T)
+    one, other = (each(*each.project_all(x), mask) for each in (shared, whole))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_qk_norm_has_gains_of_its_own_and_comes_before_positions(rng):
     """Keys and queries by hand: x W, divided by its root mean square, times g, turned."""
-    attention = make_attention(qk_norm=True)
+    attention, x, maps = make_attention(qk_norm=True), normal(rng, B, T, 8), []
     # Three coordinates cannot be turned in pairs: a rotation of the first two will do.
     turn = jnp.array([[0.6, 0.8, 0.0], [-0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
     gains = {"query": jnp.array([1.0, 2.0, 3.0]), "key": jnp.array([3.0, 0.5, 1.0])}
     attention.query_norm.gain[...], attention.key_norm.gain[...] = gains.values()
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
 
     def by_hand(name):
         y = jnp.einsum("btd,dnh->bnth", x, getattr(attention, name).kernel[...])
-        y = y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * gains[name]
-        return y @ turn
+        return y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * gains[name] @ turn
 
-    key_value, maps = attention.project(x, lambda y: y @ turn), []
+    key_value = attention.project(x, lambda y: y @ turn)
     np.testing.assert_allclose(key_value.key, by_hand("key"), rtol=1e-4, atol=1e-5)
     attention(attention.project_query(x, lambda y: y @ turn), key_value, maps=maps)
     expected = attention_weights(by_hand("query"), by_hand("key"))
     np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_cost_nothing_unless_they_are_asked_for(rng):
-    attention = make_attention()
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-
-    def dots(maps):
-        jaxpr = jax.make_jaxpr(lambda x: attention(*attention.project_all(x), maps=maps))(x)
-        return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
-
-    maps = []
-    assert dots(None) < dots(maps)
-    attention(*attention.project_all(x), maps=(maps := []))
-    np.testing.assert_allclose(maps[0].sum(-1), np.ones((B, 2, T)), rtol=1e-6)
-
-
-def test_a_cache_is_written_from_the_index_on():
-    zeros, ones = jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 2, 2))
-    written = KeyValue(zeros, zeros).write(KeyValue(ones, 2 * ones), jnp.int32(1))
-    np.testing.assert_array_equal(written.key[0, 0, :, 0], [0, 1, 1, 0])
-    np.testing.assert_array_equal(written.value[0, 0, :, 0], [0, 2, 2, 0])
+@pytest.mark.parametrize("changes", [{"value_width": 5}, {"value_width": 3, "use_bias": True}])
+def test_fused_projections_are_the_projections(changes, rng):
+    """One product where the matrices are alike, two where values are wider than keys."""
+    x = normal(rng, B, T, 8)
+    apart, fused = (make_attention(fused=fused, **changes) for fused in (False, True))
+    pair = (jax.tree.leaves(each.project_all(x)) for each in (apart, fused))
+    for one, other in zip(*pair, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert products(apart.project_all, x) == 3
+    assert products(fused.project_all, x) == (3 if changes["value_width"] == 5 else 1)
 
 
 def packed(length):
@@ -326,17 +259,17 @@ def packed(length):
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
-LENGTHS = 70, 45  # T, S: several chunks once a chunk is 32 queries, and no multiple of anything
+# T and S: several chunks once a chunk is 32 queries, and no multiple of anything.
+LONG, SHORT = packed(70), packed(45)
+FIRST_ALONE = (SHORT == 1).astype(jnp.int32).at[1].set(0)
 
 MASKS_IN_SHORT = {
-    "segments": masking.Mask(packed(70), packed(45)),
-    "padding": masking.Mask(
-        jnp.ones((B, 70), jnp.int32), (packed(45) == 1).astype(jnp.int32).at[1].set(0)
-    ),
-    "causal": masking.Mask(packed(70), packed(70), causal=True),
-    "window": masking.Mask(packed(70), packed(70), window=5),
-    "causal window": masking.Mask(packed(70), packed(70), causal=True, window=5),
-    "no source": masking.Mask(packed(70), packed(45).at[0].set(0)),
+    "segments": masking.Mask(LONG, SHORT),
+    "padding": masking.Mask(jnp.ones((B, 70), jnp.int32), FIRST_ALONE),
+    "causal": masking.Mask(LONG, LONG, causal=True),
+    "window": masking.Mask(LONG, LONG, window=5),
+    "causal window": masking.Mask(LONG, LONG, causal=True, window=5),
+    "no source": masking.Mask(LONG, SHORT.at[0].set(0)),
 }
 
 
@@ -345,10 +278,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("transformer.dot_product_attention.CHUNK", 32)
 
 
-def long_qkv(rng, mask, kv_heads=N, width=H):
-    lengths = mask.queries.shape[1], mask.keys.shape[1]
-    shapes = ((N, lengths[0]), (kv_heads, lengths[1]), (kv_heads, lengths[1]))
-    return [jnp.asarray(rng.normal(size=(B, *each, width)), jnp.float32) for each in shapes]
+def long_qkv(rng, mask, kv_heads=N):
+    t, s = mask.queries.shape[1], mask.keys.shape[1]
+    return [normal(rng, B, *each, H) for each in ((N, t), (kv_heads, s), (kv_heads, s))]
 
 
 @pytest.mark.parametrize("kv_heads", [N, 2])
@@ -379,13 +311,10 @@ def test_masks_in_short_give_outputs_and_gradients_of_the_reference(
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("mask", [None, "keys", "rows"])
 def test_chunks_take_arrays_too(mask, with_bias, rng, small_chunks):
-    inputs = long_qkv(rng, MASKS_IN_SHORT["segments"])
-    mask = {
-        None: None,
-        "keys": masking.padding(packed(45) == 1),
-        "rows": MASKS_IN_SHORT["segments"].array(),
-    }[mask]
-    bias = jnp.asarray(rng.normal(size=(1, N, *LENGTHS)), jnp.float32) if with_bias else None
+    segments = MASKS_IN_SHORT["segments"]
+    inputs = long_qkv(rng, segments)
+    mask = {None: None, "keys": masking.padding(SHORT == 1), "rows": segments.array()}[mask]
+    bias = normal(rng, 1, N, 70, 45) if with_bias else None
 
     def gradients(attend):
         return jax.grad(lambda *args: jnp.sin(attend(*args, mask, bias)).sum(), (0, 1, 2))(*inputs)
@@ -401,29 +330,23 @@ def test_memory_of_chunks_grows_with_the_length_and_that_of_the_reference_with_i
         compiled = jax.jit(jax.grad(lambda x: attend(x, x, x, mask).sum())).lower(x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    growth = {
-        attend: temporaries(attend, 4096) / temporaries(attend, 2048)
-        for attend in (chunked_attention, einsum_attention)
-    }
-    assert growth[chunked_attention] < 2.3
-    assert growth[einsum_attention] > 3.5
+    assert temporaries(chunked_attention, 4096) / temporaries(chunked_attention, 2048) < 2.3
+    assert temporaries(einsum_attention, 4096) / temporaries(einsum_attention, 2048) > 3.5
 
 
 def test_the_kernel_is_what_runs_where_it_can(rng):
     mask = MASKS_IN_SHORT["causal"]
-    inputs = long_qkv(rng, mask)
+    query, *others = long_qkv(rng, mask)
 
     def has_kernel(*args):
         return "pallas_call" in str(jax.make_jaxpr(ATTENTION_BACKENDS["splash"])(*args))
 
-    assert has_kernel(*inputs, mask)
-    assert not has_kernel(*inputs, mask.array())
-    assert not has_kernel(
-        inputs[0][:, :, :1], *inputs[1:], replace(mask, queries=mask.queries[:, :1])
-    )
+    assert has_kernel(query, *others, mask)
+    assert not has_kernel(query, *others, mask.array())
+    assert not has_kernel(query[:, :, :1], *others, replace(mask, queries=mask.queries[:, :1]))
 
 
-LONG = {"lengths": (512, 512)}
+FAR = {"lengths": (512, 512)}
 HALF = {"dtype": jnp.dtype("bfloat16")}
 
 
@@ -432,10 +355,10 @@ HALF = {"dtype": jnp.dtype("bfloat16")}
     [
         ("einsum", "cpu", {}),
         ("chunked", "cpu", {"lengths": (4096, 4096)}),
-        ("splash", "tpu", LONG),
+        ("splash", "tpu", FAR),
         ("einsum", "tpu", {}),
-        ("einsum", "tpu", LONG | {"biased": True}),
-        ("einsum", "tpu", LONG | {"flexible": True}),
+        ("einsum", "tpu", FAR | {"biased": True}),
+        ("einsum", "tpu", FAR | {"flexible": True}),
         ("cudnn", "gpu", HALF),
         ("einsum", "gpu", {}),
         ("einsum", "gpu", HALF | {"head_width": 12}),
@@ -460,21 +383,3 @@ def test_without_its_gpu_cudnn_is_one_line(rng):
     with pytest.raises(UserError, match=r"attention_backend=cudnn.*choose another"):
         ATTENTION_BACKENDS["cudnn"](query, *rest)
     ATTENTION_BACKENDS["cudnn"](query[:, :, :4], *rest)  # a step of decoding is einsum's
-
-
-@pytest.mark.parametrize("changes", [{"value_width": 5}, {"value_width": 3, "use_bias": True}])
-def test_fused_projections_are_the_projections(changes, rng):
-    """One product where the matrices are alike, two where values are wider than keys."""
-    x = jnp.asarray(rng.normal(size=(B, T, 8)), jnp.float32)
-    apart, fused = (make_attention(fused=fused, **changes) for fused in (False, True))
-
-    def products(attention):
-        jaxpr = jax.make_jaxpr(lambda x: attention.project_all(x))(x)
-        return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
-
-    for one, other in zip(
-        jax.tree.leaves(apart.project_all(x)), jax.tree.leaves(fused.project_all(x)), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    expected = 3 if changes["value_width"] == 5 else 1
-    assert (products(apart), products(fused)) == (3, expected)

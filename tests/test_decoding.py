@@ -149,6 +149,46 @@ def test_scores_are_those_of_the_model_on_the_hypotheses(changes):
         assert len(set(map(tuple, tokens.tolist()))) == 3
 
 
+def searched_by_definition(log_p_after, width, alpha, length):
+    """Beam search over lists of tokens, which never stops early and has no cache."""
+    going, ended = [((), 0.0)], []
+    for place in range(length):
+        grown = [
+            ((*tokens, token), total + log_p)
+            for tokens, total in going
+            for token, log_p in enumerate(log_p_after(tokens))
+        ]
+        likely = sorted(grown, key=lambda each: -each[1])[: 2 * width]
+        penalty = ((5 + place + 1) / 6) ** alpha
+        ended += [(one, total / penalty) for one, total in likely[:width] if one[-1] == EOS]
+        ended = sorted(ended, key=lambda each: -each[1])[:width]
+        going = [each for each in likely if each[0][-1] != EOS][:width]
+    return (ended + [(one, total / penalty) for one, total in going])[:width]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 4.0])
+def test_the_search_is_its_definition_and_stops_no_sooner(alpha):
+    """A hypothesis that can still become the best is followed, however long it gets."""
+    model, _ = tiny_tokens(tie_embeddings=False)
+    width, length, source = 2, 6, (SOURCE[:1], SEGMENTS[:1])
+    whole = jax.jit(lambda params, target, real: model.bind(params)(*source, target, real))
+    for seed in range(6):
+        params = random_params(model, seed)
+
+        def log_p_after(tokens, params=params):
+            target = np.full((1, length), PAD, np.int32)
+            target[0, : len(tokens) + 1] = (BOS, *tokens)
+            real = (np.arange(length) <= len(tokens)).astype(np.int32)[None]
+            logits = whole(params, jnp.asarray(target), jnp.asarray(real))
+            return np.asarray(jax.nn.log_softmax(logits[0, len(tokens)])).tolist()
+
+        wanted = searched_by_definition(log_p_after, width, alpha, length)
+        found = search(model, params, width, alpha, length, *source)
+        padded = [one + (PAD,) * (length - len(one)) for one, _ in wanted]
+        np.testing.assert_array_equal(found.tokens[0], padded)
+        np.testing.assert_allclose(found.scores[0], [score for _, score in wanted], rtol=1e-4)
+
+
 def test_what_shares_a_batch_changes_nothing():
     model, params = tiny_tokens()
     together = search(model, params, 2, 0.6, 8)

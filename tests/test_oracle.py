@@ -29,21 +29,13 @@ pytestmark = pytest.mark.oracle
 def _import_torch():
     """Imports PyTorch, which takes seconds, where a test runs, not where tests are collected."""
     global torch
-    torch = pytest.importorskip(
-        "torch", reason="PyTorch is the oracle: pip install '.[oracle]' to run these"
-    )
+    why = "PyTorch is the oracle: pip install '.[oracle]' to run these"
+    torch = pytest.importorskip("torch", reason=why)
 
 
 def config(placement):
-    return small_model(
-        layers=2,
-        width=D,
-        heads=N,
-        ff_width=F,
-        norm_placement=placement,
-        norm_epsilon=1e-5,  # PyTorch's
-        attention_bias=True,
-    ).config
+    sizes = {"layers": 2, "width": D, "heads": N, "ff_width": F, "norm_placement": placement}
+    return small_model(**sizes, norm_epsilon=1e-5, attention_bias=True).config  # PyTorch's
 
 
 @pytest.fixture
@@ -54,17 +46,21 @@ def arrays(rng):
     return {
         "source": rng.normal(size=(B, S, D)).astype(np.float32),
         "target": rng.normal(size=(B, T, D)).astype(np.float32),
-        "memory": rng.normal(size=(B, S, D)).astype(np.float32),
         "valid": valid,
         "target_valid": target_valid,
         "mask": masking.padding(jnp.asarray(valid)),
         "target_mask": masking.causal(T) & masking.padding(jnp.asarray(target_valid)),
+        "memory_mask": jnp.broadcast_to(masking.padding(jnp.asarray(valid)), (B, 1, T, S)),
     }
 
 
 def related(mask):
     """Positions that are told apart by nothing but who may attend to whom."""
     return Relations(mask, lambda x: x, None)
+
+
+def training_over(valid):
+    return Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32))
 
 
 def randomize(module, rng):
@@ -92,17 +88,20 @@ def of_norm(module, get):
     return {("gain",): get(module.weight), ("bias",): get(module.bias)}
 
 
+def of_batch_norm(module, get):
+    statistics = {("mean",): get(module.running_mean), ("variance",): get(module.running_var)}
+    return of_norm(module, get) | statistics
+
+
 def of_attention(module, get):
-    head = D // N
-    paths = {}
+    paths, head = {}, D // N
     in_weight, in_bias = get(module.in_proj_weight), get(module.in_proj_bias)
     for i, name in enumerate(("query", "key", "value")):
         rows = slice(i * D, (i + 1) * D)
         paths[name, "kernel"] = in_weight[rows].T.reshape(D, N, head)
         paths[name, "bias"] = in_bias[rows].reshape(N, head)
     paths["out", "kernel"] = get(module.out_proj.weight).T.reshape(N, head, D)
-    paths["out", "bias"] = get(module.out_proj.bias)
-    return paths
+    return paths | {("out", "bias"): get(module.out_proj.bias)}
 
 
 def under(prefix, paths):
@@ -110,8 +109,7 @@ def under(prefix, paths):
 
 
 def of_layer(module, get):
-    paths = {}
-    paths |= under(("self_attention",), of_attention(module.self_attn, get))
+    paths = under(("self_attention",), of_attention(module.self_attn, get))
     norms = [module.norm1, module.norm2]
     if hasattr(module, "multihead_attn"):
         paths |= under(("cross_attention",), of_attention(module.multihead_attn, get))
@@ -123,12 +121,14 @@ def of_layer(module, get):
     return paths
 
 
-def of_stack(module, get):
+def of_stacks(module, get):
     paths = {}
-    for i, layer in enumerate(module.layers):
-        paths |= under(("layers", i), of_layer(layer, get))
-    if module.norm is not None:
-        paths |= under(("final_norm",), of_norm(module.norm, get))
+    for side in ("encoder", "decoder"):
+        stack = getattr(module, side)
+        for i, layer in enumerate(stack.layers):
+            paths |= under((side, "layers", i), of_layer(layer, get))
+        if stack.norm is not None:
+            paths |= under((side, "final_norm"), of_norm(stack.norm, get))
     return paths
 
 
@@ -162,18 +162,15 @@ def check(module, of_module, torch_module, call, torch_call, inputs):
     tensors = [torch.tensor(each, requires_grad=True) for each in inputs]
     torch_out = torch_call(torch_module, *tensors)
     torch.sin(torch_out).sum().backward()
-    # What is no parameter in PyTorch has no gradient there, and must have none here.
-    torch_gradients = of_module(
-        torch_module,
-        lambda leaf: np.zeros(leaf.shape, np.float32) if leaf.grad is None else array(leaf.grad),
-    )
+
+    def gradient_there(leaf):
+        """What is no parameter in PyTorch has no gradient there, and must have none here."""
+        return np.zeros(leaf.shape, np.float32) if leaf.grad is None else array(leaf.grad)
 
     compare(out, array(torch_out), 2e-6)
-    for path, gradient in gradients[0].items():
-        scale = max(np.abs(torch_gradients[path]).max(), 1.0)
-        np.testing.assert_allclose(
-            gradient, torch_gradients[path], rtol=0, atol=2e-5 * scale, err_msg=str(path)
-        )
+    for path, expected in of_module(torch_module, gradient_there).items():
+        near = {"rtol": 0, "atol": 2e-5 * max(np.abs(expected).max(), 1.0)}
+        np.testing.assert_allclose(gradients[0][path], expected, **near, err_msg=str(path))
     compare(gradients[1], [array(tensor.grad) for tensor in tensors], 2e-5)
 
 
@@ -188,11 +185,9 @@ def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
     theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5, momentum=0.1), rng).train()
     ours = BatchNorm(D, epsilon=1e-5)
     ours.gain[...], ours.bias[...] = (jnp.asarray(array(p)) for p in theirs.parameters())
-    valid = arrays["valid"]
-    training = Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32))
+    valid, training = arrays["valid"], training_over(arrays["valid"])
     for mode in (training, training, None):
-        if mode is None:
-            theirs.eval()
+        theirs.train(mode is not None)
         x = rng.normal(1.0, 2.0, size=(B, S, D)).astype(np.float32)
         expected = array(theirs(torch.tensor(x[valid])))
         np.testing.assert_allclose(ours(jnp.asarray(x), mode)[valid], expected, atol=1e-5)
@@ -200,24 +195,13 @@ def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
         np.testing.assert_allclose(ours.variance[...], array(theirs.running_var), rtol=1e-5)
 
 
-def of_batch_norm(module, get):
-    statistics = {("mean",): get(module.running_mean), ("variance",): get(module.running_var)}
-    return of_norm(module, get) | statistics
-
-
 def test_gradients_of_batch_norm_in_training(arrays, rng):
     """They pass through mean and variance, and not through the running averages."""
+    ours = BatchNorm(D, epsilon=1e-5)
     theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5), rng).train()
-    valid = arrays["valid"]
-    training = Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32))
-    check(
-        BatchNorm(D, epsilon=1e-5),
-        of_batch_norm,
-        theirs,
-        lambda m, x: m(x, training)[valid],
-        lambda m, x: m(x[torch.tensor(valid)]),
-        [arrays["source"]],
-    )
+    valid, training = arrays["valid"], training_over(arrays["valid"])
+    calls = lambda m, x: m(x, training)[valid], lambda m, x: m(x[torch.tensor(valid)])
+    check(ours, of_batch_norm, theirs, *calls, [arrays["source"]])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(LSTM, "LSTMCell"), (GRU, "GRUCell")])
@@ -237,8 +221,7 @@ def test_recurrent_cells(rng, ours, theirs):
     cell.input.kernel[...] = jnp.asarray(array(other.weight_ih).T)
     cell.input.bias[...] = jnp.asarray(bias)
     cell.recurrent.kernel[...] = jnp.asarray(array(other.weight_hh).T)
-    state = cell.start(B)
-    expected = None
+    state, expected = cell.start(B), None
     for _ in range(3):
         x = rng.normal(size=(B, D)).astype(np.float32)
         state = cell.step(state, cell.input(jnp.asarray(x)))
@@ -250,55 +233,31 @@ def test_recurrent_cells(rng, ours, theirs):
 @pytest.mark.parametrize("masks", ["padding", "causal"])
 def test_multi_head_attention(arrays, rng, masks):
     theirs = randomize(torch.nn.MultiheadAttention(D, N, batch_first=True), rng)
-    ours = MultiHeadAttention(
-        D,
-        N,
-        D // N,
-        value_width=D // N,
-        kv_heads=N,
-        use_bias=True,
-        qk_norm=False,
-        fused=False,
-        init=nnx.initializers.glorot_uniform(),
-        backend="einsum",
-        dtype=FLOAT32,
-        rngs=nnx.Rngs(0),
-    )
+    sizes = {"value_width": D // N, "kv_heads": N, "use_bias": True, "qk_norm": False}
+    sizes |= {"fused": False, "backend": "einsum", "dtype": FLOAT32, "rngs": nnx.Rngs(0)}
+    ours = MultiHeadAttention(D, N, D // N, init=nnx.initializers.glorot_uniform(), **sizes)
     if masks == "padding":
         mask, kwargs = arrays["mask"], {"key_padding_mask": torch.tensor(~arrays["valid"])}
     else:
         mask = masking.causal(T, S)
         kwargs = {"attn_mask": torch.tensor(~np.asarray(mask[0, 0]))}
-    check(
-        ours,
-        of_attention,
-        theirs,
-        lambda m, x, y: m(m.project_query(x), m.project(y), mask),
-        lambda m, x, y: m(x, y, y, need_weights=False, **kwargs)[0],
-        [arrays["target"], arrays["memory"]],
-    )
+
+    def call(m, x, y):
+        return m(m.project_query(x), m.project(y), mask)
+
+    def torch_call(m, x, y):
+        return m(x, y, y, need_weights=False, **kwargs)[0]
+
+    check(ours, of_attention, theirs, call, torch_call, [arrays["target"], arrays["source"]])
 
 
 def torch_layer(kind, placement):
-    return kind(
-        D, N, F, dropout=0.0, batch_first=True, norm_first=placement == "pre", activation="relu"
-    )
+    sizes = {"dropout": 0.0, "batch_first": True, "activation": "relu"}
+    return kind(D, N, F, norm_first=placement == "pre", **sizes)
 
 
-@PLACEMENTS
-def test_encoder_layer(arrays, rng, placement):
-    theirs = randomize(torch_layer(torch.nn.TransformerEncoderLayer, placement), rng).train()
-    check(
-        EncoderLayer(config(placement), rngs=nnx.Rngs(0)),
-        of_layer,
-        theirs,
-        lambda m, x: m(x, related(arrays["mask"])),
-        lambda m, x: m(x, src_key_padding_mask=torch.tensor(~arrays["valid"])),
-        [arrays["source"]],
-    )
-
-
-def torch_target_masks(arrays):
+def torch_masks(arrays):
+    """Those of a decoder's call."""
     return {
         "tgt_mask": torch.tensor(~np.tril(np.ones((T, T), bool))),
         "tgt_key_padding_mask": torch.tensor(~arrays["target_valid"]),
@@ -307,22 +266,33 @@ def torch_target_masks(arrays):
 
 
 @PLACEMENTS
+def test_encoder_layer(arrays, rng, placement):
+    ours = EncoderLayer(config(placement), rngs=nnx.Rngs(0))
+    theirs = randomize(torch_layer(torch.nn.TransformerEncoderLayer, placement), rng).train()
+    padding = torch.tensor(~arrays["valid"])
+
+    def call(m, x):
+        return m(x, related(arrays["mask"]))
+
+    def torch_call(m, x):
+        return m(x, src_key_padding_mask=padding)
+
+    check(ours, of_layer, theirs, call, torch_call, [arrays["source"]])
+
+
+@PLACEMENTS
 def test_decoder_layer(arrays, rng, placement):
+    ours = DecoderLayer(config(placement), rngs=nnx.Rngs(0))
     theirs = randomize(torch_layer(torch.nn.TransformerDecoderLayer, placement), rng).train()
-    memory_mask = jnp.broadcast_to(arrays["mask"], (B, 1, T, S))
 
-    def call(layer, x, memory):
-        projected = layer.cross_attention.project(memory)
-        return layer(x, related(arrays["target_mask"]), projected, memory_mask)[0]
+    def call(m, x, memory):
+        projected = m.cross_attention.project(memory)
+        return m(x, related(arrays["target_mask"]), projected, arrays["memory_mask"])[0]
 
-    check(
-        DecoderLayer(config(placement), rngs=nnx.Rngs(0)),
-        of_layer,
-        theirs,
-        call,
-        lambda m, x, memory: m(x, memory, **torch_target_masks(arrays)),
-        [arrays["target"], arrays["memory"]],
-    )
+    def torch_call(m, x, memory):
+        return m(x, memory, **torch_masks(arrays))
+
+    check(ours, of_layer, theirs, call, torch_call, [arrays["target"], arrays["source"]])
 
 
 class Stacks(nnx.Module):
@@ -335,33 +305,19 @@ class Stacks(nnx.Module):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # of inference; none is run
 def test_the_whole_transformer(arrays, rng, placement):
     """`torch.nn.Transformer`. It ends each stack with a norm, which post-norm does not need."""
-    theirs = torch.nn.Transformer(
-        D, N, 2, 2, F, dropout=0.0, batch_first=True, norm_first=placement == "pre"
-    )
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": placement == "pre"}
+    theirs = torch.nn.Transformer(D, N, 2, 2, F, **options)
     if placement == "post":
         theirs.encoder.norm = theirs.decoder.norm = None
     randomize(theirs, rng).train()
-    memory_mask = jnp.broadcast_to(arrays["mask"], (B, 1, T, S))
+    padding = torch.tensor(~arrays["valid"])
 
-    def call(stacks, source, target):
-        memory = stacks.encoder(source, related(arrays["mask"]))
-        return stacks.decoder(target, related(arrays["target_mask"]), memory, memory_mask)
+    def call(m, source, target):
+        memory = m.encoder(source, related(arrays["mask"]))
+        return m.decoder(target, related(arrays["target_mask"]), memory, arrays["memory_mask"])
 
-    def of_both(module, get):
-        return under(("encoder",), of_stack(module.encoder, get)) | under(
-            ("decoder",), of_stack(module.decoder, get)
-        )
+    def torch_call(m, source, target):
+        return m(source, target, src_key_padding_mask=padding, **torch_masks(arrays))
 
-    check(
-        Stacks(placement),
-        of_both,
-        theirs,
-        call,
-        lambda m, source, target: m(
-            source,
-            target,
-            src_key_padding_mask=torch.tensor(~arrays["valid"]),
-            **torch_target_masks(arrays),
-        ),
-        [arrays["source"], arrays["target"]],
-    )
+    inputs = [arrays["source"], arrays["target"]]
+    check(Stacks(placement), of_stacks, theirs, call, torch_call, inputs)

@@ -209,6 +209,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
         ("--config.model.head_width=x", r"--config.model.head_width=x: it takes a whole number"),
         ("--config.model=3", r"--config.model is a section"),
         ("--config.model.norm=rmsnorm", r"model.norm=rmsnorm: choose one of layer, rms"),
+        ("--config.model.norm=zzz", r"norm=zzz: choose one of layer, rms, batch, none$"),
         ("--config.model.heads=3", r"model.heads=3 does not divide model.width=64"),
         ("--config.mesh.data=64", r"needs 64 devices and there are 8 \(cpu\); lower mesh.data"),
         ("--config.mesh.tensor=-2", r"sizes are positive"),

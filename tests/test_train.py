@@ -43,6 +43,14 @@ def run(workdir, data_dir, allow_changes=False, **changes):
         return train.run(config, Workdir(str(workdir)), data_dir, allow_changes=allow_changes)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once():
+    """Keeps what is compiled from one run for the next: the programs of one device are the same."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data_dir):
     """A run that is left alone: its folder, its last state, and the steps of each interval."""
