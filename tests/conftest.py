@@ -22,15 +22,13 @@ if jax.__version_info__ < (0, 11):
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     )
 
-# Test processes and programs share what they have compiled, until the first of them ends. (Where
-# the variable is set, it is kept for the next time.)
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# The programs that tests start share what they compile. The tests themselves do not: they compile
+# little twice, and programs for several CPU devices that were read from a cache have deadlocked
+# (jaxlib 0.10.2).
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+jax.config.update("jax_enable_compilation_cache", False)
 
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

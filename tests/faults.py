@@ -64,7 +64,7 @@ def tracked() -> list[str]:
     return [name for name in names.splitlines() if (ROOT / name).is_file()]
 
 
-def fails(fault: Fault, marker: str, cache: str) -> tuple[bool, str]:
+def fails(fault: Fault, marker: str) -> tuple[bool, str]:
     """Whether the relevant tests fail with the fault, and the first that does."""
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         for name in tracked():
@@ -73,12 +73,11 @@ def fails(fault: Fault, marker: str, cache: str) -> tuple[bool, str]:
             shutil.copy2(ROOT / name, target)
         Path(folder, fault.file).write_text(fault.mutated())
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-m", marker, *fault.tests]
-        paths = {"PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
         try:
             done = subprocess.run(
                 words,
                 cwd=folder,
-                env=os.environ | paths,
+                env=os.environ | {"PYTHONPATH": folder},
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT,
@@ -93,13 +92,13 @@ def fails(fault: Fault, marker: str, cache: str) -> tuple[bool, str]:
     raise RuntimeError(done.stdout + done.stderr)
 
 
-def check(fault: Fault, full: bool, cache: str) -> tuple[str, str, float]:
+def check(fault: Fault, full: bool) -> tuple[str, str, float]:
     """By which suite a fault is caught (default, full, or none), the test, and the seconds."""
     began = time.monotonic()
     for suite, marker in (("default", "not slow"), ("full", "slow")):
         if suite == "full" and not full:
             break
-        caught, test = fails(fault, marker, cache)
+        caught, test = fails(fault, marker)
         if caught:
             return suite, test, time.monotonic() - began
     return "none", "", time.monotonic() - began
@@ -190,12 +189,8 @@ def main() -> int:
             print(f"error: the fault {fault.name!r} does not apply: {error}")
             return 2
     found = {"default": 0, "full": 0, "none": 0}
-    with (
-        tempfile.TemporaryDirectory(prefix="compiled-") as cache,
-        concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
-    ):
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
-        futures = {pool.submit(check, fault, args.full, cache): fault for fault in faults}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(check, fault, args.full): fault for fault in faults}
         for future in concurrent.futures.as_completed(futures):
             suite, test, seconds = future.result()
             found[suite] += 1
