@@ -20,19 +20,11 @@ from transformer.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
-TINY = (
-    "--config=configs/toy_reverse.py",
-    "--config.data.size=tiny",
-    "--config.model.width=16",
-    "--config.model.heads=2",
-    "--config.model.ff_width=32",
-    "--config.model.dropout=0.1",
-    "--config.optimizer.warmup_steps=5",
-    "--config.log_every=5",
-    "--config.eval_every=20",
-    "--config.save_every=20",
-)
-
+KNOBS = """
+data.size=tiny model.width=16 model.heads=2 model.ff_width=32 model.dropout=0.1
+optimizer.warmup_steps=5 log_every=5 eval_every=20 save_every=20
+"""
+TINY = ("--config=configs/toy_reverse.py", *(f"--config.{knob}" for knob in KNOBS.split()))
 
 # eval.py, ended by Python itself if anything looks up a class for a pickle, which is how one that a
 # stranger made runs code.
@@ -236,29 +228,19 @@ def test_what_a_person_gets_wrong_ends_in_one_line(flag, message, data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--config.model.nrm=rms", r"--config.model.nrm: there is no such knob"),
-        ("--workdir=README.md/run", r"README.md/run.*Not a directory"),
-        ("--data_dir=README.md", r"cannot prepare toy_strings/reverse_small.*--data_dir"),
-    ],
-)
-def test_the_program_itself_says_no_more_than_that_line(flags, message, tmp_path):
-    places = (f"--data_dir={tmp_path}", f"--workdir={tmp_path}")
-    words = ("--config=configs/toy_reverse.py", *places, *flags.split())
-    line = complaint("train.py", *words)
-    assert re.search(message, line), line
-
-
-@pytest.mark.slow
-def test_more_of_what_a_person_gets_wrong(tmp_path, data_dir):
-    flags = (*TINY, f"--data_dir={data_dir}", f"--workdir={tmp_path / 'run'}")
-    assert "--config is missing" in complaint("train.py")
-    line = complaint("train.py", *flags, JAX_PLATFORMS="cuda")
-    assert "no device for JAX_PLATFORMS=cuda" in line
-    assert "holds no run" in complaint("eval.py", f"--workdir={tmp_path / 'nothing'}")
-    assert "--workdir" in complaint("eval.py")
+def test_the_programs_themselves_say_no_more_than_a_line(tmp_path, data_dir):
+    toy = ("train.py", "--config=configs/toy_reverse.py", f"--workdir={tmp_path}")
+    tiny = ("train.py", *TINY, f"--data_dir={data_dir}", f"--workdir={tmp_path}")
+    for message, words, environment in (
+        ("--config.model.nrm: there is no such knob", (*toy, "--config.model.nrm=rms"), {}),
+        ("README.md/run.*Not a directory", (*tiny, "--workdir=README.md/run"), {}),
+        ("cannot prepare toy_strings/.*--data_dir", (*toy, "--data_dir=README.md"), {}),
+        ("--config is missing", ("train.py",), {}),
+        ("no device for JAX_PLATFORMS=cuda", tiny, {"JAX_PLATFORMS": "cuda"}),
+        ("holds no run", ("eval.py", f"--workdir={tmp_path / 'nothing'}"), {}),
+        ("--workdir", ("eval.py",), {}),
+    ):
+        assert re.search(message, complaint(*words, **environment))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tests.test_programs import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.slurm
 def test_a_job_of_two_tasks_is_requeued_and_goes_on():
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

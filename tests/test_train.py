@@ -13,7 +13,7 @@ from tests.test_programs import results
 from transformer import cli, loop
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError
-from transformer.interruption import RESUME, Interrupted, StopRequests
+from transformer.interruption import Interrupted, StopRequests
 from transformer.workdir import Workdir
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
@@ -142,7 +142,7 @@ def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
         (UserError("no"), 2, "error: no\n"),
         (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; mend"),
         (MemoryError("x"), 2, "error: this machine's memory is full"),
-        (Interrupted("stopped"), RESUME, "stopped\n"),
+        (Interrupted("stopped"), 75, "stopped\n"),  # EX_TEMPFAIL: a scheduler starts it again
         (KeyboardInterrupt(), 130, "interrupted; training goes on from its last checkpoint"),
     ],
 )
@@ -154,28 +154,3 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
         cli.explained(fail)
     assert end.value.code == status
     assert capsys.readouterr().err.startswith(said)
-
-
-def test_the_status_of_an_interrupted_run_is_that_of_a_temporary_failure():
-    assert RESUME == 75  # EX_TEMPFAIL, by which a scheduler knows to start it again
-
-
-def test_a_damaged_compiled_program_is_deleted_and_other_warnings_are_shown(tmp_path, capsys):
-    names = ["jit_step-1-cache", "jit_step-2-cache", "jit_other-1-cache"]
-    for name in names:
-        (tmp_path / name).touch()
-    shown = []
-
-    def mend(message):
-        cli.mend_cache(tmp_path, lambda *given, **where: shown.append(given), message)
-
-    mend("Error writing persistent compilation cache entry for 'jit_step': no space")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    mend("Error reading persistent compilation cache entry for 'jit_step': bad\nzip")
-    assert [path.name for path in tmp_path.iterdir()] == ["jit_other-1-cache"]
-    mend("another")
-    assert shown == [("another",)]
-    written, read = capsys.readouterr().err.splitlines()
-    assert written.startswith(f"{tmp_path}: compiled jit_step could not be kept")
-    assert read.startswith(f"{tmp_path}: compiled jit_step is damaged and was deleted;")
-    assert read.endswith("(bad zip)")
