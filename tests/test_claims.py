@@ -24,6 +24,7 @@ from transformer.experiments.claims import (
     recurrence,
     sweeps,
 )
+from transformer.experiments.claims.page import Check, Claim
 from transformer.experiments.report import Record
 from transformer.experiments.sweep import Run, load_sweep
 from transformer.model import Model
@@ -58,19 +59,14 @@ def test_the_verdict_follows_from_the_checks():
         ((True, *[None] * 4, False), f"{some}: in 1 of 6 cases, not in 1, undecided in 4"),
         ((), "could not be measured here"),
     ):
-        assert (
-            page.verdict([page.Check(f"case {i}", "", x) for i, x in enumerate(holds)]) == verdict
-        )
+        assert page.verdict([Check(f"case {i}", "", x) for i, x in enumerate(holds)]) == verdict
 
 
 def test_the_page_has_every_claim_that_was_measured_whenever_that_was(setting):
-    check = page.Check
-    first = page.Claim(
-        "x", "A b, c", "says", "method", [check("u", "1", True)], ["| t |"], {"n": 1}
-    )
-    checks = [check("v", "2", False), check("w", "3", None)]
+    first = Claim("x", "A b, c", "says", "method", [Check("u", "1", True)], ["| t |"], {"n": 1})
+    second = Claim("y", "D", "says", "method", [Check("v", "2", False), Check("w", "3", None)])
     (setting.folder / "x.png").touch()
-    for claim in (page.Claim("y", "D", "says", "method", checks), first):
+    for claim in (second, first):
         page.store(claim, setting.folder, {"devices": "cpu", "commit": None, "jax": "1"})
     text = page.write(setting.folder, ["x", "y", "z"]).read_text()
     assert text == (setting.root / "claims.md").read_text()
@@ -111,11 +107,10 @@ def test_heads_are_judged_by_distance_by_loss_and_by_number(setting):
         return attention.judge_heads(setting, attention.Heads(*heads, lost), accuracy)
 
     one, other = np.eye(3), np.roll(np.eye(3), 1, axis=1)
-    maps, real = np.stack([one, other, (one + other) / 2])[None], np.ones((1, 3), bool)
-    heads = ([0, 0], [0, 1], [0, 1, 2])
-    assert [attention.distance(maps[:, each], real) for each in heads] == [0.0, 1.0, 0.5]
-    maps[0, 1, 2] = maps[0, 0, 2]  # the same where there is padding
-    assert attention.distance(maps[:, :2], np.array([[True, True, False]])) == 1.0
+    p, real = np.stack([one, other, (one + other) / 2])[None], np.ones((1, 3), bool)
+    assert [attention.distance(p[:, h], real) for h in ([0, 0], [0, 1], [0, 1, 2])] == [0, 1, 0.5]
+    p[0, 1, 2] = p[0, 0, 2]  # the same where there is padding
+    assert attention.distance(p[:, :2], np.array([[True, True, False]])) == 1.0
     kinds, few, many = attention.KINDS, [90.0, 91.0, 89.0], [95.0, 96.5, 93.5]
     apart, alike = [0.5, 0.6, 0.7], [0.01, 0.02, 0.04]
     assert page.verdict(judged(apart, alike, few, many).checks) == "holds"
@@ -150,13 +145,10 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
 def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting, monkeypatch):
     model = small_model(layers=4)
     found = norms.judge_scales(setting, [(model, random_params(model, 0))], layers=4, width=32)
-    places = ("post-norm", "pre-norm", "pre-norm, trained")
-    read = {f"what attention reads, {place}": True for place in places}
-    stream = {f"the residual stream, {place}": place == "post-norm" for place in places}
-    assert holding(found) == read | stream
-    # But where epsilon shows; and batch norm has not.
+    attention_reads, stream = [True, True, True], [True, False, False]  # post-norm first
+    assert [*holding(found).values()] == attention_reads + stream
     found = holding(norms.moments(setting, rows=64))
-    assert not found["weights × 0.0001"]
+    assert not found["weights × 0.0001"]  # epsilon shows
     assert all(found[f"weights × {scale:g}"] for scale in (0.1, 1, 10, 10_000))
     assert found["one example's output, others of its batch changed"]
     assert [holds for case, holds in found.items() if "batch norm" in case] == [True] * 2

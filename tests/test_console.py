@@ -8,8 +8,7 @@ def test_a_table_in_a_file_is_as_wide_as_its_words(capsys):
     table("wide", columns, [columns])
     lines = capsys.readouterr().out.splitlines()
     (heading, row) = (line for line in lines if "words" in line)
-    for line in (heading, row):
-        assert all(name in line for name in columns)
+    assert all(name in line for line in (heading, row) for name in columns)
     assert lines[0].strip() == "wide"
 
 
@@ -22,13 +21,8 @@ def test_brackets_are_text_and_no_markup(capsys):
 
 
 def test_figures_have_four_digits_or_commas():
-    assert [figure(x) for x in (0.123456, 12.3456, 999.96, 1000.4, 1234567.0)] == [
-        "0.1235",
-        "12.35",
-        "1000",
-        "1,000",
-        "1,234,567",
-    ]
+    written = [figure(x) for x in (0.123456, 12.3456, 999.96, 1000.4, 1234567.0)]
+    assert written == ["0.1235", "12.35", "1000", "1,000", "1,234,567"]
 
 
 def test_a_metric_of_a_population_is_its_mean_with_the_range():

@@ -14,28 +14,42 @@ from transformer.decoding import beam_search, greedy, likelier, sample
 from transformer.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
+LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
+SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
+SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
 
 
-def ending_at_once():
-    """A model that ends every sequence with its first token."""
+@cache
+def tiny_tokens(**changes):
+    """A model over 6 tokens, and its parameters."""
+    model = Model(small_model(**changes).config, 6)
+    return model, random_params(model, 3)
+
+
+def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE, segments=SEGMENTS):
+    @jax.jit
+    def found(params):
+        options = {"beam_size": beam_size, "length_penalty": alpha}
+        return beam_search(model.bind(params), source, segments, length, **options)
+
+    return jax.tree.map(np.asarray, found(params))
+
+
+def steady(logits):
+    """A model that says the same at each step: these logits, and 0 for all other tokens."""
     model = small_model(tie_embeddings=False)
     params = random_params(model, 0)
-    gain = params["decoder/final_norm/gain"]
-    params |= {
-        "decoder/final_norm/gain": jnp.zeros_like(gain),
-        "decoder/final_norm/bias": jnp.ones_like(gain),
-        "output_embedding/table": jnp.zeros_like(params["output_embedding/table"]).at[EOS].set(1.0),
-    }
-    return model.bind(params)
+    gain, table = params["decoder/final_norm/gain"], 0 * params["output_embedding/table"]
+    params |= {"decoder/final_norm/gain": 0 * gain, "decoder/final_norm/bias": 0 * gain + 1}
+    for token, logit in logits.items():
+        table = table.at[token].set(logit / table.shape[1])
+    return model.bind(params | {"output_embedding/table": table})
 
 
-def test_rows_end_with_eos_and_padding():
-    decoded = greedy(ending_at_once(), BATCH.source, BATCH.source_segments, 5)
-    np.testing.assert_array_equal(decoded.tokens, [[EOS, PAD, PAD, PAD, PAD]] * 3)
-
-
-def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
-    module, steps = ending_at_once(), []
+@pytest.mark.parametrize("find", [greedy, partial(beam_search, beam_size=1, length_penalty=0.6)])
+def test_rows_end_with_eos_and_the_loop_when_nothing_can_get_better(find, monkeypatch):
+    """Every source ends at once with probability nearly 1: one step is enough."""
+    module, steps = steady({EOS: 16.0}), []
     original = type(module).decode_step
 
     def counted(self, tokens, cache):
@@ -43,47 +57,22 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
         return original(self, tokens, cache)
 
     monkeypatch.setattr(type(module), "decode_step", counted)
-    jax.block_until_ready(greedy(module, BATCH.source, BATCH.source_segments, 50))
+    tokens = find(module, BATCH.source, BATCH.source_segments, 50).tokens.reshape(3, 50)
     jax.effects_barrier()
     assert steps == [0]
+    np.testing.assert_array_equal(tokens, [[EOS] + [PAD] * 49] * 3)
 
 
-def test_a_row_without_a_source_stays_padding():
-    module = small_model().bind(random_params(small_model(), 0))
-    segments = BATCH.source_segments.at[1].set(0)
-    decoded = greedy(module, BATCH.source, segments, 4)
+def test_without_a_source_there_is_no_output():
+    model, params = tiny_tokens()
+    segments = SEGMENTS.at[1].set(0)
+    decoded = greedy(model.bind(params), SOURCE, segments, 4)
     np.testing.assert_array_equal(decoded.tokens[1], PAD)
     assert decoded.log_p[1] == 0.0
-
-
-LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
-
-
-@cache
-def tiny_tokens(**changes):
-    """A model over 6 tokens, and its parameters."""
-    model = Model(small_model(**changes).config, 6)
-    params = random_params(model, 3)
-    return model, params
-
-
-SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
-SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
-
-
-def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE, segments=None):
-    segments = SEGMENTS if segments is None else segments
-    found = jax.jit(
-        lambda params: beam_search(
-            model.bind(params),
-            source,
-            segments,
-            length,
-            beam_size=beam_size,
-            length_penalty=alpha,
-        )
-    )(params)
-    return jax.tree.map(np.asarray, found)
+    found, whole = (search(model, params, 2, 0.6, segments=each) for each in (segments, SEGMENTS))
+    np.testing.assert_array_equal(found.tokens[1], PAD)
+    np.testing.assert_array_equal(found.scores[1], -np.inf)
+    np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])
 
 
 def every_sequence(vocab):
@@ -100,31 +89,25 @@ def scored(model, params, alpha):
     (has an end, score, tokens), each by a call of the whole model, without a cache.
     """
     sequences = list(every_sequence(model.vocab_size))
-    target = np.full((len(sequences), LENGTH), PAD, np.int32)
-    for row, sequence in zip(target, sequences, strict=True):
-        row[: len(sequence)] = sequence
     lengths = np.array([len(sequence) for sequence in sequences])
-    real = np.arange(LENGTH) < lengths[:, None]
-    target_in = np.concatenate([np.full((len(target), 1), BOS), target[:, :-1]], axis=1)
-    ranked = []
-    for source, segments in zip(SOURCE, SEGMENTS, strict=True):
-        repeated = [jnp.broadcast_to(each, (len(target), 4)) for each in (source, segments)]
-        logits = jax.jit(lambda *args: model.bind(params)(*args))(
-            *repeated, jnp.asarray(target_in, jnp.int32), jnp.asarray(real, jnp.int32)
-        )
+    target = [(*each, *[PAD] * (LENGTH - len(each))) for each in sequences]
+    target_in = np.insert(np.array(target)[:, :-1], 0, BOS, axis=1).astype(np.int32)
+    real = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
+    ends, ranked = [EOS in each for each in sequences], []
+    call = jax.jit(
+        lambda *args: model.bind(params)(*args, jnp.asarray(target_in), jnp.asarray(real))
+    )
+    for source in zip(SOURCE, SEGMENTS, strict=True):
+        logits = call(*(jnp.broadcast_to(each, (len(target), 4)) for each in source))
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
-        log_p = np.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+        log_p = np.take_along_axis(log_p, np.array(target)[..., None], axis=-1)[..., 0]
         scores = (log_p * real).sum(1) / ((5 + lengths) / 6) ** alpha
-        ends = [EOS in sequence for sequence in sequences]
-        rows = zip(ends, scores, map(tuple, target.tolist()), strict=True)
-        ranked.append(sorted(rows, reverse=True))
+        ranked.append(sorted(zip(ends, scores, target, strict=True), reverse=True))
     return ranked
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-@pytest.mark.parametrize(
-    "changes", [{}, {"position": "alibi"}, {"architecture": "recurrent"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"architecture": "recurrent"}], ids=str)
 def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
     model, params = tiny_tokens(**changes)
     found = search(model, params, len(list(every_sequence(model.vocab_size))), alpha)
@@ -142,9 +125,7 @@ def test_scores_are_those_of_the_model_on_the_hypotheses(changes):
         table = {tokens: score for _, score, tokens in ranked}
         expected = [table[tuple(each)] for each in tokens.tolist()]
         np.testing.assert_allclose(scores, expected, rtol=1e-4)
-        ends = [EOS in each for each in tokens.tolist()]
-        assert ends == sorted(ends, reverse=True)
-        order = list(zip(ends, scores, strict=True))
+        order = [(EOS in each, score) for each, score in zip(tokens, scores, strict=True)]
         assert order == sorted(order, reverse=True)
         assert len(set(map(tuple, tokens.tolist()))) == 3
 
@@ -189,60 +170,27 @@ def test_the_search_is_its_definition_and_stops_no_sooner(alpha):
         np.testing.assert_allclose(found.scores[0], [score for _, score in wanted], rtol=1e-4)
 
 
-def test_what_shares_a_batch_changes_nothing():
-    model, params = tiny_tokens()
-    together = search(model, params, 2, 0.6, 8)
-    for i in range(3):
-        alone = search(model, params, 2, 0.6, 8, SOURCE[i : i + 1], SEGMENTS[i : i + 1])
-        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
-        np.testing.assert_allclose(alone.scores[0], together.scores[i], rtol=1e-5)
-
-
-def test_longer_outputs_win_as_the_penalty_grows():
-    model, params = tiny_tokens()
-    lengths = [(search(model, params, 30, alpha).tokens[:, 0] != PAD).sum() for alpha in (0.0, 5.0)]
-    assert lengths[0] < lengths[1]
-
-
-def test_the_search_stops_when_nothing_can_get_better(monkeypatch):
-    """Every source ends at once with probability nearly 1: one step is enough for one beam."""
-    module, steps = ending_at_once(), []
-    original = type(module).decode_step
-
-    def counted(self, tokens, cache):
-        jax.debug.callback(lambda filled: steps.append(int(filled)), cache.filled)
-        return original(self, tokens, cache)
-
-    monkeypatch.setattr(type(module), "decode_step", counted)
-    found = beam_search(
-        module, BATCH.source, BATCH.source_segments, 50, beam_size=1, length_penalty=0.6
-    )
-    jax.effects_barrier()
-    assert steps == [0]
-    np.testing.assert_array_equal(found.tokens[:, 0, :2], [[EOS, PAD]] * 3)
-
-
-def test_without_a_source_there_is_no_hypothesis():
-    model, params = tiny_tokens()
-    found = search(model, params, 2, 0.6, segments=SEGMENTS.at[1].set(0))
-    np.testing.assert_array_equal(found.tokens[1], PAD)
-    np.testing.assert_array_equal(found.scores[1], -np.inf)
-    whole = search(model, params, 2, 0.6)
-    np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])
+@pytest.mark.parametrize(("alpha", "length"), [(0.0, 1), (5.0, 9)])
+def test_longer_outputs_win_as_the_penalty_grows(alpha, length):
+    """And are waited for: each further token at 0.6, its end at 0.4."""
+    call = steady({5: 10.0, EOS: 9.6}), BATCH.source, BATCH.source_segments, 9
+    found = beam_search(*call, beam_size=2, length_penalty=alpha)
+    expected = [5] * (length - 1) + [EOS] + [PAD] * (9 - length)
+    np.testing.assert_array_equal(found.tokens[:, 0], [expected] * 3)
 
 
 def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
     """Among 6 tokens it often is, and the rest of greedy's output is then the less likely."""
     model, _ = tiny_tokens(tie_embeddings=False)
-    decode = jax.jit(lambda params: greedy(model.bind(params), SOURCE, SEGMENTS, 6))
-    beam = jax.jit(
-        lambda params: beam_search(
-            model.bind(params), SOURCE, SEGMENTS, 6, beam_size=1, length_penalty=0.0
-        )
-    )
+    beam = partial(beam_search, beam_size=1, length_penalty=0.0)
+
+    @jax.jit
+    def tokens(params):
+        call = model.bind(params), SOURCE, SEGMENTS, 6
+        return beam(*call).tokens[:, 0], greedy(*call).tokens
+
     for seed in range(20):
-        params = random_params(model, seed)
-        np.testing.assert_array_equal(beam(params).tokens[:, 0], decode(params).tokens)
+        np.testing.assert_array_equal(*tokens(random_params(model, seed)))
 
 
 SEARCHES = {
@@ -256,13 +204,12 @@ SEARCHES = {
 def test_an_output_is_as_long_as_its_own_source_allows(name):
     """With a margin a batch gives what each source alone gives in so much room."""
     model, _ = tiny_tokens(tie_embeddings=False)
-    lengths, margin, seeds = (3, 2, 4), 2, range(12)
-    keys = jax.random.split(jax.random.key(0), 3)
+    lengths, margin, keys = (3, 2, 4), 2, jax.random.split(jax.random.key(0), 3)
 
     def found(params, rows, length, **options):
         given = {"keys": keys[rows]} if name == "sample" else {}
-        search = partial(SEARCHES[name], **given, **options)
-        return search(model.bind(params), SOURCE[rows], SEGMENTS[rows], length)
+        call = model.bind(params), SOURCE[rows], SEGMENTS[rows], length
+        return SEARCHES[name](*call, **given, **options)
 
     together = jax.jit(lambda params: found(params, slice(0, 3), 9, margin=margin))
     alone = [
@@ -270,7 +217,7 @@ def test_an_output_is_as_long_as_its_own_source_allows(name):
         for i, length in enumerate(lengths)
     ]
     cut = whole = 0
-    for seed in seeds:
+    for seed in range(12):
         params = random_params(model, seed)
         batch = together(params)
         for i, one in enumerate(alone):
@@ -283,19 +230,15 @@ def test_an_output_is_as_long_as_its_own_source_allows(name):
                 np.testing.assert_allclose(of_batch[i], of_one[0], rtol=1e-5)
             ends = (np.asarray(tokens[1]) == EOS).any(-1)
             cut, whole = cut + (~ends).sum(), whole + ends.sum()
-    assert cut > 5  # so that the test is about something
-    assert whole > 5
+    assert min(cut, whole) > 5  # so that the test is about something
 
 
 KEYS = jax.random.split(jax.random.key(7), 4000)
 
 
 def drawn(module, source, segments, length, keys, **settings):
-    return np.asarray(
-        jax.jit(
-            lambda keys: sample(module, source, segments, length, keys=keys, **settings).tokens
-        )(keys)
-    )
+    call = partial(sample, module, source, segments, length, **settings)
+    return np.asarray(jax.jit(lambda keys: call(keys=keys).tokens)(keys))
 
 
 @pytest.mark.parametrize(
@@ -307,30 +250,19 @@ def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_k, top_p):
     source, segments = (jnp.broadcast_to(each[:1], (len(KEYS), 4)) for each in (SOURCE, SEGMENTS))
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rows = drawn(model.bind(params), source, segments, 2, KEYS, **settings)
-
-    first, counts = 3, np.bincount(rows[:, 0], minlength=6)
-    check_frequencies(counts, shares(model, params, [BOS], temperature, top_k, top_p))
-    after = rows[rows[:, 0] == first, 1]
-    assert len(after) > 200
-    counts = np.bincount(after, minlength=6)
-    check_frequencies(counts, shares(model, params, [BOS, first], temperature, top_k, top_p))
     np.testing.assert_array_equal(rows[rows[:, 0] == EOS, 1], PAD)
-
-
-def shares(model, params, target_in, temperature, top_k, top_p):
-    """How often each token should come after some, by the whole model and NumPy."""
-    batch = make_batch(SOURCE[:1], jnp.asarray([target_in], jnp.int32))
-    batch = batch._replace(target_in=jnp.asarray([target_in], jnp.int32))
-    logits = np.asarray(logits_of(model, params, batch), np.float64)[0, -1] / temperature
-    logits[[PAD, BOS]] = -np.inf
-    p = np.where(kept(logits, top_k, top_p), np.exp(logits - logits.max()), 0.0)
-    return p / p.sum()
-
-
-def check_frequencies(counts, p):
-    assert (counts[p == 0] == 0).all()
-    assert (p > 0).sum() > 1
-    assert chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-4
+    for target_in, tokens in ([BOS], rows[:, 0]), ([BOS, 3], rows[rows[:, 0] == 3, 1]):
+        # How often each token should come after these, by the whole model and NumPy.
+        target_in = jnp.asarray([target_in], jnp.int32)
+        batch = make_batch(SOURCE[:1], target_in)._replace(target_in=target_in)
+        logits = np.asarray(logits_of(model, params, batch), np.float64)[0, -1] / temperature
+        logits[[PAD, BOS]] = -np.inf
+        p = np.where(kept(logits, top_k, top_p), np.exp(logits - logits.max()), 0.0)
+        counts, p = np.bincount(tokens, minlength=6), p / p.sum()
+        assert counts.sum() > 200
+        assert (counts[p == 0] == 0).all()
+        assert (p > 0).sum() > 1
+        assert chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-4
 
 
 def kept(logits, top_k, top_p):
@@ -370,18 +302,8 @@ def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
     table = params["output_embedding/table"]  # an untrained model's likeliest may be PAD
     params["output_embedding/table"] = table.at[jnp.array([PAD, BOS])].set(0.0)
     module = model.bind(params)
-    source, segments = BATCH.source, BATCH.source_segments
-    wanted = jax.jit(lambda: greedy(module, source, segments, 6).tokens)()
-    found = drawn(module, source, segments, 6, KEYS[:3], **settings)
+    call = module, BATCH.source, BATCH.source_segments, 6
+    wanted = jax.jit(lambda: greedy(*call).tokens)()
+    found = drawn(*call, KEYS[:3], **settings)
     np.testing.assert_array_equal(found, wanted)
     assert len(set(found.ravel().tolist())) > 3
-
-
-def test_what_a_row_draws_does_not_depend_on_what_shares_its_batch():
-    model, params = tiny_tokens()
-    module = model.bind(params)
-    together = drawn(module, SOURCE, SEGMENTS, 8, KEYS[:3])
-    alone = drawn(module, SOURCE[1:2], SEGMENTS[1:2], 8, KEYS[1:2])
-    np.testing.assert_array_equal(alone[0], together[1])
-    other = drawn(module, SOURCE, SEGMENTS, 8, KEYS[3:6])
-    assert (other != together).any(1).all()

@@ -7,33 +7,20 @@ from flax import nnx
 from transformer.dropout import Training, drop, dropout, streams
 
 
-def test_dropout_drops_at_its_rate_and_keeps_the_mean():
-    x = jnp.full((200, 500), 3.0)
-    out = dropout(x, 0.3, nnx.Rngs(dropout=0).dropout)
+def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_time():
+    x, rngs = jnp.full((200, 500), 3.0), nnx.Rngs(dropout=0)
+    out = dropout(x, 0.3, rngs.dropout)
     np.testing.assert_allclose((out == 0).mean(), 0.3, atol=0.005)
     np.testing.assert_allclose(out[out != 0], 3.0 / 0.7, rtol=1e-6)
+    assert (dropout(x, 0.3, rngs.dropout) != out).any()
 
 
-def test_each_call_of_dropout_draws_another_mask():
-    rngs, x = nnx.Rngs(dropout=0), jnp.ones((10, 10))
-    assert (dropout(x, 0.5, rngs.dropout) != dropout(x, 0.5, rngs.dropout)).any()
-
-
-def test_nothing_is_dropped_in_evaluation():
-    x = jnp.ones((3, 3))
-    assert drop(x, None) is x
-
-
-def test_at_rate_0_no_key_is_drawn():
+def test_in_evaluation_and_at_rate_0_nothing_is_dropped_and_no_key_is_drawn():
     rngs, x = nnx.Rngs(dropout=0), jnp.ones((3, 3))
+    assert drop(x, None) is x
     assert dropout(x, 0.0, rngs.dropout) is x
     assert drop(x, Training(rngs, 0.0, attention_dropout=0.5)) is x
     assert int(rngs.dropout.count[...]) == 0
-
-
-def test_training_drops_at_the_rate_of_sublayers():
-    out = drop(jnp.ones((100, 100)), Training(nnx.Rngs(dropout=0), 0.2, attention_dropout=0.9))
-    np.testing.assert_allclose((out == 0).mean(), 0.2, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -56,8 +43,9 @@ def test_replicas_drop_each_at_its_own_rate():
     np.testing.assert_allclose((outs == 0).mean((1, 2)), rates, atol=0.02)
 
 
-def test_training_over_a_sequence_knows_its_tokens_from_its_padding():
-    training = Training(nnx.Rngs(dropout=0), 0.1, 0.2)
+def test_training_drops_at_the_rate_of_sublayers_and_knows_tokens_from_padding():
+    training = Training(nnx.Rngs(dropout=0), 0.2, attention_dropout=0.9)
+    np.testing.assert_allclose((drop(jnp.ones((100, 100)), training) == 0).mean(), 0.2, atol=0.02)
     over = training.over(jnp.array([[1, 2, 0]]))
     np.testing.assert_array_equal(over.real, [[True, True, False]])
     assert over._replace(real=None) == training
@@ -66,9 +54,8 @@ def test_training_over_a_sequence_knows_its_tokens_from_its_padding():
 def test_what_one_stream_draws_moves_no_other():
     one, other = streams(jax.random.key(0)), streams(jax.random.key(0))
     one.dropout()
-    keys = {"attention": one.attention(), "positions": one.positions(), "dropout": one.dropout()}
+    found = {name: one[name]() for name in ("attention", "positions", "dropout")}
+    data = {name: jax.random.key_data(key).tolist() for name, key in found.items()}
     for name in ("attention", "positions"):
-        np.testing.assert_array_equal(
-            *(jax.random.key_data(each) for each in (keys[name], other[name]()))
-        )
-    assert len({tuple(jax.random.key_data(each).tolist()) for each in keys.values()}) == 3
+        assert jax.random.key_data(other[name]()).tolist() == data[name]
+    assert len(set(map(tuple, data.values()))) == 3

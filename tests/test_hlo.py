@@ -22,59 +22,48 @@ def traffic_of(function, shape=(4,)):
     return traffic(jax.jit(mapped).lower(whole).compile().as_text(), mesh.size)
 
 
+def over(collective, axis_name="a", **others):
+    return partial(getattr(jax.lax, collective), axis_name=axis_name, **others)
+
+
+SPLIT = {"split_axis": 0, "concat_axis": 0, "tiled": True}
+RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
+
+
 @pytest.mark.parametrize(
     ("kind", "function", "sent"),
     [
-        ("all-reduce", partial(jax.lax.psum, axis_name="a"), 2 * 3 / 4 * BYTES),
-        ("all-gather", partial(jax.lax.all_gather, axis_name="a"), 3 * BYTES),
-        (
-            "reduce-scatter",
-            partial(jax.lax.psum_scatter, axis_name="a", tiled=True),
-            3 / 4 * BYTES,
-        ),
-        (
-            "all-to-all",
-            partial(jax.lax.all_to_all, axis_name="a", split_axis=0, concat_axis=0, tiled=True),
-            3 / 4 * BYTES,
-        ),
-        (
-            "collective-permute",
-            partial(jax.lax.ppermute, axis_name="a", perm=[(0, 1), (1, 2), (2, 3), (3, 0)]),
-            BYTES,
-        ),
+        ("all-reduce", over("psum"), 2 * 3 / 4 * BYTES),
+        ("all-gather", over("all_gather"), 3 * BYTES),
+        ("reduce-scatter", over("psum_scatter", tiled=True), 3 / 4 * BYTES),
+        ("all-to-all", over("all_to_all", **SPLIT), 3 / 4 * BYTES),
+        ("collective-permute", over("ppermute", perm=RING), BYTES),
     ],
 )
 def test_a_collective_over_four_devices(kind, function, sent):
     found = traffic_of(function)
-    assert found.sent == {kind: sent}
-    assert found.collectives == {kind: 1}
+    assert (found.sent, found.collectives) == ({kind: sent}, {kind: 1})
 
 
 @pytest.mark.parametrize(("axis", "devices"), [("a", 2), ("b", 4)])
 def test_a_group_is_part_of_the_devices(axis, devices):
-    found = traffic_of(partial(jax.lax.psum, axis_name=axis), (2, 4))
+    found = traffic_of(over("psum", axis), (2, 4))
     assert found.sent == {"all-reduce": 2 * (devices - 1) / devices * BYTES}
 
 
-def test_a_loop_sends_as_often_as_it_runs():
+def test_a_loop_sends_as_often_as_it_runs_and_one_of_unknown_length_counts_once_and_is_told():
     def loop(x):
         body = lambda x, _: (jnp.sin(jax.lax.psum(x, "a")), None)  # noqa: E731
         return jax.lax.scan(body, x, length=7)[0]
 
-    found = traffic_of(loop)
-    assert found.collectives == {"all-reduce": 7}
-    assert found.sent == {"all-reduce": 7 * 2 * 3 / 4 * BYTES}
-    assert found.endless == 0
-    assert found.memory >= 7 * 4 * BYTES  # the sum and the sine each read and write it
-
-
-def test_a_loop_of_unknown_length_counts_once_and_is_told():
-    def loop(x):
+    def unknown(x):
         return jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: jax.lax.psum(x, "a"), x)
 
-    found = traffic_of(loop)
-    assert found.collectives == {"all-reduce": 1}
-    assert found.endless == 1
+    found, other = traffic_of(loop), traffic_of(unknown)
+    assert (found.collectives, found.endless) == ({"all-reduce": 7}, 0)
+    assert found.sent == {"all-reduce": 7 * 2 * 3 / 4 * BYTES}
+    assert found.memory >= 7 * 4 * BYTES  # the sum and the sine each read and write it
+    assert (other.collectives, other.endless) == ({"all-reduce": 1}, 1)
 
 
 def test_an_addition_reads_and_writes():
@@ -85,39 +74,33 @@ def test_an_addition_reads_and_writes():
 
 # What the TPU's compiler writes and the CPU's does not, cut down to what is read of it.
 TPU = """HloModule step
-
 %all-reduce-scatter.1 (input: f32[8,128]) -> f32[2,128] {
   %input = f32[8,128]{1,0} parameter(0)
   %all-reduce.1 = f32[8,128]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}
   ROOT %dynamic-slice.1 = f32[2,128]{1,0} dynamic-slice(%all-reduce.1, %index)
 }
-
 %first (p.1: bf16[4,128]) -> bf16[8,128] {
   %p.1 = bf16[4,128]{1,0} parameter(0)
   ROOT %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.1), \
 replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, frontend_attributes={chain_id="7"}
 }
-
 %second (p.2: bf16[4,128]) -> bf16[8,128] {
   %p.2 = bf16[4,128]{1,0} parameter(0)
   ROOT %all-gather.2 = bf16[8,128]{1,0} all-gather(%p.2), \
 replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, frontend_attributes={chain_id="7"}
 }
-
 %below (state.1: (s32[], f32[2,128])) -> pred[] {
   %state.1 = (s32[], f32[2,128]{1,0:S(1)}) parameter(0)
   %bound = s32[]{:T(128)} constant(5)
   %at.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
   ROOT %lt = pred[]{:T(512)S(6)} compare(%at.1, %bound), direction=LT
 }
-
 %body (state.2: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
   %state.2 = (s32[], f32[2,128]{1,0:S(1)}) parameter(0)
   %x = f32[2,128]{1,0:S(1)} get-tuple-element(%state.2), index=1
   %permuted = f32[2,128]{1,0:S(1)} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
   ROOT %tuple = (s32[], f32[2,128]{1,0:S(1)}) tuple(%at.2, %permuted)
 }
-
 ENTRY %main (a: f32[8,128], b: bf16[4,128]) -> f32[2,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %b = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(1)
@@ -135,43 +118,37 @@ ENTRY %main (a: f32[8,128], b: bf16[4,128]) -> f32[2,128] {
 
 def test_the_programs_of_a_tpu():
     found = traffic(TPU, 4)
-    assert found.sent == {
-        "reduce-scatter": 3 / 4 * 4096,
-        "all-gather": 1024,
-        "collective-permute": 5 * 1024,
-    }
+    scattered, permuted = {"reduce-scatter": 3 / 4 * 4096}, {"collective-permute": 5 * 1024}
+    assert found.sent == {"all-gather": 1024} | scattered | permuted
     assert found.collectives == {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 5}
-    # The copy's source, the slice's, %b twice, and what the loop compares; all else is on the
-    # chip.
-    assert found.memory == 4096 + 512 + 2 * 1024 + 5 * 8
-    assert found.endless == 0
+    # The copy's source, the slice's, %b twice, what the loop compares; all else is on the chip.
+    assert (found.memory, found.endless) == (4096 + 512 + 2 * 1024 + 5 * 8, 0)
 
 
 def test_asynchronous_forms_count_once():
-    text = """ENTRY %main (a: f32[8,128]) -> f32[32,128] {
+    found = traffic("""ENTRY %main (a: f32[8,128]) -> f32[32,128] {
   %a = f32[8,128]{1,0} parameter(0)
   %start = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
   ROOT %done = f32[32,128]{1,0} all-gather-done(%start)
-}
+}""", 4)  # fmt: skip
+    assert (found.sent, found.collectives) == ({"all-gather": 3 * 4096}, {"all-gather": 1})
+
+
+# How a program writes groups, and how many of 8 devices are in each.
+GROUPS = """
+{{0,2},{1,3}} = 2
+{{0,1,2,3,4,5,6,7}} = 8
+[2,4]<=[8] = 4
+[4,2]<=[2,4]T(1,0) = 2
+mesh['axis_0'=2,'axis_1'=4] {'axis_1'} = 4
+mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'} = 4
+mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'} = 2
+mesh['axis_0'=8] {'axis_0':(2)4} = 4
+{} = 8
 """
-    found = traffic(text, 4)
-    assert found.sent == {"all-gather": 3 * 4096}
-    assert found.collectives == {"all-gather": 1}
 
 
-@pytest.mark.parametrize(
-    ("groups", "size"),
-    [
-        ("{{0,2},{1,3}}", 2),
-        ("{{0,1,2,3,4,5,6,7}}", 8),
-        ("[2,4]<=[8]", 4),
-        ("[4,2]<=[2,4]T(1,0)", 2),
-        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
-        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 4),
-        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", 2),
-        ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
-        ("{}", 8),
-    ],
-)
-def test_every_way_to_write_groups(groups, size):
-    assert group_size(f", channel_id=1, replica_groups={groups}, use_global=true", 8) == size
+@pytest.mark.parametrize("line", GROUPS.strip().splitlines())
+def test_every_way_to_write_groups(line):
+    groups, size = line.rsplit(" = ")
+    assert group_size(f", replica_groups={groups}, use_global=true", 8) == int(size)

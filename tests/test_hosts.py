@@ -15,17 +15,10 @@ from transformer.errors import UserError
 from transformer.interruption import RESUME
 from transformer.workdir import write_json
 
-SHORT = (
-    *TINY,
-    "--config.log_every=4",
-    "--config.save_every=4",
-    "--config.eval_every=4",
-    "--config.keep_checkpoints=9",
-    "--config.decode_margin=2",
-    "--config.optimizer.schedule=constant",  # of runs that end elsewhere too the same
-)
-# Parameters and their moments are split over all processes.
-SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
+SHORT = (*TINY, "--config.log_every=4", "--config.save_every=4", "--config.eval_every=4")
+SHORT = (*SHORT, "--config.keep_checkpoints=9", "--config.decode_margin=2")
+SHORT = (*SHORT, "--config.optimizer.schedule=constant")  # of runs that end elsewhere too the same
+SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")  # state is split over all processes
 # Sums are taken in another order: 1.1e-7 has been seen after 20 steps, dropout included. It grows
 # with each step, so that the runs are short.
 CLOSE = 1e-5
@@ -44,11 +37,6 @@ def launch(processes, *words, last=()):
     return [start(*words, *flags, f"--process={k}", *more[k]) for k in range(processes)]
 
 
-def end(processes):
-    """The standard output of each of them, which all must succeed."""
-    return [finish(process) for process in processes]
-
-
 def same(left, right):
     assert len(left) == len(right)
     for row, other in zip(left, right, strict=True):
@@ -56,7 +44,6 @@ def same(left, right):
 
 
 def wait_for(folder):
-    """Until it is there."""
     deadline = time.monotonic() + 120
     while not folder.is_dir():
         assert time.monotonic() < deadline
@@ -64,19 +51,13 @@ def wait_for(folder):
 
 
 def newest(run):
-    """The step of the newest checkpoint."""
-    names = (path.name for path in (run / "checkpoints").iterdir())
-    return max(int(name) for name in names if name.isdigit())
+    return max(int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit())
 
 
 @pytest.mark.slow
 def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tmp_path, data_dir):
-    """Several processes give the losses and outputs of one, whoever of them dies on the way.
-
-    What two have saved goes on in one, what one has saved in two, and what two have saved in four.
-    """
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    data = f"--data_dir={data_dir}"
+    """What two have saved goes on in one, what one has saved in two, what two have in four."""
+    run, whole, data = tmp_path / "run", tmp_path / "whole", f"--data_dir={data_dir}"
     flags = (*SHORT, data, f"--workdir={run}", "--allow_changes")
 
     def kill(victim, at):
@@ -94,58 +75,45 @@ def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tm
     errors, status = kill(0, at=4)
     assert status == -signal.SIGABRT, errors
     assert "another task died" in errors
-
     saved = newest(run)
     out = finish(start("train.py", *flags, f"--config.steps={saved + 4}"))
     assert f"at step {saved:,} of {saved + 4:,}" in out
-
     errors, status = kill(1, at=saved + 8)
     assert status == 2, errors
     assert re.search("^error: .*another process", errors, re.MULTILINE)
     assert "Traceback" not in errors
-
     saved = newest(run)
     last = f"--config.steps={saved + 4}"
     four = launch(4, "train.py", *flags, *SPLIT, last)
     one = start("train.py", *SHORT, data, last, f"--workdir={whole}")
-    first, *others = end(four)
+    first, *others = map(finish, four)
     assert f"at step {saved:,} of {saved + 4:,}" in first
-    assert "4 × cpu" in first
-    assert "mesh fsdp 4" in first
-    assert "samples" in first
-    said = [line for out in others for line in out.splitlines() if "[Gloo]" not in line]
-    assert said == []
+    assert all(words in first for words in ("4 × cpu", "mesh fsdp 4", "samples"))
+    assert all("[Gloo]" in line for out in others for line in out.splitlines())
     parts = run / "checkpoints" / str(saved + 4) / "default"
     assert len(list(parts.glob("ocdbt.process_*"))) == 4  # each has written its part
     assert len(list(run.glob("events.out.tfevents.*"))) == 4  # of each start one
     finish(one)
-    steps = [row["step"] for row in results(whole) if "train/loss" in row]
-    assert steps == list(range(4, saved + 5, 4))
+    rows = [row["step"] for row in results(whole) if "train/loss" in row]
+    assert rows == list(range(4, saved + 5, 4))
     same(results(whole), results(run))
 
     both = launch(2, "eval.py", data, f"--workdir={run}")
-    finish(start("eval.py", data, f"--workdir={whole}"))
-    end(both)
-    ours, theirs = (
-        json.loads((folder / "eval_test.json").read_text())["replicas"][0]["metrics"]
-        for folder in (run, whole)
-    )
+    for process in (*both, start("eval.py", data, f"--workdir={whole}")):
+        finish(process)
+    found = (json.loads((folder / "eval_test.json").read_text()) for folder in (run, whole))
+    ours, theirs = (each["replicas"][0]["metrics"] for each in found)
     assert ours == pytest.approx(theirs, rel=CLOSE)
-    samples = [(folder / "samples_test.tsv").read_text() for folder in (run, whole)]
-    assert samples[0] == samples[1]
+    assert len({(folder / "samples_test.tsv").read_text() for folder in (run, whole)}) == 1
     assert (run / "plots" / "attention_test_0_cross.png").exists()
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
-    """^C, which is passed on to JAX as the SIGTERM that a cluster sends.
-
-    The run is a population with a replica in each process, and ends as one in a single process.
-    """
+    """^C, passed on to JAX as a cluster's SIGTERM, to a population that ends in one process."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    flags = (*SHORT, "--config.replicas=2", f"--data_dir={data_dir}")
-    flags = (*flags, "--config.steps_per_call=7", "--config.log_every=8")
-    flags = (*flags, "--config.save_every=16", "--config.eval_every=16")
+    flags = (*SHORT, f"--data_dir={data_dir}", "--config.replicas=2", "--config.steps_per_call=7")
+    flags = (*flags, "--config.log_every=8", "--config.save_every=16", "--config.eval_every=16")
     there = f"--workdir={run}"
     both = launch(2, "train.py", *flags, there, "--config.steps=100000")
     wait_for(run / "checkpoints" / "16")
@@ -158,15 +126,12 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
     last = saved // 8 * 8 + 16
     flags = (*flags, f"--config.steps={last}")
     both = launch(2, "train.py", *flags, there, "--allow_changes")
-    one = start("train.py", *flags, f"--workdir={whole}")
-    out = end(both)[0]
+    out, *_ = map(finish, (*both, start("train.py", *flags, f"--workdir={whole}")))
     assert f"at step {saved:,} of {last:,}" in out
     assert "mesh replica 2" in out
-    finish(one)
     rows = results(run)
-    assert {row["replica"] for row in rows} == {0, 1}
-    steps = [row["step"] for row in rows if "train/loss" in row and row["replica"] == 0]
-    assert steps == [*range(8, last + 1, 8)]
+    logged = [(row["step"], row["replica"]) for row in rows if "train/loss" in row]
+    assert sorted(logged) == [(step, k) for step in range(8, last + 1, 8) for k in range(2)]
     same(results(whole), rows)
 
 
@@ -185,15 +150,12 @@ def test_an_error_of_one_process_ends_all(tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_what_the_first_process_finds_wrong_is_everyones(tmp_path):
-    code = """
-import sys
+    code = """import sys
 from transformer import hosts
 from transformer.errors import UserError
-
 def check():
     assert hosts.first()
     raise UserError("damaged")
-
 hosts.join(sys.argv[1], 2, int(sys.argv[2]), interruptible=False)
 assert hosts.once(hosts.first) is True
 order = open(sys.argv[3], "a")
@@ -205,66 +167,54 @@ except UserError as error:
 """
     words = ("-c", code, free_address())
     both = [start(*words, str(k), str(tmp_path / "order")) for k in (1, 0)]
-    assert all(out.splitlines()[-1] == "damaged" for out in end(both))
+    assert [finish(process).splitlines()[-1] for process in both] == ["damaged"] * 2
     assert (tmp_path / "order").read_text() == "True\nFalse\n"
 
 
-def test_alone_nothing_is_joined(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("it connects")
-
-    monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"):
-        monkeypatch.delenv(name, raising=False)
-    hosts.join(None, None, None, interruptible=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as sweeps submit their programs
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    hosts.join(None, None, None, interruptible=False)
-    assert hosts.first()
-    assert not hosts.several()
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"SLURM_STEP_NUM_TASKS": "2"},
-        {"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"},
-        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
-    ],
-)
-def test_a_cluster_is_left_to_jax(environment, monkeypatch):
+def test_alone_nothing_is_joined_and_a_cluster_is_left_to_jax(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: asked.append(how))
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: asked.append("a connection"))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    hosts.join(None, None, None, interruptible=False)
+    tasks, workers, pod = "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"
+    for environment, count in (
+        ({}, 0),
+        ({tasks: "1", workers: "localhost"}, 0),  # as sweeps submit their programs
+        ({tasks: "2"}, 1),
+        ({workers: "worker-0,worker-1"}, 1),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", pod: "0"}, 1),
+    ):
+        for name in (tasks, workers, pod):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        asked.clear()
+        hosts.join(None, None, None, interruptible=False)
+        assert asked == [{"initialization_timeout": hosts.PATIENCE}] * count, environment
     hosts.join("auto", None, None, interruptible=False)
-    assert asked == [{"initialization_timeout": hosts.PATIENCE}] * 2
+    assert len(asked) == 2
+    calls = []
+    assert hosts.first()
+    assert not hosts.several()
+    assert hosts.once(lambda: calls.append(1) or {"a": 1}) == {"a": 1}
+    assert hosts.in_turn(lambda: calls.append(2) or "b") == "b"
+    assert calls == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("host:1", None, 0), "several processes need all of --coordinator"),
-        (("host:1", 2, None), "several processes need all"),
-        ((None, 2, 0), "several processes need all"),
-        (("host", 2, 0), "several processes need all"),
-        (("auto", 2, 0), "several processes need all"),
+def test_flags_that_lead_nowhere_are_explained(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "PATIENCE", 0)
+    incomplete = "several processes need all of --coordinator"
+    for flags, message in (
+        *((each, incomplete) for each in (("host:1", None, 0), ("host:1", 2, None))),
+        *((each, incomplete) for each in ((None, 2, 0), ("host", 2, 0), ("auto", 2, 0))),
         (("host:1", 2, 2), "--process=2 of --processes=2: they are counted from 0 to 1"),
         (("localhost:1", 2, 1), "--coordinator=localhost:1: nobody answered in 0 s"),
-    ],
-)
-def test_flags_that_lead_nowhere_are_explained(flags, message, monkeypatch):
-    monkeypatch.setattr(hosts, "PATIENCE", 0)
-    with pytest.raises(UserError, match=message):
-        hosts.join(*flags, interruptible=False)
-
-
-def test_who_waits_for_the_coordinator_says_so_once(monkeypatch, capsys):
+    ):
+        with pytest.raises(UserError, match=message):
+            hosts.join(*flags, interruptible=False)
     monkeypatch.setattr(hosts, "PATIENCE", 1)
     monkeypatch.setattr(hosts, "SILENCE", 0)
+    capsys.readouterr()
     with pytest.raises(UserError, match="nobody answered in 1 s"):
         hosts.find("localhost:1")
     said = capsys.readouterr().err
@@ -272,25 +222,15 @@ def test_who_waits_for_the_coordinator_says_so_once(monkeypatch, capsys):
     assert said.endswith("waiting for process 0, 1 s at most\n")
 
 
-def test_once_and_in_turn_are_plain_calls_in_one_process():
-    calls = []
-    assert hosts.once(lambda: calls.append(1) or {"a": 1}) == {"a": 1}
-    assert hosts.in_turn(lambda: calls.append(2) or "b") == "b"
-    assert calls == [1, 2]
-
-
-def test_processes_that_are_left_out_are_explained(monkeypatch):
+def test_processes_left_out_are_explained_and_of_several_the_first_alone_writes(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"one of 4 of a TPU slice; .* --coordinator=auto"):
         sharding.find_devices()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="takes 1 of the 8 devices of 4 processes"):
         sharding.one_device()
-
-
-def test_of_several_processes_the_first_alone_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     for process, writes in ((1, False), (0, True)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert hosts.several()

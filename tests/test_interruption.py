@@ -30,16 +30,10 @@ def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
 
 def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
     """`read` of a pipe that stays silent goes on after a handler, as waiting for a device does."""
-    code = (
-        "import sys, threading\n"
-        "from transformer.interruption import StopRequests\n"
-        "with StopRequests():\n"
-        "    print('ready', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
+    code = "import sys; from transformer.interruption import StopRequests\nwith StopRequests():"
+    code += " print('ready', flush=True); sys.stdin.read()"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert "SIGINT: stopping" in process.stderr.readline() + process.stderr.readline()
@@ -50,10 +44,9 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
 
 @pytest.mark.slow
 def test_torture_finds_no_difference(tmp_path, data_dir):
-    words = ("train.py", *TINY, "--config.steps=200")
-    command = ("--kills=1", f"--command={' '.join(words)}")
-    places = (f"--workdir={tmp_path}", f"--data_dir={data_dir}")
-    out = finish(start("scripts/torture.py", *command, *places))
+    command = " ".join(("train.py", *TINY, "--config.steps=200"))
+    flags = (f"--command={command}", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
+    out = finish(start("scripts/torture.py", "--kills=1", *flags))
     assert "1 kills" in out
     # How many there are is for chance to say: a run may end before its turn to be killed.
     assert re.search(r"\n[1-9]\d* runs? ended as the one left alone, bit for bit\n", out)
@@ -63,32 +56,14 @@ def test_torture_finds_no_difference(tmp_path, data_dir):
     assert "validation/sequence_accuracy" in out
 
 
-def same(whole, stopped, step):
-    """Asserts that two runs have the same parameters, metrics, and checkpoints."""
-    one, other = checkpoint(whole, step), checkpoint(stopped, step)
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    assert results(whole) == results(stopped)
-    kept = [sorted(os.listdir(run / "checkpoints")) for run in (whole, stopped)]
-    assert kept[0] == kept[1]
-
-
 @pytest.mark.slow
 def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, data_dir):
-    """Twice, at whatever step it is.
-
-    The data of the one left alone lie on the devices; processes may make those of the other.
-    """
-    steps = 300
-    flags = (*TINY, f"--config.steps={steps}", f"--data_dir={data_dir}", "--config.replicas=2")
-    # Single steps, so that it stops inside of an interval.
-    flags = (*flags, "--config.steps_per_call=1")
+    """Twice, at any step. Its data may be made by processes; the other's lie on the devices."""
+    flags = (*TINY, "--config.steps=300", f"--data_dir={data_dir}", "--config.replicas=2")
+    flags = (*flags, "--config.steps_per_call=1")  # so that it stops inside of an interval
     flags = (*flags, "--config.log_every=50", "--config.save_every=100", "--config.eval_every=100")
-    finish(start("train.py", *flags, f"--workdir={tmp_path / 'whole'}"))
-
-    stopped = tmp_path / "stopped"
-    places = []
+    whole, stopped, places = tmp_path / "whole", tmp_path / "stopped", []
+    finish(start("train.py", *flags, f"--workdir={whole}"))
     for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
         by = f"--config.data.workers={workers}"
         process = start("train.py", *flags, by, f"--workdir={stopped}")
@@ -102,8 +77,13 @@ def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, da
         _, errors = process.communicate(timeout=60)
         assert process.returncode == RESUME, errors
         places.append(int(re.search(r"stopped at step ([\d,]+)", errors)[1].replace(",", "")))
-    assert places[0] < places[1] < steps
+    assert places[0] < places[1] < 300
     assert any(place % 50 for place in places)
     out = finish(start("train.py", *flags, f"--workdir={stopped}"))
     assert f"resuming at step {places[1]:,}" in " ".join(out.split())
-    same(tmp_path / "whole", stopped, steps)
+    one, other = checkpoint(whole, 300), checkpoint(stopped, 300)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert results(whole) == results(stopped)
+    assert sorted(os.listdir(whole / "checkpoints")) == sorted(os.listdir(stopped / "checkpoints"))

@@ -1,7 +1,6 @@
 """The starters of scripts/launch, as far as they go without the machines they are for."""
 
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -17,33 +16,26 @@ GKE = ("--name=big", "--image=hub/it:1", "--claim=disk", "--accelerator=tpu-v5-l
 
 
 def launch(name, *flags):
-    """Calls `main` of a starter in this process."""
     with program(f"scripts/launch/{name}.py", *flags) as starter:
+        assert f"python scripts/launch/{name}.py" in starter.__doc__
         cli.explained(starter.main)
 
 
-@pytest.mark.parametrize("path", sorted(Path("scripts/launch").glob("*.py")), ids=str)
-def test_a_starter_names_itself_in_its_docstring(path):
-    assert f"python {path}" in path.read_text().split('"""')[1]
-
-
 def test_slurm_is_asked_for_a_task_for_each_process(capsys):
+    asked = ["nodes=2", "tasks_per_node=8", "gpus_per_node=8", "'requeue': True"]
     flags = ("--nodes=2", "--tasks_per_node=8", "--cluster_parameters=gpus_per_node=8", COMMAND)
     launch("slurm", *flags, "--dry_run")
     out = capsys.readouterr().out
-    for line in ("nodes=2", "tasks_per_node=8", "gpus_per_node=8", "'requeue': True"):
-        assert line in out
-    *_, python, train, config, workdir = shlex.split(out.splitlines()[-1])
-    assert out.splitlines()[-1].startswith("srun ")
+    assert [line for line in asked if line in out] == asked
+    srun, *_, python, train, config, workdir = shlex.split(out.splitlines()[-1])
+    assert (srun, [train, config, workdir]) == ("srun", WORDS)
     assert "python" in python
-    assert [train, config, workdir] == WORDS
 
 
 def test_a_tpu_pod_runs_the_command_on_every_host(capsys):
     launch("tpu_pod", *TPU_POD, "--dry_run")
     call = shlex.split(capsys.readouterr().out)
-    assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "mine"]
-    assert call[6:8] == ["--zone=here", "--worker=all"]
+    assert " ".join(call[:8]) == "gcloud compute tpus tpu-vm ssh mine --zone=here --worker=all"
     there = shlex.split(call[8].removeprefix("--command="))
     assert there == ["cd", "/mnt/it is", "&&", "python", *WORDS, "--coordinator=auto"]
 
@@ -54,8 +46,7 @@ def test_gke_gets_a_pod_for_each_host(capsys):
     assert manifest["kind"] == "JobSet"
     (job,) = manifest["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
-    assert (spec["parallelism"], spec["completions"]) == (4, 4)
-    assert spec["completionMode"] == "Indexed"
+    assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (4, 4, "Indexed")
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
     (container,) = pod["containers"]
@@ -64,21 +55,18 @@ def test_gke_gets_a_pod_for_each_host(capsys):
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "message"),
-    [
+def test_what_cannot_be_started_is_explained(capsys):
+    for name, flags, message in (
         ("gke", (*GKE, "--topology=4x4", "--hosts=2", COMMAND), "has 16 chips, and --hosts=2"),
         ("gke", (*GKE, "--topology=big", "--hosts=2", COMMAND), "written like 4x4"),
         ("slurm", ("--command=ls",), "it begins with train.py or eval.py"),
         ("slurm", ("--cluster_parameters=a", COMMAND), "'a' is not of the form name=value"),
-    ],
-)
-def test_what_cannot_be_started_is_explained(name, flags, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        launch(name, *flags)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            launch(name, *flags)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
 
 
 @pytest.mark.slow

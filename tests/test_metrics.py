@@ -14,88 +14,63 @@ from transformer.metrics import MetricsWriter, by_replica, mean_over, read_metri
 from transformer.strict_json import dumps
 
 
-def test_train_metrics_are_ratios_made_once():
-    sums = {
-        "loss": 30.0,
-        "correct": 5.0,
-        "tokens": 20.0,
-        "gradient_norm": 8.0,
-        "steps": 4.0,
-        "skipped": 0.0,
-    }
-    assert train_metrics(sums, seconds=2.0) == {
-        "train/loss": 1.5,
-        "train/accuracy": 0.25,
-        "train/gradient_norm": 2.0,
-        "train/steps_per_second": 2.0,
-        "train/target_tokens_per_second": 10.0,
-    }
+def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_made_once():
+    sums = {"loss": [30.0, 10.0], "correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
+    sums |= {"gradient_norm": [8.0, 4.0], "steps": [4.0, 4.0], "skipped": [0.0, 0.0]}
+    parts = by_replica({name: jnp.array(values) for name, values in sums.items()}, 2)
+    one, other = (train_metrics(each, seconds=2.0) for each in parts)
+    speeds = {"train/steps_per_second": 2.0, "train/target_tokens_per_second": 10.0}
+    names = ("train/loss", "train/accuracy", "train/gradient_norm")
+    assert one == dict(zip(names, (1.5, 0.25, 2.0), strict=True)) | speeds
+    assert other == dict(zip(names, (0.5, 1.0, 1.0), strict=True)) | speeds
 
 
-def test_each_replica_has_its_part_of_a_populations_arrays():
+def test_each_replica_has_its_part_of_a_populations_arrays_and_metrics_have_a_mean():
     tree = {"a": jnp.arange(6.0).reshape(3, 2), "b": (jnp.array([7, 8, 9]),)}
-    parts = by_replica(tree, 3)
-    assert len(parts) == 3
-    for k, part in enumerate(parts):
+    for k, part in enumerate(by_replica(tree, 3)):
         np.testing.assert_array_equal(part["a"], [2.0 * k, 2.0 * k + 1])
         assert part["b"] == (7 + k,)
+    assert k == 2
     assert by_replica(tree, 1) == [tree]
-
-
-def test_a_populations_sums_make_the_metrics_of_each_replica():
-    sums = {"loss": [30.0, 10.0], "correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
-    sums = {name: jnp.array(values) for name, values in sums.items()}
-    sums |= {
-        "gradient_norm": jnp.array([8.0, 4.0]),
-        "steps": jnp.array([4.0, 4.0]),
-        "skipped": jnp.zeros(2),
-    }
-    one, other = (train_metrics(each, seconds=2.0) for each in by_replica(sums, 2))
-    assert (one["train/loss"], other["train/loss"]) == (1.5, 0.5)
-    assert (one["train/accuracy"], other["train/accuracy"]) == (0.25, 1.0)
-    assert (one["train/gradient_norm"], other["train/gradient_norm"]) == (2.0, 1.0)
-    assert one["train/steps_per_second"] == other["train/steps_per_second"] == 2.0
-
-
-def test_the_mean_over_replicas_is_taken_metric_by_metric():
     assert mean_over([{"a": 1.0, "b": 3}, {"a": 2.0, "b": 5}]) == {"a": 1.5, "b": 4.0}
     assert mean_over([{"a": 1.0}]) == {"a": 1.0}
 
 
-def test_what_is_written_is_read(tmp_path):
-    with MetricsWriter(tmp_path, resume_from=0) as writer:
-        writer.write(10, [{"train/loss": 2.0}])
-        writer.write(20, [{"train/loss": 1.0}])
+def write(folder, steps, resume_from=0):
+    """The file of `steps`: each step's metrics of every replica."""
+    with MetricsWriter(folder, resume_from, len(next(iter(steps.values())))) as writer:
+        for step, metrics in steps.items():
+            writer.write(step, metrics)
+    return folder / "metrics.jsonl"
+
+
+def test_what_is_written_is_read_no_file_is_no_rows_and_a_damaged_line_is_named(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    path = write(tmp_path, {10: [{"train/loss": 2.0}], 20: [{"train/loss": 1.0}]})
     rows = [{"step": 10, "train/loss": 2.0}, {"step": 20, "train/loss": 1.0}]
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == rows
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert read_metrics(path) == list(map(json.loads, path.read_text().splitlines())) == rows
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
+        read_metrics(path)
 
 
 def test_nan_is_null_in_the_file_and_nan_again(tmp_path):
     """Readers of strict JSON, such as JavaScript's, refuse NaN."""
-    with MetricsWriter(tmp_path, resume_from=0) as writer:
-        writer.write(10, [{"train/loss": float("nan")}])
-    path = tmp_path / "metrics.jsonl"
+    path = write(tmp_path, {10: [{"train/loss": float("nan")}]})
     assert path.read_text() == '{"step": 10, "train/loss": null}\n'
-    ((step, loss),) = (row.values() for row in read_metrics(path))
-    assert step == 10
-    assert math.isnan(loss)
+    (row,) = read_metrics(path)
+    assert row["step"] == 10
+    assert math.isnan(row["train/loss"])
     record = {"a": [1.0, float("inf")], "b": ({"c": float("-inf"), "d": "NaN"},), "e": None}
-    assert json.loads(dumps(record)) == {
-        "a": [1.0, None],
-        "b": [{"c": None, "d": "NaN"}],
-        "e": None,
-    }
+    there = {"a": [1.0, None], "b": [{"c": None, "d": "NaN"}], "e": None}
+    assert json.loads(dumps(record)) == there
 
 
 def test_the_events_are_those_that_tensorboard_reads(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    with MetricsWriter(tmp_path, resume_from=5) as writer:
-        writer.write(10, [{"train/loss": 2.0, "train/accuracy": 0.5}])
-        writer.write(20, [{"validation/loss": 1.0}])
+    one, other = {"train/loss": 2.0, "train/accuracy": 0.5}, {"validation/loss": 1.0}
+    write(tmp_path, {10: [one], 20: [other]}, resume_from=5)
     (path,) = tmp_path.glob("events.out.tfevents.*")
     rest, events = path.read_bytes(), []
     while rest:  # length, its checksum, the event, its checksum
@@ -105,18 +80,14 @@ def test_the_events_are_those_that_tensorboard_reads(tmp_path):
     version, start, *scalars = events
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (6, SessionLog.START)
-    assert [
-        (event.step, {value.tag: value.simple_value for value in event.summary.value})
-        for event in scalars
-    ] == [(10, {"train/loss": 2.0, "train/accuracy": 0.5}), (20, {"validation/loss": 1.0})]
+    found = [{each.tag: each.simple_value for each in event.summary.value} for event in scalars]
+    assert [event.step for event in scalars] == [10, 20]
+    assert found == [one, other]
 
 
 def test_the_events_do_without_pytorch(tmp_path):
     """Whose import takes seconds, and which is there for others when they want it."""
-    program = f"""
-import pathlib, sys
-from transformer.metrics import Events
-
+    program = f"""import pathlib, sys; from transformer.metrics import Events
 Events(pathlib.Path({str(tmp_path)!r}), 0)
 assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 """
@@ -124,38 +95,21 @@ assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 
 
 def test_each_replica_has_lines_and_events_of_its_own(tmp_path):
-    with MetricsWriter(tmp_path, resume_from=0, replicas=2) as writer:
-        writer.write(10, [{"train/loss": 2.0}, {"train/loss": 3.0}])
-        writer.write(20, [{"train/loss": 1.0}, {"train/loss": 2.0}])
-    rows = [
-        {"step": step, "replica": k, "train/loss": loss}
-        for step, k, loss in ((10, 0, 2.0), (10, 1, 3.0), (20, 0, 1.0), (20, 1, 2.0))
-    ]
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    losses = {10: (2.0, 3.0), 20: (1.0, 2.0)}
+    path = write(tmp_path, {n: [{"train/loss": x} for x in each] for n, each in losses.items()})
+    order = ((10, 0), (10, 1), (20, 0), (20, 1))
+    rows = [{"step": n, "replica": k, "train/loss": losses[n][k]} for n, k in order]
+    assert read_metrics(path) == rows
     for k in range(2):
         assert list((tmp_path / f"replica_{k}").glob("events.out.tfevents.*"))
     with MetricsWriter(tmp_path, resume_from=10, replicas=2):
-        assert read_metrics(tmp_path / "metrics.jsonl") == rows[:2]
+        assert read_metrics(path) == rows[:2]
 
 
 @pytest.mark.parametrize("cut", ["", '{"step": 30, "train/lo', '{"step": 30}'])
 def test_resuming_drops_later_steps_and_a_line_that_was_cut_off(tmp_path, cut):
-    with MetricsWriter(tmp_path, resume_from=0) as writer:
-        for step in (10, 20, 30):
-            writer.write(step, [{}])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    path = write(tmp_path, {10: [{}], 20: [{}], 30: [{}]})
+    with path.open("a") as file:
         file.write(cut)
-    with MetricsWriter(tmp_path, resume_from=20) as writer:
-        writer.write(30, [{}])
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
-
-
-def test_a_damaged_line_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
-        read_metrics(path)
-
-
-def test_no_file_is_no_rows(tmp_path):
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    write(tmp_path, {30: [{}]}, resume_from=20)
+    assert [row["step"] for row in read_metrics(path)] == [10, 20, 30]

@@ -8,14 +8,7 @@ from flax import nnx
 
 from configs import base, vaswani_base, vaswani_big
 from tests import contract
-from tests.helpers import (
-    TOKENIZER,
-    logits_of,
-    random_params,
-    small_model,
-    strings,
-    training_of,
-)
+from tests.helpers import TOKENIZER, logits_of, random_params, small_model, strings, training_of
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.model import Model, flatten
@@ -25,8 +18,7 @@ from transformer.positions import POSITIONS
 from transformer.recurrent import CELLS
 
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
-PADDED = strings(*PAIRS, source_length=9, target_length=8)
-
+BATCH = strings(*PAIRS)
 
 # Every entry of every table, one at a time: the small model but for that. (`init` is not among
 # them, for these tests draw their own parameters: test_layers.py has one over `INITIALIZERS`.)
@@ -58,6 +50,7 @@ OTHERS = [
 ]
 
 # Further meetings of the same knobs.
+PLACED = [name for name in POSITIONS if name not in ("none", "relative")]
 RARE = [
     {"heads": 1},
     {"kv_heads": 1},
@@ -66,11 +59,7 @@ RARE = [
     {"layers": 2, "scan_layers": True, "norm": "batch"},
     {"layers": 2, "remat": "dots", "norm": "batch"},
     {"norm": "batch", "norm_placement": "both"},
-    *(
-        {"random_positions": 64, "position": name}
-        for name in POSITIONS
-        if name not in ("none", "relative")
-    ),
+    *({"random_positions": 64, "position": name} for name in PLACED),
     {"architecture": "recurrent", "layers": 2, "tie_embeddings": False},
 ]
 
@@ -79,45 +68,21 @@ def named(changes):
     return ",".join(f"{knob}={value}" for knob, value in changes.items()) or "small"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)],
-    ids=named,
-)
+ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
+
+
+@pytest.mark.parametrize("changes", ALL, ids=named)
 def test_every_variant_keeps_the_contract(changes):
     """At sizes of which no two are alike: see `contract`."""
     contract.check(small_model(**{"width": 20, "ff_width": 24} | changes))
 
 
-def littered(batch):
-    """The same batch with tokens where its padding was."""
-    return batch._replace(
-        source=jnp.where(batch.source_segments == 0, 5, batch.source),
-        target_in=jnp.where(batch.target_segments == 0, 6, batch.target_in),
-    )
-
-
-def cached(model, batch, length):
-    """Jitted: params → an empty cache; params, tokens, cache → logits, cache."""
-
-    @jax.jit
-    def start(params):
-        module = model.bind(params)
-        memory = module.encode(batch.source, batch.source_segments)
-        return module.start_cache(memory, batch.source_segments, length)
-
-    return start, jax.jit(
-        lambda params, tokens, cache: model.bind(params).decode_step(tokens, cache)
-    )
-
-
 def test_decoding_past_the_cache_is_nan_and_not_silent():
-    model = small_model()
-    params = random_params(model, 0)
-    batch = strings(("ab", "ba"))
-    start, step = cached(model, batch, 2)
-    within, cache = step(params, batch.target_in[:, :2], start(params))
-    beyond, _ = step(params, batch.target_in[:, 2:3], cache)
+    batch, model = strings(("ab", "ba")), small_model()
+    module, source = model.bind(random_params(model, 0)), (batch.source, batch.source_segments)
+    cache = module.start_cache(module.encode(*source), batch.source_segments, 2)
+    within, cache = module.decode_step(batch.target_in[:, :2], cache)
+    beyond, _ = module.decode_step(batch.target_in[:, 2:3], cache)
     assert jnp.isfinite(within).all()
     assert jnp.isnan(beyond).all()
 
@@ -125,24 +90,21 @@ def test_decoding_past_the_cache_is_nan_and_not_silent():
 @pytest.mark.parametrize(
     ("changes", "draws"),
     [
-        # The embedded source and target, two encoder layers of two sublayers, two decoder
-        # layers of three.
+        # Embedded source and target, two encoder layers of two sublayers, two decoder's of three.
         ({"dropout": 0.5}, 2 + 2 * 2 + 2 * 3),
         # The weights of two encoder layers, of two decoder layers twice.
         ({"attention_dropout": 0.5}, 2 + 2 * 2),
         ({"attention_dropout": 0.5, "dropout": 0.5}, 18),
         # The positions of source and target.
         ({"random_positions": 64}, 2),
-        # The embedded source and target, two encoder layers, between two decoder layers, the
-        # output.
+        # Embedded source and target, two encoder layers, between two decoder layers, the output.
         ({"dropout": 0.5, "architecture": "recurrent"}, 2 + 2 + 1 + 1),
     ],
 )
 def test_whatever_is_drawn_in_training_is_drawn_with_a_key_of_its_own(changes, draws, monkeypatch):
     model = small_model(layers=2, **changes)
     params = random_params(model, 0)
-    batch = strings(*PAIRS)
-    one, same, other = (logits_of(model, params, batch, jax.random.key(seed)) for seed in (1, 1, 2))
+    one, same, other = (logits_of(model, params, BATCH, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
 
@@ -157,33 +119,30 @@ def test_whatever_is_drawn_in_training_is_drawn_with_a_key_of_its_own(changes, d
 
     for name in ("bernoulli", "choice"):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
-    call(model, params, batch, training_of(model, jax.random.key(1)))
+    call(model, params, BATCH, training_of(model, jax.random.key(1)))
     assert len(keys) == len(set(keys)) == draws
 
 
 def call(model, params, batch, training=None):
     """What a call returns, and the statistics after it."""
-    module = model.bind(params)
-    logits = module(
-        batch.source,
-        batch.source_segments,
-        batch.target_in,
-        batch.target_segments,
-        training=training,
-    )
+    module, source = model.bind(params), (batch.source, batch.source_segments)
+    logits = module(*source, batch.target_in, batch.target_segments, training=training)
     return logits, flatten(nnx.state(module, Statistic))
 
 
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_with_batch_norm_padding_changes_no_output_and_no_statistic_in_training(placement):
     model = small_model(norm="batch", norm_placement=placement)
-    params = random_params(model, 0)
-    key = jax.random.key(0)
+    params, key = random_params(model, 0), jax.random.key(0)
     step = jax.jit(lambda params, batch: call(model, params, batch, training_of(model, key)))
-    plain, padded = strings(*PAIRS), littered(PADDED)
-    (logits, seen), (other_logits, other_seen) = step(params, plain), step(params, padded)
-    real, other_real = plain.target_segments == 1, padded.target_segments == 1
-    np.testing.assert_allclose(logits[real], other_logits[other_real], rtol=1e-4, atol=1e-5)
+    padded = strings(*PAIRS, source_length=9, target_length=8)
+    padded = padded._replace(  # and tokens where the padding was
+        source=jnp.where(padded.source_segments == 0, 5, padded.source),
+        target_in=jnp.where(padded.target_segments == 0, 6, padded.target_in),
+    )
+    (logits, seen), (others, other_seen) = step(params, BATCH), step(params, padded)
+    found, expected = others[padded.target_segments == 1], logits[BATCH.target_segments == 1]
+    np.testing.assert_allclose(expected, found, rtol=1e-4, atol=1e-5)
     assert seen.keys() == model.statistics
     for name in seen:
         np.testing.assert_allclose(seen[name], other_seen[name], rtol=1e-4, atol=1e-5)
@@ -214,17 +173,13 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
         return model.bind(params).positions(jnp.arange(8)[None], training_of(model, key))[0]
 
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    assert drawn.min() == 0
-    assert drawn.max() == 63
+    assert (drawn.min(), drawn.max()) == (0, 63)
     assert (np.diff(drawn) > 0).all()
     assert (drawn[1:] != drawn[:-1]).any(1).all()
     # Each of the 64 as often as the others: 500 times of 4000, give or take 21.
     assert np.abs(np.bincount(drawn.ravel(), minlength=64) - 500).max() < 5 * 21
-
-
-def test_random_positions_in_evaluation_are_evenly_spaced_over_the_same_range():
-    module = small_model(random_positions=64).build(jax.random.key(0))
-    np.testing.assert_array_equal(module.positions(jnp.arange(32)[None], None), [range(0, 64, 2)])
+    even = model.bind(params).positions(jnp.arange(32)[None], None)  # in evaluation
+    np.testing.assert_array_equal(even, [range(0, 64, 2)])
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -237,9 +192,12 @@ def test_a_model_reaches_to_max_length_where_positions_are_learned_or_random(pos
         assert [random.reach(length) for length in (31, 32, 33)] == [31, 32, 32]
 
 
-def test_init_is_of_the_matrices_of_attention_and_feed_forward_alone():
-    fresh = jax.jit(small_model(init="normal").init)(jax.random.key(0))
-    for name, leaf in fresh.items():
+def test_init_follows_its_key_and_is_of_attention_and_feed_forward_alone():
+    init = jax.jit(small_model(init="normal").init)
+    one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert (one["embedding/table"] != other["embedding/table"]).any()
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, same[name])
         if leaf.ndim > 1:
             deviation = 16**-0.5 if name == "embedding/table" else 0.02
             np.testing.assert_allclose(leaf.std(), deviation, rtol=0.2, err_msg=name)
@@ -247,14 +205,11 @@ def test_init_is_of_the_matrices_of_attention_and_feed_forward_alone():
 
 def test_attention_maps_are_there_when_asked_for():
     model = small_model(layers=2)
-    params = random_params(model, 0)
-    batch = strings(*PAIRS)
-    maps = {"encoder": [], "decoder": [], "cross": []}
-    with_maps = model.bind(params)(
-        batch.source, batch.source_segments, batch.target_in, batch.target_segments, maps=maps
-    )
-    np.testing.assert_allclose(with_maps, logits_of(model, params, batch), rtol=1e-5, atol=1e-5)
-    source, target = batch.source.shape[1], batch.target_in.shape[1]
+    params, maps = random_params(model, 0), {"encoder": [], "decoder": [], "cross": []}
+    inputs = BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments
+    with_maps = model.bind(params)(*inputs, maps=maps)
+    np.testing.assert_allclose(with_maps, logits_of(model, params, BATCH), rtol=1e-5, atol=1e-5)
+    source, target = BATCH.source.shape[1], BATCH.target_in.shape[1]
     shapes = {kind: [each.shape for each in layers] for kind, layers in maps.items()}
     assert shapes == {
         "encoder": [(3, 2, source, source)] * 2,
@@ -263,35 +218,20 @@ def test_attention_maps_are_there_when_asked_for():
     }
 
 
-def test_the_same_key_gives_the_same_parameters():
-    init = jax.jit(small_model().init)
-    one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
-    for name, leaf in one.items():
-        np.testing.assert_array_equal(leaf, same[name])
-    assert (one["embedding/table"] != other["embedding/table"]).any()
+PAPER = [(vaswani_base, 512, 2048, 63.0), (vaswani_big, 1024, 4096, 214.2)]
 
 
-def formula(layers, width, ff_width, vocab_size):
-    """Parameters of the paper's model by hand: post-norm, tied, no bias in attention."""
-    attention = 4 * width * width
+@pytest.mark.parametrize(("config", "width", "ff_width", "millions"), PAPER)
+def test_parameter_counts_of_the_paper(config, width, ff_width, millions):
+    """By hand: six layers of each kind, post-norm, tied, no bias in attention."""
+    attention, norm = 4 * width * width, 2 * width
     feed_forward = 2 * width * ff_width + ff_width + width
-    norm = 2 * width
-    encoder = attention + feed_forward + 2 * norm
-    decoder = 2 * attention + feed_forward + 3 * norm
-    return layers * (encoder + decoder) + vocab_size * width
-
-
-@pytest.mark.parametrize(
-    ("config", "sizes", "millions"),
-    [(vaswani_base, (6, 512, 2048), 63.0), (vaswani_big, (6, 1024, 4096), 214.2)],
-)
-def test_parameter_counts_of_the_paper(config, sizes, millions):
-    model = Model(ModelConfig(**config.get_config().model), 37_000)
-    assert model.count_parameters() == formula(*sizes, 37_000)
-    assert round(model.count_parameters() / 1e6, 1) == millions
+    layers = 6 * (3 * attention + 2 * feed_forward + 5 * norm)
+    count = Model(ModelConfig(**config.get_config().model), 37_000).count_parameters()
+    assert count == layers + 37_000 * width
+    assert round(count / 1e6, 1) == millions
 
 
 def test_untied_tables_are_three():
-    tied, untied = small_model(), small_model(tie_embeddings=False)
-    table = TOKENIZER.vocab_size * 16
-    assert untied.count_parameters() - tied.count_parameters() == 2 * table
+    tied, untied = (small_model(tie_embeddings=tie).count_parameters() for tie in (True, False))
+    assert untied - tied == 2 * TOKENIZER.vocab_size * 16

@@ -14,16 +14,13 @@ from transformer.errors import UserError
 from transformer.loss import cross_entropy
 
 
-def tokens_of(*texts, length):
-    """One row of several texts."""
-    together = [token for text in texts for token in TOKENIZER.encode(text)]
-    return jnp.asarray([together + [PAD] * (length - len(together))], jnp.int32)
-
-
 def row(*pairs, source_length=16, target_length=14):
-    sources, targets = zip(*pairs, strict=True)
-    source = tokens_of(*sources, length=source_length)
-    return make_batch(source, tokens_of(*targets, length=target_length), packed=True)
+    """One row of several pairs of texts."""
+    sides = []
+    for texts, length in zip(zip(*pairs, strict=True), (source_length, target_length), strict=True):
+        tokens = [token for text in texts for token in TOKENIZER.encode(text)]
+        sides.append(jnp.asarray([tokens + [PAD] * (length - len(tokens))], jnp.int32))
+    return make_batch(*sides, packed=True)
 
 
 PAIRS = (("ab", "bac"), ("cdefg", "gf"), ("h", "hhhh"))
@@ -41,14 +38,11 @@ def dataset(rng, rows, longest=16):
 
 def examples(data):
     """The pairs of packed or unpacked rows, as tuples of tokens."""
-    pairs = []
-    for source, target in zip(*data.take(np.arange(len(data))), strict=True):
-        parts = []
-        for side in (source, target):
-            ends = np.flatnonzero(side == EOS) + 1
-            parts.append([tuple(part.tolist()) for part in np.split(side, ends)[:-1]])
-        pairs += list(zip(*parts, strict=True))
-    return pairs
+    sides = []
+    for rows in data.take(np.arange(len(data))):
+        split = (np.split(row, np.flatnonzero(row == EOS) + 1)[:-1] for row in rows)
+        sides.append([[tuple(part.tolist()) for part in parts] for parts in split])
+    return [pair for row in zip(*sides, strict=True) for pair in zip(*row, strict=True)]
 
 
 def test_segments_positions_and_shifted_targets_start_anew_in_each_example():
@@ -69,11 +63,10 @@ def test_segments_positions_and_shifted_targets_start_anew_in_each_example():
 
 def test_every_example_is_packed_once_and_with_its_target(rng):
     data = dataset(rng, 500)
-    packed = pack(data, 40)
+    packed, again = pack(data, 40), pack(data, 40)
     assert packed.packed
     assert packed.widths == (40, 40)
     assert sorted(examples(packed)) == sorted(examples(data))
-    again = pack(data, 40)
     np.testing.assert_array_equal(packed.members.values, again.members.values)
     np.testing.assert_array_equal(packed.members.offsets, again.members.offsets)
 
@@ -91,15 +84,10 @@ def test_an_example_that_no_row_can_hold_is_explained(rng):
         pack(dataset(rng, 50), 12)
 
 
-@pytest.mark.parametrize(
-    ("backend", "position"),
-    [
-        ("einsum", "relative"),
-        ("xla", "rotary"),
-        ("chunked", "sinusoidal"),
-        ("splash", "rotary"),
-    ],
-)
+BACKENDS = {"einsum": "relative", "xla": "rotary", "chunked": "sinusoidal", "splash": "rotary"}
+
+
+@pytest.mark.parametrize(("backend", "position"), BACKENDS.items())
 def test_another_neighbour_changes_no_bit(backend, position):
     """Neither of the outputs of the other examples, nor of the gradients of their loss."""
     model = small_model(layers=2, attention_backend=backend, position=position)
@@ -125,14 +113,9 @@ def test_another_neighbour_changes_no_bit(backend, position):
 
 def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
     model = small_model(random_positions=64, max_length=16, position="sinusoidal")
-    module = model.bind(random_params(model, 0))
-    index = row(*PAIRS).source_positions
-    drawn = np.stack(
-        [
-            module.positions(index, training_of(model, jax.random.key(seed)))[0]
-            for seed in range(200)
-        ]
-    )
+    module, index = model.bind(random_params(model, 0)), row(*PAIRS).source_positions
+    draws = (training_of(model, jax.random.key(seed)) for seed in range(200))
+    drawn = np.stack([module.positions(index, training)[0] for training in draws])
     assert (drawn[:, 1] > drawn[:, 0]).all()
     np.testing.assert_array_equal(drawn[:, 3], drawn[:, 0])  # the second example's first token
     # The second of 16 sorted draws from 0 … 63 is at 2 · 65 / 17 - 1 on average.

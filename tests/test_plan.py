@@ -17,18 +17,21 @@ from transformer.console import figure
 from transformer.errors import UserError
 from transformer.model import Model
 from transformer.planning import CHIPS, Chip, make_plan, meshes, open_topology, rank
-from transformer.sharding import MeshConfig
 
-CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
-TPU_CASES = [  # those of ATTENTION_BACKENDS that are meant for TPUs, and a paper's config
-    *(("toy_reverse", backend) for backend in ("einsum", "xla", "chunked", "splash")),
-    *(("vaswani_base", backend) for backend in ("einsum", "splash")),
+CONFIGS = [
+    pytest.param(path.stem, marks=[pytest.mark.slow] * (path.stem != "vaswani_base"))
+    for path in sorted(Path("configs").glob("*.py"))
 ]
+NARROW = {"model__layers": 1, "model__width": 16, "model__heads": 2, "model__ff_width": 32}
+TOY = "--config=configs/toy_reverse.py"
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU's compiler is not installed: pip install -e '.[plan]'",
-)
+
+def on_tpu(test):
+    """Marks a test that compiles for TPUs."""
+    there = importlib.util.find_spec("libtpu") is not None
+    reason = "the TPU's compiler is not installed: pip install -e '.[plan]'"
+    return pytest.mark.slow(pytest.mark.skipif(not there, reason=reason)(test))
+
 
 # A chip on which compute takes a step's operations, in seconds, and so on.
 UNIT = Chip(1.0, math.inf, 1.0, 1.0, ())
@@ -37,9 +40,7 @@ UNIT = Chip(1.0, math.inf, 1.0, 1.0, ())
 def load(name="toy_reverse", **changes):
     """A shipped config, with other knobs: `model__width=32`."""
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()
-    config.update_from_flattened_dict(
-        {knob.replace("__", "."): value for knob, value in changes.items()}
-    )
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return RunConfig.resolve(config)
 
 
@@ -49,9 +50,9 @@ def toy(topology="cpu:2x2", **changes):
     return make_plan(load(**changes), open_topology(topology), vocab_size=96, length=16)
 
 
-def on(chip, plan):
-    """The same plan, had the devices been such chips."""
-    return replace(plan, topology=replace(plan.topology, chip=chip))
+def on(chip):
+    """The plan of a toy config, had the devices been such chips."""
+    return replace(toy(), topology=replace(toy().topology, chip=chip))
 
 
 def test_memory_by_kind_is_that_of_the_arrays():
@@ -65,8 +66,7 @@ def test_memory_by_kind_is_that_of_the_arrays():
     assert toy(ema_decay=0.9).memory["average"] == parameters
 
 
-def test_fsdp_splits_what_it_should():
-    """All but norms and biases, which are small."""
+def test_fsdp_splits_all_but_norms_and_biases_which_are_small():
     whole, split = toy(), toy(mesh__data=1, mesh__fsdp=4)
     assert whole.mesh == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
     assert split.mesh == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
@@ -76,53 +76,46 @@ def test_fsdp_splits_what_it_should():
     assert "all-gather" in split.traffic.sent
 
 
-def test_data_parallel_devices_send_their_gradients_once():
-    """And a few scalars: in a ring of 4 each sends 2 · 3/4 of all gradients.
-
-    (Of a tied table the compiler may add up the gradients of its three uses one by one.)
-    """
-    plan = toy(model__tie_embeddings=False)
-    assert set(plan.traffic.sent) == {"all-reduce"}
+def check_gradients_are_sent_once(plan):
+    """And a few scalars. Of a tied table those of its three uses may be sent one by one."""
+    # In a ring of 4 each sends 2 · 3/4 of all gradients.
     expected = 2 * 3 / 4 * plan.memory["parameters"]
     assert expected < plan.traffic.sent["all-reduce"] < 1.01 * expected
 
 
-def test_one_device_sends_nothing():
-    plan = toy("cpu:1")
-    assert plan.traffic.sent == {}
-    assert plan.chips == 1
-    assert plan.tokens == 128 * 16
-
-
-def test_the_compiler_counts_what_the_formula_counts_and_a_little_more():
-    plan = toy()
-    assert 1.0 < plan.flops * plan.chips / plan.model_flops < 1.25
-    assert toy("cpu:1").model_flops == plan.model_flops
+def test_devices_send_their_gradients_once_and_one_alone_nothing():
+    plan, alone = toy(model__tie_embeddings=False), toy("cpu:1")
+    assert set(plan.traffic.sent) == {"all-reduce"}
+    check_gradients_are_sent_once(plan)
+    assert (alone.traffic.sent, alone.chips, alone.tokens) == ({}, 1, 128 * 16)
+    # The compiler counts what the formula counts and a little more.
+    assert 1.0 < toy().flops * toy().chips / toy().model_flops < 1.25
+    assert toy("cpu:1").model_flops == toy().model_flops
 
 
 def test_the_roofline_is_the_slowest_unit():
-    """With units that do one operation or byte a second."""
-    plan = on(UNIT, toy())
-    seconds = plan.seconds()
-    assert seconds == {
-        "compute": plan.flops,
-        "memory": plan.traffic.memory,
-        "interconnect": plan.traffic.sent["all-reduce"],
-    }
-    assert plan.step_seconds() == max(seconds.values())
-    assert seconds[plan.bound()] == plan.step_seconds()
+    """With units that do one operation or byte a second; without figures there is none."""
+    plan = on(UNIT)
+    seconds, memory, sent = plan.seconds(), plan.traffic.memory, plan.traffic.sent["all-reduce"]
+    assert seconds == {"compute": plan.flops, "memory": memory, "interconnect": sent}
+    assert plan.step_seconds() == max(seconds.values()) == seconds[plan.bound()]
     assert plan.mfu() == plan.model_flops / 4 / plan.step_seconds()
     assert plan.hours() == plan.step_seconds() * 1_800 / 3600
-    slow = on(replace(UNIT, interconnect=1e-6), toy())
+    slow = on(replace(UNIT, interconnect=1e-6))
     assert slow.bound() == "interconnect"
-    assert slow.step_seconds() == pytest.approx(1e6 * seconds["interconnect"])
+    assert slow.step_seconds() == pytest.approx(1e6 * sent)
+    assert (toy().seconds(), toy().step_seconds()) == ({}, math.inf)
+    # The slower ranks later, and what does not fit last.
+    slow, refused = on(replace(UNIT, bandwidth=1e-3)), replace(plan, refusal="no room")
+    assert slow.seconds()["memory"] == pytest.approx(1e3 * memory)
+    assert refused.seconds() == {}
+    assert rank([refused, slow, plan]) == [plan, slow, refused]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_command_shows_the_memory_the_roofline_and_the_cost_of_all_chips(capsys):
-    plan = on(CHIPS["v5e"], toy())
-    words = ("--config=configs/toy_reverse.py", "--topology=v5e:2x2", "--price=3")
-    with program("scripts/plan.py", *words) as script:
+    plan = on(CHIPS["v5e"])
+    with program("scripts/plan.py", TOY, "--topology=v5e:2x2", "--price=3") as script:
         script.show(plan)
     shown = capsys.readouterr().out
     hours = f"{figure(plan.hours() * 4)} chip-hours, ${figure(plan.hours() * 4 * 3)}"
@@ -130,55 +123,36 @@ def test_the_command_shows_the_memory_the_roofline_and_the_cost_of_all_chips(cap
         assert words in shown
 
 
-def test_without_figures_there_is_no_roofline():
-    assert toy().seconds() == {}
-    assert toy().step_seconds() == math.inf
-
-
-def test_the_slower_ranks_later_and_what_does_not_fit_last():
-    fast, slow = on(UNIT, toy()), on(replace(UNIT, bandwidth=1e-3), toy())
-    refused = replace(fast, refusal="no room")
-    assert refused.seconds() == {}
-    assert rank([refused, slow, fast]) == [fast, slow, refused]
-
-
 def test_a_sweep_tries_every_mesh_that_divides_devices_and_batch():
-    found = [tuple(vars(cfg.mesh).values()) for cfg in meshes(load(batch_size=2), 4)]
-    assert found == [(1, 1, 1, 4, 1), (1, 1, 2, 2, 1), (1, 2, 1, 2, 1)]
-    long = [tuple(vars(cfg.mesh).values()) for cfg in meshes(load(mesh__context=2), 4)]
-    assert long == [(1, 1, 1, 2, 2), (1, 1, 2, 1, 2), (1, 2, 1, 1, 2)]
-    assert len(list(meshes(load(), 8))) == 10  # 8 = 2³: as many as (a, b, c) with a sum of 3
-    recurrent = list(meshes(load(model__architecture="recurrent"), 8))
-    assert [cfg.mesh for cfg in recurrent] == [
-        MeshConfig(replica=1, data=8, fsdp=1, tensor=1, context=1)
-    ]
+    def found(devices, **changes):
+        return [tuple(vars(cfg.mesh).values()) for cfg in meshes(load(**changes), devices)]
+
+    assert found(4, batch_size=2) == [(1, 1, 1, 4, 1), (1, 1, 2, 2, 1), (1, 2, 1, 2, 1)]
+    assert found(4, mesh__context=2) == [(1, 1, 1, 2, 2), (1, 1, 2, 1, 2), (1, 2, 1, 1, 2)]
+    assert len(found(8)) == 10  # 8 = 2³: as many as (a, b, c) with a sum of 3
+    assert found(8, model__architecture="recurrent") == [(1, 8, 1, 1, 1)]
 
 
-def test_a_mesh_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="needs 8 devices and there are 4"):
-        toy(mesh__data=8)
-    with pytest.raises(UserError, match="batch_size=126 does not divide"):
-        toy(batch_size=126)
-    with pytest.raises(UserError, match=r"mesh.tensor=4 does not divide the 2 of axis 'heads'"):
-        toy(mesh__tensor=4, model__heads=2)
-    with pytest.raises(UserError, match="--length=16: 16 tokens"):
-        toy(model__position="learned", model__max_length=8)
-    with pytest.raises(UserError, match="replicas=2"):
-        toy(replicas=2)
+HEADS = {"mesh__tensor": 4, "model__heads": 2}
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("message", "changes"),
     [
-        ("v5e:4x5", r"did you mean v5e:4x\d"),
-        ("v5x:4x4x4", r"did you mean v5p:4x4x4"),
-        ("cpu:0", "choose one of"),
-        ("cpu:64", "JAX simulates 8 CPUs; set JAX_NUM_CPU_DEVICES=64"),
+        ("needs 8 devices and there are 4", {"mesh__data": 8}),
+        ("batch_size=126 does not divide", {"batch_size": 126}),
+        (r"mesh.tensor=4 does not divide the 2 of axis 'heads'", HEADS),
+        ("--length=16: 16 tokens", {"model__position": "learned", "model__max_length": 8}),
+        ("replicas=2", {"replicas": 2}),
+        (r"did you mean v5e:4x\d", {"topology": "v5e:4x5"}),
+        (r"did you mean v5p:4x4x4", {"topology": "v5x:4x4x4"}),
+        ("choose one of", {"topology": "cpu:0"}),
+        ("JAX simulates 8 CPUs; set JAX_NUM_CPU_DEVICES=64", {"topology": "cpu:64"}),
     ],
 )
-def test_an_unknown_topology_is_refused(name, message):
+def test_what_cannot_be_planned_is_refused(message, changes):
     with pytest.raises(UserError, match=message) as error:
-        open_topology(name)
+        toy(**changes)
     assert "\n" not in str(error.value)
 
 
@@ -188,23 +162,20 @@ def test_without_the_compiler_the_remedy_is_named(monkeypatch):
         open_topology("v5e:2x2")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "vaswani_base")) for name in CONFIGS],
-)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_compiles_for_simulated_devices(name):
     """With a narrow layer of each kind: here it is about the config, not about size."""
-    small = {"layers": 1, "width": 16, "heads": 2, "ff_width": 32}
-    changes = {f"model__{knob}": value for knob, value in small.items()}
-    cfg = load(name, **changes, batch_size=8)
+    cfg = load(name, **NARROW, batch_size=8)
     plan = make_plan(cfg, open_topology("cpu:2x2"), vocab_size=96, length=16)
     assert plan.chips == 4
     assert plan.flops > 0
 
 
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "backend"), TPU_CASES)
+CASES = [("toy_reverse", "splash"), ("toy_reverse", "einsum"), ("vaswani_base", "einsum")]
+
+
+@on_tpu
+@pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_shipped_config_compiles_for_a_tpu(name, backend):
     cfg = load(name, model__attention_backend=backend, model__layers=1)
     plan = make_plan(cfg, open_topology("v5e:2x2"), vocab_size=37_000, length=32)
@@ -213,55 +184,39 @@ def test_a_shipped_config_compiles_for_a_tpu(name, backend):
     assert "all-reduce" in plan.traffic.sent
 
 
-@needs_libtpu
-@pytest.mark.slow
+@on_tpu
 def test_a_tpu_sends_its_gradients_once():
     plan = toy("v5e:2x2", model__tie_embeddings=False)
-    expected = 2 * 3 / 4 * plan.memory["parameters"]
-    assert expected < plan.traffic.sent["all-reduce"] < 1.01 * expected
+    check_gradients_are_sent_once(plan)
     assert plan.topology.chip == CHIPS["v5e"]
     assert sum(plan.memory.values()) < CHIPS["v5e"].memory
 
 
-@needs_libtpu
-@pytest.mark.slow
+@on_tpu
 def test_every_topology_of_the_table_is_known_to_the_compiler():
-    for kind, chip in CHIPS.items():
-        for shape in chip.topologies:
-            name = f"{kind}:{shape}"
-            assert len(open_topology(name).devices) == planning.count(name)
+    for name in (f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies):
+        assert len(open_topology(name).devices) == planning.count(name)
 
 
-@needs_libtpu
-@pytest.mark.slow
+@on_tpu
 def test_the_compiler_refuses_what_does_not_fit():
-    cfg = load(model__width=8192, model__ff_width=8192, model__heads=64, batch_size=4096)
+    """Narrow layers, whose logits alone would fill the memory."""
+    cfg = load(**NARROW, batch_size=4096)
     plan = make_plan(cfg, open_topology("v5e:1x1"), vocab_size=37_000, length=64)
     assert "HBM" in plan.refusal.upper()
-    assert plan.seconds() == {}
-    assert plan.step_seconds() == math.inf
+    assert (plan.seconds(), plan.step_seconds()) == ({}, math.inf)
 
 
 @pytest.mark.slow
 def test_the_command_prints_a_plan_and_ranks_meshes():
-    toy_config = "--config=configs/toy_reverse.py"
-    out = finish(start("scripts/plan.py", toy_config, "--topology=cpu:2x2"))
-    assert "cpu:2x2, data 4" in out
-    assert "activations, gradients, temporaries" in out
-    assert "all-reduce" in out
+    out = finish(start("scripts/plan.py", TOY, "--topology=cpu:2x2"))
+    for words in ("cpu:2x2, data 4", "activations, gradients, temporaries", "all-reduce"):
+        assert words in out
     assert "37,000 pieces" in out
-    out = finish(start("scripts/plan.py", toy_config, "--topology=cpu:4", "--sweep", "--vocab=90"))
+    out = finish(start("scripts/plan.py", TOY, "--topology=cpu:4", "--sweep", "--vocab=90"))
     assert "left out: mesh.tensor=4 does not divide the 90" in out
     assert out.count("cpu:4 ") == 5  # of six meshes
-
-
-@pytest.mark.slow
-def test_what_the_command_cannot_do_is_one_line():
-    line = complaint("scripts/plan.py", "--config=configs/toy_copy.py", "--topology=v5:4x4")
-    assert "did you mean" in line
-    line = complaint("scripts/plan.py", "--config=configs/toy_copy.py")
-    assert "topology" in line
-    line = complaint(
-        *("scripts/plan.py", "--config=configs/toy_copy.py", "--topology=cpu:3", "--sweep")
-    )
-    assert "no mesh" in line
+    # What it cannot do is one line.
+    assert "did you mean" in complaint("scripts/plan.py", TOY, "--topology=v5:4x4")
+    assert "topology" in complaint("scripts/plan.py", TOY)
+    assert "no mesh" in complaint("scripts/plan.py", TOY, "--topology=cpu:3", "--sweep")

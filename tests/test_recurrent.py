@@ -10,92 +10,69 @@ from tests.helpers import random_params, small_model, strings, training_of
 from transformer.recurrent import CELLS, run
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
-FLOAT32 = jnp.dtype("float32")
+CALL = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)
 
 
 def recurrent(**changes):
     return small_model(architecture="recurrent", **changes)
 
 
-def make_cell(name, rng, inputs=4, width=3):
-    """With a bias, so that a step does something to a state of zeros."""
-    cell = CELLS[name](inputs, width, dtype=FLOAT32, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_run_is_its_steps_one_after_another_and_passes_over_padding(cell, reverse, rng):
+    cell = CELLS[cell](4, 3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    # So that a step does something to a state of zeros.
     cell.input.bias[...] = jnp.asarray(rng.normal(size=cell.input.bias.shape), jnp.float32)
-    return cell
+    x = jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32)
+    real = np.array([[1] * 6, [0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]], bool)
+    outputs = run(cell, x, jnp.asarray(real), reverse=reverse)
+    for row in range(3):
+        state = cell.start(1)
+        for t in np.flatnonzero(real[row])[:: -1 if reverse else 1]:
+            state = cell.step(state, cell.input(x[row, t][None]))
+            np.testing.assert_allclose(outputs[row, t], state[0][0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_run_is_its_steps_one_after_another(cell, reverse, rng):
-    cell = make_cell(cell, rng)
-    x = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
-    outputs = run(cell, x, jnp.ones((2, 5), bool), reverse=reverse)
-    state = cell.start(2)
-    for t in reversed(range(5)) if reverse else range(5):
-        state = cell.step(state, cell.input(x[:, t]))
-        np.testing.assert_allclose(outputs[:, t], state[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_run_passes_over_padding_wherever_it_stands(cell, reverse, rng):
-    cell = make_cell(cell, rng)
-    x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
-    real = jnp.array([[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]], bool)
-    outputs = run(cell, x, real, reverse=reverse)
-    for row in range(2):
-        alone = run(cell, x[row, real[row]][None], jnp.ones((1, 3), bool), reverse=reverse)
-        np.testing.assert_allclose(outputs[row, real[row]], alone[0], rtol=1e-5, atol=1e-6)
+def test_the_forget_gate_of_an_lstm_begins_open_by_1():
+    cell = CELLS["lstm"](4, 3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    _, memory = cell.step((jnp.zeros((1, 3)), jnp.ones((1, 3))), jnp.zeros((1, 12)))
+    np.testing.assert_allclose(memory, 1 / (1 + np.exp(-1.0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_memory_of_a_token_knows_both_sides_of_its_source(cell):
-    model = recurrent(cell=cell)
-    params = random_params(model, 0)
-    source, segments = BATCH.source[:1], BATCH.source_segments[:1]
-    memory = model.bind(params).encode(source, segments)[0]
-    last = model.bind(params).encode(source.at[0, -1].set(9), segments)[0]
-    first = model.bind(params).encode(source.at[0, 0].set(9), segments)[0]
-    half = model.config.width // 2
-    changed = np.abs(np.stack([first, last]) - memory) > 0
+    model, source = recurrent(cell=cell), BATCH.source[:1]
+    module, half = model.bind(random_params(model, 0)), model.config.width // 2
+    sources = (source, source.at[0, 0].set(9), source.at[0, -1].set(9))
+    memory, *others = (module.encode(each, BATCH.source_segments[:1])[0] for each in sources)
+    changed = np.abs(np.stack(others) - memory) > 0
     # Of the forward half the first token moves all, the last one the last alone; and of the
     # backward half the other way round.
-    forward, backward = changed[..., :half].any(-1), changed[..., half:].any(-1)
-    np.testing.assert_array_equal(forward[0], True)
-    np.testing.assert_array_equal(np.flatnonzero(forward[1]), [len(memory) - 1])
-    np.testing.assert_array_equal(np.flatnonzero(backward[0]), [0])
-    np.testing.assert_array_equal(backward[1], True)
+    moved = [[True] * len(memory), np.arange(len(memory)) == len(memory) - 1]
+    np.testing.assert_array_equal(changed[..., :half].any(-1), moved)
+    np.testing.assert_array_equal(changed[::-1, ::-1, half:].any(-1), moved)
 
 
-def test_attention_maps_are_distributions_over_the_source():
+def test_attention_maps_are_distributions_over_the_source_and_follow_the_target():
+    """The map of step t depends on no later target token, and on its own."""
     model = recurrent(layers=2)
-    params = random_params(model, 0)
-    maps = {"encoder": [], "decoder": [], "cross": []}
-    call = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)
-    logits = model.bind(params)(*call, maps=maps)
-    np.testing.assert_allclose(logits, model.bind(params)(*call), rtol=1e-5, atol=1e-5)
-    assert not maps["encoder"] + maps["decoder"]
-    (weights,) = maps["cross"]
+    module = model.bind(random_params(model, 0))
+
+    def call(target_in):
+        maps = {"encoder": [], "decoder": [], "cross": []}
+        logits = module(*CALL[:2], target_in, CALL[3], maps=maps)
+        assert not maps["encoder"] + maps["decoder"]
+        (weights,) = maps["cross"]
+        return logits, weights
+
+    logits, weights = call(BATCH.target_in)
+    np.testing.assert_allclose(logits, module(*CALL), rtol=1e-5, atol=1e-5)
     assert weights.shape == (3, 2, BATCH.target_in.shape[1], BATCH.source.shape[1])
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     padding = jnp.broadcast_to((BATCH.source_segments == 0)[:, None, None], weights.shape)
     np.testing.assert_array_equal(weights[padding], 0.0)
-
-
-def test_attention_maps_follow_the_target_step_by_step():
-    """The map of step t depends on no later target token, and on its own."""
-    model = recurrent()
-    params = random_params(model, 0)
-
-    def weights(target_in):
-        maps = {"encoder": [], "decoder": [], "cross": []}
-        model.bind(params)(
-            BATCH.source, BATCH.source_segments, target_in, BATCH.target_segments, maps=maps
-        )
-        return maps["cross"][0][0]
-
-    changed = weights(BATCH.target_in.at[0, 2].set(9)) != weights(BATCH.target_in)
-    np.testing.assert_array_equal(changed.any((0, 2)), [False, False, True, True, True, True])
+    changed = (call(BATCH.target_in.at[0, 2].set(9))[1] != weights)[0].any((0, 2))
+    np.testing.assert_array_equal(changed, [False, False, True, True, True, True])
 
 
 def transparent(layers):
@@ -120,36 +97,28 @@ def transparent(layers):
 
 def test_dropout_of_the_decoder_differs_between_steps_and_between_layers():
     """A feature comes through if it is kept between each two layers and at the output."""
-    rows, steps, width = 64, 8, 16
-    tokens = jnp.full((rows, steps), 5)
-    ones = jnp.ones_like(tokens)
+    call = (jnp.full((64, 8), 5), jnp.ones((64, 8), jnp.int32)) * 2
 
-    def kept(layers):
+    def outputs(layers):
         model, params = transparent(layers)
 
         @jax.jit
-        def call(params):
-            training = training_of(model, jax.random.key(0))
-            return model.bind(params)(tokens, ones, tokens, ones, training=training)
+        def both(params):
+            module, training = model.bind(params), training_of(model, jax.random.key(0))
+            return [module(*call, training=each)[..., :16] for each in (training, None)]
 
-        return np.asarray(call(params)[..., :width] != 0)  # [rows, steps, width]
+        return both(params)
 
-    for layers in (1, 3):
-        through, share = kept(layers), 0.5**layers
+    for layers, whole in ((1, np.tanh(1.0)), (3, np.tanh(np.tanh(np.tanh(1.0))))):
+        dropped, evaluated = map(np.asarray, outputs(layers))
+        np.testing.assert_allclose(evaluated, whole, rtol=1e-6)  # where all do
+        through, share = dropped != 0, 0.5**layers  # [rows, steps, width]
         error = np.sqrt(share * (1 - share) / through.size)
         assert abs(through.mean() - share) < 5 * error
         # Were a feature dropped at all steps alike, few would be kept at some step.
-        once, expected = through.any(1), 1 - (1 - share) ** steps
+        once, expected = through.any(1), 1 - (1 - share) ** 8
         error = np.sqrt(expected * (1 - expected) / once.size)
         assert abs(once.mean() - expected) < 5 * error
-
-
-def test_nothing_of_the_decoder_is_dropped_in_evaluation():
-    model, params = transparent(2)
-    tokens = jnp.full((2, 3), 5)
-    ones = jnp.ones_like(tokens)
-    out = model.bind(params)(tokens, ones, tokens, ones)[..., : model.config.width]
-    np.testing.assert_allclose(out, np.tanh(np.tanh(1.0)), rtol=1e-6)
 
 
 def test_the_decoder_reads_what_it_attended_to_and_begins_with_the_source():
@@ -157,14 +126,13 @@ def test_the_decoder_reads_what_it_attended_to_and_begins_with_the_source():
     model = recurrent(layers=2)
     params = random_params(model, 0)
     module = model.bind(params)
-    memory = module.encode(BATCH.source, BATCH.source_segments)
+    memory = module.encode(*CALL[:2])
     cache = module.start_cache(memory, BATCH.source_segments, 1)
     half = memory[:, 0, model.config.width // 2 :]
     for i, state in enumerate(cache.states):
         kernel, bias = params[f"bridge/{i}/kernel"], params[f"bridge/{i}/bias"]
         np.testing.assert_allclose(state[0], np.tanh(half @ kernel + bias), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(state[1], 0.0)
-    logits, _ = module.decode_step(BATCH.target_in[:, :1], cache)
-    fed = cache._replace(attended=jnp.ones_like(cache.attended))
-    other, _ = module.decode_step(BATCH.target_in[:, :1], fed)
+    fed, first = cache._replace(attended=jnp.ones_like(cache.attended)), BATCH.target_in[:, :1]
+    logits, other = (module.decode_step(first, each)[0] for each in (cache, fed))
     assert (jnp.abs(logits - other).max((1, 2)) > 1e-3).all()

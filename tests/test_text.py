@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -48,40 +47,41 @@ def as_gzip(folder):
     return write(folder / "train.tsv.gz", tsv(GOOD))
 
 
+def as_json_lines(folder, source="source", target="target"):
+    lines = [json.dumps({target: pair[1], source: pair[0], "k": 1}) for pair in GOOD]
+    return write(folder / "train.jsonl", lines)
+
+
 def as_two_files(folder):
     sources, targets = zip(*GOOD, strict=True)
     return f"{write(folder / 'train.de', sources)},{write(folder / 'train.en.gz', targets)}"
 
 
-def as_json_lines(folder):
-    lines = [json.dumps({"target": target, "source": source, "k": 1}) for source, target in GOOD]
-    return write(folder / "train.jsonl", lines)
-
-
 def as_windows_writes_it(folder):
-    path = folder / "train.tsv"
-    path.write_bytes("\ufeff".encode() + "".join(line + "\r\n" for line in tsv(GOOD)).encode())
-    return str(path)
+    first, *others = (line + "\r" for line in tsv(GOOD))
+    return write(folder / "train.tsv", ["\ufeff" + first, *others])
 
 
 WAYS = [as_tsv, as_gzip, as_two_files, as_json_lines, as_windows_writes_it]
 
 
-@pytest.mark.parametrize("write", WAYS)
-def test_each_way_to_write_pairs_gives_the_same_ones(write, tmp_path):
-    corpus = opened(tmp_path, write(tmp_path))
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_write_pairs_gives_the_same_ones(way, tmp_path):
+    corpus = opened(tmp_path, way(tmp_path))
     assert sorted(everything(corpus)) == sorted(GOOD)
     assert corpus.left_out() == ""
     assert corpus.tokenizers.source is corpus.tokenizers.target
 
 
 def test_the_fields_of_json_and_the_direction_are_the_configs(tmp_path):
-    lines = [json.dumps({"de": source, "en": target}) for source, target in GOOD]
-    file = write(tmp_path / "train.jsonl", lines)
-    corpus = opened(tmp_path, file, source="en", target="de")
-    assert sorted(everything(corpus)) == sorted((b, a) for a, b in GOOD)
-    corpus = opened(tmp_path, as_tsv(tmp_path), source="target", target="source")
-    assert sorted(everything(corpus)) == sorted((b, a) for a, b in GOOD)
+    for file, names in (
+        (as_json_lines(tmp_path, "de", "en"), {"source": "en", "target": "de"}),
+        (as_tsv(tmp_path), {"source": "target", "target": "source"}),
+    ):
+        found = everything(opened(tmp_path, file, **names))
+        assert sorted(found) == sorted((b, a) for a, b in GOOD)
+    with pytest.raises(UserError, match=r"data\.source.*=de: choose one of source, target"):
+        opened(tmp_path, file, source="de", target="en")
 
 
 def test_no_source_is_in_two_of_the_splits_that_are_cut(tmp_path):
@@ -95,19 +95,11 @@ def test_no_source_is_in_two_of_the_splits_that_are_cut(tmp_path):
 
 
 def test_pairs_of_a_given_test_are_in_no_other_split(tmp_path):
-    files = {
-        split: write(tmp_path / f"{split}.tsv", tsv(each))
-        for split, each in {
-            "train": GOOD[:100],
-            "validation": GOOD[90:110],
-            "test": GOOD[105:120] + GOOD[:3],
-        }.items()
-    }
+    given = {"train": GOOD[:100], "validation": GOOD[90:110], "test": GOOD[105:120] + GOOD[:3]}
+    files = {split: write(tmp_path / f"{split}.tsv", tsv(each)) for split, each in given.items()}
     corpus = opened(tmp_path, **files)
-    found = {split: pairs(corpus, files[split]) for split in text.SPLITS}
-    assert found["test"] == GOOD[105:120] + GOOD[:3]
-    assert found["validation"] == GOOD[90:105]
-    assert found["train"] == GOOD[3:90]
+    found = {split: pairs(corpus, file) for split, file in files.items()}
+    assert found == given | {"validation": GOOD[90:105], "train": GOOD[3:90]}
     assert corpus.left_out() == (
         "train: 3 also in test (lines 1, 2, 3); 10 also in validation (lines 91, 92, 93, …); "
         "validation: 5 also in test (lines 16, 17, 18, …)"
@@ -119,38 +111,19 @@ def test_pairs_of_a_given_test_are_in_no_other_split(tmp_path):
 
 
 def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
-    lines = [line.encode() for line in tsv(GOOD)]
-    broken = [
-        (3, b"no pair"),
-        (9, b""),
-        (10, b"only a source\t"),
-        (20, b"caf\xe9\tcoffee"),
-        (30, b"a\tb\tc"),
-        (31, b" \t "),
-        (32, b"\t"),
-        (33, b"  "),
-    ]
-    for number, line in broken:
-        lines[number - 1] = line
-    path = tmp_path / "train.tsv"
-    path.write_bytes(b"\n".join(lines))
+    lines, path = dict(enumerate((line.encode() for line in tsv(GOOD)), 1)), tmp_path / "train.tsv"
+    broken = {3: b"no pair", 9: b"", 10: b"only a source\t", 20: b"caf\xe9\tcoffee"}
+    broken |= {30: b"a\tb\tc", 31: b" \t ", 32: b"\t", 33: b"  "}
+    path.write_bytes(b"\n".join((lines | broken).values()))
     corpus = opened(tmp_path, path)
-    kept = [pair for k, pair in enumerate(GOOD, 1) if k not in dict(broken)]
+    kept = [pair for k, pair in enumerate(GOOD, 1) if k not in broken]
     assert sorted(everything(corpus)) == sorted(kept)
     said = corpus.left_out()
-    for words in (
-        "1 with 0 tabs instead of 1 (line 3)",
-        "4 empty (lines 9, 31, 32, …)",
-        "1 with an empty text (line 10)",
-        "1 no UTF-8 (line 20)",
-        "1 with 2 tabs instead of 1 (line 30)",
-    ):
+    tabs = "1 with 0 tabs instead of 1 (line 3)", "1 with 2 tabs instead of 1 (line 30)"
+    empty = "4 empty (lines 9, 31, 32, …)", "1 with an empty text (line 10)"
+    for words in (*tabs, *empty, "1 no UTF-8 (line 20)"):
         assert words in said
-    # What was left out is said at each start, not the first alone.
-    assert opened(tmp_path, path).left_out() == said
-
-
-def test_broken_json_is_left_out_too(tmp_path):
+    assert opened(tmp_path, path).left_out() == said  # at each start, not the first alone
     lines = [json.dumps({"source": source, "target": target}) for source, target in GOOD]
     lines[4:8] = "{", "[1]", '{"source": "a"}', '{"source": 1, "target": 2}'
     corpus = opened(tmp_path, write(tmp_path / "train.jsonl", lines))
@@ -160,58 +133,33 @@ def test_broken_json_is_left_out_too(tmp_path):
     assert len(everything(corpus)) == len(GOOD) - 4
 
 
-REFUSED = {
-    "a file that is not there": ("missing.tsv", None, "there is no such file; name one"),
-    "an empty one": ("a.tsv", "", "0 of 0 lines hold no pair: it is empty; mend"),
-    "nothing but broken lines": (
-        "a.tsv",
-        "no tab\n" * 20,
-        r"20 of 20 lines .*\(lines 1, 2, 3, …\)",
-    ),
-    "JSON of other names": (
-        "a.jsonl",
-        '{"de": "a", "en": "b"}\n' * 9,
-        r"data\.source and data\.tar",
-    ),
-    "a split of another kind of dataset": (
-        "train",
-        None,
-        "data.train=train: .* name one with pairs",
-    ),
-    "a corpus of one line": ("a.tsv", "a\tb\n", r"data\.validation=train\[:10\]"),
-    "what is no gzip": ("a.tsv.gz", "a\tb\n", "is damaged: Not a gzipped file.*fetch or make it"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_corpus_is_refused_in_a_line(case, tmp_path, monkeypatch):
-    name, content, message = REFUSED[case]
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.tsv", None, "there is no such file; name one"),
+        ("a.tsv", "", "0 of 0 lines hold no pair: it is empty; mend"),
+        ("a.tsv", "no tab\n" * 20, r"20 of 20 lines .*\(lines 1, 2, 3, …\)"),
+        ("a.jsonl", '{"de": "a", "en": "b"}\n' * 9, r"data\.source and data\.tar"),
+        ("train", None, "data.train=train: .* name one with pairs"),
+        ("a.tsv", "a\tb\n", r"data\.validation=train\[:10\]"),
+        ("a.tsv.gz", "a\tb\n", "is damaged: Not a gzipped file.*fetch or make it"),
+        ("a.de,b.en", "3 lines", "they have 3 and 2 lines; make them agree"),
+        ("a.de,b.en,a.de", "3 lines", "one file with pairs, or two"),
+        ("train.tsv.gz", "cut off", r"train\.tsv\.gz is damaged: .*; fetch or make"),
+    ],
+)
+def test_what_is_no_corpus_is_refused_in_a_line(name, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if content is not None:
+    if content == "3 lines":
+        write(Path("a.de"), "abc")
+        write(Path("b.en"), "ab")
+    elif content == "cut off":
+        Path(as_gzip(Path())).write_bytes(Path(name).read_bytes()[:-20])
+    elif content is not None:
         Path(name).write_text(content)
     with pytest.raises(UserError, match=message) as refused:
         opened(tmp_path, name)
     assert "\n" not in str(refused.value)
-
-
-def test_files_of_unequal_length_are_refused(tmp_path):
-    files = [write(tmp_path / "a.de", "abc"), write(tmp_path / "a.en", "ab")]
-    with pytest.raises(UserError, match="they have 3 and 2 lines; make them agree"):
-        opened(tmp_path, ",".join(files))
-    with pytest.raises(UserError, match="one file with pairs, or two"):
-        opened(tmp_path, ",".join([*files, files[0]]))
-
-
-def test_columns_have_two_names_alone(tmp_path):
-    with pytest.raises(UserError, match=r"data\.source.*=de: choose one of source, target"):
-        opened(tmp_path, as_tsv(tmp_path), source="de", target="en")
-
-
-def test_a_damaged_archive_is_refused(tmp_path):
-    path = Path(as_gzip(tmp_path))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged: .*; fetch or make"):
-        opened(tmp_path, path)
 
 
 def test_a_file_that_changed_is_another_dataset(tmp_path):
@@ -220,16 +168,14 @@ def test_a_file_that_changed_is_another_dataset(tmp_path):
     other = opened(tmp_path, write(tmp_path / "train.tsv", tsv(GOOD[:-1])))
     assert other.name != first.name
     assert len(everything(other)) == len(GOOD) - 1
-    # Where the file lies does not matter.
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").mkdir()  # where the file lies does not matter
     assert opened(tmp_path, as_tsv(tmp_path / "elsewhere")).name == first.name
 
 
 def test_any_bytes_are_pairs_or_are_counted(tmp_path):
     """Random files: what is kept and what is left out make up the whole."""
-    rng = random.Random(0)
+    rng, path = random.Random(0), tmp_path / "a.tsv"
     for _ in range(20):
-        path = tmp_path / "a.tsv"
         odd = [b"", b"\t", b"a\tb", b"\xff\t1", b"\x00\tb", b"a\tb\tc", "é\t東".encode()]
         lines = [b"s%d\tt" % k for k in range(60)] + [rng.choice(odd) for _ in range(5)]
         rng.shuffle(lines)
@@ -245,11 +191,8 @@ def test_any_bytes_are_pairs_or_are_counted(tmp_path):
 def test_long_and_empty_examples_are_left_out_of_training_alone(tmp_path):
     corpus = opened(tmp_path, as_tsv(tmp_path))
     tokens = corpus.tokenizers.encode(["ab", "", "abcd", "a", "s"], ["t", "t", "s", "", "stst"])
-    assert learnable(tokens, 3)[0].tolist() == [0]  # whose source has three tokens
-    kept, counts = learnable(tokens, 4)
-    assert kept.tolist() == [0]
-    assert counts == {"with an empty text": 2, "with a text of more than 4 tokens": 2}
-    kept, counts = learnable(tokens, 0)
-    assert kept.tolist() == [0, 2, 4]
+    kept, counts = zip(*(learnable(tokens, longest) for longest in (3, 4, 0)), strict=True)
+    assert [each.tolist() for each in kept] == [[0], [0], [0, 2, 4]]  # 0: its source has 3 tokens
+    assert counts[1] == {"with an empty text": 2, "with a text of more than 4 tokens": 2}
     with pytest.raises(UserError, match=r"data\.longest=1: no example is left, 2 with an empty"):
         learnable(tokens, 1)

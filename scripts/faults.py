@@ -1,13 +1,14 @@
-"""Checks that the tests catch small faults: `faults.toml` lists them, this applies each to a copy.
+"""Checks that the tests catch the small faults that `tests/faults.toml` lists.
 
-    python -m tests.faults                 # the default suite, for every fault
-    python -m tests.faults --full          # also the slow tests, for what the default suite misses
-    python -m tests.faults --only=cache    # faults whose name, or whose file, contains a word
-    python -m tests.faults --draw=30       # draws operators to change, as TOML
+    python scripts/faults.py               # the default suite, for every fault
+    python scripts/faults.py --full        # also the slow tests, for what the default suite misses
+    python scripts/faults.py --only=cache  # faults whose name, or whose file, contains a word
+    python scripts/faults.py --draw=30     # draws operators to change, as TOML
 
 A fault is a text that occurs once in a file, its replacement, and the test files that are
-relevant to it. It is caught if those tests fail. The exit status is 1 if too few are caught, and
-2 if a fault no longer applies, so that the list follows the code.
+relevant to it. Each is applied to a copy of the tree, and caught if those tests fail there. The
+exit status is 1 if too few are caught, and 2 if a fault no longer applies, so that the list
+follows the code.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import ast
 import concurrent.futures
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -108,28 +110,14 @@ def check(fault: Fault, full: bool) -> tuple[str, str, float]:
 
 # Drawing
 
-COMPARISONS = {
-    ast.Eq: "!=",
-    ast.NotEq: "==",
-    ast.Lt: "<=",
-    ast.LtE: "<",
-    ast.Gt: ">=",
-    ast.GtE: ">",
-    ast.Is: "is not",
-    ast.IsNot: "is",
-    ast.In: "not in",
-    ast.NotIn: "in",
-}
-OPERATIONS = {
-    ast.Add: "-",
-    ast.Sub: "+",
-    ast.Mult: "/",
-    ast.Div: "*",
-    ast.FloorDiv: "*",
-    ast.Mod: "//",
-    ast.BitAnd: "|",
-    ast.And: "or",
-    ast.Or: "and",
+# Each operator, and what may stand in its place.
+PAIRS = """
+Eq !=  NotEq ==  Lt <=  LtE <  Gt >=  GtE >  Is is_not  IsNot is  In not_in  NotIn in
+Add -  Sub +  Mult /  Div *  FloorDiv *  Mod //  BitAnd |  And or  Or and
+"""
+OTHERS = {
+    getattr(ast, name): other.replace("_", " ")
+    for name, other in (pair.split() for pair in re.split(r"\s\s+|\n", PAIRS.strip()))
 }
 SKIPPED = ("annotation", "returns")  # `int | None` is no operation
 
@@ -140,11 +128,11 @@ def operators(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, str]]:
         case ast.JoinedStr():  # positions inside of these are not exact before Python 3.12
             return
         case ast.Compare(left=left, ops=[op], comparators=[right]):
-            yield left, right, COMPARISONS[type(op)]
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATIONS:
-            yield left, right, OPERATIONS[type(op)]
+            yield left, right, OTHERS[type(op)]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OTHERS:
+            yield left, right, OTHERS[type(op)]
         case ast.BoolOp(op=op, values=[left, right]):
-            yield left, right, OPERATIONS[type(op)]
+            yield left, right, OTHERS[type(op)]
     for name, value in ast.iter_fields(node):
         if name not in SKIPPED:
             for child in value if isinstance(value, list) else [value]:
@@ -172,7 +160,8 @@ def draw(count: int, seed: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Reads the command line, tries the faults, and says how many are caught."""
+    parser = argparse.ArgumentParser(description="Checks that the tests catch small faults.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--jobs", type=int, default=2)
