@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_what_was_compiled() -> Iterator[None]:
-    """Four test processes would keep 17 GB of it at their end, instead of 10."""
+    """Or each test process would keep the programs of all files in memory."""
     yield
     jax.clear_caches()
 

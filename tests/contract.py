@@ -48,7 +48,6 @@ def check(model: Model) -> None:
 
 def program(model: Model):
     """Jitted: parameters, a batch, and weights of the logits in the loss → `Outputs`."""
-
     packed = model.config.architecture != "recurrent"  # which reads one example a row
 
     def loss(params, nudge, batch, weights):
@@ -73,8 +72,7 @@ def program(model: Model):
         return Outputs(logits, of_params, of_nudge)
 
     def call(params: Params, batch: Batch, weights: Array | float = 1.0) -> Outputs:
-        shape = (B, T, model.vocab_size)
-        weights = jnp.broadcast_to(jnp.float32(weights), shape)
+        weights = jnp.broadcast_to(jnp.float32(weights), (B, T, model.vocab_size))
         return jax.device_get(outputs(params, batch, weights))
 
     return call

@@ -33,17 +33,6 @@ def begin(data_dir):
         train.trace(programs, cfg, prepared, train.make_feed(cfg, prepared))
 
 
-@contextlib.contextmanager
-def unchecked():
-    """Turns off the tests' own type checks, which would refuse ill-typed values first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@unchecked()
 def answer(words, data_dir):
     """How `train.py` with these words would begin; what would be a traceback is raised."""
     for name in list(flags.FLAGS):
@@ -51,6 +40,8 @@ def answer(words, data_dir):
             delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
     said, status = io.StringIO(), 0
+    # The tests' own type checks would refuse ill-typed values first.
+    jaxtyping.config.update("jaxtyping_disable", True)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", ["train.py", *words])  # where config flags look for overrides
         try:
@@ -60,4 +51,6 @@ def answer(words, data_dir):
             cli.explained(begin, data_dir)
         except SystemExit as end:
             status = end.code
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
     return Answer(status, said.getvalue())

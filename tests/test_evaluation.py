@@ -20,10 +20,7 @@ MODEL = small_model(tie_embeddings=False)
 PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
 decode = partial(evaluation.decode, MODEL, PARAMS, length=9)
-
-
-def dataset(batch_size):
-    return Dataset(BATCH.source, BATCH.target_out, batch_size)
+dataset = partial(Dataset, BATCH.source, BATCH.target_out)
 
 
 def test_scores_do_not_depend_on_the_batch_size():

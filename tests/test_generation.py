@@ -3,9 +3,9 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -27,8 +27,7 @@ from transformer.model import Model
 from transformer.training import TrainState
 from transformer.workdir import Workdir
 
-REACH = 20  # positions
-MARGIN = 4
+REACH, MARGIN = 20, 4  # positions
 BEAM = Decoding(beam_size=5)
 DRAWN = Decoding(temperature=1.0, seed=5)
 # Of several lengths, so of several programs; two are the same; 18 tokens are more than 16.
@@ -37,9 +36,9 @@ TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 
 def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -> Workdir:
     """The folder of a run that was never trained, of so many replicas."""
-    knobs: dict[str, Any] = {"layers": 1, "position": "learned", "max_length": REACH}
-    knobs = {f"model.{name}": value for name, value in knobs.items()}
-    knobs |= {"model.tie_embeddings": False, "replicas": replicas, "decode_margin": MARGIN}
+    knobs: dict[str, Any] = {"replicas": replicas, "decode_margin": MARGIN}
+    knobs |= {"model.layers": 1, "model.position": "learned", "model.max_length": REACH}
+    knobs["model.tie_embeddings"] = False
     knobs["data.tokenizer"] = "characters" if tokenizer is TOKENIZER else "bytes"
 
     def state(model: Model, like: TrainState, *_: Any) -> TrainState:
@@ -56,19 +55,14 @@ def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -
 def params_of(model: Model, seed: int, tokenizer: Tokenizer = TOKENIZER) -> dict[str, Any]:
     """Random ones, by which outputs vary, end, and hold no special tokens."""
     params = random_params(model, seed)
-    gain, bias, table = (
-        np.array(params[name])
-        for name in ("decoder/final_norm/gain", "decoder/final_norm/bias", "output_embedding/table")
-    )
+    names = ("decoder/final_norm/gain", "decoder/final_norm/bias", "output_embedding/table")
+    changed = {name: np.array(params[name]) for name in names}
+    gain, bias, table = changed.values()
     gain[0], bias[0] = 0.0, 1.0  # one feature is 1: what reads it is a bias
     table[:, 0] = -50.0
     table[EOS : len(tokenizer.pieces), 0] = 0.0
     table[EOS, 0] = 1.0
-    return params | {
-        "decoder/final_norm/gain": jnp.asarray(gain),
-        "decoder/final_norm/bias": jnp.asarray(bias),
-        "output_embedding/table": jnp.asarray(table),
-    }
+    return params | jax.tree.map(jnp.asarray, changed)
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +78,19 @@ def generator(run) -> Generator:
 @pytest.fixture(scope="module")
 def found(generator) -> dict[str, list[list[Output]]]:
     """Outputs of `TEXTS`, all that come."""
-    return {
-        "greedy": generator.generate(TEXTS),
-        "drawn": generator.generate(TEXTS, DRAWN, n_best=3),
-        "beam": generator.generate(TEXTS, BEAM, n_best=5),
-    }
+    asked = {"greedy": (Decoding(), 1), "drawn": (DRAWN, 3), "beam": (BEAM, 5)}
+    return {name: generator.generate(TEXTS, x, n_best=n) for name, (x, n) in asked.items()}
 
 
-def rows_of(outputs: Sequence[Sequence[Output]]) -> list[tuple[list[str], list[float]]]:
-    return [([each.text for each in own], [each.score for each in own]) for own in outputs]
-
-
-def check_alike(one: Sequence[Sequence[Output]], other: Sequence[Sequence[Output]]) -> None:
+def check_alike(one: list[list[Output]], other: list[list[Output]]) -> None:
     """The same texts, with scores that are so to rounding."""
-    for (texts, scores), (others, wanted) in zip(rows_of(one), rows_of(other), strict=True):
-        assert texts == others
-        np.testing.assert_allclose(scores, wanted, rtol=1e-5)
+    for own, wanted in zip(one, other, strict=True):
+        assert [each.text for each in own] == [each.text for each in wanted]
+        scores = [[each.score for each in outputs] for outputs in (own, wanted)]
+        np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
-def room(text: str) -> int:
-    """Tokens that an output of `text` may have."""
+def room(text: str) -> int:  # in tokens of its output
     return min(len(text) + 1 + MARGIN, REACH)
 
 
@@ -118,30 +105,25 @@ def log_p(generator: Generator, text: str, output: Output) -> float:
     return float(each[range(len(tokens)), tokens].sum())
 
 
-def test_outputs_are_in_the_order_of_their_texts(generator, found):
-    """Though those of like length are decoded together, the longest first."""
+def test_outputs_are_in_the_order_of_their_texts(run, generator, found):
+    """Though those of like length are decoded together, in whatever batches and on all devices."""
     for name in ("greedy", "beam"):
         check_alike([found[name][0]], [found[name][4]])  # of the same text
     for i in (2, 3):
         check_alike(generator.generate([TEXTS[i]]), [found["greedy"][i]])
     assert len({output.text for (output,) in found["greedy"]}) > 2
-
-
-def test_the_size_of_a_batch_changes_nothing(generator, found):
     check_alike(generator.generate(TEXTS, DRAWN, n_best=3, batch_size=4), found["drawn"])
     check_alike(generator.generate(TEXTS, BEAM, n_best=5, batch_size=2), found["beam"])
-
-
-def test_all_devices_find_what_one_does(run, found):
     check_alike(Generator(run.path).generate(TEXTS[:3], DRAWN, n_best=3), found["drawn"][:3])
-
-
-def test_what_is_drawn_depends_on_a_texts_number_and_the_seed(generator, found):
-    later = generator.generate(TEXTS[2:], DRAWN, n_best=3, first=2)
-    check_alike(later, found["drawn"][2:])
+    # What is drawn depends on a text's number and the seed.
+    check_alike(generator.generate(TEXTS[2:], DRAWN, n_best=3, first=2), found["drawn"][2:])
     first, again = found["drawn"][0], found["drawn"][4]  # of the same text
     other = generator.generate(TEXTS[:1], Decoding(temperature=1.0, seed=6), n_best=3)[0]
     assert len({tuple(output.text for output in own) for own in (first, again, other)}) == 3
+    # Lengths have some room, and few widths.
+    widths = roomy(lengths := np.arange(1, 1000))
+    assert ((lengths <= widths) & (widths < np.maximum(2 * lengths, 9))).all()
+    assert set(widths[:128]) == {8, 16, 24, 32, 48, 64, 96, 128}
 
 
 @pytest.mark.parametrize("name", ["greedy", "beam"])
@@ -150,11 +132,8 @@ def test_outputs_are_those_of_evaluation(name, generator, found):
     source = strings(*((TEXTS[i], "a") for i in short)).source
     settings = {"beam_size": BEAM.beam_size, "length_penalty": BEAM.length_penalty}
     search = greedy if name == "greedy" else partial(beam_search, **settings)
-    search = partial(search, margin=MARGIN)
-    data = Dataset(source, source, 2)
-    decode = jax.jit(
-        lambda params: evaluation.decode(generator.model, params, data, 8 + MARGIN, search)
-    )
+    rest = (Dataset(source, source, 2), 8 + MARGIN, partial(search, margin=MARGIN))
+    decode = jax.jit(lambda params: evaluation.decode(generator.model, params, *rest))
     rows = decode(generator.params)
     tokens = rows.tokens[:, None] if name == "greedy" else rows.tokens
     texts = [[TOKENIZER.decode(each) for each in own if each[0] != PAD] for own in tokens.tolist()]
@@ -166,15 +145,11 @@ def test_outputs_are_those_of_evaluation(name, generator, found):
 
 @pytest.mark.parametrize("name", ["greedy", "drawn"])
 def test_a_score_is_the_sum_of_log_probabilities(name, generator, found):
-    for text, outputs in zip(TEXTS, found[name], strict=True):
-        for output in outputs if text else ():
+    pairs = [(x, own) for x, own in zip(TEXTS, found[name], strict=True) if x]
+    for text, outputs in pairs:
+        for output in outputs:
             assert output.score == pytest.approx(log_p(generator, text, output), rel=1e-5)
-    cut_off = {
-        len(own[-1].tokens) == room(text)
-        for text, own in zip(TEXTS, found[name], strict=True)
-        if text
-    }
-    assert cut_off == {True, False}
+    assert {len(own[-1].tokens) == room(text) for text, own in pairs} == {True, False}  # cut off
 
 
 def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
@@ -189,47 +164,35 @@ def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
         unsorted += outputs != sorted(outputs, key=lambda output: -output.score)
     assert unsorted
     check_alike(generator.generate(TEXTS, BEAM), [own[:1] for own in found["beam"]])
-
-
-def test_of_an_empty_text_come_empty_ones(generator, found):
+    # Of an empty text come empty ones.
     assert found["drawn"][1] == [Output("", [], 0.0)] * 3
     assert generator.generate([]) == []
     assert generator.generate(["", ""]) == [[Output("", [], 0.0)]] * 2
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("abCd", {}, "'C' in 'abCd' is not one of the tokenizer's symbols"),
-        ("a" * REACH, {}, "the longest text: 21 tokens, .*reaches to model.max_length=20"),
-        ("a", {"n_best": 2}, "n_best=2: of beam_size=1 no more come"),
-        ("a", {"n_best": 6, "decoding": Decoding(beam_size=5)}, "n_best=6: of beam_size=5"),
-        ("a", {"n_best": 0}, "n_best=0: it must be at least 1"),
-        ("a", {"batch_size": 0}, "batch_size=0: it must be at least 1"),
-    ],
-)
-def test_what_cannot_be_asked_of_it_is_explained(text, options, message, generator):
-    with pytest.raises(UserError, match=message) as caught:
-        generator.generate(["a", text], **options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 1.0, "beam_size": 2}, "outputs are drawn, or searched for"),
-        ({"top_k": 3}, "nothing is without a temperature"),
-        ({"top_p": 0.5}, "nothing is without a temperature"),
-        ({"temperature": -1.0}, "temperature=-1.0: it must be at least"),
-        ({"temperature": 1e-40}, "temperature=1e-40: it must be at least 1e-06"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"beam_size": 0}, "beam_size=0"),
-        ({"seed": -1}, "seed=-1"),
-    ],
-)
-def test_settings_at_odds_are_explained(settings, message):
-    with pytest.raises(UserError, match=message):
-        Decoding(**settings)
+def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator):
+    for text, message, options in (
+        ("abCd", "'C' in 'abCd' is not one of the tokenizer's symbols", {}),
+        ("a" * REACH, "the longest text: 21 tokens, .*reaches to model.max_length=20", {}),
+        ("a", "n_best=2: of beam_size=1 no more come", {"n_best": 2}),
+        ("a", "n_best=6: of beam_size=5", {"n_best": 6, "decoding": BEAM}),
+        ("a", "n_best=0: it must be at least 1", {"n_best": 0}),
+        ("a", "batch_size=0: it must be at least 1", {"batch_size": 0}),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            generator.generate(["a", text], **options)
+        assert "\n" not in str(caught.value)
+    for message, settings in (
+        ("outputs are drawn, or searched for", {"temperature": 1.0, "beam_size": 2}),
+        ("nothing is without a temperature", {"top_k": 3}),
+        ("nothing is without a temperature", {"top_p": 0.5}),
+        ("temperature=1e-40: it must be at least 1e-06", {"temperature": 1e-40}),
+        ("temperature=nan", {"temperature": float("nan")}),
+        ("beam_size=0", {"beam_size": 0}),
+        ("seed=-1", {"seed": -1}),
+    ):
+        with pytest.raises(UserError, match=message):
+            Decoding(**settings)
 
 
 def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, found):
@@ -244,31 +207,19 @@ def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, fou
     for each in (first, second):
         np.testing.assert_allclose(each.weights.sum(-1), 1.0, rtol=1e-5)
     batch = strings((text, output.text))
-    data = Dataset(batch.source, batch.target_out, 1)
     maps = jax.jit(partial(evaluation.attention_maps, generator.model))
-    (cross,) = maps(generator.params, data)["cross"]
+    (cross,) = maps(generator.params, Dataset(batch.source, batch.target_out, 1))["cross"]
     np.testing.assert_allclose(first.weights[0], cross[0].mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_replica_of_a_population_has_its_own_parameters(tmp_path):
     folder = make_run(tmp_path / "population", replicas=2).path
     one = Generator(folder, replica=1, mesh=sharding.one_device())
-    wanted = params_of(one.model, 1)
-    assert one.params.keys() == wanted.keys()
-    for name, array in one.params.items():
-        np.testing.assert_array_equal(array, wanted[name])
+    jax.tree.map(np.testing.assert_array_equal, dict(one.params), params_of(one.model, 1))
     with pytest.raises(UserError, match="replica=2: it must be at most 1"):
         Generator(folder, replica=2, mesh=sharding.one_device())
     with pytest.raises(UserError, match="holds no run"):
         Generator(tmp_path)
-
-
-def test_lengths_have_some_room_and_few_widths():
-    lengths = np.arange(1, 1000)
-    widths = roomy(lengths)
-    assert (widths >= lengths).all()
-    assert (widths < np.maximum(2 * lengths, 9)).all()
-    assert set(widths[:128]) == {8, 16, 24, 32, 48, 64, 96, 128}
 
 
 @pytest.fixture
@@ -290,7 +241,7 @@ def predict(run, generator, monkeypatch):
     return of
 
 
-def test_predict_writes_a_line_for_each_line(predict, found, tmp_path):
+def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path):
     """Whatever their ends are, and those that are no text among them."""
     looked = tmp_path / "looked.jsonl"
     given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
@@ -298,42 +249,31 @@ def test_predict_writes_a_line_for_each_line(predict, found, tmp_path):
     assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
     assert not errors
     records = [json.loads(line) for line in looked.read_text().splitlines()]
-    assert [record["line"] for record in records] == [1, 3, 4, 5, 6]
-    for record in records:
-        text, (output,) = TEXTS[record["line"] - 1], found["greedy"][record["line"] - 1]
-        assert record["source"][:-1] == list(text)
-        assert record["output"][:-1] == list(output.text)
-        weights = np.array(record["weights"])
-        assert weights.shape == (1, len(record["output"]), len(record["source"]))
-        np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-3)
-
-
-def test_predict_numbers_scores_and_draws_as_generate_does(predict, found):
+    kept = [k for k, text in enumerate(TEXTS) if text]
+    wanted = generator.align([TEXTS[k] for k in kept], [found["greedy"][k][0] for k in kept])
+    for record, one, k in zip(records, wanted, kept, strict=True):
+        assert [record[x] for x in ("line", "source", "output")] == [k + 1, one.source, one.output]
+        np.testing.assert_allclose(record["weights"], one.weights, atol=1e-3)
+    # Scores and draws are numbered as `generate` does.
     flags = ("--temperature=1", "--seed=5", "--n_best=3", "--scores", "--window=2")
     out, _ = predict("\n".join(TEXTS).encode(), *flags)
     rows = [line.split("\t") for line in out.splitlines()]
-    wanted = [(n, output) for n, own in enumerate(found["drawn"], 1) for output in own]
-    for (number, score, text), (n, output) in zip(rows, wanted, strict=True):
+    drawn = [(n, output) for n, own in enumerate(found["drawn"], 1) for output in own]
+    for (number, score, text), (n, output) in zip(rows, drawn, strict=True):
         assert (int(number), text) == (n, output.text)
         assert float(score) == pytest.approx(output.score, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("flags", "cause"),
-    [
-        (("--alignments=/nowhere/looked.jsonl",), "/nowhere/looked.jsonl: No such file"),
-        (("--temperature=1", "--beam_size=2"), "outputs are drawn, or searched for"),
-        (("--workdir=/nowhere",), "/nowhere holds no run"),
-    ],
-)
-def test_predict_refuses_in_one_line(flags, cause, predict):
-    with pytest.raises(SystemExit, match="2"):
-        predict(b"a\n", *flags)
-    errors = sys.stderr.getvalue()
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert cause in errors
-    assert not sys.stdout.buffer.getvalue()
+def test_predict_refuses_in_one_line(predict):
+    for cause, *flags in (
+        ("/nowhere/looked.jsonl: No such file", "--alignments=/nowhere/looked.jsonl"),
+        ("outputs are drawn, or searched for", "--temperature=1", "--beam_size=2"),
+        ("/nowhere holds no run", "--workdir=/nowhere"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            predict(b"a\n", *flags)
+        assert re.fullmatch(f"error: .*{re.escape(cause)}.*\n", sys.stderr.getvalue())
+        assert not sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.slow
@@ -345,12 +285,8 @@ def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(t
         ("yes a | head -200", "head -1", 1, ""),
     ):
         command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", f"{given} | {command} | {more}"],
-            capture_output=True,
-            cwd=ROOT,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONIOENCODING": "ascii"},
-            timeout=300,
-        )
+        words = ["bash", "-o", "pipefail", "-c", f"{given} | {command} | {more}"]
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(words, capture_output=True, cwd=ROOT, env=env, timeout=300)
         assert done.stdout.decode().count("\n") == lines
         assert done.stderr.decode() == errors

@@ -27,8 +27,7 @@ def loss_of(model, params, key):
 
 
 @cache
-def outcome(**changes):
-    """Loss, statistics and gradients of a step with dropout."""
+def outcome(**changes):  # loss, statistics and gradients of a step with dropout
     model = small_model(**DEEP | changes)
     function = jax.jit(jax.value_and_grad(partial(loss_of, model), has_aux=True))
     return function(random_params(model, 0), jax.random.key(5))
@@ -49,7 +48,6 @@ def test_loss_statistics_and_gradients_are_those_of_layers_one_by_one(scan_layer
 
 
 def test_each_layer_drops_elements_of_its_own():
-    """Layers with one set of parameters between them, and no attention but to one key."""
     model = small_model(**DEEP | {"layers": 3, "scan_layers": True})
     training = training_of(model, jax.random.key(0))
     layers = (training.of_layer(key) for key in training.of_each_layer(3))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import base, vaswani_base, vaswani_big
 from tests import contract
-from tests.helpers import TOKENIZER, logits_of, random_params, small_model, strings, training_of
+from tests.helpers import logits_of, random_params, small_model, strings, training_of
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.model import Model, flatten
@@ -230,8 +230,3 @@ def test_parameter_counts_of_the_paper(config, width, ff_width, millions):
     count = Model(ModelConfig(**config.get_config().model), 37_000).count_parameters()
     assert count == layers + 37_000 * width
     assert round(count / 1e6, 1) == millions
-
-
-def test_untied_tables_are_three():
-    tied, untied = (small_model(tie_embeddings=tie).count_parameters() for tie in (True, False))
-    assert untied - tied == 2 * TOKENIZER.vocab_size * 16

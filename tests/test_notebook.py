@@ -22,9 +22,8 @@ def test_the_notebook_is_what_its_script_says():
     jupytext = pytest.importorskip("jupytext", reason=EXTRA)
     script, notebook = jupytext.read(SCRIPT), jupytext.read(NOTEBOOK)
     remedy = f"run jupytext --to ipynb --update {SCRIPT.relative_to(ROOT)}"
-    assert [(each.cell_type, each.source) for each in notebook.cells] == [
-        (each.cell_type, each.source) for each in script.cells
-    ], remedy
+    kept, wanted = ([(x.cell_type, x.source) for x in each.cells] for each in (notebook, script))
+    assert kept == wanted, remedy
     for name in ("accelerator", "colab", "kernelspec"):
         assert notebook.metadata[name] == script.metadata[name], remedy
     assert not any(each.get("outputs") for each in notebook.cells), "commit it without outputs"
@@ -32,46 +31,39 @@ def test_the_notebook_is_what_its_script_says():
 
 def start(cells):
     """Executes the first so many code cells in this process."""
-    sources = [
-        "".join(cell["source"])
-        for cell in json.loads(NOTEBOOK.read_text())["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    code = [x for x in json.loads(NOTEBOOK.read_text())["cells"] if x["cell_type"] == "code"]
     namespace = {}
-    for source in sources[:cells]:
-        exec(source, namespace)
+    for cell in code[:cells]:
+        exec("".join(cell["source"]), namespace)
 
 
-def test_its_first_cells_find_all_in_order(monkeypatch, capsys):
+def test_its_first_cells_find_all_in_order_or_say_what_is_not(monkeypatch, capsys):
+    def stops(message, *changed, accelerator="cpu"):
+        with monkeypatch.context() as patch:
+            patch.setenv("ACCELERATOR", accelerator)
+            patch.setattr(*changed or (jax, "__version__", jax.__version__))
+            with pytest.raises((UserError, RuntimeError), match=message):
+                start(2)
+
     monkeypatch.setenv("ACCELERATOR", "cpu")
     start(2)
     assert f"jax {jax.__version__}" in capsys.readouterr().out
-
-
-def test_without_the_package_it_asks_for_an_address(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="REPOSITORY is empty"):
-        start(1)
-
-
-@pytest.mark.parametrize("accelerator", ["tpu", "gpu"])
-def test_another_device_than_was_chosen_is_named(monkeypatch, accelerator):
-    monkeypatch.setenv("ACCELERATOR", accelerator)
-    with pytest.raises(UserError, match=f"runs on cpu and not on {accelerator}: .* or go on with"):
-        start(2)
+    stops("REPOSITORY is empty", importlib.util, "find_spec", lambda name: None)
+    for other in ("tpu", "gpu"):
+        stops(f"runs on cpu and not on {other}: .* or go on with", accelerator=other)
+    stops(r"jax 0.7.2 is loaded and .* Restart session", jax, "__version__", "0.7.2")
+    version = importlib.metadata.version
+    old = lambda name: "0.1.9" if name == "optax" else version(name)  # noqa: E731
+    message = r"optax.*>=.* is needed and 0.1.9 is installed: .* delete"
+    stops(message, importlib.metadata, "version", old)
 
 
 def test_a_platform_that_fails_to_start_is_named_too():
     """As JAX itself fails, in a process that has no backend yet."""
     program = "import tests.test_notebook as test; test.start(2)"
-    environment = {"ACCELERATOR": "tpu", "JAX_PLATFORMS": "tpu,cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
+    tpu = {"ACCELERATOR": "tpu", "JAX_PLATFORMS": "tpu,cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    words, env = [sys.executable, "-c", program], os.environ | tpu
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
     assert "UserError: JAX finds no tpu (Unable to initialize backend 'tpu'" in done.stderr
 
 
@@ -105,10 +97,7 @@ state = train.run(config, workdir, data_dir=None)
 
 @pytest.fixture
 def execute(tmp_path, data_dir, monkeypatch):
-    """Runs the notebook in a kernel and a folder of its own, to its end or its first error.
-
-    As it is, but for `SMALLER`.
-    """
+    """Runs the notebook, with `SMALLER`, in a folder of its own to its end or first error."""
     nbclient = pytest.importorskip("nbclient", reason=EXTRA)
     nbformat = pytest.importorskip("nbformat", reason=EXTRA)
     pytest.importorskip("ipykernel", reason=EXTRA)
@@ -139,11 +128,10 @@ def execute(tmp_path, data_dir, monkeypatch):
 
 
 def outputs(notebook, kind):
-    """What all cells put out of a kind: `text/plain`, `image/png` or printed text."""
-    all_of_them = [each for cell in notebook.cells for each in cell.get("outputs", ())]
-    if kind == "printed":
-        return [each.text for each in all_of_them if each.output_type == "stream"]
-    return [each.data[kind] for each in all_of_them if kind in each.get("data", {})]
+    """What all cells put out of a kind: `text` that is printed, `image/png` and the like."""
+    every = [each for cell in notebook.cells for each in cell.get("outputs", ())]
+    every = [each if each.output_type == "stream" else each.get("data", {}) for each in every]
+    return [each[kind] for each in every if kind in each]
 
 
 @pytest.mark.slow
@@ -152,11 +140,10 @@ def test_it_runs_from_top_to_bottom(execute, tmp_path):
     assert error is None, error
     (results,) = json.loads((tmp_path / "runs/toy_reverse/results.json").read_text())["replicas"]
     assert results["test/sequence_accuracy"] > 0.95
-    assert "notes → seton" in "".join(outputs(notebook, "printed"))
+    assert "notes → seton" in "".join(outputs(notebook, "text"))
     assert len(outputs(notebook, "image/png")) == 3
     (table,) = outputs(notebook, "text/markdown")
-    for variant in ("layer", "rms"):
-        assert f"\n| {variant} |" in table
+    assert all(f"\n| {variant} |" in table for variant in ("layer", "rms"))
     assert "<iframe" in outputs(notebook, "text/html")[-1]  # TensorBoard
 
 

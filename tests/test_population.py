@@ -37,21 +37,17 @@ def run_config(replicas, changes):
 @cache
 def programs(cfg, sizes):
     """The mesh, abstract state, initial state, steps and scores, as `train.py` makes them."""
-    model, mesh, recipe = (
-        Model(cfg.model, TOKENIZER.vocab_size),
-        mesh_of(*sizes, cfg.replicas),
-        cfg.recipe(),
-    )
-    like = training.abstract_state(model, recipe, mesh, cfg.replicas, cfg.numbers())
+    model, mesh = Model(cfg.model, TOKENIZER.vocab_size), mesh_of(*sizes, cfg.replicas)
+    like = training.abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
     each = partial(each_replica, replicas=cfg.replicas)
+    steps = training.make_train_steps(training.make_train_step(model, cfg.recipe()))
     with jax.set_mesh(mesh):
-        init = each(partial(training.init_state, model, recipe), in_axes=(0, 0))
-        steps = training.make_train_steps(training.make_train_step(model, recipe))
+        init = each(partial(training.init_state, model, cfg.recipe()), in_axes=(0, 0))
         steps = each(steps, in_axes=(0, 0, None, None))
-        score = each(partial(evaluation.score, model), in_axes=(0, None))
+        score = jax.jit(each(partial(evaluation.score, model), in_axes=(0, None)))
     steps = jax.jit(steps, out_shardings=(where, replicated(mesh)))
-    return mesh, like, jax.jit(init, out_shardings=where), steps, jax.jit(score)
+    return mesh, like, jax.jit(init, out_shardings=where), steps, score
 
 
 def train(cfg, sizes=ONE):
@@ -86,7 +82,6 @@ def check(population, cfg, k):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [ONE, APART, MIXED])
 def test_replica_k_is_the_single_run_with_its_seed(sizes):
-    """Batch norm's statistics are each replica's own too."""
     cfg = run_config(4, {"seed": 7, "model.norm": "batch", "ema_decay": 0.5})
     population = train(cfg, sizes)
     for k in range(4):
@@ -111,30 +106,26 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
         single = cfg.replica(k)
         knobs = vars(single) | vars(single.optimizer) | vars(single.model)
         assert {name: knobs[name] for name in own} == {name: own[name][k] for name in own}
-    for name, value in population[0][0].average.items():
-        assert (value != population[0][0].params[name]).any(), name
+    assert not equal(population[0][0].average, population[0][0].params)
 
 
 def test_each_replica_decodes_with_its_own_parameters():
     """On devices apart, where their loops end at different steps."""
-    cfg = run_config(4, {})
-    model = Model(cfg.model, TOKENIZER.vocab_size)
+    model = Model(run_config(4, {}).model, TOKENIZER.vocab_size)
     decode = partial(evaluation.decode, model, length=6)
     variables = [model.init(jax.random.key(seed)) for seed in range(4)]
     with jax.set_mesh(mesh_of(*APART, 4)):
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
         outputs = jax.jit(each_replica(decode, 4, in_axes=(0, None)))(together, DATA).tokens
-    outputs, single = np.asarray(outputs), jax.jit(decode)
     for output, own in zip(outputs, variables, strict=True):
-        np.testing.assert_array_equal(output, single(own, DATA).tokens)
-    assert len({output.tobytes() for output in outputs}) == 4
+        np.testing.assert_array_equal(output, jax.jit(decode)(own, DATA).tokens)
+    assert len(np.unique(outputs, axis=0)) == 4
 
 
 @pytest.mark.parametrize(("saved", "restored"), [(ONE, MIXED), (MIXED, APART)])
 def test_a_population_comes_back_from_its_checkpoint_on_any_mesh(saved, restored, tmp_path):
     """Replicas are split over their axis, and parameters as ever."""
-    rates = {"per_replica.learning_rate": (1e-2, 2e-2, 1e-3, 5e-3)}
-    cfg = run_config(4, rates | {"ema_decay": 0.9})
+    cfg = run_config(4, {"per_replica.learning_rate": (1e-2, 2e-2, 1e-3, 5e-3), "ema_decay": 0.9})
     state, like = filled(programs(cfg, saved)[1]), programs(cfg, restored)[1]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state, metrics(0.5))

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,17 +17,14 @@ PARTS = [
     Pairs(Ragged.of([[5, 2], [2]]), Ragged.of([[6, 7, 2], [8, 2]])),
     Pairs(Ragged.of([[9, 9, 9, 2]]), Ragged.of([[2]])),
 ]
-WHOLE = ([[5, 2], [2], [9, 9, 9, 2]], [[6, 7, 2], [8, 2], [2]])
+WHOLE = [[[5, 2], [2], [9, 9, 9, 2]], [[6, 7, 2], [8, 2], [2]]]
 
 
 def rows(pairs):
-    return tuple(
-        [side.take(np.array([row])).values.tolist() for row in range(len(side))] for side in pairs
-    )
+    return [[side.take(np.array([k])).values.tolist() for k in range(len(side))] for side in pairs]
 
 
-def never():
-    raise AssertionError("made again")
+never = partial(pytest.fail, "made again")
 
 
 def test_parts_come_back_as_a_whole_and_are_made_once(tmp_path):
@@ -34,17 +32,18 @@ def test_parts_come_back_as_a_whole_and_are_made_once(tmp_path):
     again = store.stored(tmp_path / "a", never)
     assert rows(again) == WHOLE
     assert isinstance(again.source.values, np.memmap)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_files_go_to_another_process_by_name(tmp_path):
+    assert os.listdir(tmp_path) == ["a"]
+    (tmp_path / "file").touch()  # where nothing can be kept it is in memory
+    pairs = store.stored(tmp_path / "file" / "a", lambda: PARTS)
+    assert rows(pairs) == WHOLE
+    assert not isinstance(pairs.source.values, np.memmap)
+    # Files go to another process by name.
     long = PARTS[0]._replace(source=Ragged.of([[3] * 10**5]))
-    pairs = store.stored(tmp_path / "a", lambda: [long])
+    pairs = store.stored(tmp_path / "b", lambda: [long])
     sent = pickle.dumps(pairs)
     assert len(sent) < 1_000
     np.testing.assert_array_equal(pickle.loads(sent).source.values, pairs.source.values)
-    in_memory = pickle.loads(pickle.dumps(PARTS[0]))
-    assert rows(in_memory) == rows(PARTS[0])
+    assert rows(pickle.loads(pickle.dumps(PARTS[0]))) == rows(PARTS[0])  # which is in memory
 
 
 def test_any_damage_is_found_and_mended(tmp_path, capsys):
@@ -62,40 +61,25 @@ def test_any_damage_is_found_and_mended(tmp_path, capsys):
             store.stored(folder, never)
 
 
-def test_one_that_was_cut_off_is_not_seen(tmp_path):
+def test_one_that_was_cut_off_is_not_seen_and_a_sooner_process_has_made_it(tmp_path):
     def cut_off():
         yield PARTS[0]
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        store.stored(tmp_path / "a", cut_off)
-    assert not list(tmp_path.iterdir())
-    assert rows(store.stored(tmp_path / "a", lambda: PARTS)) == WHOLE
-
-
-def test_where_nothing_can_be_kept_it_is_in_memory(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    pairs = store.stored(tmp_path / "file" / "a", lambda: PARTS)
-    assert rows(pairs) == WHOLE
-    assert not isinstance(pairs.source.values, np.memmap)
-
-
-def test_another_process_that_was_sooner_has_made_it(tmp_path):
     def late():
         store.write(tmp_path / "a", PARTS)
         yield from PARTS
 
+    with pytest.raises(KeyboardInterrupt):
+        store.stored(tmp_path / "a", cut_off)
+    assert not list(tmp_path.iterdir())
     assert rows(store.stored(tmp_path / "a", late)) == WHOLE
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_corpus_keeps_the_tokens_of_each_split_and_tokenizer(tmp_path, data_dir):
     first = open_corpus(data_config(), data_dir)
-    source, target = first.tokens("test")
-    texts = first.texts("test")
-    encode = first.tokenizers.source.encode
-    assert rows((source, target)) == tuple([encode(text) for text in side] for side in texts)
-    other = open_corpus(data_config(tokenizer="bytes"), data_dir).tokens("test")
-    assert len(other.source) == len(source)
-    assert rows(other) != rows((source, target))
+    for corpus in (first, open_corpus(data_config(tokenizer="bytes"), data_dir)):
+        encode, texts = corpus.tokenizers.source.encode, first.texts("test")
+        assert rows(corpus.tokens("test")) == [list(map(encode, side)) for side in texts]
     assert len(first.tokens("test[:7]").source) == 7

@@ -39,16 +39,11 @@ def streamed(rows, batch_size, steps, workers=1):
     return Stream(rows, batch_size, SEEDS, mesh=mesh_of(1, 1, 1), **settings)
 
 
-@jax.jit
-def of_step(data, seed, step):
-    """The batch of a step."""
-    return data.batch(stream(seed, "data"), step)
+of_step = jax.jit(lambda data, seed, step: data.batch(stream(seed, "data"), step))
 
 
-def assert_equal(one, other, seed, step):
-    """Compares the batches of a step in two datasets, or windows."""
-    one, other = (of_step(each, seed, np.int32(step)) for each in (one, other))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def assert_equal(one, other, *place):  # the batches in two datasets, or windows
+    jax.tree.map(np.testing.assert_array_equal, of_step(one, *place), of_step(other, *place))
 
 
 @pytest.mark.parametrize(("count", "size", "packed"), [(5, 8, False), (100, 16, True)])
@@ -85,8 +80,7 @@ def test_the_end_of_a_worker_is_explained():
 
 
 ORPHANS = """
-import multiprocessing, time
-from tests.test_streaming import rows_of, streamed
+from tests.test_streaming import multiprocessing, rows_of, streamed, time
 feed = streamed(rows_of(100, packed=False), 4, 10**6)
 with feed.running(0):
     feed.following()
@@ -103,7 +97,7 @@ def test_workers_end_with_a_run_that_is_killed_and_leave_signals_to_it():
         for each in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker, each)
         time.sleep(1.0)
-        os.kill(worker, 0)  # it lives
+        assert alive(worker)
         process.kill()
     for _ in range(200):
         time.sleep(0.1 * alive(worker))
