@@ -1,5 +1,6 @@
 """Eight simulated devices against one, and what is really split where."""
 
+import itertools
 from functools import cache, partial
 from typing import Any
 
@@ -7,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers import logits_of, small_model, strings
 from tests.test_training import initial, small_recipe
 from transformer import evaluation, sharding
+from transformer.attention import MultiHeadAttention
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone, pack
 from transformer.decoding import beam_search
+from transformer.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.errors import UserError
+from transformer.masking import Mask
 from transformer.optimizer import OPTIMIZERS
 from transformer.sharding import RULES, MeshConfig, each_shard, make_mesh, replicated
 from transformer.training import abstract_state, make_train_step, make_train_steps, zero_sums
@@ -95,6 +100,54 @@ def test_a_mesh_gives_the_losses_of_one_device_dropout_included(run, sizes, cont
     for name, value in state.params.items():
         if not name.endswith("key/bias"):  # of no gradient but rounding, which Adam scales up
             np.testing.assert_allclose(value, expected.params[name], atol=1e-3, err_msg=name)
+
+
+# Every backend that runs here, for 4 query heads: backend x mesh, backend x key heads, backend x
+# mask and mesh x key heads, each pair once or more; the full product is slow.
+BACKENDS = ["einsum", "xla", "chunked", "splash"]
+SPLITS: Any = [(1, 1, 1), (8, 1, 1), (2, 1, 4), (2, 1, 1, 1, 1, 4)]  # the last over the context
+SEGMENTS = jnp.asarray(np.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20]).repeat(4, 0), jnp.int32)
+SHORT_MASKS = {
+    "padding": Mask(SEGMENTS, (SEGMENTS > 0).astype(jnp.int32)[:, :13]),
+    "packed": Mask(SEGMENTS, SEGMENTS),
+    "causal": Mask(SEGMENTS, SEGMENTS, causal=True),
+    "window": Mask(SEGMENTS, SEGMENTS, causal=True, window=3),
+}
+GRID = list(itertools.product(range(4), range(4), range(3), range(4)))
+PAIRWISE = [(b, m, (b + m + 2) % 3, (b + m) % 4) for b, m, k, s in GRID if k == s == 0]
+GRID = PAIRWISE + [pytest.param(*c, marks=pytest.mark.slow) for c in GRID if c not in PAIRWISE]
+
+
+@cache
+def attended(backend, split, kv_heads, mask):
+    """The output of multi-head attention and the gradients of its parameters and inputs."""
+    rng, mask = np.random.default_rng(0), SHORT_MASKS[mask]
+    x, y = (jnp.asarray(rng.normal(size=(8, n, 16)), jnp.float32) for n in (20, mask.keys.shape[1]))
+    sizes = {"value_width": 4, "kv_heads": kv_heads, "use_bias": True, "qk_norm": False}
+    init = nnx.initializers.glorot_uniform()
+    with jax.set_mesh(mesh_of(*split)):
+        module = MultiHeadAttention(
+            *(16, 4, 4), **sizes, fused=False, init=init, backend=backend,
+            dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+        )  # fmt: skip
+        structure, state = nnx.split(module)
+        taken = mask if backend in SHORT_MASK_BACKENDS else mask.array()
+
+        def loss(state, x, y):
+            module = nnx.merge(structure, state)
+            out = module(module.project_query(x), module.project(y), taken)
+            return jnp.sin(out + 1.0).sum(), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(state, x, y)
+
+
+@pytest.mark.parametrize(("backend", "split", "kv", "mask"), GRID)
+def test_attention_on_a_mesh_is_the_reference_on_one_device(backend, split, kv, mask, monkeypatch):
+    monkeypatch.setattr("transformer.dot_product_attention.CHUNK", 8)
+    rest = [4, 2, 1][kv], list(SHORT_MASKS)[mask]
+    mine = attended(BACKENDS[backend], SPLITS[split], *rest)
+    check = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(check, mine, attended("einsum", SPLITS[0], *rest))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
@@ -182,6 +235,11 @@ def test_what_a_mesh_does_not_divide_is_explained():
     message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
     with pytest.raises(UserError, match=message):
         abstract_state(small_model(), small_recipe(), mesh_of(1, 1, 8))
+    shapes, both = {"table": jax.ShapeDtypeStruct((6, 3), "float32")}, {"table": ("batch", "head")}
+    found = sharding.parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
+    assert found.shard_shape((6, 3)) == (3, 3)
+    with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp=4 does not divide the 6 of axis"):
+        sharding.parameter_shardings(mesh_of(2, 2, 1), shapes, both)
     sharding.check_batch(mesh_of(2, 4, 1), 16)
     sharding.check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
     with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):

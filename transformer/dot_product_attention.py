@@ -7,6 +7,7 @@ keys and values, the paper's d_k and d_v. A mask is True where a query may atten
 is added to the scores. (Vaswani et al. 2017, section 3.2.1.)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
 from transformer.masking import Mask, written_out
-from transformer.sharding import each_shard
+from transformer.sharding import each_shard, ways
 
 Query = Float[Array, "B N T H"]
 Key = Float[Array, "B K S H"]
@@ -177,14 +178,14 @@ def splash_attention(
     """
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
         return einsum_attention(query, key, value, mask, bias)
+    # A device that has some of the query heads needs the keys and values that those share.
+    shared = math.lcm(key.shape[1], ways("heads"))
+    key, value = share(key, shared), share(value, shared)
+    heads, segments = ("batch", "heads", None, None), ("batch", None)
     attend = each_shard(
         partial(splash_kernel, causal=mask.causal, window=mask.window),
-        (
-            ("batch", "heads", None, None),
-            *(("batch", "heads" if query.shape[1] == key.shape[1] else None, None, None),) * 2,
-            *(("batch", None),) * 2,
-        ),
-        ("batch", "heads", None, None),
+        (*(heads,) * 3, *(segments,) * 2),
+        heads,
     )
     out = attend(query * query.shape[-1] ** -0.5, key, value, mask.queries, mask.keys)
     return jnp.where(mask.attends()[:, None, :, None], out, 0)

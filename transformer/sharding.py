@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import UserError
@@ -232,16 +233,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1:
         return x
     parts = [
-        part if size >= ways(mesh, part) else None
-        for size, part in zip(x.shape, spec(axes), strict=True)
+        part if axis is None or size >= ways(axis) else None
+        for size, axis, part in zip(x.shape, axes, spec(axes), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def ways(mesh: Any, part: str | tuple[str, ...] | None) -> int:
-    """How many ways a mesh axis, or several together, or none, split a dimension."""
+def ways(axis: str, mesh: Any = None) -> int:
+    """How many ways a logical axis is split on a mesh; None: on the one that is set."""
+    mesh, part = mesh or jax.sharding.get_abstract_mesh(), RULES[axis]
     names = (part,) if isinstance(part, str) else part or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 def each_part(function: Callable, ways: int) -> Callable:
@@ -341,11 +343,11 @@ def parameter_shardings(
     for name, param in params.items():
         parts = spec(axes[name])
         for size, part, axis in zip(param.shape, parts, axes[name], strict=True):
-            ways = mesh.shape[part] if isinstance(part, str) else 1
-            if size % ways:
+            if size % ways(axis, mesh):
+                knobs = " × ".join(f"mesh.{each}" for each in np.atleast_1d(part))
                 raise UserError(
-                    f"mesh.{part}={ways} does not divide the {size} of axis {axis!r} in {name} "
-                    f"{tuple(param.shape)}; choose a mesh.{part} that does"
+                    f"{knobs}={ways(axis, mesh)} does not divide the {size} of axis {axis!r} in "
+                    f"{name} {tuple(param.shape)}; choose a {knobs} that does"
                 )
         shardings[name] = NamedSharding(mesh, parts)
     return shardings
