@@ -1,6 +1,8 @@
 """Layers scanned or unrolled, kept or computed anew: what is computed does not change."""
 
+import contextlib
 import itertools
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -9,10 +11,14 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training_of
+from transformer import masking
+from transformer.attention import Relations
+from transformer.errors import UserError
 from transformer.loss import cross_entropy
 from transformer.model import flatten
 from transformer.model_config import REMATS
 from transformer.normalization import Statistic
+from transformer.stacks import Encoder
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 DEEP = {"layers": 2, "dropout": 0.3, "attention_dropout": 0.2}
@@ -45,6 +51,21 @@ def test_loss_statistics_and_gradients_are_those_of_layers_one_by_one(scan_layer
     mine, plain = outcome(norm=norm, scan_layers=scan_layers, remat=remat), outcome(norm=norm)
     assert (len(plain[0][1]) > 0) == (norm == "batch")
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), mine, plain)
+
+
+def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
+    """A static difference, such as of a backend, is in no variable that a scan could stack."""
+    config, x = small_model(layers=2).config, jax.numpy.ones((1, 3, 16))
+    related = Relations(masking.causal(3), lambda x: x, None)
+    for scan, remat in ((False, "none"), (False, "full"), (True, "none")):
+        encoder = Encoder(replace(config, scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
+        whole = encoder(x, related)
+        encoder.layers[1].self_attention.backend = lambda query, *_: 0.0 * query
+        with pytest.raises(UserError, match="scan_layers") if scan else contextlib.nullcontext():
+            layer = encoder.layers[1]
+            expected = encoder.final_norm(layer(encoder.layers[0](x, related), related))
+            np.testing.assert_allclose(encoder(x, related), expected, rtol=1e-5, atol=1e-6)
+            assert (expected != whole).any()
 
 
 def test_each_layer_drops_elements_of_its_own():

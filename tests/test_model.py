@@ -1,5 +1,7 @@
 """Properties that hold for every variant of every table."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from flax import nnx
 from configs import base, vaswani_base, vaswani_big
 from tests import contract
 from tests.helpers import logits_of, random_params, small_model, strings, training_of
+from transformer.data.batches import make_batch
+from transformer.data.tokenizer import EOS
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.model import Model, flatten
@@ -75,6 +79,45 @@ ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each 
 def test_every_variant_keeps_the_contract(changes):
     """At sizes of which no two are alike: see `contract`."""
     contract.check(small_model(**{"width": 20, "ff_width": 24} | changes))
+
+
+LOW: list = [
+    {"attention_bias": True, "qk_norm": True, "norm": "rms"},
+    {"fused_qkv": True, "attention_bias": True, "position": "learned", "feed_forward": "swiglu"},
+    {"tie_embeddings": False, "position": "relative", "norm": "batch"},
+    {"architecture": "recurrent"},
+]
+
+
+@pytest.mark.parametrize("changes", LOW, ids=named)
+def test_gradients_are_summed_in_float32_under_bfloat16(changes, rng):
+    """Also of a token that occurs 4,096 times: bfloat16 cannot count above 256."""
+    model = small_model(**changes)
+    tokens = np.full((256, 17), 5).astype(np.int32)
+    tokens[:, -1], tokens[:128, 3:6] = EOS, rng.integers(6, 20, size=(128, 3))
+    batch, params = make_batch(*(jnp.asarray(tokens),) * 2), random_params(model, 0)
+    weights = rng.normal(size=(*tokens.shape, model.vocab_size)).astype(np.float32) + 0.5
+
+    def gradients(dtype):
+        low = Model(replace(model.config, dtype=dtype), model.vocab_size)
+
+        def loss(params):
+            return (jax.nn.log_softmax(logits_of(low, params, batch)) * weights).sum()
+
+        return jax.device_get(jax.grad(loss)(params))
+
+    with jax.numpy_dtype_promotion("standard"):
+        high, low = gradients("float32"), gradients("bfloat16")
+    for name in high.keys() - model.statistics:
+        if not name.endswith("key/bias"):  # it shifts all scores of a query alike
+            error = np.linalg.norm(low[name] - high[name]) / np.linalg.norm(high[name])
+            assert error < 0.04, (name, error)
+
+
+def test_norm_epsilon_is_that_of_every_norm():
+    module = small_model(qk_norm=True, norm_epsilon=0.25, norm_placement="both").build(None)
+    norms = [each for _, each in nnx.iter_graph(module) if hasattr(each, "epsilon")]
+    assert [each.epsilon for each in norms] == [0.25] * (3 * 2 + 2 * 5 + 2)
 
 
 def test_decoding_past_the_cache_is_nan_and_not_silent():

@@ -120,3 +120,7 @@ def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
     np.testing.assert_array_equal(drawn[:, 3], drawn[:, 0])  # the second example's first token
     # The second of 16 sorted draws from 0 … 63 is at 2 · 65 / 17 - 1 on average.
     assert drawn[:, 1].mean() == pytest.approx(2 * 65 / 17 - 1, abs=0.8)
+    # A single row may be longer than there are positions to draw.
+    long = module.positions(jnp.arange(90)[None] % 16, training_of(model, jax.random.key(0)))
+    assert long.shape == (1, 90)
+    assert long.max() < 64

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.dot_product_attention import ATTENTION_BACKENDS, attention_weights
 from transformer.dropout import Training, dropout
+from transformer.layers import Linear, add_bias
 from transformer.masking import Mask, written_out
 from transformer.normalization import RMSNorm
 from transformer.sharding import constrain
@@ -75,6 +76,7 @@ class MultiHeadAttention(nnx.Module):
       use_bias: whether the four projections add one.
       qk_norm: whether RMS norm is applied to queries and keys over H, before positions
         (after Henry et al. 2020 and Dehghani et al. 2023).
+      epsilon: of that norm.
       fused: whether the projections of one sequence are one product.
       init: of the four matrices.
       backend: one of `ATTENTION_BACKENDS`.
@@ -92,6 +94,7 @@ class MultiHeadAttention(nnx.Module):
         kv_heads: int,
         use_bias: bool,
         qk_norm: bool,
+        epsilon: float = 1e-6,
         fused: bool,
         init: Callable[..., Array],
         backend: str,
@@ -99,7 +102,7 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def project_in(heads: int, head_width: int, axis: str):
-            return nnx.LinearGeneral(
+            return Linear(
                 width,
                 (heads, head_width),
                 use_bias=use_bias,
@@ -115,7 +118,7 @@ class MultiHeadAttention(nnx.Module):
         self.query = project_in(heads, head_width, "heads")
         self.key = project_in(kv_heads, head_width, kv_axis)
         self.value = project_in(kv_heads, value_width, kv_axis)
-        self.out = nnx.LinearGeneral(
+        self.out = Linear(
             (heads, value_width),
             width,
             axis=(-2, -1),
@@ -126,8 +129,8 @@ class MultiHeadAttention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.query_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
-        self.key_norm = RMSNorm(head_width, epsilon=1e-6) if qk_norm else None
+        self.query_norm = RMSNorm(head_width, epsilon=epsilon) if qk_norm else None
+        self.key_norm = RMSNorm(head_width, epsilon=epsilon) if qk_norm else None
         self.kv_axis = kv_axis
         self.fused = fused
         self.backend = ATTENTION_BACKENDS[backend]
@@ -155,7 +158,7 @@ class MultiHeadAttention(nnx.Module):
         key, value = self.products(y, self.key, self.value)
         return self.finish_key_value(key, value, rotate)
 
-    def products(self, x: Float[Array, "B T D"], *linears: nnx.LinearGeneral) -> list[Array]:
+    def products(self, x: Float[Array, "B T D"], *linears: Linear) -> list[Array]:
         """`linear(x)` of each; fused, as one product with their matrices side by side.
 
         The step of decoding is left out, for it would put them side by side at each token.
@@ -168,7 +171,7 @@ class MultiHeadAttention(nnx.Module):
         products = jnp.einsum("BTD,CDNH->CBTNH", x.astype(dtype), kernel.astype(dtype))
         biases = [None if linear.bias is None else linear.bias[...] for linear in linears]
         return [
-            product if bias is None else product + bias.astype(dtype)
+            product if bias is None else add_bias(product, bias)
             for product, bias in zip(products, biases, strict=True)
         ]
 

@@ -50,8 +50,9 @@ class Embedding(nnx.Module):
         """Embeds `tokens`; one outside the vocabulary becomes NaN."""
         # Gathered over fsdp first: a lookup in a table split along D would come out
         # split along D, and XLA could only make it whole again on every device.
-        table = constrain(self.table[...].astype(self.dtype), "vocab", "width")
-        embedded = table.at[tokens].get(mode="fill") * table.shape[-1] ** 0.5
+        table = constrain(self.table[...], "vocab", "width")
+        # Cast afterwards: the gradient sums over a token's occurrences in the table's dtype.
+        embedded = table.at[tokens].get(mode="fill").astype(self.dtype) * table.shape[-1] ** 0.5
         return constrain(embedded, "batch", "length", "width")
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -59,6 +60,20 @@ class Embedding(nnx.Module):
         table = self.table[...].astype(self.dtype)
         logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "length", "vocab")
+
+
+class Linear(nnx.LinearGeneral):
+    """`nnx.LinearGeneral` whose bias has a gradient summed in float32, whatever the dtype."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.kernel[...].astype(self.dtype)
+        product = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.axis))
+        return product if self.bias is None else add_bias(product, self.bias[...])
+
+
+def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x + bias. Cast after it is broadcast: the gradient's sum is then in the bias's dtype."""
+    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -83,7 +98,7 @@ class FeedForward(nnx.Module):
         hidden = max(8, round(ff_width * 2 / 3 / 8) * 8) if gated else ff_width
 
         def expand():
-            return nnx.Linear(
+            return Linear(
                 width,
                 hidden,
                 kernel_init=init,
@@ -95,7 +110,7 @@ class FeedForward(nnx.Module):
 
         self.expand = expand()
         self.gate = expand() if gated else None
-        self.contract = nnx.Linear(
+        self.contract = Linear(
             hidden,
             width,
             kernel_init=init,

@@ -153,8 +153,9 @@ class Transformer(nnx.Module):
             return index
         if training is None:
             return index * (reach // self.config.max_length)
-        # As many as an example has tokens at most; the rows of packed ones say nothing of that.
-        length = index.shape[1] if index.shape[0] == 1 else self.config.max_length
+        # As many as an example has tokens at most; a row of packed ones may be longer.
+        length = self.config.max_length
+        length = min(index.shape[1], length) if index.shape[0] == 1 else length
         drawn = jax.random.choice(training.rngs.positions(), reach, (length,), replace=False)
         return jnp.sort(drawn)[index]
 

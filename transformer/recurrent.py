@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer import masking
 from transformer.attention import KeyValue, MultiHeadAttention
 from transformer.dropout import Training, drop
-from transformer.layers import INITIALIZERS, Embedding
+from transformer.layers import INITIALIZERS, Embedding, Linear
 from transformer.sharding import constrain
 
 # What a cell hands on from step to step, each [B, D]; the first is its output.
@@ -38,7 +38,7 @@ class Cell(nnx.Module):
 
     def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def linear(inputs: int, init, use_bias: bool):
-            return nnx.Linear(
+            return Linear(
                 inputs,
                 self.parts * width,
                 use_bias=use_bias,
@@ -184,7 +184,7 @@ class Recurrent(nnx.Module):
             return Embedding(vocab_size, width, dtype=dtype, rngs=rngs)
 
         def linear(inputs: int):
-            return nnx.Linear(
+            return Linear(
                 inputs,
                 width,
                 kernel_init=INITIALIZERS["glorot_uniform"],

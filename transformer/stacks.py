@@ -1,6 +1,7 @@
 """The encoder and the decoder: stacks of layers, and the layers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer import masking
 from transformer.attention import KeyValue, MultiHeadAttention, Relations
 from transformer.dropout import Training
+from transformer.errors import UserError
 from transformer.layers import (
     INITIALIZERS,
     FeedForward,
@@ -33,6 +35,7 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
         kv_heads=config.kv_heads or config.heads,
         use_bias=config.attention_bias,
         qk_norm=config.qk_norm,
+        epsilon=config.norm_epsilon,
         fused=config.fused_qkv,
         init=INITIALIZERS[config.init],
         backend=config.attention_backend,
@@ -145,23 +148,25 @@ def run_layers(
     config: ModelConfig,
     training: Training | None,
 ) -> Float[Array, "B T D"]:
-    """A stack of layers alike, one after another, as `scan_layers` and `remat` say.
+    """A stack of layers, one after another, as `scan_layers` and `remat` say.
 
     Scanned, a layer is compiled once for all of them, whose variables are put side by side
     for it: as much memory again as the parameters take.
 
     Args:
-      layers: modules of one structure.
+      layers: modules; to be scanned they must differ in nothing but their variables.
       call: (layer, x, training) → x.
       x: what goes in.
       config: the model's.
       training: what training brings.
+
+    Raises:
+      UserError: layers that differ are to be scanned.
     """
-    structure, _ = nnx.split(layers[0])
-    states = [nnx.split(layer)[1] for layer in layers]
+    structures, states = zip(*map(nnx.split, layers), strict=True)
     keys = None if training is None else training.of_each_layer(len(layers))
 
-    def step(x, inputs):
+    def step(structure, x, inputs):
         state, key = inputs
         layer = nnx.merge(structure, state)
         x = call(layer, x, training and training.of_layer(key))
@@ -169,15 +174,25 @@ def run_layers(
 
     if config.remat != "none":
         # Inside a scan nothing can be shared with the forward pass by accident.
-        step = jax.checkpoint(step, policy=REMATS[config.remat], prevent_cse=not config.scan_layers)
+        step = jax.checkpoint(
+            step,
+            policy=REMATS[config.remat],
+            prevent_cse=not config.scan_layers,
+            static_argnums=0,
+        )
     if config.scan_layers:
+        if any(structure != structures[0] for structure in structures):
+            raise UserError(
+                "model.scan_layers=True compiles one layer for all of a stack, and the layers of "
+                "this one differ in more than their variables; set it to False"
+            )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        x, seen = jax.lax.scan(step, x, (stacked, keys))
+        x, seen = jax.lax.scan(partial(step, structures[0]), x, (stacked, keys))
         statistics = [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for i in range(len(layers))]
     else:
         statistics = []
-        for i, state in enumerate(states):
-            x, seen = step(x, (state, None if keys is None else keys[i]))
+        for i, (structure, state) in enumerate(zip(structures, states, strict=True)):
+            x, seen = step(structure, x, (state, None if keys is None else keys[i]))
             statistics.append(seen)
     if training is not None:
         for layer, seen in zip(layers, statistics, strict=True):
