@@ -34,6 +34,7 @@ SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 cli.define_decoding_flags()
+cli.define_plugins_flag()
 cli.define_host_flags()
 
 SHOWN = 3  # examples whose attention is drawn

@@ -26,7 +26,7 @@ from transformer.data.rows import Rows, alone, learnable, pack, said
 from transformer.errors import UserError
 from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
 from transformer.interruption import StopRequests
-from transformer.loop import Loop, Programs, make_programs, next_stop
+from transformer.loop import Loop, Programs, make_programs
 from transformer.metrics import MetricsWriter, by_replica, read_metrics
 from transformer.model import Model
 from transformer.streaming import Resident, Stream
@@ -81,66 +81,66 @@ def run(
       allow_changes: whether the checkpoint may be of another config.
       profile: steps to write a trace of before training; 0: none.
     """
-    cfg = RunConfig.resolve(config)
-    workdir.claim(config, allow_changes=allow_changes)
-    prepared = prepare(cfg, data_dir, workdir.tokenizers if workdir.trained() else None)
-    identity = prepared.corpus.identity()
-    if workdir.trained() and not allow_changes:
-        workdir.check_corpus(identity)
-    mesh, model = prepared.mesh, prepared.model
-    show_facts(cfg, prepared, workdir)
-    with (
-        workdir.locked(),
-        StopRequests() as requests,
-        jax.set_mesh(mesh),
-        Checkpoints(workdir.checkpoints, cfg.keep_checkpoints) as checkpoints,
-    ):
-        programs = make_programs(cfg, model, prepared.like)
-        data = sharding.place(prepared.data, sharding.replicated(mesh))
-        feed = make_feed(cfg, prepared)
-        trace(programs, cfg, prepared, feed)
-        state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
-        # Only now: nothing stands in the way of training.
-        hosts.once(partial(prepared.corpus.tokenizers.save, workdir.tokenizers))
-        workdir.write_config(config, identity)
-        flops = costs.step_flops(model, cfg.recipe(), prepared.example(cfg.batch_size))
-        with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
-            if profile:
-                write_profile(profile, state, programs, feed, workdir, cfg)
-            try:
-                loop = Loop(
-                    cfg,
-                    programs,
-                    feed,
-                    data["validation"],
-                    state,
-                    begun,
-                    checkpoints=checkpoints,
-                    writer=writer,
-                    requests=requests,
-                    flop_share=costs.share_of_peak(flops * cfg.replicas, mesh),
-                )
-                state = loop.run()
-            except NonfiniteError as failure:
-                raise UserError(explain(failure, model, cfg, feed, workdir)) from failure
+    with StopRequests() as requests:
+        cfg = RunConfig.resolve(config)
+        workdir.claim(config, allow_changes=allow_changes)
+        prepared = prepare(cfg, data_dir, workdir.tokenizers if workdir.trained() else None)
+        identity = prepared.corpus.identity()
+        if workdir.trained() and not allow_changes:
+            workdir.check_corpus(identity)
+        mesh, model = prepared.mesh, prepared.model
+        show_facts(cfg, prepared, workdir)
+        with (
+            workdir.locked(),
+            jax.set_mesh(mesh),
+            Checkpoints(workdir.checkpoints, cfg.keep_checkpoints, cfg.best_metric) as checkpoints,
+        ):
+            programs = make_programs(cfg, model, prepared.like)
+            data = sharding.place(prepared.data, sharding.replicated(mesh))
+            feed = make_feed(cfg, prepared)
+            trace(programs, cfg, prepared, feed)
+            state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
+            # Only now: nothing stands in the way of training.
+            hosts.once(partial(prepared.corpus.tokenizers.save, workdir.tokenizers))
+            workdir.write_config(config, identity)
+            flops = costs.step_flops(model, cfg.recipe(), prepared.example(cfg.batch_size))
+            with MetricsWriter(workdir.path, state.taken(), cfg.replicas) as writer:
+                if profile:
+                    write_profile(profile, state, programs, feed, workdir, cfg)
+                try:
+                    loop = Loop(
+                        cfg,
+                        programs,
+                        feed,
+                        data["validation"],
+                        state,
+                        begun,
+                        checkpoints=checkpoints,
+                        writer=writer,
+                        requests=requests,
+                        flop_share=costs.share_of_peak(flops * cfg.replicas, mesh),
+                    )
+                    state = loop.run()
+                except NonfiniteError as failure:
+                    raise UserError(explain(failure, model, cfg, feed, workdir)) from failure
 
-        if hosts.first():
-            from transformer import plots  # matplotlib is not needed before
+            if hosts.first():
+                from transformer import plots  # matplotlib is not needed before
 
-            curve = workdir.plots / "learning_curve.png"
-            plots.learning_curve(read_metrics(workdir.metrics), curve)
-        results = evaluate(cfg, state, programs, data)
-        workdir.write_results(
-            {
-                "step": cfg.steps,
-                "devices": sharding.describe(mesh),
-                "parameters": model.count_parameters(),
-                "flops_per_step": flops,
-                "replicas": results,
-            }
-        )
-        show_results(cfg, results)
-        show_samples(cfg, model, prepared.corpus.tokenizers, state, data["validation"].head(3))
+                curve = workdir.plots / "learning_curve.png"
+                plots.learning_curve(read_metrics(workdir.metrics), curve)
+            results = evaluate(cfg, state, programs, data)
+            workdir.write_results(
+                {
+                    "step": cfg.steps,
+                    "devices": sharding.describe(mesh),
+                    "parameters": model.count_parameters(),
+                    "flops_per_step": flops,
+                    "replicas": results,
+                }
+            )
+            show_results(cfg, results)
+            show_samples(cfg, model, prepared.corpus.tokenizers, state, data["validation"].head(3))
     return state
 
 
@@ -192,7 +192,7 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
         cfg.model.check_length(length, f"the longest example of data.{name}")
     if cfg.data.pack:
         rows = pack(rows, cfg.data.pack)
-    model = Model(cfg.model, corpus.tokenizers.vocab_size)
+    model = Model.of(cfg.model, *corpus.tokenizers)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     sharding.check_memory(like)
     return Prepared(mesh, corpus, excluded, len(kept), rows, data, model, like)
@@ -203,14 +203,12 @@ def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
     rows, mesh = prepared.rows, prepared.mesh
     if not cfg.data.workers:
         data = Dataset.of(rows, cfg.batch_size)
-        return Resident(sharding.place(data, sharding.replicated(mesh)), cfg.steps_per_call)
+        return Resident(sharding.place(data, sharding.replicated(mesh)))
     return Stream(
         rows,
         cfg.batch_size,
         cfg.seeds(),
         steps=cfg.steps,
-        stop_after=partial(next_stop, cfg),
-        most=cfg.steps_per_call,
         workers=cfg.data.workers,
         mesh=mesh,
     )
@@ -233,6 +231,7 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
                 if cfg.model.attention_backend == "auto"
                 else {}
             ),
+            "best checkpoint": f"by validation/{cfg.best_metric}",
             "workdir": str(workdir.path),
         }
     )
@@ -350,7 +349,11 @@ def evaluate(
     results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
     for name in ("validation", "test"):
         scores = by_replica(programs.score(state.variables(), data[name]), cfg.replicas)
-        metrics = watchman.without_stopped([one.metrics(name) for one in scores])
+        metrics = [
+            one.metrics(name, smoothing)
+            for one, smoothing in zip(scores, cfg.smoothings(), strict=True)
+        ]
+        metrics = watchman.without_stopped(metrics)
         for result, one in zip(results, metrics, strict=True):
             result |= one
     return results

@@ -7,17 +7,18 @@ Usage:
     python eval.py --workdir=runs/pronunciations [--beam_size=4]
 """
 
-from configs import base
+from transformer.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.steps = 2_500
     config.batch_size = 64  # rows of about seven words
     config.eval_every = 500
     config.save_every = 500
     config.keep_checkpoints = 5
     config.label_smoothing = 0.1
+    config.best_metric = "loss"
     config.data.dataset = "pronunciations/plain"
     config.data.train = "train"
     config.data.tokenizer = "characters"

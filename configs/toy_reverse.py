@@ -4,10 +4,10 @@ Usage:
     python train.py --config=configs/toy_reverse.py
 """
 
-from configs import base
+from transformer.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.data.task = "reverse"
     return config

@@ -12,16 +12,17 @@ Usage:
 Without files for them, validation and test are cut from the training file.
 """
 
-from configs import base
+from transformer.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.steps = 20_000
     config.batch_size = 64  # rows of `pack` tokens
     config.eval_every = 1_000
     config.save_every = 1_000
     config.label_smoothing = 0.1
+    config.best_metric = "loss"
     config.data.dataset = "files"
     config.data.train = "corpus/train.tsv"
     config.data.tokenizer = "bpe"

@@ -10,11 +10,11 @@ Usage:
     python train.py --config=configs/vaswani_base.py
 """
 
-from configs import base
+from transformer.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.steps = 100_000
     config.batch_size = 768
     config.eval_every = 5_000

@@ -7,11 +7,13 @@ Usage:
     python train.py --config=configs/vaswani_big.py
 """
 
-from configs import vaswani_base
+from pathlib import Path
+
+from transformer.config import load_config
 
 
 def get_config():
-    config = vaswani_base.get_config()
+    config = load_config(Path(__file__).with_name("vaswani_base.py"))
     config.steps = 300_000
 
     config.model.width = 1024

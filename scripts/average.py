@@ -23,6 +23,7 @@ from transformer.workdir import Workdir
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 LAST = flags.DEFINE_integer("last", 5, "How many checkpoints.")
 INTO = flags.DEFINE_string("into", None, "The new folder; default that of the run, and _average.")
+cli.define_plugins_flag()
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from transformer.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
 OTHER = flags.DEFINE_string("other", None, "Another's.", required=True)
+cli.define_plugins_flag()
 
 
 def main() -> None:

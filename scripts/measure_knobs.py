@@ -50,7 +50,6 @@ flags.mark_flag_as_required("config")
 KNOBS: list[dict[str, Any]] = [
     {},
     *({"data.pack": length} for length in (0, 32, 64, 128)),
-    {"steps_per_call": 1},
     {"model.fused_qkv": True},
     *({"model.attention_backend": name} for name in ATTENTION_BACKENDS),
     {"model.dtype": "bfloat16"},
@@ -138,7 +137,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
         batch_size = max(1, round(batch_size * rows.widths[1] / cfg.data.pack / parts)) * parts
         rows = pack(rows, cfg.data.pack)
     data = Dataset.of(rows, batch_size)
-    model, recipe = Model(cfg.model, corpus.tokenizers.vocab_size), cfg.recipe()
+    model, recipe = Model.of(cfg.model, *corpus.tokenizers), cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
     everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):
@@ -147,7 +146,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
         state = init(cfg.seeds(), {})
         steps = make_train_steps(make_train_step(model, recipe))
         jitted = jax.jit(steps, donate_argnums=(0, 1), out_shardings=(where, everywhere))
-        sums, n = zero_sums(), jnp.int32(min(STEPS.value, cfg.steps_per_call))
+        sums, n = zero_sums(), jnp.int32(STEPS.value)
         started = time.perf_counter()
         compiled = jitted.lower(state, sums, data, n).compile()
         compiling = time.perf_counter() - started
@@ -155,8 +154,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
 
     def run() -> Any:
         with jax.set_mesh(mesh):
-            for _ in range(-(-STEPS.value // int(n))):
-                box[0], _ = jitted(box[0], zero_sums(), data, n)
+            box[0], _ = jitted(box[0], zero_sums(), data, n)
             return jax.block_until_ready(box[0].step)
 
     run()

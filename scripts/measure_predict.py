@@ -85,7 +85,7 @@ def marian(cfg: RunConfig, generator: Generator) -> Callable[..., Callable[[], l
         heads=cfg.model.heads,
         ff_width=cfg.model.ff_width,
         layers=cfg.model.layers,
-        vocabulary=generator.tokenizers.vocab_size,
+        vocabulary=max(source.vocab_size, target.vocab_size),
         longest=512,
     )
     torch.set_num_threads(cores())

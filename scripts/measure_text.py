@@ -16,16 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from configs import toy_reverse, translate
 from transformer import cli, sharding
-from transformer.config import RunConfig
+from transformer.config import RunConfig, load_config
 from transformer.console import facts, table
 from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
@@ -33,7 +31,7 @@ from transformer.data.rows import Rows, alone, learnable, pack
 from transformer.experiments.claims.measuring import interleaved
 from transformer.loop import make_programs
 from transformer.model import Model
-from transformer.streaming import Stream
+from transformer.streaming import Resident, Stream
 from transformer.training import abstract_state, zero_sums
 
 PAIRS = flags.DEFINE_integer("pairs", 1_000_000, "Of the corpus.", lower_bound=10_000)
@@ -42,6 +40,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 10, "Steps in a turn.", lower_bound=1)
 STREAMED = flags.DEFINE_integer("streamed", 500, "Steps while memory is read.", lower_bound=10)
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 WORDS = 50_000
 LENGTHS = (5, 40)  # words of a text, uniform
 LOOKS = 10  # at the memory
@@ -49,22 +48,22 @@ LOOKS = 10  # at the memory
 
 def main() -> None:
     """Prepares, lets them take turns, and looks at the memory."""
-    config = translate.get_config()
+    config = load_config(CONFIGS / "translate.py")
     config.data.workers = WORKERS.value
     config.steps = 2**24
     config.model.layers, config.model.width, config.model.ff_width = 2, 128, 512
     config.batch_size = 16
     config.data.vocab_size = 2_000
     cli.set_up_jax(RunConfig.resolve(config))
-    toy = RunConfig.resolve(toy_reverse.get_config())
+    toy = RunConfig.resolve(load_config(CONFIGS / "toy_reverse.py"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.tsv"
         make_corpus(file, PAIRS.value)
         config.data.train = str(file)
         cfg = RunConfig.resolve(config)
-        text, vocab_size = prepare(cfg, folder)
+        text, model = prepare(cfg, folder)
         strings = pack(alone(open_corpus(toy.data, folder).tokens(toy.data.train)), cfg.data.pack)
-        train(cfg, text, strings, vocab_size)
+        train(cfg, text, strings, model)
 
 
 def make_corpus(file: Path, pairs: int) -> None:
@@ -89,8 +88,8 @@ def timed(what: str) -> Iterator[None]:
     facts({what: f"{time.perf_counter() - started:.1f} s"})
 
 
-def prepare(cfg: RunConfig, folder: str) -> tuple[Rows, int]:
-    """The packed rows of the corpus, from nothing, and the size of its vocabulary."""
+def prepare(cfg: RunConfig, folder: str) -> tuple[Rows, Model]:
+    """The packed rows of the corpus, from nothing, and their model."""
     with timed("in all"):
         with timed("dataset"):
             corpus = open_corpus(cfg.data, folder)
@@ -101,20 +100,18 @@ def prepare(cfg: RunConfig, folder: str) -> tuple[Rows, int]:
             rows = pack(alone(pairs, kept), cfg.data.pack)
     with timed("again"):
         open_corpus(cfg.data, folder).tokens(cfg.data.train)
-    return rows, corpus.tokenizers.vocab_size
+    return rows, Model.of(cfg.model, *corpus.tokenizers)
 
 
-def train(cfg: RunConfig, text: Rows, strings: Rows, vocab_size: int) -> None:
+def train(cfg: RunConfig, text: Rows, strings: Rows, model: Model) -> None:
     """Turns of the train step on each kind of rows; then the stream alone."""
-    mesh, model = sharding.make_mesh(cfg.mesh), Model(cfg.model, vocab_size)
+    mesh = sharding.make_mesh(cfg.mesh)
     like = abstract_state(model, cfg.recipe(), mesh, 1, cfg.numbers())
     stream = Stream(
         text,
         cfg.batch_size,
         cfg.seeds(),
         steps=cfg.steps,
-        stop_after=lambda step, most: step + STEPS.value,
-        most=STEPS.value,
         workers=WORKERS.value,
         mesh=mesh,
     )
@@ -126,23 +123,28 @@ def train(cfg: RunConfig, text: Rows, strings: Rows, vocab_size: int) -> None:
             "text, on the devices": Dataset(*some, cfg.batch_size, packed=True),
         }
         everywhere = sharding.replicated(mesh)
-        resident = {name: sharding.place(data, everywhere) for name, data in resident.items()}
+        feeds: dict[str, Resident | Stream] = {
+            name: Resident(sharding.place(data, everywhere)) for name, data in resident.items()
+        }
         state = [programs.init(cfg.seeds(), {})]
         nothing = sharding.place(jax.device_get(zero_sums()), everywhere)
         tokens: dict[str, list[float]] = {}
 
-        def take(name: str, data: Any) -> None:
-            start = data.first if name.startswith("text, streamed") else state[0].step
-            state[0] = state[0]._replace(step=start + 0)
-            state[0], sums = programs.train_steps(state[0], nothing, data, jnp.int32(STEPS.value))
+        def take(name: str, feed: Resident | Stream) -> None:
+            sums, taken = nothing, 0
+            while taken < STEPS.value:
+                data, left = feed.following(state[0].taken())
+                steps = min(left, STEPS.value - taken)
+                state[0], sums = programs.train_steps(state[0], sums, data, jnp.int32(steps))
+                taken += steps
             tokens.setdefault(name, []).append(float(sums["tokens"]))  # waits
 
         streamed = f"text, streamed by {WORKERS.value}"
+        feeds[streamed] = stream
         calls: dict[str, Callable[[], None]] = {
-            name: partial(take, name, data) for name, data in resident.items()
+            name: partial(take, name, feed) for name, feed in feeds.items()
         }
         stack.enter_context(stream.running(0))
-        calls[streamed] = lambda: take(streamed, stream.following())
         seconds = interleaved(calls, ROUNDS.value, 0.0)
         show(seconds, tokens)
         stream.waited()
@@ -151,7 +153,7 @@ def train(cfg: RunConfig, text: Rows, strings: Rows, vocab_size: int) -> None:
             for _ in range(STREAMED.value // LOOKS // STEPS.value + 1):
                 calls[streamed]()
             memory.append(resident_memory())
-        waited = f"{100 * stream.waited():.0f}% of the dispatches"
+        waited = f"{100 * stream.waited():.0f}% of the windows"
     facts({"waited": waited, "memory, MiB": ", ".join(f"{m:,.0f}" for m in memory)})
 
 

@@ -7,13 +7,16 @@ Usage:
     python scripts/parameters.py
 """
 
-from configs import vaswani_base, vaswani_big
+from pathlib import Path
+
+from transformer.config import load_config
 from transformer.console import table
 from transformer.model import Model
 from transformer.model_config import ModelConfig
 
 PIECES = 37_000
-PAPER = {"base": (vaswani_base, 65), "big": (vaswani_big, 213)}  # Table 3, last column, millions
+CONFIGS = Path(__file__).parent.parent / "configs"
+PAPER = {"base": 65, "big": 213}  # Table 3, last column, millions
 
 
 def formula(config: ModelConfig, vocab_size: int) -> int:
@@ -32,8 +35,8 @@ def formula(config: ModelConfig, vocab_size: int) -> int:
 def main() -> None:
     """Prints the table."""
     rows = []
-    for name, (module, paper) in PAPER.items():
-        config = ModelConfig(**module.get_config().model)
+    for name, paper in PAPER.items():
+        config = ModelConfig(**load_config(CONFIGS / f"vaswani_{name}.py").model)
         exact = Model(config, PIECES).count_parameters()
         by_hand = formula(config, PIECES)
         # The vocabulary that the paper's figure would need, all else being equal.

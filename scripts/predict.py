@@ -42,6 +42,7 @@ WINDOW = flags.DEFINE_integer(
     "window", 10_000, "Lines that are read before the first is written; 1: each at once.", 1
 )
 cli.define_decoding_flags()
+cli.define_plugins_flag()
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def flops(program: Program) -> float:
     cfg = RunConfig.resolve(program.resolved())
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     data = corpus.load(cfg.data.train, cfg.batch_size)
-    model = Model(cfg.model, corpus.tokenizers.vocab_size)
+    model = Model.of(cfg.model, *corpus.tokenizers)
     return float(cfg.steps * costs.step_flops(model, cfg.recipe(), data))
 
 

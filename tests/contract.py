@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import beam_search, greedy
+from transformer.decoding import beam_search, greedy, scores_of
 from transformer.model import Model, Params
 from transformer.sharding import RULES, MeshConfig, make_mesh, parameter_shardings, spec
 
@@ -220,7 +220,7 @@ def searching(model: Model, outputs) -> None:
             target_segments=jnp.asarray(~ended, jnp.int32),
             target_positions=jnp.broadcast_to(jnp.arange(T), (B, T)),
         )
-        log_p = np.asarray(jax.nn.log_softmax(outputs(params, forced).logits))
+        log_p = np.asarray(scores_of(jnp.asarray(outputs(params, forced).logits), None))
         for row in range(3):
             said = np.flatnonzero(~ended[row])
             np.testing.assert_array_equal(log_p[row, said].argmax(-1), tokens[row, said])

@@ -14,7 +14,6 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
 
-from configs import base
 from transformer import cli
 from transformer.data.batches import Batch, make_batch
 from transformer.data.data_config import DataConfig
@@ -31,17 +30,15 @@ AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
 
 def data_config(**changes: Any) -> DataConfig:
-    """The data section of `configs/base.py` at its smallest size, but for `changes`."""
-    return DataConfig(**dict(base.get_config().data) | {"size": "tiny"} | changes)
+    """The data section at its smallest size, but for `changes`."""
+    return DataConfig(**{"size": "tiny"} | changes)
 
 
 @cache
 def small_model(**changes: Any) -> Model:
     """One layer of width 16, so that a test takes a second."""
-    config: Any = base.get_config().model
-    config.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32, "max_length": 32})
-    config.update(changes)
-    return Model(ModelConfig(**config), TOKENIZER.vocab_size)
+    config = {"layers": 1, "width": 16, "heads": 2, "ff_width": 32, "max_length": 32}
+    return Model(ModelConfig(**config | changes), TOKENIZER.vocab_size)
 
 
 def random_params(model: Model, seed: int) -> Params:

@@ -95,7 +95,7 @@ echo "a SLURM $(sinfo --version | cut -d" " -f2) of one node is up"
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 XDG_CACHE_HOME=$work/cache COLUMNS=100
 flags=(--config=configs/toy_reverse.py --config.data.size=tiny --config.model.width=16
   --config.model.heads=2 --config.model.ff_width=32 --config.model.dropout=0.1
-  --config.optimizer.warmup_steps=5 --config.steps=200 --config.steps_per_call=1
+  --config.optimizer.warmup_steps=5 --config.steps=200
   --config.log_every=20 --config.eval_every=20 --config.save_every=20 --config.decode_margin=2
   --data_dir="$work/data")
 

@@ -5,13 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
 from transformer import sharding
 from transformer.averaging import average, in_a_row, mean
 from transformer.checkpoint import Checkpoints
+from transformer.config import default_config
 from transformer.data.load import Tokenizers
 from transformer.errors import UserError
 from transformer.trained import load, outline
@@ -38,14 +38,14 @@ def drawn(model, like, step, rng):
 def make_run(path, rng, steps=(10, 20, 30), tokenizer=TOKENIZER, drawn=drawn, **changes):
     """The folder of a run that was never trained, the states in it, and their abstract twin."""
     workdir = Workdir(str(path))
-    config = base.get_config()
+    config = default_config()
     config.update_from_flattened_dict(KNOBS | changes)
     tokenizers = Tokenizers(tokenizer, tokenizer)
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, {"dataset": "toy"} | tokenizers.digests())
     *_, model, like = outline(workdir, sharding.one_device())
     states = [drawn(model, like, step, rng) for step in steps]
-    with Checkpoints(workdir.checkpoints, keep=len(steps)) as checkpoints:
+    with Checkpoints(workdir.checkpoints, keep=len(steps), best="sequence_accuracy") as checkpoints:
         for state in states:
             checkpoints.save(state, metrics(0.5))
     return workdir, states, like
@@ -72,7 +72,7 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
     assert average(workdir, into, 3) == [20, 30, 33]
     assert files_of(workdir.path) == before
 
-    with Checkpoints(into.checkpoints, keep=None) as checkpoints:
+    with Checkpoints(into.checkpoints, keep=None, best="sequence_accuracy") as checkpoints:
         assert list(checkpoints.manager.all_steps()) == [33]
         assert checkpoints.find("latest") == checkpoints.find("best") == 33
         assert checkpoints.interval(33) == {}

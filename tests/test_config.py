@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 import train
-from configs import base
 from tests.helpers import TOKENIZER, strings
 from tests.test_programs import results
 from transformer import evaluation, loop, plots, sharding
-from transformer.config import RunConfig, differences, flat_knobs
+from transformer.config import RunConfig, default_config, differences, flat_knobs
 from transformer.decoding import Decoded
 from transformer.errors import UserError
 from transformer.model import Model
@@ -47,7 +46,7 @@ SMALL = {
 # Another value for each knob, and what must hold besides for it to matter.
 OTHER = {
     **of("", seed=1, replicas=2, steps=9, batch_size=8, accumulate=2, max_skipped_steps=3),
-    **of("", debug_nans=True, steps_per_call=1, log_every=2, eval_every=2, save_every=2),
+    **of("", debug_nans=True, best_metric="loss", log_every=2, eval_every=2, save_every=2),
     **of("", keep_checkpoints=2, label_smoothing=0.1, ema_decay=0.9, decode_margin=4),
     **of("data.", dataset="files", source="target", target="source", tokenizer="bytes"),
     **of("data.", target_tokenizer="words", vocab_size=300, longest=4, workers=2, task="copy"),
@@ -62,7 +61,8 @@ OTHER = {
     **of("model.", norm_placement="post", norm_epsilon=1e-2, position="learned", max_length=16),
     **of("model.", random_positions=64, window=2, tie_embeddings=False, attention_bias=True),
     **of("model.", qk_norm=True, fused_qkv=True, attention_backend="xla", scan_layers=True),
-    **of("model.", remat="full", dtype="bfloat16"),
+    **of("model.", remat="full", dtype="bfloat16", separate_vocabularies=False),
+    **{"plugins": ("tests.helpers",)},
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
     **of("optimizer.", beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=0.1),
     **of("mesh.", replica=1, data=2, fsdp=2, tensor=2, context=2),
@@ -74,6 +74,10 @@ BESIDES = {
     **of("model.", max_length={"model.position": "learned"}, cell=RECURRENT),
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
+    "model.separate_vocabularies": {
+        "data.target_tokenizer": "words",
+        "model.tie_embeddings": False,
+    },
     **{"mesh.replica": {"replicas": 2}, "per_replica.weight_decay": TWO | ADAMW},
 }
 # adamw with a weight decay is compared with adamw without one, not with adam; files are no split
@@ -82,7 +86,7 @@ CANNOT_STAND_ALONE = {"optimizer.name": {}, "data.dataset": {}}
 
 
 def config_of(changes):
-    config = base.get_config()
+    config = default_config()
     config.update_from_flattened_dict(SMALL | changes)
     return config
 
@@ -121,7 +125,9 @@ def program(cfg):
 # The knobs that the program itself is made of; the others are about what is done with it.
 SINGLE = ("label_smoothing", "ema_decay", "accumulate", "max_skipped_steps")
 SECTIONS = ("model.", "optimizer.", "per_replica.")
+OF_DATA = ["model.separate_vocabularies"]
 INSIDE = [knob for knob in OTHER if knob in SINGLE or knob.startswith(SECTIONS)]
+INSIDE = [knob for knob in INSIDE if knob not in OF_DATA]
 
 
 @pytest.mark.parametrize("knob", INSIDE)
@@ -143,8 +149,9 @@ class Dispatches:
 
     def __init__(self, monkeypatch):
         self.calls, self.step = [], 0
+        monkeypatch.setattr(loop.Pace, "seconds", 1e9)  # or the calls depend on how long they take
         monkeypatch.setattr(train, "make_programs", self.make_programs)
-        monkeypatch.setattr(train, "Model", model_of)
+        monkeypatch.setattr(train.Model, "of", cache(Model.of))
         monkeypatch.setattr(train.evaluation, "decode", self.decode)
         monkeypatch.setattr(train.costs, "step_flops", lambda *_: 1)
         monkeypatch.setattr(plots, "learning_curve", lambda *_: None)
@@ -172,7 +179,7 @@ class Dispatches:
     def score(self, variables, data):
         self.calls.append(("score", digest(data)))
         ones = np.ones((*self.like.step.shape, 1), np.float32)
-        return evaluation.Scores((20.0 - self.step) * ones, ones, ones)
+        return evaluation.Scores((20.0 - self.step) * ones, ones, ones, ones)
 
     def decode(self, model, variables, samples, *, length):
         self.calls.append(("decode", samples.source.shape, length))
@@ -205,15 +212,17 @@ def fingerprint(data_dir, monkeypatch, capsys):
 
 def left(workdir, state):
     """What a run leaves."""
+    params = state.params.items()
     return {
-        "shardings": str({name: value.sharding for name, value in state.params.items()}),
+        "shardings": str({name: (value.shape, value.sharding) for name, value in params}),
         "metrics": results(workdir.path),
         "checkpoints": sorted(each.name for each in workdir.checkpoints.iterdir()),
     }
 
 
-# Tested where a run fails, and where text is scored: tests/test_health.py, tests/test_datasets.py.
-ELSEWHERE = ["debug_nans", "data.metrics"]
+# Tested where a run fails, where text is scored, and where runs are loaded: tests/test_health.py,
+# tests/test_datasets.py, tests/test_checkpoint.py, tests/test_workdir.py.
+ELSEWHERE = ["debug_nans", "data.metrics", "best_metric", "plugins"]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
 SLOW = ["data.size", "data.vocab_size", "data.workers"]  # prepare much, or start processes
 UNCHANGED = {}  # fingerprints of the unchanged runs, made when first asked for
@@ -258,7 +267,7 @@ def test_the_step_is_traced_but_once_and_a_real_run_leaves_what_the_fingerprint_
 
 
 def test_every_config_names_itself_has_all_knobs_and_builds():
-    assert OTHER.keys() == flat_knobs(base.get_config()).keys()
+    assert OTHER.keys() == flat_knobs(default_config()).keys()
     for name in CONFIGS:
         module = importlib.import_module(f"configs.{name}")
         assert f"python train.py --config=configs/{name}.py" in module.__doc__
@@ -276,7 +285,7 @@ FURTHER = ["pronunciations", "translate", "vaswani_big", "wmt14_ende"]
 def test_every_config_takes_a_step_at_reduced_size(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
-    config.data = base.get_config().data  # the toy configs are then one program
+    config.data = default_config().data  # the toy configs are then one program
     cfg, batch = RunConfig.resolve(config), strings(("abc", "cba"), ("de", "ed"))
     state, sums = first_step(cfg)(cfg.seeds(), cfg.numbers(), batch)
     assert state.step == 1
@@ -349,18 +358,17 @@ def test_a_config_that_contradicts_itself_is_explained(changes, message):
 
 
 def test_a_knob_that_does_not_exist_or_is_missing_is_named():
-    config = base.get_config()
+    config = default_config()
     config.unlock()
     config.model.nrm = "rms"
     with pytest.raises(UserError, match=r"model.nrm, which is no knob \(did you mean norm\?\)"):
         RunConfig.resolve(config)
     del config.model.nrm, config.mesh.fsdp
-    with pytest.raises(UserError, match=r"lacks mesh\.fsdp"):
-        RunConfig.resolve(config)
+    assert RunConfig.resolve(config).mesh.fsdp == 1  # as it is by default
 
 
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
-    free = {"mesh.fsdp": 2, "steps_per_call": 1, "keep_checkpoints": 9}
+    free = {"mesh.fsdp": 2, "keep_checkpoints": 9}
     changes = free | {"model.norm": "rms", "optimizer.beta1": 0.5, "data.pack": 8}
     found = differences(config_of({}), config_of(changes))
     assert found == ["data.pack: 0 → 8", "model.norm: layer → rms", "optimizer.beta1: 0.9 → 0.5"]
@@ -377,7 +385,7 @@ def test_a_replica_is_a_single_run_with_its_own_values():
 @pytest.mark.parametrize("most", [1, 3, 7, 100])
 def test_dispatches_end_wherever_something_is_due(most):
     every = {"log_every": 4, "eval_every": 6, "save_every": 10}
-    cfg, stops = resolved(every | {"steps": 25, "steps_per_call": most}), [0]
+    cfg, stops = resolved(every | {"steps": 25}), [0]
     while stops[-1] < 25:
         stops.append(loop.next_stop(cfg, stops[-1], most))
     due = {step for each in every.values() for step in range(each, 26, each)}

@@ -106,14 +106,13 @@ def test_a_part_of_a_split_is_the_first_of_it_and_a_language_that_it_lacks_is_na
 WITHOUT_TENSORFLOW = """
 import sys
 
-from configs import base
 from transformer.data import datasets
 from transformer.data.data_config import DataConfig
 from transformer.data.load import open_corpus
 
 def config(name):
     sides = {"source": "en", "target": "de"}
-    return DataConfig(**dict(base.get_config().data) | {"dataset": name, **sides})
+    return DataConfig(**dict(default_config().data) | {"dataset": name, **sides})
 
 data_dir, name, *others = sys.argv[1:]
 print(name, len(open_corpus(config(name), data_dir).load("test", 4)))

@@ -77,7 +77,7 @@ def test_without_a_source_there_is_no_output():
 
 def every_sequence(vocab):
     """All sequences of up to `LENGTH` tokens that end with EOS, and all cut off there."""
-    others = [token for token in range(vocab) if token != EOS]
+    others = [token for token in range(vocab) if token not in (PAD, BOS, EOS)]
     for n in range(LENGTH):
         yield from ((*start, EOS) for start in itertools.product(others, repeat=n))
     yield from itertools.product(others, repeat=LENGTH)
@@ -124,6 +124,7 @@ def searched_by_definition(log_p_after, width, alpha, length):
             ((*tokens, token), total + log_p)
             for tokens, total in going
             for token, log_p in enumerate(log_p_after(tokens))
+            if token not in (PAD, BOS)
         ]
         likely = sorted(grown, key=lambda each: -each[1])[: 2 * width]
         penalty = ((5 + place + 1) / 6) ** alpha

@@ -24,16 +24,21 @@ dataset = partial(Dataset, BATCH.source, BATCH.target_out)
 
 
 def test_scores_do_not_depend_on_the_batch_size():
-    losses = cross_entropy(logits_of(MODEL, PARAMS, BATCH), BATCH.target_out) * BATCH.weights
+    losses = cross_entropy(logits_of(MODEL, PARAMS, BATCH), BATCH.target_out).nll * BATCH.weights
     for scores in map(score, map(dataset, (1, 3, 100))):
         np.testing.assert_allclose(scores.nll, losses.sum(-1), rtol=1e-4)
         np.testing.assert_array_equal(scores.tokens, [len(text) + 1 for text in TEXTS])
 
 
 def test_metrics_are_ratios_of_totals():
-    scores = evaluation.Scores(*map(np.array, ([2.0, 4.0], [1.0, 4.0], [2.0, 4.0])))
+    totals = [2.0, 4.0], [6.0, 6.0], [1.0, 4.0], [2.0, 4.0]
+    scores = evaluation.Scores(*map(np.array, totals))
     wanted = {"test/loss": 1.0, "test/token_accuracy": 5 / 6, "test/sequence_accuracy": 0.5}
-    assert scores.metrics("test") == wanted | {"test/perplexity": pytest.approx(np.e)}
+    wanted |= {"test/perplexity": pytest.approx(np.e)}
+    assert scores.metrics("test") == wanted
+    wanted |= {"test/objective": pytest.approx(0.75 * 1.0 + 0.25 * 2.0)}
+    assert scores.metrics("test", smoothing=0.25) == wanted
+    assert wanted.keys() == {f"test/{name}" for name in evaluation.BETTER}
 
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
@@ -60,7 +65,7 @@ def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(search):
 
 
 def test_sources_of_like_length_are_decoded_together():
-    def longest(module, source, segments, length):
+    def longest(module, source, segments, length, tokens):
         return jnp.full(len(source), segments.sum(1).max())
 
     found = decode(dataset(3), search=longest)

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from tests import front_door
 from tests.helpers import data_config
-from transformer.config import flat_knobs
+from transformer.config import default_config, flat_knobs
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
@@ -25,7 +24,7 @@ from transformer.positions import POSITIONS
 from transformer.recurrent import CELLS
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "60"))
-KNOBS = flat_knobs(base.get_config())
+KNOBS = flat_knobs(default_config())
 JUNK = ["", " ", "None", "nan", "abc", "☃", "a b", "'", '"', "{}", "[1]", "(1,)", "--", "=", "0x10"]
 WHOLE = ["0", "-1", "1", "2", "3", "4", "7", "8", "16", "64", "100", "4294967296", "9" * 25, "1.5"]
 NUMBERS = ["0", "0.0", "-0.1", "0.1", "0.5", "0.999", "1.0", "2", "1e-3", "1e30", "inf", "-inf"]

@@ -112,7 +112,7 @@ def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tm
 def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
     """^C, passed on to JAX as a cluster's SIGTERM, to a population that ends in one process."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    flags = (*SHORT, f"--data_dir={data_dir}", "--config.replicas=2", "--config.steps_per_call=7")
+    flags = (*SHORT, f"--data_dir={data_dir}", "--config.replicas=2")
     flags = (*flags, "--config.log_every=8", "--config.save_every=16", "--config.eval_every=16")
     there = f"--workdir={run}"
     both = launch(2, "train.py", *flags, there, "--config.steps=100000")

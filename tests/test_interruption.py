@@ -18,6 +18,7 @@ from transformer.interruption import RESUME, StopRequests
 def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
     before = signal.getsignal(number)
     with StopRequests() as requests:
+        requests.something_to_save = True
         assert not requests.stop()
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 10
@@ -28,18 +29,30 @@ def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
     assert f"{signal.Signals(number).name}: stopping with a checkpoint" in capsys.readouterr().err
 
 
-def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_call():
-    """`read` of a pipe that stays silent goes on after a handler, as waiting for a device does."""
-    code = "import sys; from transformer.interruption import StopRequests\nwith StopRequests():"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
+    """`read` of a pipe that stays silent goes on after a handler, as the compiler does.
+
+    The first request, if no step has been taken; else the second one.
+    """
+    code = "import sys; from transformer.interruption import StopRequests\n"
+    code += f"with StopRequests() as r: r.something_to_save = {trained};"
     code += " print('ready', flush=True); sys.stdin.read()"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert "SIGINT: stopping" in process.stderr.readline() + process.stderr.readline()
+        process.send_signal(number)
+        said = process.stderr.readline() + process.stderr.readline()
+        if not trained:
+            assert "stopped before the first step, nothing to save" in said
+            assert process.wait(timeout=2) == RESUME
+            return
+        assert "stopping with a checkpoint" in said
+        time.sleep(0.3)
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 128 + signal.SIGINT
+        process.send_signal(number)
+        assert process.wait(timeout=2) == 128 + number
 
 
 @pytest.mark.slow
@@ -60,7 +73,6 @@ def test_torture_finds_no_difference(tmp_path, data_dir):
 def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, data_dir):
     """Twice, at any step. Its data may be made by processes; the other's lie on the devices."""
     flags = (*TINY, "--config.steps=300", f"--data_dir={data_dir}", "--config.replicas=2")
-    flags = (*flags, "--config.steps_per_call=1")  # so that it stops inside of an interval
     flags = (*flags, "--config.log_every=50", "--config.save_every=100", "--config.eval_every=100")
     whole, stopped, places = tmp_path / "whole", tmp_path / "stopped", []
     finish(start("train.py", *flags, f"--workdir={whole}"))

@@ -28,7 +28,7 @@ def loss_of(model, params, key):
     module = model.bind(params)
     rows = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)
     logits = module(*rows, training=training_of(model, key))
-    loss = (cross_entropy(logits, BATCH.target_out) * BATCH.weights).sum()
+    loss = (cross_entropy(logits, BATCH.target_out).nll * BATCH.weights).sum()
     return loss, flatten(nnx.state(module, Statistic))
 
 
@@ -55,7 +55,7 @@ def test_loss_statistics_and_gradients_are_those_of_layers_one_by_one(scan_layer
 
 def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
     """A static difference, such as of a backend, is in no variable that a scan could stack."""
-    config, x = small_model(layers=2).config, jax.numpy.ones((1, 3, 16))
+    config, x = small_model(layers=2).config, jax.random.normal(jax.random.key(0), (1, 3, 16))
     related = Relations(masking.causal(3), lambda x: x, None)
     for scan, remat in ((False, "none"), (False, "full"), (True, "none")):
         encoder = Encoder(replace(config, scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))

@@ -15,14 +15,16 @@ from transformer.strict_json import dumps
 
 
 def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_made_once():
-    sums = {"loss": [30.0, 10.0], "correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
+    sums = {"loss": [40.0, 20.0], "nll": [30.0, 10.0], "learning_rate": [2.0, 1.0]}
+    sums |= {"correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
     sums |= {"gradient_norm": [8.0, 4.0], "steps": [4.0, 4.0], "skipped": [0.0, 0.0]}
     parts = by_replica({name: jnp.array(values) for name, values in sums.items()}, 2)
     one, other = (train_metrics(each, seconds=2.0) for each in parts)
     speeds = {"train/steps_per_second": 2.0, "train/target_tokens_per_second": 10.0}
-    names = ("train/loss", "train/accuracy", "train/gradient_norm")
-    assert one == dict(zip(names, (1.5, 0.25, 2.0), strict=True)) | speeds
-    assert other == dict(zip(names, (0.5, 1.0, 1.0), strict=True)) | speeds
+    names = ["train/" + name for name in ("loss", "objective", "accuracy", "gradient_norm")]
+    names.append("train/learning_rate")
+    assert one == dict(zip(names, (1.5, 2.0, 0.25, 2.0, 0.5), strict=True)) | speeds
+    assert other == dict(zip(names, (0.5, 1.0, 1.0, 1.0, 0.25), strict=True)) | speeds
 
 
 def test_each_replica_has_its_part_of_a_populations_arrays_and_metrics_have_a_mean():

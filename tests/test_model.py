@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base, vaswani_base, vaswani_big
+from configs import vaswani_base, vaswani_big
 from tests import contract
 from tests.helpers import logits_of, random_params, small_model, strings, training_of
+from transformer.config import default_config
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import EOS
 from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
@@ -36,7 +37,7 @@ ENTRIES = [
         "feed_forward": FEED_FORWARDS,
     }.items()
     for value in values
-    if base.get_config().model[knob] != value
+    if default_config().model[knob] != value
 ]
 
 # Other knobs, and knobs that meet.

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base, vaswani_base
 from tests.helpers import small_model
 from transformer import optimizer
+from transformer.config import default_config
 from transformer.optimizer import DECAYING, OPTIMIZERS, SCHEDULES, make_schedule
 
 # A constant rate of 0.1 and nothing else.
@@ -20,7 +20,7 @@ BLOCK = {"kernel": jnp.ones((4, 3)), "table": jnp.ones((2, 3)), "bias": jnp.ones
 
 def make(numbers=None, **changes):
     """The optimizer of the default config with changes, and with numbers in the place of its."""
-    knobs: Any = base.get_config().optimizer
+    knobs: Any = default_config().optimizer
     knobs.update(changes)
     numbers = numbers or {name: knobs[name] for name in NUMBERS}
     return optimizer.make_optimizer(optimizer.OptimizerConfig(**knobs), 10, **numbers)

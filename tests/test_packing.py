@@ -98,7 +98,7 @@ def test_another_neighbour_changes_no_bit(backend, position):
         def loss(params):
             logits = logits_of(model, params, batch)
             mine = (batch.target_segments > 0) & (batch.target_segments != 2)
-            losses = cross_entropy(logits, batch.target_out)
+            losses = cross_entropy(logits, batch.target_out).nll
             return jnp.where(mine, losses, 0.0).sum(), (logits, mine)
 
         (value, (logits, mine)), gradients = jax.value_and_grad(loss, has_aux=True)(params)

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from tests.helpers import TOKENIZER
 from tests.test_checkpoint import filled, metrics
 from tests.test_sharding import DATA, mesh_of
 from tests.test_training import equal
 from transformer import evaluation, training
 from transformer.checkpoint import Checkpoints
-from transformer.config import RunConfig
+from transformer.config import RunConfig, default_config
 from transformer.metrics import by_replica
 from transformer.model import Model
 from transformer.sharding import RULES, replicated
@@ -29,7 +28,7 @@ ONE, APART, MIXED = (1, 1, 1, 1), (1, 1, 1, 4), (2, 1, 2, 2)
 
 
 def run_config(replicas, changes):
-    config = base.get_config()
+    config = default_config()
     config.update_from_flattened_dict(KNOBS | {"replicas": replicas} | changes)
     return RunConfig.resolve(config)
 
@@ -127,9 +126,9 @@ def test_a_population_comes_back_from_its_checkpoint_on_any_mesh(saved, restored
     """Replicas are split over their axis, and parameters as ever."""
     cfg = run_config(4, {"per_replica.learning_rate": (1e-2, 2e-2, 1e-3, 5e-3), "ema_decay": 0.9})
     state, like = filled(programs(cfg, saved)[1]), programs(cfg, restored)[1]
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, best="sequence_accuracy") as checkpoints:
         checkpoints.save(state, metrics(0.5))
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, best="sequence_accuracy") as checkpoints:
         back = checkpoints.restore(checkpoints.find("latest"), like)
     assert equal(back, state)
     assert back.numbers.keys() == {"learning_rate"}

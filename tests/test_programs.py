@@ -141,7 +141,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path, data_dir):
     flags = (*TINY, f"--data_dir={data_dir}", "--config.steps=40")
     whole = start("train.py", *flags, f"--workdir={tmp_path / 'whole'}")
     moved = tmp_path / "moved"
-    process = start("train.py", *flags, "--config.steps_per_call=1", f"--workdir={moved}")
+    process = start("train.py", *flags, f"--workdir={moved}")
     kill_after(process, moved, 20)
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     out = finish(start("train.py", *flags, *mesh, f"--workdir={moved}", devices=8))

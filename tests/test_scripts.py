@@ -5,11 +5,11 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from configs import base, vaswani_base
+from configs import vaswani_base
 from tests.helpers import program
 from tests.test_programs import finish, start
 from transformer import cli
-from transformer.config import RunConfig
+from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
 from transformer.model import Model
 from transformer.model_config import ModelConfig
@@ -71,7 +71,7 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
     monkeypatch.setattr(jax.config, "update", asked.__setitem__)
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    config = base.get_config()
+    config = default_config()
     config.update_from_flattened_dict(changes)
     for name, value, expected in (
         ("XLA_FLAGS", "--xla_cpu_enable_fast_math=false", devices),  # not about devices

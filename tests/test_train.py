@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import train
-from configs import base
 from tests.test_programs import results
 from transformer import cli, loop
 from transformer.checkpoint import Checkpoints
+from transformer.config import default_config
 from transformer.errors import UserError
 from transformer.interruption import Interrupted, StopRequests
 from transformer.workdir import Workdir
@@ -36,7 +36,7 @@ KNOBS = {
 
 
 def run(workdir, data_dir, allow_changes=False, **changes):
-    config = base.get_config()
+    config = default_config()
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(KNOBS | changes)
     with jax.numpy_dtype_promotion("standard"):  # what a user has
@@ -82,7 +82,8 @@ def test_metrics_are_of_the_interval_that_ends_there(whole):
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, monkeypatch):
     """In the middle of an interval, and after lines of the log that no checkpoint covers."""
     folder, state, _ = whole
-    stops = iter([False, False, False, True])  # dispatches end at 4, 5, 6: 7 is not reached
+    stops = iter([False] * 4 + [True])  # dispatches end at 1, 4, 5, 6: 7 is not reached
+    monkeypatch.setattr(loop.Pace, "seconds", 1e9)
     monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
     with pytest.raises(Interrupted, match="stopped at step 6 of 14, and saved"):
         run(tmp_path / "run", data_dir)
@@ -95,6 +96,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, 
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("step_seconds", [0.001, 0.3, 7.0])
+def test_dispatches_take_about_a_second(step_seconds, monkeypatch):
+    """A step that takes longer has one of its own, and no other waits behind it."""
+    now, ends, running = [0.0], [], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    pace = loop.Pace()
+    for _ in range(6):
+        steps, slow = pace.steps, pace.is_slow()
+        running.append(steps)
+        if slow or len(running) > 1:  # waits for this one, or for the one before
+            now[0] += running.pop(0) * step_seconds
+        running = running if not slow else []
+        pace.dispatched(steps)
+        ends.append(steps)
+    assert ends[0] == 1
+    assert all(1 <= steps <= max(1.0, 1.1 / step_seconds) for steps in ends)
+    assert ends[-1] >= 0.7 / step_seconds or ends[-1] == 1
+
+
 def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole):
     folder, *_ = whole
     validated = {row["step"]: row for row in results(folder) if "validation/loss" in row}
@@ -103,7 +123,7 @@ def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole)
     def merit(step):
         return saved[step]["validation/sequence_accuracy"], -saved[step]["validation/loss"]
 
-    with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
+    with Checkpoints(folder / "checkpoints", keep=None, best="sequence_accuracy") as checkpoints:
         assert checkpoints.manager.all_steps() == [5, 10, 14]
         assert checkpoints.find("latest") == 14
         assert checkpoints.find("best") == max(saved, key=merit)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from tests.helpers import logits_of, small_model, strings
 from transformer import evaluation, training
+from transformer.config import default_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.health import batch_of
 from transformer.loss import cross_entropy
@@ -23,7 +23,7 @@ DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 
 def small_recipe(**changes):
     """The default recipe with changes by name."""
-    knobs: Any = base.get_config().optimizer
+    knobs: Any = default_config().optimizer
     numbers = {"label_smoothing": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
     own = {"steps": 100, "ema_decay": 0.0, "accumulate": 1, "max_skipped": 0}
     for name, value in changes.items():
@@ -111,15 +111,17 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
 
     def loss(params):
         logits = logits_of(small_model(), params, batch)
-        nll = cross_entropy(logits, batch.target_out, SMOOTHING)
-        return (nll * batch.weights).sum() / batch.weights.sum()
+        losses = cross_entropy(logits, batch.target_out)
+        mean = lambda loss: (loss * batch.weights).sum() / batch.weights.sum()  # noqa: E731
+        return mean(losses.smoothed(SMOOTHING)), mean(losses.nll)
 
-    value, expected = jax.value_and_grad(loss)(state.params)
+    (value, nll), expected = jax.value_and_grad(loss, has_aux=True)(state.params)
     after, sums = run(state, 1)
     for name, gradient in expected.items():
         found = after.moments[0].mu[name] / 0.1
         np.testing.assert_allclose(found, gradient, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(sums["loss"] / sums["tokens"], value, rtol=1e-5)
+    np.testing.assert_allclose(sums["nll"] / sums["tokens"], nll, rtol=1e-5)
     assert sums["tokens"] == batch.weights.sum()
 
 
@@ -198,7 +200,9 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
     keys = jax.random.split(jax.random.fold_in(training.stream(jnp.uint32(0), "dropout"), 0), 3)
     model = small_model(dropout=0.5)
     logits = jax.vmap(lambda key: logits_of(model, state.params, single, key))(keys)
-    losses = [(cross_entropy(each, single.target_out) * single.weights).sum() for each in logits]
+    losses = [
+        (cross_entropy(each, single.target_out).nll * single.weights).sum() for each in logits
+    ]
     assert len(set(map(float, losses))) == 3
     assert in_parts(state, alike)[1]["loss"] == pytest.approx(float(sum(losses)), rel=1e-4)
 

@@ -38,7 +38,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     within("last", last, 1, 2**31 - 1)
     check_place(workdir, into)
     cfg, tokenizers, _, like = outline(workdir, sharding.one_device())
-    with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
+    with Checkpoints(workdir.checkpoints, None, cfg.best_metric) as checkpoints:
         checkpoints.find("latest")  # says so, if there is none
         saved = sorted(checkpoints.manager.all_steps())
         steps = in_a_row(saved, cfg.save_every)[-last:]
@@ -50,7 +50,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
             )
         state = mean(checkpoints.restore(step, like) for step in steps)
     into.plots.mkdir(parents=True)
-    with Checkpoints(into.checkpoints, keep=1) as checkpoints:
+    with Checkpoints(into.checkpoints, 1, cfg.best_metric) as checkpoints:
         checkpoints.save(state, {})
     tokenizers.save(into.tokenizers)
     # At the end: without it the folder holds no run.

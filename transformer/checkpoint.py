@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from transformer import hosts
 from transformer.console import console
 from transformer.errors import UserError
+from transformer.evaluation import BETTER
 from transformer.files import checksum
 from transformer.training import TrainState
 
@@ -40,14 +42,17 @@ DAMAGED = "damaged"  # where those go whose files are not as they were written
 UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
-def merit(metrics: Any) -> Any:
-    """What makes one checkpoint better than another: sequence accuracy, then loss.
+def merit(metrics: Any, best: str) -> Any:
+    """What makes one checkpoint better than another: a metric of validation, then the loss.
 
-    One without metrics is worse than any other.
+    One without it is worse than any other.
+
+    Args:
+      metrics: of the checkpoint; empty where it was written between two evaluations.
+      best: one of `evaluation.BETTER`.
     """
-    if not metrics:
-        return -1.0, 0.0
-    return metrics["validation/sequence_accuracy"], -metrics["validation/loss"]
+    value = BETTER[best] * (metrics or {}).get(f"validation/{best}", np.nan)
+    return (-np.inf, 0.0) if np.isnan(value) else (value, -metrics["validation/loss"])
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,14 @@ class Kept(policy.PreservationPolicy):
     """
 
     latest: int
+    best: str
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Says of each, in the order of steps, whether it stays."""
         regular = [each for each in checkpoints if each.metrics]
         kept = {each.step for each in (*regular[-self.latest :], *checkpoints[-1:])}
         if regular:
-            kept.add(max(regular, key=lambda each: merit(each.metrics)).step)
+            kept.add(max(regular, key=lambda each: merit(each.metrics, self.best)).step)
         return [each.step in kept for each in checkpoints]
 
 
@@ -76,22 +82,23 @@ class Checkpoints:
       directory: where they are.
       keep: the latest so many are kept, and the best by validation. None: they are
         only read, and nothing there is touched, be it of a run that is still training.
+      best: the metric of validation that tells it, one of `evaluation.BETTER`.
     """
 
-    def __init__(self, directory: Path, keep: int | None):
+    def __init__(self, directory: Path, keep: int | None, best: str):
         if keep is None and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
         if keep is None:
             check_metrics(directory)
         else:
             hosts.once(partial(clean, directory))
-        self.directory, self.writes = directory, keep is not None
+        self.directory, self.writes, self.best = directory, keep is not None, best
         self.sealing: tuple[int, dict[str, Any]] | None = None
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=Kept(keep or 1),
-                best_fn=lambda metrics: merit(metrics)[0],
+                preservation_policy=Kept(keep or 1, best),
+                best_fn=lambda metrics: merit(metrics, best)[0],
                 async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
                 todelete_subdir=TRASH,
                 cleanup_tmp_directories=keep is not None,
@@ -168,7 +175,7 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            return max(steps, key=lambda step: merit(self.manager.metrics(step)))
+            return max(steps, key=lambda step: merit(self.manager.metrics(step), self.best))
         if which.isdigit() and int(which) in steps:
             return int(which)
         raise UserError(
@@ -287,7 +294,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
     """
     try:
         metrics = json.loads((folder / "metrics" / "metrics").read_text())
-        merit(metrics)
+        dict.items(metrics)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamageError(f"metrics/metrics: {type(error).__name__}") from error
     return metrics

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from transformer import hosts
+from transformer import hosts, plugins
 from transformer.config import RunConfig, flat_knobs
 from transformer.console import console
 from transformer.errors import UserError, nearest
@@ -170,6 +170,11 @@ def mend_cache(
     print(f"{directory}: {what} ({' '.join(reason.split())[:100]})", file=sys.stderr, flush=True)
 
 
+def define_plugins_flag() -> None:
+    """Defines the flag of a program that loads runs: what `parse` imports."""
+    flags.DEFINE_list("plugins", [], "The modules that the run names as its plugins.")
+
+
 def define_host_flags() -> None:
     """Defines the flags by which a program is told of its other processes; see `hosts.join`."""
     flags.DEFINE_string(
@@ -237,6 +242,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
+    if "plugins" in flags.FLAGS:
+        plugins.load(flags.FLAGS["plugins"].value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # libraries log, with tracebacks, what they raise
     if len(rest) > 1:

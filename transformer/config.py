@@ -1,17 +1,25 @@
 """From a ConfigDict to typed, checked configs: nothing past this door sees the ConfigDict."""
 
+import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
+from transformer import plugins
 from transformer.data.data_config import DataConfig
-from transformer.errors import UserError, nearest, within
-from transformer.model_config import ModelConfig
-from transformer.optimizer import OptimizerConfig
+from transformer.data.tokenizer import TOKENIZERS
+from transformer.data.toy import TASKS
+from transformer.errors import UserError, choose, nearest, within
+from transformer.evaluation import BETTER
+from transformer.model_config import TABLES, ModelConfig
+from transformer.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from transformer.sharding import MeshConfig
+from transformer.text_metrics import METRICS
 from transformer.training import Hyperparameters, Recipe
 
 Section = TypeVar("Section")
@@ -25,7 +33,6 @@ RANGES = {
     "batch_size": (1, 2**20),
     "accumulate": (1, 2**20),
     "max_skipped_steps": (0, 2**31 - 2),
-    "steps_per_call": (1, 2**31 - 1),
     "log_every": (1, 2**31 - 1),
     "eval_every": (1, 2**31 - 1),
     "save_every": (1, 2**31 - 1),
@@ -35,78 +42,98 @@ RANGES = {
 
 # Knobs that change how a run is carried out or watched, and not its result.
 FREE_KNOBS = {
-    "steps_per_call",
     "log_every",
     "eval_every",
     "save_every",
     "keep_checkpoints",
     "debug_nans",
+    "best_metric",
     "data.metrics",
     "data.workers",
 }
 FREE_SECTIONS = {"mesh"}
 
+# Knobs of saved runs that are no more.
+GONE = {"steps_per_call"}
+
+# What runs did that were saved before a knob existed, where that is not its default.
+BEFORE: dict[str, Any] = {"model.separate_vocabularies": False}
+
+
+# What the tables hold without plugins.
+BUILT_IN = {
+    **{f"model.{name}": frozenset(entries) for name, entries in TABLES.items()},
+    **{"optimizer.name": frozenset(OPTIMIZERS), "optimizer.schedule": frozenset(SCHEDULES)},
+    **{"data.task": frozenset(TASKS), "data.metrics": frozenset(METRICS)},
+    **dict.fromkeys(("data.tokenizer", "data.target_tokenizer"), frozenset(TOKENIZERS)),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerReplica:
-    """Where the replicas of a population differ: a value each, or () where they do not."""
+    """Where the replicas of a population differ: a value each, or () where they do not.
 
-    seed: Sequence[Any]
-    learning_rate: Sequence[Any]
-    warmup_steps: Sequence[Any]
-    weight_decay: Sequence[Any]
-    label_smoothing: Sequence[Any]
-    dropout: Sequence[Any]
-    attention_dropout: Sequence[Any]
+    By default they differ in their seeds alone.
+    """
+
+    seed: Sequence[Any] = ()
+    learning_rate: Sequence[Any] = ()
+    warmup_steps: Sequence[Any] = ()
+    weight_decay: Sequence[Any] = ()
+    label_smoothing: Sequence[Any] = ()
+    dropout: Sequence[Any] = ()
+    attention_dropout: Sequence[Any] = ()
 
     def __post_init__(self):
-        for field in fields(self):
-            values = getattr(self, field.name)
-            whole = field.name in ("seed", "warmup_steps")
+        for each in fields(self):
+            values = getattr(self, each.name)
+            whole = each.name in ("seed", "warmup_steps")
             if not isinstance(values, tuple | list) or not all(
                 isinstance(value, int if whole else int | float) and not isinstance(value, bool)
                 for value in values
             ):
                 raise UserError(
-                    f"per_replica.{field.name}={values}: it takes a {'whole ' if whole else ''}"
+                    f"per_replica.{each.name}={values}: it takes a {'whole ' if whole else ''}"
                     "number for each replica, such as (1,2,3)"
                 )
             if not whole:  # 0 means 0.0, as it does for the knob of a single run
-                object.__setattr__(self, field.name, tuple(map(float, values)))
+                object.__setattr__(self, each.name, tuple(map(float, values)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `configs/base.py` explains each knob and holds its default.
+    """A whole run: its knobs with their defaults, some of them in sections of their own.
 
     Raises:
       UserError: a number is out of its range.
     """
 
-    seed: int
-    replicas: int
-    steps: int
-    batch_size: int
-    accumulate: int
-    max_skipped_steps: int
-    debug_nans: bool
-    steps_per_call: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_checkpoints: int
-    label_smoothing: float
-    ema_decay: float
-    decode_margin: int
-    per_replica: PerReplica
-    data: DataConfig
-    model: ModelConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
+    seed: int = 0  # of initialisation, dropout and the order of the data
+    replicas: int = 1  # runs trained at once in one program, with seeds seed, seed + 1, …
+    steps: int = 1_800  # updates in all; schedules end here
+    batch_size: int = 128  # rows a step, over all devices
+    accumulate: int = 1  # parts of a batch, taken one after another to save memory
+    max_skipped_steps: int = 0  # left out, for a NaN or Inf in them, before the run stops
+    debug_nans: bool = False  # a run that stops for a NaN or Inf says which operation made it
+    log_every: int = 100  # steps
+    eval_every: int = 250  # steps; the validation split
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 2  # the latest so many, and the best
+    label_smoothing: float = 0.0  # ε of the smoothed targets; the paper's is 0.1
+    ema_decay: float = 0.0  # of a moving average of parameters, to evaluate with; 0: there is none
+    decode_margin: int = 50  # an output may be so many tokens longer than its source
+    best_metric: str = "sequence_accuracy"  # of validation, names the best; evaluation.py: BETTER
+    plugins: Sequence[str] = ()  # modules that add to the tables; imported before all else
+    per_replica: PerReplica = field(default_factory=PerReplica)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         for name, (least, most) in RANGES.items():
             within(name, getattr(self, name), least, most)
+        choose(BETTER, self.best_metric, "best_metric")
         for name in ("label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")
@@ -158,29 +185,31 @@ class RunConfig:
 
     @classmethod
     def resolve(cls, config: ConfigDict) -> "RunConfig":
-        """Splats each section into its class.
+        """Splats each section into its class, once the plugins are there that it names.
 
         Raises:
-          UserError: a knob is unknown or missing, or does not fit the others.
+          UserError: a knob is unknown, or does not fit the others.
         """
-        sections = {
-            "per_replica": PerReplica,
-            "data": DataConfig,
-            "model": ModelConfig,
-            "optimizer": OptimizerConfig,
-            "mesh": MeshConfig,
-        }
         values: dict[str, Any] = dict(config)
-        for name, section in sections.items():
+        plugins.load(values.get("plugins", ()))
+        for name, section in sections(cls).items():
             if name in values:
                 values[name] = splat(section, dict(values[name]), f"{name}.")
-        return splat(cls, values, "")
+        cfg = splat(cls, values, "")
+        for knob, names in BUILT_IN.items():
+            chosen = attrgetter(knob)(cfg)
+            for name in chosen if isinstance(chosen, tuple) else (chosen,):
+                if name is not None and name not in names and not cfg.plugins:
+                    raise UserError(
+                        f"{knob}={name}: only this process knows it, and no other could load the "
+                        "run; put it into a module, and name that by config.plugins"
+                    )
+        return cfg
 
     def replica(self, k: int) -> "RunConfig":
         """The single run that replica `k` of this population is."""
         own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
         own = {"seed": self.seed + k} | own
-        alike = PerReplica(**{field.name: () for field in fields(PerReplica)})
         inside = {
             section: replace(
                 getattr(self, section),
@@ -191,7 +220,7 @@ class RunConfig:
                 "model": ("dropout", "attention_dropout"),
             }.items()
         }
-        return replace(self, replicas=1, per_replica=alike, **inside, **own)
+        return replace(self, replicas=1, per_replica=PerReplica(), **inside, **own)
 
     def recipe(self) -> Recipe:
         """How the model is trained."""
@@ -212,6 +241,12 @@ class RunConfig:
             numbers=numbers,
         )
 
+    def smoothings(self) -> list[float]:
+        """The label smoothing of each replica."""
+        if self.replicas == 1:
+            return [self.label_smoothing]
+        return [self.replica(k).label_smoothing for k in range(self.replicas)]
+
     def seeds(self) -> Any:
         """The seed, or in a population that of each replica, [R]; uint32."""
         if self.replicas == 1:
@@ -227,18 +262,74 @@ class RunConfig:
         }
 
 
+def sections(config: type) -> dict[str, Any]:
+    """The fields of a config that are configs themselves: name → class."""
+    return {name: kind for name, kind in get_type_hints(config).items() if is_dataclass(kind)}
+
+
 def splat(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    """`section(**values)`, with an error that names the knob that is too many or missing."""
-    known = [field.name for field in fields(section)]  # pyright: ignore[reportArgumentType]
+    """`section(**values)`, with an error that names the knob that is too many."""
+    known = [knob.name for knob in fields(section)]  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
             raise UserError(
                 f"the config has {prefix}{name}, which is no knob{nearest(name, known)}"
             )
-    for name in known:
-        if name not in values:
-            raise UserError(f"the config lacks {prefix}{name}; build it from configs/base.py")
     return section(**values)
+
+
+def default_config() -> Any:
+    """Every knob with its default, as a ConfigDict for a config file to change."""
+
+    def of(section: Any) -> ConfigDict:
+        config, types = ConfigDict(), get_type_hints(section)
+        for knob in fields(section):
+            kind = types[knob.name]
+            if knob.name in sections(section):
+                config[knob.name] = of(kind)
+            elif knob.default is None:  # `int | None`
+                config[knob.name] = config_dict.placeholder(get_args(kind)[0])
+            else:
+                config[knob.name] = knob.default
+        return config
+
+    return of(RunConfig)
+
+
+def load_config(path: str | Path, function: str = "get_config") -> Any:
+    """What the `get_config` of a config file gives, or another function of a Python file.
+
+    Raises:
+      UserError: there is no such file, or it fails.
+    """
+    try:
+        return runpy.run_path(str(path))[function]()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; see configs/") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a person's file may raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
+
+
+def saved_config(saved: Mapping[str, Any]) -> Any:
+    """The config of a saved run, whatever knobs there were when it was saved.
+
+    Raises:
+      UserError: it has a knob that this version does not know.
+    """
+    config = default_config()
+    knobs = {k: value for k, value in flat_knobs(ConfigDict(saved)).items() if k not in GONE}
+    known = flat_knobs(config)
+    for name in knobs:
+        if name not in known:
+            raise UserError(
+                f"the run has the knob {name}, which this version does not know"
+                f"{nearest(name, known)}; use the version that the run was saved by"
+            )
+    config.update_from_flattened_dict(BEFORE | knobs)
+    return config
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

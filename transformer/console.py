@@ -1,7 +1,9 @@
 """What a run shows in the terminal."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -11,7 +13,9 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     track,
 )
@@ -51,6 +55,21 @@ def watched(parts: Iterable[Part], total: int, what: str) -> Iterable[Part]:
     return track(
         parts, what, total, console=console, transient=True, disable=not console.is_terminal
     )
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Shows that something is under way, and for how long; then how long it took."""
+    started = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        bar.add_task(what)
+        if not console.is_terminal:
+            console.print(f"{what} …")
+        yield
+    facts({what: f"took {time.perf_counter() - started:.1f} s"})
 
 
 def figure(value: float) -> str:
@@ -106,6 +125,10 @@ class TrainingBar:
 
     def __exit__(self, *_) -> None:
         self.progress.stop()
+
+    def stepped(self, step: int) -> None:
+        """Shows how far training is."""
+        self.progress.update(self.task, completed=step)
 
     def update(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Shows the metrics of the interval that ends at `step`: means over replicas."""

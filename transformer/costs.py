@@ -22,7 +22,7 @@ def step_flops(model: Model, recipe: Recipe, data: Dataset) -> int:
     Those of the model, which are the same whatever an attention backend or `remat` computes twice.
     """
     plain = replace(model.config, attention_backend="einsum", remat="none")
-    model = Model(plain, model.vocab_size)
+    model = Model(plain, model.vocab_size, model.target_vocab_size)
     state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), {})
     batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
     return matmul_flops(make_train_step(model, recipe), state, batch)

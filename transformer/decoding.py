@@ -29,14 +29,15 @@ def greedy(
     source_segments: Int[Array, "B S"],
     length: int,
     *,
+    tokens: int | None = None,
     margin: int | None = None,
 ) -> Decoded:
     """The likeliest token at each step, up to and with EOS, then padding; see `extend`."""
 
-    def likeliest(logits: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
-        return logits.argmax(-1)
+    def likeliest(log_p: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
+        return log_p.argmax(-1)
 
-    return extend(model, source, source_segments, length, margin, likeliest)
+    return extend(model, source, source_segments, length, tokens, margin, likeliest)
 
 
 def sample(
@@ -45,6 +46,7 @@ def sample(
     source_segments: Int[Array, "B S"],
     length: int,
     *,
+    tokens: int | None = None,
     margin: int | None = None,
     keys: Array,
     temperature: float = 1.0,
@@ -53,13 +55,12 @@ def sample(
 ) -> Decoded:
     """Tokens drawn from the model's own distribution, or from its likelier part; see `extend`.
 
-    PAD and BOS are never drawn: no target has them, though smoothed labels give them a share.
-
     Args:
       model: the module.
       source: as the encoder reads it.
       source_segments: 0 = padding.
       length: tokens in an output at most, EOS included.
+      tokens: see `scores_of`.
       margin: see `limits`.
       keys: of each row, [B]: what it draws does not depend on what shares its batch.
       temperature: what logits are divided by, above 0; below 1 the likelier are drawn more often.
@@ -68,14 +69,29 @@ def sample(
         sampling, Holtzman et al. 2020); 1: all.
     """
 
-    def draw(logits: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
-        logits = logits.astype(jnp.float32).at[:, jnp.array([PAD, BOS])].set(-jnp.inf)
-        logits = likelier(logits / temperature, top_k, top_p)
+    def draw(log_p: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
+        logits = likelier(log_p / temperature, top_k, top_p)
         return jax.vmap(jax.random.categorical)(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index), logits
         )
 
-    return extend(model, source, source_segments, length, margin, draw)
+    return extend(model, source, source_segments, length, tokens, margin, draw)
+
+
+def scores_of(logits: Float[Array, "*B V"], tokens: int | None) -> Float[Array, "*B V"]:
+    """log p of each token, and -inf of those that no output may have.
+
+    These are PAD and BOS, which no target has though smoothed labels give them a share, and those
+    that only fill up the vocabulary. The others are not normalised anew: their log p is that of
+    teacher forcing.
+
+    Args:
+      logits: of the next token.
+      tokens: how many there are in the vocabulary, if not V.
+    """
+    number = jnp.arange(logits.shape[-1])
+    allowed = (number != PAD) & (number != BOS) & (number < (tokens or logits.shape[-1]))
+    return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
 
 
 def likelier(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -113,6 +129,7 @@ def extend(
     source: Int[Array, "B S"],
     source_segments: Int[Array, "B S"],
     length: int,
+    tokens: int | None,
     margin: int | None,
     pick: Callable[[Array, Array], Array],
 ) -> Decoded:
@@ -127,8 +144,9 @@ def extend(
       source: as the encoder reads it.
       source_segments: 0 = padding.
       length: tokens in an output at most, EOS included.
+      tokens: see `scores_of`.
       margin: see `limits`.
-      pick: (logits [B, V], the token's place) → the next tokens [B].
+      pick: (log p [B, V], the token's place) → the next tokens [B].
     """
     rows = source.shape[0]
     memory = model.encode(source, source_segments)
@@ -144,13 +162,13 @@ def extend(
     def step(carry):
         cache, found, last, done = carry
         logits, advanced = model.decode_step(last, cache)
-        picked = pick(logits[:, 0], cache.filled).astype(jnp.int32)[:, None]
+        log_p = scores_of(logits[:, 0], tokens)
+        picked = pick(log_p, cache.filled).astype(jnp.int32)[:, None]
         # log p is summed here: to score whole outputs afterwards takes longer than to find them.
-        log_p = jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
         log_p = jnp.take_along_axis(log_p, picked, axis=1)[:, 0]
         token = jnp.where(done[:, None], PAD, picked)
-        tokens = jax.lax.dynamic_update_slice(found.tokens, token, (0, cache.filled))
-        found = Decoded(tokens, found.log_p + jnp.where(done, 0.0, log_p))
+        longer = jax.lax.dynamic_update_slice(found.tokens, token, (0, cache.filled))
+        found = Decoded(longer, found.log_p + jnp.where(done, 0.0, log_p))
         done = done | (token[:, 0] == EOS) | (advanced.filled >= most)
         return advanced, found, token, done
 
@@ -220,6 +238,7 @@ def beam_search(
     source_segments: Int[Array, "B S"],
     length: int,
     *,
+    tokens: int | None = None,
     margin: int | None = None,
     beam_size: int,
     length_penalty: float,
@@ -234,13 +253,14 @@ def beam_search(
     on what shares a batch.
 
     At J = 1 without a length penalty it is greedy decoding; with J the number of all
-    sequences, it ranks them all.
+    sequences, it ranks them all. PAD and BOS are never said; see `scores_of`.
 
     Args:
       model: the module.
       source: as the encoder reads it.
       source_segments: 0 = padding; a row without a source gets no hypothesis.
       length: tokens in an output at most, EOS included.
+      tokens: see `scores_of`.
       margin: see `limits`.
       beam_size: J.
       length_penalty: α ≥ 0; 0 ranks by probability, more favours longer outputs.
@@ -271,25 +291,25 @@ def beam_search(
         last = jax.lax.dynamic_index_in_dim(search.going, before, axis=2)
         last = jnp.where(index == 0, BOS, last)[..., 0]
         logits, cache = model.decode_step(last, search.cache)
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        log_p, place = jax.lax.top_k((search.log_p[..., None] + log_p).reshape(rows, -1), 2 * width)
+        log_p = search.log_p[..., None] + scores_of(logits, tokens)
+        log_p, place = jax.lax.top_k(log_p.reshape(rows, -1), 2 * width)
         parent, token = place // logits.shape[-1], (place % logits.shape[-1]).astype(jnp.int32)
-        tokens = take(search.going, parent)
-        tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], (0, 0, index))
+        longer = take(search.going, parent)
+        longer = jax.lax.dynamic_update_slice(longer, token[..., None], (0, 0, index))
 
         ends = token == EOS
         finishes = ends & (jnp.arange(2 * width) < width)
         scores = jnp.where(finishes, log_p, -jnp.inf) / penalty(index + 1, length_penalty)
         ended = best(
             Beams(
-                jnp.concatenate([search.ended.tokens, tokens], axis=1),
+                jnp.concatenate([search.ended.tokens, longer], axis=1),
                 jnp.concatenate([search.ended.scores, scores], axis=1),
             ),
             width,
         )
         log_p, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), width)
         parent = jnp.take_along_axis(parent, chosen, axis=1)
-        grown: Any = take(tokens, chosen), log_p, ended
+        grown: Any = take(longer, chosen), log_p, ended
         if margin is not None:  # a row that is as long as it may be waits for the others
             grown = where(index < most, grown, (search.going, search.log_p, search.ended))
         return Search(cache.pick(parent), *grown)

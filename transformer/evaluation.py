@@ -17,21 +17,34 @@ from transformer.model import Model, Params
 from transformer.sharding import constrain, each_part, parts
 from transformer.stacks import Maps
 
+# What `Scores.metrics` gives: 1 where more is better, -1 where less is.
+BETTER = {
+    "loss": -1,
+    "objective": -1,
+    "perplexity": -1,
+    "token_accuracy": 1,
+    "sequence_accuracy": 1,
+}
+
 
 class Scores(NamedTuple):
     """Totals over the target tokens of each example, the true target being fed in.
 
     nll: Σ -log p(token), in nats, without label smoothing.
+    uniform: Σ of the cross-entropy against the uniform distribution; see `loss.TokenLosses`.
     correct: how many tokens were the likeliest at their place.
     tokens: how many there are, EOS included.
     """
 
     nll: Float[Array, "examples"]
+    uniform: Float[Array, "examples"]
     correct: Float[Array, "examples"]
     tokens: Float[Array, "examples"]
 
-    def metrics(self, prefix: str) -> dict[str, float]:
+    def metrics(self, prefix: str, smoothing: float | None = None) -> dict[str, float]:
         """`loss` (nats a token), `perplexity`, `token_accuracy`, `sequence_accuracy`.
+
+        With the smoothing of training also `objective`, what training minimises.
 
         A sequence counts as right when each of its tokens is. That is the same as an
         exact match under greedy decoding: while the output agrees with the target, the
@@ -39,7 +52,12 @@ class Scores(NamedTuple):
         """
         tokens = float(self.tokens.sum())
         loss = float(self.nll.sum()) / tokens
-        return {
+        objective = {}
+        if smoothing is not None:
+            uniform = float(self.uniform.sum()) / tokens
+            smoothed = (1.0 - smoothing) * loss + smoothing * uniform
+            objective = {f"{prefix}/objective": smoothed}
+        return objective | {
             f"{prefix}/loss": loss,
             f"{prefix}/perplexity": float(np.exp(loss)),
             f"{prefix}/token_accuracy": float(self.correct.sum()) / tokens,
@@ -73,9 +91,12 @@ def score(model: Model, params: Params, data: Dataset) -> Scores:
     def score_batch(source, target):
         batch = make_batch(source, target)
         logits = module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
-        nll = cross_entropy(logits, batch.target_out) * batch.weights
-        correct = jnp.where(logits.argmax(-1) == batch.target_out, batch.weights, 0.0)
-        return Scores(nll.sum(-1), correct.sum(-1), batch.weights.sum(-1))
+        nll, uniform = cross_entropy(logits, batch.target_out)
+        correct = jnp.where(logits.argmax(-1) == batch.target_out, 1.0, 0.0)
+        return Scores(
+            *((each * batch.weights).sum(-1) for each in (nll, uniform, correct)),
+            tokens=batch.weights.sum(-1),
+        )
 
     return map_batches(score_batch, data)
 
@@ -114,7 +135,8 @@ def decode(
 
         def decode_batch(source, numbers):
             given = {} if keys is None else {"keys": jax.random.wrap_key_data(numbers)}
-            return search(module, source, (source != PAD).astype(jnp.int32), length, **given)
+            segments = (source != PAD).astype(jnp.int32)
+            return search(module, source, segments, length, tokens=model.tokens, **given)
 
         return map_batches(decode_batch, Dataset(source, numbers, max(data.batch_size // ways, 1)))
 

@@ -20,6 +20,7 @@ from transformer.decoding import Beams, beam_search, greedy, sample
 from transformer.errors import UserError, within
 from transformer.metrics import by_replica
 from transformer.model import Model, Params
+from transformer.plugins import load as load_plugins
 from transformer.workdir import Workdir
 
 
@@ -142,6 +143,7 @@ class Generator:
       checkpoint: latest, best, or the number of a step.
       replica: of a population, which one.
       mesh: the devices; None: all of them, a part of a batch each.
+      plugins: the modules that the run names as its plugins, which are imported.
 
     Raises:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.
@@ -154,7 +156,9 @@ class Generator:
         checkpoint: str = "latest",
         replica: int = 0,
         mesh: Mesh | None = None,
+        plugins: Sequence[str] = (),
     ):
+        load_plugins(plugins)
         self.mesh = mesh or sharding.all_devices()
         with jax.set_mesh(self.mesh):
             loaded = trained.load(Workdir(str(workdir)), self.mesh, checkpoint)

@@ -20,6 +20,8 @@ from transformer import hosts
 
 PARENT = "TRANSFORMER_PARENT"  # the environment's variable with the process to live as long as
 
+ONCE = 0.2  # seconds in which a request that comes twice, as from a scheduler, is one
+
 RESUME = 75  # the exit status EX_TEMPFAIL of BSD's sysexits.h: not done, try again
 
 
@@ -52,10 +54,14 @@ class StopRequests:
     """The requests to stop that come while the `with` block lasts, the writing of a checkpoint too.
 
     Only the main thread of a program can ask for signals; in another, none are noticed here.
+
+    something_to_save: whether a step has been taken. Before, a request ends the process at once,
+      wherever it is, such as inside of the compiler.
     """
 
     def __init__(self):
         self.asked: signal.Signals | None = None
+        self.something_to_save = False
         self.boundaries = 0
 
     def __enter__(self) -> "StopRequests":
@@ -81,20 +87,26 @@ class StopRequests:
 
     def listen(self, noticed: frozenset[signal.Signals]) -> None:
         """Takes the numbers of signals as they come."""
+        began = 0.0
         with self.read:
             while number := self.read.recv(1):
                 if number[0] not in noticed:
                     continue
-                if self.asked and number[0] == signal.SIGINT:
-                    os._exit(128 + signal.SIGINT)
-                if not self.asked:
-                    self.asked = signal.Signals(number[0])
-                    print(
-                        f"\n{self.asked.name}: stopping with a checkpoint; ^C stops at once",
-                        file=sys.stderr,
-                    )
-                    if hosts.several():
-                        os.kill(os.getpid(), signal.SIGTERM)
+                if self.asked is None:
+                    began = time.monotonic()
+                    self.take(signal.Signals(number[0]))
+                elif time.monotonic() - began > ONCE:
+                    os._exit(128 + number[0])
+
+    def take(self, asked: signal.Signals) -> None:
+        """Takes the first request."""
+        if not self.something_to_save:
+            say(f"{asked.name}: stopped before the first step, nothing to save")
+            os._exit(RESUME)
+        self.asked = asked
+        say(f"{asked.name}: stopping with a checkpoint; a second one stops at once")
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(self) -> bool:
         """Whether training stops here; to be asked at the end of every dispatch.
@@ -105,3 +117,8 @@ class StopRequests:
         if hosts.several():
             return multihost_utils.reached_preemption_sync_point(self.boundaries)
         return self.asked is not None
+
+
+def say(text: str) -> None:
+    """Prints a line of its own, also below a progress bar."""
+    print(f"\n{text}", file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ class Embedding(nnx.Module):
 class Linear(nnx.LinearGeneral):
     """`nnx.LinearGeneral` whose bias has a gradient summed in float32, whatever the dtype."""
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:  # pyright: ignore
         kernel = self.kernel[...].astype(self.dtype)
         product = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.axis))
         return product if self.bias is None else add_bias(product, self.bias[...])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from transformer import evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import TrainingBar, facts
+from transformer.console import TrainingBar, doing
 from transformer.data.batches import Dataset, Window
 from transformer.health import Watchman
 from transformer.interruption import Interrupted, StopRequests
@@ -114,10 +114,13 @@ class Loop:
         self.step = self.saved = state.taken()
         self.nothing = jax.device_get(zero_sums(cfg.replicas))
         sums = begun.get("sums", self.nothing)
-        self.sums = self.place({name: np.float32(total) for name, total in sums.items()})
+        # What an older version had not summed is not known in this interval.
+        unknown = {name: np.full_like(zero, np.nan) for name, zero in self.nothing.items()}
+        self.sums = self.place({k: np.float32(sums.get(k, unknown[k])) for k in self.nothing})
         # An interval that has ended: its last step, its sums, and how often it waited for data.
         self.unread: tuple[int, Sums, float | None] | None = None
         self.watch = Stopwatch(begun.get("seconds", 0.0))
+        self.pace = Pace()
         self.watchman = Watchman(state, cfg.max_skipped_steps)
 
     def run(self) -> TrainState:
@@ -127,11 +130,10 @@ class Loop:
           Interrupted: somebody asked for it; the state is saved.
           NonfiniteError: more steps than may be left out had a NaN or Inf.
         """
-        started = time.perf_counter()
-        with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
-            # It compiles, and takes no step.
+        with doing("compiling"):  # it takes no step
             self.dispatch(self.feed.blank(), self.place(np.array(0, np.int32)))
-            facts({"compiled": f"in {time.perf_counter() - started:.1f} s"})
+        with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
+            self.requests.something_to_save = True
             self.watch.start()
             while self.step < self.cfg.steps:
                 if self.requests.stop():
@@ -141,22 +143,28 @@ class Loop:
 
     def advance(self) -> None:
         """Takes the steps of one dispatch, and does what is due after it."""
-        before, stop = self.sums, next_stop(self.cfg, self.step, self.feed.most)
-        steps, data = self.place(np.array(stop - self.step, np.int32)), self.feed.following()
+        before, (data, most) = self.sums, self.feed.following(self.step)
+        stop = next_stop(self.cfg, self.step, min(most, self.pace.steps))
+        steps = self.place(np.array(stop - self.step, np.int32))
         with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
             self.dispatch(data, steps)
-        jax.block_until_ready(before)  # no more than one dispatch waits for another
+        # No more than one dispatch waits for another; and none where a step takes long.
+        jax.block_until_ready(self.sums if self.pace.is_slow() else before)
+        self.pace.dispatched(stop - self.step)
         self.step = stop
+        self.bar.stepped(self.step)
         self.read()  # only now: the device is at work on the next interval
         saves = self.is_due(self.cfg.save_every) or self.step == self.cfg.steps
         # At saves too: a resumed run then logs the very intervals of one left alone.
         if self.is_due(self.cfg.log_every) or saves:
             self.unread = self.step, self.sums, self.feed.waited()
             self.sums = self.place(self.nothing)
+            self.pace.interrupted()
         if self.is_due(self.cfg.eval_every) or saves:
             self.read()
             with self.watch.paused(self.sums):
                 self.validate(saves)
+            self.pace.interrupted()
 
     def dispatch(self, data: Dataset | Window, steps: Int[Array, ""]) -> None:
         """Gives the devices so many steps to take, and does not wait for them."""
@@ -168,7 +176,8 @@ class Loop:
             return
         (step, sums, waited), self.unread = self.unread, None
         each = by_replica(jax.block_until_ready(sums), self.cfg.replicas)
-        seconds = self.watch.lap()
+        seconds, self.pace.last = self.watch.lap(), time.perf_counter()
+        self.pace.agree()
         metrics = [train_metrics(one, seconds, self.flop_share, waited) for one in each]
         self.bar.update(step, metrics)
         self.writer.write(step, metrics)
@@ -177,7 +186,12 @@ class Loop:
     def validate(self, saves: bool) -> None:
         """Scores the validation split, and saves the state if that is due too."""
         scores = self.programs.score(self.state.variables(), self.validation)
-        metrics = [one.metrics("validation") for one in by_replica(scores, self.cfg.replicas)]
+        metrics = [
+            one.metrics("validation", smoothing)
+            for one, smoothing in zip(
+                by_replica(scores, self.cfg.replicas), self.cfg.smoothings(), strict=True
+            )
+        ]
         metrics = self.watchman.without_stopped(metrics)
         self.bar.validated(self.step, metrics)
         self.writer.write(self.step, metrics)
@@ -208,6 +222,43 @@ class Loop:
     def place(self, tree: Any) -> Any:
         """Small arrays on every device."""
         return sharding.place(tree, sharding.replicated(jax.sharding.get_mesh()))
+
+
+class Pace:
+    """How many steps a dispatch takes: as many as take a second, by what the last ones took.
+
+    No result depends on it. Several processes must dispatch alike: the first of them decides, when
+    an interval is read.
+    """
+
+    seconds = 1.0  # that a dispatch should take
+
+    def __init__(self):
+        self.steps = self.wanted = 1
+        self.running = 0  # steps of the dispatch that began at `last`; 0: nobody knows
+        self.last = time.perf_counter()
+
+    def is_slow(self) -> bool:
+        """Whether a dispatch of one step takes so long that none should wait for it."""
+        return self.steps == 1
+
+    def dispatched(self, steps: int) -> None:
+        """Notes that a dispatch of so many has begun, when that before it has ended."""
+        now = time.perf_counter()
+        slow = self.is_slow()
+        if done := steps if slow else self.running:
+            self.wanted = max(1, int(self.seconds * done / (now - self.last)))
+        self.running, self.last = 0 if slow else steps, now
+        if not hosts.several():
+            self.steps = self.wanted
+
+    def interrupted(self) -> None:
+        """Notes that the next dispatch does not begin when the one before it ends."""
+        self.running, self.last = 0, time.perf_counter()
+
+    def agree(self) -> None:
+        """Has all processes take as many steps as the first would."""
+        self.steps = hosts.once(lambda: self.wanted)
 
 
 class Stopwatch:

@@ -1,23 +1,34 @@
 """Cross-entropy with label smoothing, token by token."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    smoothing: float | Float[Array, ""] = 0.0,
-) -> Float[Array, "B T"]:
-    """Cross-entropy against (1 - ε) · one_hot(target) + ε / V, in nats, float32.
+class TokenLosses(NamedTuple):
+    """Cross-entropies of each token's prediction, in nats, float32.
 
-    Without smoothing it is -log p(target), of which exp is the perplexity. A target
-    outside the vocabulary gives NaN. (Szegedy et al. 2016, section 7; Vaswani et al.
-    2017, section 5.4, ε = 0.1.)
+    nll: against the token itself, -log p(target), of which exp of the mean is the perplexity.
+    uniform: against the uniform distribution over the vocabulary.
     """
+
+    nll: Float[Array, "*B"]
+    uniform: Float[Array, "*B"]
+
+    def smoothed(self, smoothing: float | Float[Array, ""]) -> Float[Array, "*B"]:
+        """Against (1 - ε) · one_hot(target) + ε / V, which training minimises.
+
+        (Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4, ε = 0.1.)
+        """
+        if isinstance(smoothing, float) and smoothing == 0.0:
+            return self.nll
+        return (1.0 - smoothing) * self.nll + smoothing * self.uniform
+
+
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> TokenLosses:
+    """The losses of each token; a target outside the vocabulary has NaN."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1, mode="fill")[..., 0]
-    if isinstance(smoothing, float) and smoothing == 0.0:
-        return nll
-    return (1.0 - smoothing) * nll - smoothing * log_p.mean(-1)
+    return TokenLosses(nll, -log_p.mean(-1))

@@ -25,9 +25,12 @@ def train_metrics(
 ) -> dict[str, float]:
     """The ratios of an interval's sums (`training.make_train_step`) and its speed.
 
+    `train/loss` is the cross-entropy, as `validation/loss` is; `train/objective` what is minimised,
+    with label smoothing.
+
     With `flop_share`, what one step a second is of the devices' peak, `train/mfu` is among
     them: the model's FLOPs, none counted twice, as a fraction of the peak (Chowdhery et al. 2022,
-    section 4.1). With `waited`, `train/data_waits` is: the share of the dispatches whose data were
+    section 4.1). With `waited`, `train/data_waits` is: the share of the windows of data that were
     not there yet.
     """
     totals = {name: float(np.asarray(value)) for name, value in sums.items()}
@@ -40,9 +43,11 @@ def train_metrics(
         utilisation
         | waits
         | {
-            "train/loss": totals["loss"] / tokens,
+            "train/loss": totals["nll"] / tokens,
+            "train/objective": totals["loss"] / tokens,
             "train/accuracy": totals["correct"] / tokens,
             "train/gradient_norm": totals["gradient_norm"] / good,
+            "train/learning_rate": totals["learning_rate"] / good,
             "train/steps_per_second": speed,
             "train/target_tokens_per_second": totals["tokens"] / seconds,
         }

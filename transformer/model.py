@@ -12,9 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer import masking
 from transformer.attention import KeyValue, Relations
-from transformer.dot_product_attention import (
-    SHORT_MASK_BACKENDS,
-)
+from transformer.data.tokenizer import Tokenizer
+from transformer.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.dropout import Training, drop
 from transformer.layers import (
     Embedding,
@@ -57,9 +56,11 @@ class Cache(NamedTuple):
 class Transformer(nnx.Module):
     """Vaswani et al. 2017, figure 1: tokens in, logits over the next target token out."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
-        def make_embedding():
-            return Embedding(vocab_size, config.width, dtype=DTYPES[config.dtype], rngs=rngs)
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, target_vocab_size: int, *, rngs: nnx.Rngs
+    ):
+        def make_embedding(size: int):
+            return Embedding(size, config.width, dtype=DTYPES[config.dtype], rngs=rngs)
 
         def make_position(causal: bool):
             return POSITIONS[config.position](
@@ -71,10 +72,11 @@ class Transformer(nnx.Module):
             )
 
         self.config = config
-        self.embedding = make_embedding()
+        self.embedding = make_embedding(vocab_size)
         # Tied, one table reads the source, reads the target and scores the output.
-        self.target_embedding = None if config.tie_embeddings else make_embedding()
-        self.output_embedding = None if config.tie_embeddings else make_embedding()
+        tied = config.tie_embeddings
+        self.target_embedding = None if tied else make_embedding(target_vocab_size)
+        self.output_embedding = None if tied else make_embedding(target_vocab_size)
         self.source_position, self.target_position = make_position(False), make_position(True)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
@@ -242,10 +244,13 @@ def relations(
     return Relations(mask, rotate, position.bias(queries, keys))
 
 
-def recurrent(config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> Recurrent:
+def recurrent(
+    config: ModelConfig, vocab_size: int, target_vocab_size: int, *, rngs: nnx.Rngs
+) -> Recurrent:
     """The recurrent baseline of the model's sizes; what it does not name, it does not have."""
     return Recurrent(
         vocab_size,
+        target_vocab_size,
         width=config.width,
         layers=config.layers,
         heads=config.heads,
@@ -267,23 +272,46 @@ class Model:
     Holds the module's structure without its arrays, and what is known of the
     variables before there are any: their shapes and the logical axes of each. Variables
     are the parameters, which are trained, and the statistics that batch norm keeps.
+
+    Args:
+      config: the architecture.
+      vocab_size: V of the source, and where the vocabulary is shared of the target too.
+      target_vocab_size: V of the target and the logits; None: the same.
+      tokens: of that, those that an output may have; the others fill it up. None: all.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        target_vocab_size: int | None = None,
+        tokens: int | None = None,
+    ):
         self.config = config
         self.vocab_size = vocab_size
+        self.target_vocab_size = target_vocab_size or vocab_size
+        self.tokens = tokens or self.target_vocab_size
         self.structure, state = nnx.split(self.build(None))
         self.shapes = flatten(state)
         leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
         self.axes = {name: leaf.get_metadata("axes") for name, leaf in leaves.items()}
         self.statistics = {name for name, leaf in leaves.items() if leaf.type is Statistic}
 
+    @classmethod
+    def of(cls, config: ModelConfig, source: Tokenizer, target: Tokenizer) -> "Model":
+        """The model of two tokenizers, which are the same one where the vocabulary is shared."""
+        sizes = source.vocab_size, target.vocab_size
+        if not config.separate_vocabularies:
+            sizes = (max(sizes),) * 2
+        return cls(config, *sizes, tokens=len(target.pieces))
+
     def build(self, key: Array | None) -> Any:
         """The module with variables from `key`; without one, with their shapes alone."""
         if key is None:
             return nnx.eval_shape(lambda: self.build(jax.random.key(0)))
         make = MODULES[self.config.architecture]
-        return make(self.config, self.vocab_size, rngs=nnx.Rngs(key))
+        sizes = self.vocab_size, self.target_vocab_size
+        return make(self.config, *sizes, rngs=nnx.Rngs(key))
 
     def init(self, key: Array) -> Params:
         """Fresh variables, float32, the same for the same key on any mesh."""

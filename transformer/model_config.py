@@ -48,57 +48,61 @@ REMATS: dict[str, Any] = {
 }
 
 
+# The tables that knobs name an entry of.
+TABLES: dict[str, dict[str, Any]] = {
+    "architecture": {name: name for name in ARCHITECTURES},
+    "feed_forward": FEED_FORWARDS,
+    "cell": CELLS,
+    "init": INITIALIZERS,
+    "norm": NORMS,
+    "norm_placement": {name: name for name in NORM_PLACEMENTS},
+    "position": POSITIONS,
+    "attention_backend": ATTENTION_BACKENDS,
+    "remat": REMATS,
+    "dtype": DTYPES,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture. `configs/base.py` explains each knob and holds its default.
+    """The architecture.
 
     Raises:
       UserError: a name is unknown, or the numbers contradict each other.
     """
 
-    architecture: str
-    layers: int
-    width: int
-    heads: int
-    head_width: int | None
-    value_width: int | None
-    kv_heads: int | None
-    ff_width: int
-    feed_forward: str
-    cell: str
-    init: str
-    dropout: float
-    attention_dropout: float
-    norm: str
-    norm_placement: str
-    norm_epsilon: float
-    position: str
-    max_length: int
-    random_positions: int
-    window: int | None
-    tie_embeddings: bool
-    attention_bias: bool
-    qk_norm: bool
-    fused_qkv: bool
-    attention_backend: str
-    scan_layers: bool
-    remat: str
-    dtype: str
+    architecture: str = "transformer"  # transformer/model_config.py: ARCHITECTURES
+    layers: int = 1  # L, of the encoder and of the decoder
+    width: int = 64  # D
+    heads: int = 4  # N
+    head_width: int | None = None  # H, d_k; None: width / heads
+    value_width: int | None = None  # E, d_v; None: head_width
+    kv_heads: int | None = None  # K, of keys and values; None: heads
+    ff_width: int = 256  # F; the gated kinds have 2/3 of it, and as many parameters
+    feed_forward: str = "relu"  # transformer/layers.py: FEED_FORWARDS
+    cell: str = "lstm"  # of the recurrent architecture; transformer/recurrent.py: CELLS
+    init: str = "glorot_uniform"  # transformer/layers.py: INITIALIZERS
+    dropout: float = 0.0  # on each sublayer's output and on the embedded tokens
+    attention_dropout: float = 0.0  # on the attention weights
+    norm: str = "layer"  # transformer/normalization.py: NORMS
+    norm_placement: str = "pre"  # pre (Xiong 2020), post (Vaswani 2017) or both
+    norm_epsilon: float = 1e-6  # added to the variance
+    position: str = "sinusoidal"  # transformer/positions.py: POSITIONS
+    max_length: int = 512  # tokens, where positions are learned or random
+    random_positions: int = 0  # draw them from so many in training (Ruoss 2023); 0: do not
+    window: int | None = None  # self-attention reaches less far; None: all
+    tie_embeddings: bool = True  # one table for source, target and logits
+    separate_vocabularies: bool = True  # each side's table has its own size; False: the larger
+    attention_bias: bool = False  # on the four projections of attention
+    qk_norm: bool = False  # RMS norm of queries and keys, head by head
+    fused_qkv: bool = False  # queries, keys and values of a sequence in one product
+    attention_backend: str = "einsum"  # in transformer/dot_product_attention.py
+    scan_layers: bool = False  # compiled once for all layers of a stack
+    remat: str = "none"  # computed anew in the gradient; REMATS there
+    dtype: str = "float32"  # of the computation; parameters are always float32
 
     def __post_init__(self):
-        tables: dict[str, dict[str, Any]] = {
-            "architecture": {name: name for name in ARCHITECTURES},
-            "feed_forward": FEED_FORWARDS,
-            "cell": CELLS,
-            "init": INITIALIZERS,
-            "norm": NORMS,
-            "norm_placement": {name: name for name in NORM_PLACEMENTS},
-            "position": POSITIONS,
-            "attention_backend": ATTENTION_BACKENDS,
-            "remat": REMATS,
-            "dtype": DTYPES,
-        }
-        for name, entries in tables.items():
+        for name, entries in TABLES.items():
             choose(entries, getattr(self, name), f"model.{name}")
         for name, most in SIZES.items():
             if getattr(self, name) is not None:

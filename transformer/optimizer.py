@@ -17,21 +17,21 @@ LARGEST = float(np.finfo(np.float32).max)  # the step computes in float32
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update rule. `configs/base.py` explains each knob and holds its default.
+    """The update rule.
 
     Raises:
       UserError: a name is unknown or a number out of its range.
     """
 
-    name: str
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
+    name: str = "adam"  # transformer/optimizer.py: OPTIMIZERS
+    learning_rate: float = 4e-3  # its highest value
+    schedule: str = "linear"  # after the warm-up; transformer/optimizer.py: SCHEDULES
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-9
+    weight_decay: float = 0.0  # transformer/optimizer.py: DECAYING
+    clip_norm: float = 1.0  # of all gradients together; 0: they are not clipped
 
     def __post_init__(self):
         choose(OPTIMIZERS, self.name, "optimizer.name")

@@ -156,7 +156,8 @@ class Recurrent(nnx.Module):
     the same multi-head attention as the Transformer.
 
     Args:
-      vocab_size: V.
+      vocab_size: V of the source.
+      target_vocab_size: V of the target.
       width: D, even.
       layers: L, of the encoder and of the decoder.
       heads: N, of the attention.
@@ -170,6 +171,7 @@ class Recurrent(nnx.Module):
     def __init__(
         self,
         vocab_size: int,
+        target_vocab_size: int,
         *,
         width: int,
         layers: int,
@@ -180,8 +182,8 @@ class Recurrent(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def embedding():
-            return Embedding(vocab_size, width, dtype=dtype, rngs=rngs)
+        def embedding(size: int):
+            return Embedding(size, width, dtype=dtype, rngs=rngs)
 
         def linear(inputs: int):
             return Linear(
@@ -201,9 +203,9 @@ class Recurrent(nnx.Module):
             )
 
         half = width // 2
-        self.embedding = embedding()
-        self.target_embedding = None if tie_embeddings else embedding()
-        self.output_embedding = None if tie_embeddings else embedding()
+        self.embedding = embedding(vocab_size)
+        self.target_embedding = None if tie_embeddings else embedding(target_vocab_size)
+        self.output_embedding = None if tie_embeddings else embedding(target_vocab_size)
         self.forward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
         self.backward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
         self.bridge = nnx.List(linear(half) for _ in range(layers))

@@ -54,11 +54,11 @@ class MeshConfig:
       and all that is computed a token at a time stay split.
     """
 
-    replica: int
-    data: int
-    fsdp: int
-    tensor: int
-    context: int
+    replica: int = -1
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
 
 
 def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,8 +1,8 @@
 """Where the training loop's batches come from: the devices' own memory, or processes on the host.
 
 What fits lies on the devices, and a step picks its rows there. What does not is streamed: grain's
-worker processes make the batches of the steps to come, a thread stacks those of one dispatch into a
-window and places it, and the loop finds it there. Batch k holds the same tokens either way, so
+worker processes make the batches of the steps to come, a thread stacks some of them into a window
+and places it, and the loop finds it there. Batch k holds the same tokens either way, so
 that neither the way nor the number of workers changes a result.
 """
 
@@ -10,9 +10,10 @@ import contextlib
 import os
 import queue
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,20 +30,18 @@ from transformer.data.rows import Batches, Rows
 from transformer.errors import UserError, needs
 from transformer.training import stream
 
-WINDOW_BYTES = 2**26  # of the batches of one dispatch, at most
+WINDOW_BYTES = 2**26  # of a window's batches, at most
+WINDOW_STEPS = 100  # batches in a window, at most
 AHEAD = 2  # windows that wait for the loop
 WORKER_AHEAD = 16  # batches that each worker has ready
 PATIENCE = 0.1  # seconds between looks at whether to stop
 
 
 class Resident:
-    """Training data that lies on the devices.
+    """Training data that lies on the devices."""
 
-    waits: how many of the dispatches since the last look had to wait; None: none ever has to.
-    """
-
-    def __init__(self, data: Dataset, steps: int):
-        self.data, self.most = data, steps
+    def __init__(self, data: Dataset):
+        self.data = data
 
     def blank(self) -> Dataset:
         """What a dispatch of no steps reads."""
@@ -53,9 +52,9 @@ class Resident:
         """While batches are asked for, from a step on."""
         yield
 
-    def following(self) -> Dataset:
-        """What the next dispatch reads."""
-        return self.data
+    def following(self, step: int) -> tuple[Dataset, int]:
+        """What a dispatch from `step` on reads, and how many steps it may take."""
+        return self.data, sys.maxsize
 
     def waited(self) -> float | None:
         """The share of the dispatches since the last call that waited for data; None: none can."""
@@ -74,8 +73,6 @@ class Stream:
       batch_size: rows a batch.
       seeds: of the replicas.
       steps: of the whole run.
-      stop_after: (step, most) → where the dispatch that begins there ends.
-      most: steps a dispatch, if they fit into `WINDOW_BYTES`.
       workers: processes.
       mesh: the devices.
     """
@@ -87,8 +84,6 @@ class Stream:
         seeds: np.ndarray | np.uint32,
         *,
         steps: int,
-        stop_after: Callable[[int, int], int],
-        most: int,
         workers: int,
         mesh: Mesh,
     ):
@@ -96,10 +91,10 @@ class Stream:
             import grain
         self.grain = grain
         self.rows, self.batch_size, self.seeds, self.steps = rows, batch_size, seeds, steps
-        self.stop_after, self.workers, self.mesh = stop_after, workers, mesh
+        self.workers, self.mesh = workers, mesh
         row = sum(rows.widths) * np.dtype(np.int32).itemsize
-        self.most = min(most, max(1, WINDOW_BYTES // (batch_size * row)))
-        self.dispatches = self.waits = 0
+        self.most = min(WINDOW_STEPS, max(1, WINDOW_BYTES // (batch_size * row)))
+        self.windows = self.waits = 0
 
     def blank(self) -> Window:
         """A window without batches."""
@@ -144,6 +139,7 @@ class Stream:
     def running(self, begin: int) -> Iterator[None]:
         """While batches are asked for, from step `begin` on."""
         self.ready: queue.Queue[Window | BaseException] = queue.Queue(AHEAD)
+        self.end = begin  # of the window at hand
         self.ends = threading.Event()
         thread = threading.Thread(target=self.fill, args=(begin,), daemon=True)
         thread.start()
@@ -153,13 +149,15 @@ class Stream:
             self.ends.set()
             thread.join()
 
-    def following(self) -> Window:
-        """The window of the next dispatch.
+    def following(self, step: int) -> tuple[Window, int]:
+        """The window of a dispatch from `step` on, and how many steps are left in it.
 
         Raises:
           UserError: a worker has ended.
         """
-        self.dispatches += 1
+        if step < self.end:
+            return self.held, self.end - step
+        self.windows += 1
         self.waits += self.ready.empty()
         window = self.ready.get()
         if isinstance(window, BaseException):
@@ -168,12 +166,13 @@ class Stream:
                 f"the processes that make batches have ended: {reason}; the same command goes on "
                 "from the last checkpoint; with data.workers=0 there are none"
             ) from window
-        return window
+        self.held, self.end = window, min(step + self.most, self.steps)
+        return window, self.end - step
 
     def waited(self) -> float:
-        """The share of the dispatches since the last call that waited for data."""
-        share = self.waits / max(self.dispatches, 1)
-        self.dispatches = self.waits = 0
+        """The share of the windows since the last call that were not there yet."""
+        share = self.waits / max(self.windows, 1)
+        self.windows = self.waits = 0
         return share
 
     def fill(self, begin: int) -> None:
@@ -183,7 +182,7 @@ class Stream:
             iterator = self.iterate(begin)
             step = begin
             while step < self.steps and not self.ends.is_set():
-                stop = self.stop_after(step, self.most)
+                stop = min(step + self.most, self.steps)
                 self.offer(self.window([next(iterator) for _ in range(step, stop)], step))
                 step = stop
         except Exception as error:  # whatever a worker's end is to grain

@@ -41,7 +41,7 @@ def load(workdir: Workdir, mesh: Mesh, checkpoint: str = "latest") -> Trained:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.
     """
     cfg, tokenizers, model, like = outline(workdir, mesh)
-    with Checkpoints(workdir.checkpoints, keep=None) as checkpoints:
+    with Checkpoints(workdir.checkpoints, None, cfg.best_metric) as checkpoints:
         step = checkpoints.find(checkpoint)
         state = checkpoints.restore(step, like)
     stopped = np.atleast_1d(hosts.fetch(state.skipped)) > cfg.max_skipped_steps
@@ -57,6 +57,6 @@ def outline(workdir: Workdir, mesh: Mesh) -> tuple[RunConfig, Tokenizers, Model,
     cfg = RunConfig.resolve(workdir.read_config())
     tokenizers = saved_tokenizers(cfg.data, workdir.tokenizers)
     workdir.check_corpus(tokenizers.digests())
-    model = Model(cfg.model, tokenizers.vocab_size)
+    model = Model.of(cfg.model, *tokenizers)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     return cfg, tokenizers, model, like

@@ -19,7 +19,7 @@ from transformer.dropout import Training, streams
 from transformer.loss import cross_entropy
 from transformer.model import Model, Params, flatten
 from transformer.normalization import Statistic
-from transformer.optimizer import OptimizerConfig, make_optimizer
+from transformer.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 Sums = dict[str, Float[Array, "*R"]]
 
@@ -64,6 +64,11 @@ class Recipe:
     accumulate: int
     max_skipped: int
     numbers: Hyperparameters
+
+    def learning_rate(self, numbers: Hyperparameters, updates: Int[Array, ""]) -> Float[Array, ""]:
+        """That of the update after so many."""
+        peak, warmup = numbers.learning_rate, numbers.warmup_steps
+        return make_schedule(self.optimizer.schedule, self.steps, peak, warmup)(updates)
 
     def make_optimizer(self, numbers: Hyperparameters) -> optax.GradientTransformation:
         """The optimizer with these numbers in it."""
@@ -217,8 +222,9 @@ def make_train_step(
     The loss is the mean, over the batch's real tokens, of the smoothed cross-entropy; over
     all of them also where the batch is taken in parts, which then differs from taking it whole
     by rounding, and by what is drawn: each part has its own key.
-    `sums` holds totals: `loss`, `correct` and `tokens` over tokens, `gradient_norm`
-    (before clipping) and `steps` over steps, of which `skipped` and `stopped` added nothing else.
+    `sums` holds totals: `loss`, `nll` (not smoothed), `correct` and `tokens` over tokens,
+    `gradient_norm` (before clipping), `learning_rate` and `steps` over steps, of which `skipped`
+    and `stopped` added nothing else.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -237,10 +243,12 @@ def make_train_step(
                 target_positions=part.target_positions,
                 training=Training(streams(key), numbers.dropout, numbers.attention_dropout),
             )
-            loss = cross_entropy(logits, part.target_out, numbers.label_smoothing)
+            losses = cross_entropy(logits, part.target_out)
+            loss = losses.smoothed(numbers.label_smoothing)
             correct = jnp.where(logits.argmax(-1) == part.target_out, part.weights, 0.0)
             sums = {
                 "loss": (loss * part.weights).sum(),
+                "nll": (losses.nll * part.weights).sum(),
                 "correct": correct.sum(),
                 "tokens": part.weights.sum(),
             }
@@ -258,6 +266,7 @@ def make_train_step(
         updates, moments = optimizer.update(gradients, state.moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         sums["gradient_norm"] = optax.tree.norm(gradients)
+        sums["learning_rate"] = recipe.learning_rate(numbers, state.step - state.skipped)
         fresh = state._replace(
             step=state.step + 1,
             params=params,
@@ -323,7 +332,8 @@ def averaged(average: Params, params: Params, step: Int[Array, ""], decay: float
 
 def zero_sums(replicas: int = 1) -> Sums:
     """Sums over nothing, of a run or of each replica."""
-    names = ("loss", "correct", "tokens", "gradient_norm", "steps", "skipped", "stopped")
+    names = ("loss", "nll", "correct", "tokens", "gradient_norm", "learning_rate")
+    names += ("steps", "skipped", "stopped")
     return {name: jnp.zeros(() if replicas == 1 else replicas) for name in names}
 
 

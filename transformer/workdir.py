@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from transformer import hosts
-from transformer.config import differences
+from transformer import hosts, plugins
+from transformer.config import differences, saved_config
 from transformer.console import console
 from transformer.errors import UserError
 from transformer.strict_json import dumps
@@ -34,12 +34,19 @@ class Workdir:
         self.holding: IO[str] | None = None  # the lock, where this process has it
 
     def read_config(self) -> ConfigDict:
-        """The config that the run was started with.
+        """The config that the run was started with, with the defaults of newer knobs.
 
         Raises:
-          UserError: the folder is no run's.
+          UserError: the folder is no run's, or the run has a plugin that nobody has named.
         """
-        return ConfigDict(self.read_record()["config"])
+        try:
+            config = saved_config(self.read_record()["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.config} is damaged ({error}); restore it or train anew"
+            ) from error
+        plugins.check(config.plugins, self.path)
+        return config
 
     def read_record(self) -> dict[str, Any]:
         """What `write_config` wrote.

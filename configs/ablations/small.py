@@ -7,11 +7,11 @@ Usage:
     python train.py --config=configs/ablations/small.py
 """
 
-from configs import base
+from transformer.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.steps = 500
     config.batch_size = 64
     config.log_every = 50

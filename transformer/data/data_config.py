@@ -11,26 +11,23 @@ from transformer.text_metrics import METRICS
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which dataset, which of its splits serve what, and as which tokens.
+    """Which dataset, which of its splits serve what, and as which tokens."""
 
-    `configs/base.py` explains each knob.
-    """
-
-    dataset: str
-    task: str
-    size: str
-    source: str
-    target: str
-    train: str
-    validation: str
-    test: str
-    tokenizer: str
-    target_tokenizer: str | None
-    vocab_size: int
-    longest: int
-    metrics: Sequence[str]
-    workers: int
-    pack: int
+    dataset: str = "toy_strings"  # transformer/data/datasets.py: DATASETS; or a name of TFDS
+    task: str = "reverse"  # of toy_strings; transformer/data/toy.py: TASKS
+    size: str = "small"  # of toy_strings; transformer/data/toy.py: SIZES
+    source: str = "source"  # what the dataset calls the two texts of a pair
+    target: str = "target"
+    train: str = "train"  # TFDS splits, slices too: train[:10%]; of files, the file
+    validation: str = "validation"
+    test: str = "test"
+    tokenizer: str = "characters"  # transformer/data/tokenizer.py: TOKENIZERS
+    target_tokenizer: str | None = None  # None: one for both languages
+    vocab_size: int = 8_000  # pieces to learn, at most, for bpe and unigram
+    longest: int = 0  # tokens; longer examples are left out of training; 0: none is
+    metrics: Sequence[str] = ()  # of decoded text; transformer/text_metrics.py: METRICS
+    workers: int = 0  # processes that make batches on the host; 0: all rows lie on devices
+    pack: int = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 
     def __post_init__(self):
         choose(toy.TASKS, self.task, "data.task")

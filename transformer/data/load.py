@@ -32,11 +32,6 @@ class Tokenizers(NamedTuple):
     source: Tokenizer
     target: Tokenizer
 
-    @property
-    def vocab_size(self) -> int:
-        """Of the larger of two vocabularies."""
-        return max(self.source.vocab_size, self.target.vocab_size)
-
     def encode(self, sources: Sequence[str], targets: Sequence[str]) -> Pairs:
         """Texts as tokens."""
         return Pairs(

@@ -44,10 +44,10 @@ def read(workdir: Path) -> Finished:
     """
     folder = Workdir(str(workdir))
     cfg = RunConfig.resolve(folder.read_config())
-    model = Model(cfg.model, saved_tokenizers(cfg.data, folder.tokenizers).vocab_size)
+    model = Model.of(cfg.model, *saved_tokenizers(cfg.data, folder.tokenizers))
     like = abstract_state(model, cfg.recipe(), sharding.one_device(), cfg.replicas, cfg.numbers())
     arrays = {}
-    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", None, cfg.best_metric) as checkpoints:
         steps, best = sorted(checkpoints.manager.all_steps()), checkpoints.find("best")
         for step in steps:
             leaves, _ = jax.tree_util.tree_flatten_with_path(checkpoints.restore(step, like))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformer.config import load_config
 from transformer.experiments import runner
 from transformer.experiments.statistics import (
     Difference,
@@ -20,7 +21,7 @@ from transformer.experiments.statistics import (
     paired,
     verdict,
 )
-from transformer.experiments.sweep import PaperRow, Program, Run, Sweep, all_runs, load_config
+from transformer.experiments.sweep import PaperRow, Program, Run, Sweep, all_runs
 from transformer.metrics import read_metrics
 from transformer.model import Model
 from transformer.model_config import ModelConfig

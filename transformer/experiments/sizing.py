@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from transformer.config import RunConfig
-from transformer.experiments.sweep import Overrides, load_config
+from transformer.config import RunConfig, load_config
+from transformer.experiments.sweep import Overrides
 from transformer.model import Model
 
 # Of the toy tasks; only the embeddings depend on it, and both models have them.

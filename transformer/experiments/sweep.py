@@ -4,7 +4,6 @@ A sweep file is a Python file with a function `get_sweep() -> Sweep`; see `confi
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from transformer.config import RunConfig, flat_knobs
+from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.errors import UserError, nearest
 
 Overrides = Mapping[str, Any]
@@ -168,43 +167,16 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def load_config(path: str) -> Any:
-    """What the `get_config` of a config file gives.
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
-    return load(path, "get_config")
-
-
 def load_sweep(path: str) -> Sweep:
     """What the `get_sweep` of a sweep file gives.
 
     Raises:
       UserError: there is no such file, or it fails.
     """
-    sweep = load(path, "get_sweep")
+    sweep = load_config(path, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise UserError(f"{path}: get_sweep() gives a {type(sweep).__name__} and not a Sweep")
     return sweep
-
-
-def load(path: str, function: str) -> Any:
-    """The result of a function of a Python file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file; see configs/")
-    spec = importlib.util.spec_from_file_location("loaded", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return getattr(module, function)()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a person's file may raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
 
 
 def plan(sweep: Sweep, most: int) -> list[Program]:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
 from transformer import cli, costs, decoding, evaluation, sharding
-from transformer.config import RunConfig
+from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone, pack
@@ -31,7 +30,7 @@ from transformer.training import (
 
 def run_config(size: Size, device: str, schedule: Schedule, rows: int) -> RunConfig:
     """The shipped config but for sizes and schedule."""
-    config = base.get_config()
+    config = default_config()
     config.steps, config.batch_size = schedule.steps, rows
     config.data.pack = size.pack
     config.model.update(

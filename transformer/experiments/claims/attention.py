@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from configs import base
 from transformer import evaluation, masking, sharding
+from transformer.config import default_config
 from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import PAD
@@ -39,8 +39,8 @@ SCALES = (1.0, 1e4)  # of scores: ordinary, and far beyond what an exponential c
 
 
 def model_of(vocab_size: int, **changes: Any) -> Model:
-    """The model of `configs/base.py`, narrow, but for some knobs."""
-    config: Any = base.get_config().model
+    """The default model, narrow, but for some knobs."""
+    config: Any = default_config().model
     config.update({"layers": 2, "width": 16, "heads": 2, "ff_width": 32, "dropout": 0.0})
     config.update(changes)
     return Model(ModelConfig(**config), vocab_size)

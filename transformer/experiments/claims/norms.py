@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from configs import base
+from transformer.config import default_config
 from transformer.dropout import Training, streams
 from transformer.experiments.claims import pictures
 from transformer.experiments.claims.attention import model_of
@@ -33,7 +33,7 @@ from transformer.model import Model, Params, relations
 from transformer.normalization import BatchNorm, LayerNorm
 
 FACTORS = (1.0, 2.0)  # of the weights, where scales are compared
-EPSILON = base.get_config().model.norm_epsilon
+EPSILON = default_config().model.norm_epsilon
 
 
 def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:

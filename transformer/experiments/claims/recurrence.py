@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transformer.config import load_config
 from transformer.data.batches import make_batch
 from transformer.experiments.claims import pictures
 from transformer.experiments.claims.judging import (
@@ -39,7 +40,7 @@ from transformer.experiments.claims.sweeps import (
 )
 from transformer.experiments.report import Record
 from transformer.experiments.statistics import mean_interval
-from transformer.experiments.sweep import load_config, load_sweep
+from transformer.experiments.sweep import load_sweep
 from transformer.loss import cross_entropy
 from transformer.model import Model
 from transformer.model_config import ModelConfig
@@ -73,7 +74,7 @@ def gradient_call(kind: str, n: int, rows: int = ROWS) -> tuple[Callable[..., An
         logits = model.bind(params | statistics)(
             batch.source, batch.source_segments, batch.target_in, batch.target_segments
         )
-        return cross_entropy(logits, batch.target_out).mean()
+        return cross_entropy(logits, batch.target_out).nll.mean()
 
     return jax.grad(loss), (params, batch)
 

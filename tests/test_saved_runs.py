@@ -1,0 +1,103 @@
+"""Runs that older versions have saved load, predict, evaluate and go on to the same numbers.
+
+`old_runs.tar.xz` holds two folders of runs of 220 steps as they were at step 200, from before
+knobs could be missing, and what that version made of them: `expected.json`. `toy` is a single run;
+`text` has BPE and a tokenizer for each side, two replicas, batch norm, an average of the
+parameters and one size for both vocabularies.
+"""
+
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from tests.test_programs import ROOT
+from transformer import evaluation, plugins, sharding, trained
+from transformer.config import RunConfig, default_config, differences, saved_config
+from transformer.data.load import open_corpus
+from transformer.errors import UserError
+from transformer.generation import Decoding, Generator
+from transformer.metrics import by_replica
+from transformer.workdir import Workdir
+
+TEXTS = ["abc", "hedc", "fi"]
+
+
+@pytest.fixture(params=["toy", "text"])
+def old(request, tmp_path, monkeypatch):
+    """A run's folder, and what is expected of it."""
+    monkeypatch.chdir(ROOT)  # its config names a file from there
+    with tarfile.open(ROOT / "tests" / "old_runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / request.param
+    return Workdir(str(folder)), json.loads((folder / "expected.json").read_text())
+
+
+def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(old, data_dir):
+    workdir, expected = old
+    generator = Generator(workdir.path, mesh=sharding.one_device())
+    for name, beams in (("greedy", 1), ("beam", 3)):
+        found = generator.generate(TEXTS, Decoding(beam_size=beams))
+        lines = [line.split("\t")[1:] for line in expected[name].splitlines()]
+        assert [own[0].text for own in found] == [text for _, text in lines]
+        scores = [float(score) for score, _ in lines]
+        np.testing.assert_allclose([own[0].score for own in found], scores, atol=1e-3)
+
+    config = workdir.read_config()
+    mesh, cfg = sharding.one_device(), RunConfig.resolve(config)
+    _, tokenizers, model, step, variables, _ = trained.load(workdir, mesh)
+    assert step == 200
+    corpus = open_corpus(cfg.data, data_dir, workdir.tokenizers)
+    workdir.check_corpus(corpus.identity())
+    data = corpus.load(cfg.data.test, cfg.batch_size)
+    parts = by_replica(variables, cfg.replicas)
+    for variables, wanted in zip(parts, expected["evaluated"], strict=True):
+        scores = jax.jit(evaluation.score, static_argnums=0)(model, variables, data)
+        metrics = scores.metrics(corpus.split(cfg.data.test))
+        assert metrics | wanted == pytest.approx(metrics, rel=1e-4)
+        assert metrics.keys() >= wanted.keys()
+
+    config.mesh.data = config.mesh.replica = 1
+    with jax.numpy_dtype_promotion("standard"):
+        assert train.run(config, workdir, data_dir).taken() == 220
+    results = json.loads(workdir.results.read_text())["replicas"]
+    for found, wanted in zip(results, expected["resumed"], strict=True):
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_is_named():
+    saved = default_config().to_dict()
+    del saved["model"]["norm"], saved["best_metric"], saved["optimizer"]
+    saved["steps_per_call"] = 7  # which is no more
+    assert not differences(saved_config(saved), default_config())
+    saved["model"]["nrom"] = "rms"
+    with pytest.raises(UserError, match=r"knob model\.nrom, which .* mean model\.norm\?"):
+        saved_config(saved)
+
+
+def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, monkeypatch):
+    workdir, _ = old
+    record = json.loads(workdir.config.read_text())
+    record["config"]["plugins"] = ["wave"]
+    workdir.config.write_text(json.dumps(record))
+    monkeypatch.setattr(plugins, "_loaded", set())
+    with pytest.raises(UserError, match=r"trained with wave, .* --plugins=wave"):
+        Generator(workdir.path)
+    with pytest.raises(UserError, match="plugins: none_such cannot be imported"):
+        plugins.load(["none_such"])
+    assert Generator(workdir.path, plugins=["wave"], mesh=sharding.one_device()).step == 200
+
+
+def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):
+    from transformer.normalization import NORMS
+
+    monkeypatch.setitem(NORMS, "mine", NORMS["rms"])
+    config = default_config()
+    config.model.norm = "mine"
+    with pytest.raises(UserError, match=r"model\.norm=mine: .*config\.plugins"):
+        RunConfig.resolve(config)
+    config.plugins = ("wave",)
+    assert RunConfig.resolve(config).model.norm == "mine"
