@@ -106,4 +106,4 @@ def written(number: int, output: Output) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, outlives_readers=False)
