@@ -44,6 +44,7 @@ def get_config() -> Any:
     config.data.target_tokenizer = config_dict.placeholder(str)  # None: one for both languages
     config.data.longest = 0  # tokens; longer examples are left out of training; 0: none is
     config.data.metrics = ()  # of decoded text; transformer/text_metrics.py: METRICS
+    config.data.bleu_tokenizer = "13a"  # sacrebleu's; of Chinese zh, of Japanese ja-mecab or char
     config.data.workers = 0  # processes that make batches on the host; 0: all rows lie on devices
     config.data.pack = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 

@@ -197,6 +197,11 @@ def define_decoding_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Draws among the likeliest with this share of it; 1: all.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    flags.DEFINE_integer(
+        "decode_margin",
+        None,
+        "Tokens that an output may have more than its source; default the run's.",
+    )
 
 
 def decoding() -> Decoding:

@@ -42,6 +42,7 @@ FREE_KNOBS = {
     "keep_checkpoints",
     "debug_nans",
     "data.metrics",
+    "data.bleu_tokenizer",
     "data.workers",
 }
 FREE_SECTIONS = {"mesh"}

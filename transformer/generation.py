@@ -33,6 +33,7 @@ class Decoding:
     top_k: of sampling, so many of the likeliest tokens; 0: all.
     top_p: of sampling, the likeliest that have this share together; 1: all.
     seed: of sampling.
+    decode_margin: tokens that an output may have more than its source; None: as the run says.
 
     Raises:
       UserError: they are out of range, or at odds.
@@ -44,6 +45,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    decode_margin: int | None = None
 
     def __post_init__(self):
         within("beam_size", self.beam_size, 1, 1_000)
@@ -53,6 +55,7 @@ class Decoding:
         within("top_k", self.top_k, 0, 2**20)
         within("top_p", self.top_p, 0.0, 1.0)
         within("seed", self.seed, 0, 2**32 - 1)
+        within("decode_margin", self.decode_margin or 0, 0, 2**16)
         if self.temperature and self.beam_size > 1:
             raise UserError(
                 f"temperature={self.temperature}, beam_size={self.beam_size}: outputs are drawn, "
@@ -70,6 +73,7 @@ class Decoding:
             names = ["temperature", "top_k", "top_p", "seed"]
         else:
             names = ["beam_size"] + ["length_penalty"] * (self.beam_size > 1)
+        names += ["decode_margin"] * (self.decode_margin is not None)
         return {name: getattr(self, name) for name in names}
 
     def decode(
@@ -86,9 +90,10 @@ class Decoding:
           model: the model.
           params: its variables.
           data: the examples.
-          margin: tokens that an output may have more than its source.
+          margin: tokens that an output may have more than its source, unless `decode_margin` says.
           draws: of each, two numbers that, with the seed, decide what is drawn; None: its place.
         """
+        margin = margin if self.decode_margin is None else self.decode_margin
         length = model.config.reach(data.source.shape[1] + margin)
         if self.beam_size > 1:
             settings = {"beam_size": self.beam_size, "length_penalty": self.length_penalty}

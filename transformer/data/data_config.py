@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformer.data import toy
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.errors import UserError, choose, within
-from transformer.text_metrics import METRICS
+from transformer.text_metrics import BLEU_TOKENIZERS, METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class DataConfig:
     vocab_size: int
     longest: int
     metrics: Sequence[str]
+    bleu_tokenizer: str
     workers: int
     pack: int
 
@@ -43,6 +44,7 @@ class DataConfig:
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
         for name in self.metrics:
             choose(METRICS, str(name), "data.metrics")
+        choose(dict.fromkeys(BLEU_TOKENIZERS), self.bleu_tokenizer, "data.bleu_tokenizer")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
         within("data.longest", self.longest, 0, 2**20)
         within("data.workers", self.workers, 0, 1_000)

@@ -264,6 +264,8 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
     def _is_cut(self, split: str) -> bool:
         """Whether a pair of the training file goes into `split`; of few pairs perhaps none."""
         config = cast(FilesConfig, self.builder_config)
+        if "train" not in config.files:
+            return False
         pairs = read(config.files["train"], config.fields, Tally())
         return any(split_of(pair.source) == split for pair in pairs)
 
