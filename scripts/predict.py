@@ -51,17 +51,22 @@ def main() -> None:
     cli.set_up_jax(cfg)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # as what is read
     broken: list[int] = []
+    cut: list[int] = []
     numbered = enumerate(lines(sys.stdin.buffer, broken), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as looked:
         generator = Generator(WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value)
         try:
             while window := list(itertools.islice(numbered, WINDOW.value)):
-                write(generator, decoding, window, looked)
+                write(generator, decoding, window, looked, cut)
         except BrokenPipeError:  # `| head` has all that it wants
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if broken:
-        first = ", ".join(map(str, broken[:3])) + ", …" * (len(broken) > 3)
-        print(f"{len(broken)} lines were no UTF-8 (lines {first})", file=sys.stderr)
+    for numbers, what in (
+        (broken, "lines were no UTF-8"),
+        (cut, "outputs were cut at their limit, which --decode_margin=N raises"),
+    ):
+        if numbers:
+            first = ", ".join(map(str, numbers[:3])) + ", …" * (len(numbers) > 3)
+            print(f"{len(numbers)} {what} (lines {first})", file=sys.stderr)
 
 
 def lines(file: IO[bytes], broken: list[int]) -> Iterator[str]:
@@ -80,14 +85,16 @@ def write(
     decoding: Decoding,
     window: list[tuple[int, str]],
     looked: IO[str],
+    cut: list[int],
 ) -> None:
-    """Decodes some numbered lines, and writes what comes of them."""
+    """Decodes some numbered lines, and writes what comes of them; `cut` takes the lines cut off."""
     numbers, texts = zip(*window, strict=True)
     found = generator.generate(
         texts, decoding, n_best=N_BEST.value, batch_size=BATCH_SIZE.value, first=numbers[0] - 1
     )
     for number, own in zip(numbers, found, strict=True):
         sys.stdout.write("".join(written(number, output) + "\n" for output in own))
+        cut += [number] * any(output.cut for output in own)
     sys.stdout.flush()
     if ALIGNMENTS.value:
         for number, text, own in zip(numbers, texts, found, strict=True):

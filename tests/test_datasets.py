@@ -219,11 +219,11 @@ def test_wmt14_from_training_to_bleu(wmt, tmp_path):
     assert "at steps 20, 40" in out
     out = finish(start("eval.py", "--beam_size=4", data, f"--workdir={mean}"))
 
-    record = json.loads((mean / "eval_test.json").read_text())
+    record = json.loads((mean / "eval_test_beam_size=4.json").read_text())
     assert (record["step"], record["beam_size"]) == (40, 4)
     assert 0.0 < record["replicas"][0]["metrics"]["test/loss"] < 10.0
     scores = record["replicas"][0]["text"]
-    samples = (mean / "samples_test.tsv").read_text().split("\n")[1:-1]
+    samples = (mean / "samples_test_beam_size=4.tsv").read_text().split("\n")[1:-1]
     assert len(samples) == 4 * 20
     sources, targets, best = zip(*(row.split("\t")[:3] for row in samples[::4]), strict=True)
     assert sorted(zip(sources, targets, strict=True)) == sorted(PAIRS["test"])

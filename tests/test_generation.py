@@ -149,6 +149,7 @@ def test_a_score_is_the_sum_of_log_probabilities(name, generator, found):
     for text, outputs in pairs:
         for output in outputs:
             assert output.score == pytest.approx(log_p(generator, text, output), rel=1e-5)
+            assert output.cut == (len(output.tokens) == room(text))
     assert {len(own[-1].tokens) == room(text) for text, own in pairs} == {True, False}  # cut off
 
 
@@ -247,7 +248,7 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
     given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
     out, errors = predict(given, f"--alignments={looked}", "--window=4")
     assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
-    assert not errors
+    assert errors.startswith(f"{sum(own[0].cut for own in found['greedy'])} outputs were cut at")
     records = [json.loads(line) for line in looked.read_text().splitlines()]
     kept = [k for k, text in enumerate(TEXTS) if text]
     wanted = generator.align([TEXTS[k] for k in kept], [found["greedy"][k][0] for k in kept])
@@ -262,6 +263,22 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
     for (number, score, text), (n, output) in zip(rows, drawn, strict=True):
         assert (int(number), text) == (n, output.text)
         assert float(score) == pytest.approx(output.score, abs=2e-4)
+
+
+def test_predict_has_a_limit_of_choice_and_counts_the_outputs_that_reach_it(predict, found):
+    out, errors = predict("\n".join(TEXTS).encode(), "--decode_margin=0")
+    tokens = [
+        own[0].tokens[: len(x) + 1 if x else 0]
+        for x, own in zip(TEXTS, found["greedy"], strict=True)
+    ]
+    assert out.splitlines() == [TOKENIZER.decode(each) for each in tokens]
+    cut = [n for n, x in enumerate(TEXTS, 1) if x and len(tokens[n - 1]) > len(x)]
+    assert 0 < len(cut) < 5
+    lines = ", ".join(map(str, cut[:3])) + ", …" * (len(cut) > 3)
+    assert errors == (
+        f"{len(cut)} outputs were cut at their limit, which --decode_margin=N raises "
+        f"(lines {lines})\n"
+    )
 
 
 def test_predict_refuses_in_one_line(predict):

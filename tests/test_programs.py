@@ -182,7 +182,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
 
     flags = ("--split=test_longer", "--checkpoint=best")
     finish(start("eval.py", *places, *flags, **AS_USERS))
-    longer = json.loads((tmp_path / "eval_test_longer.json").read_text())
+    longer = json.loads((tmp_path / "eval_test_longer_checkpoint=best.json").read_text())
     assert [row["length"] for row in longer["replicas"][0]["by_source_length"]] == [6, 7, 8]
 
 

@@ -120,11 +120,13 @@ class Output(NamedTuple):
     text: of the tokens.
     tokens: without the end.
     score: log p, in nats; of beam search divided by the length penalty.
+    cut: whether it reached the limit of tokens without an end.
     """
 
     text: str
     tokens: list[int]
     score: float
+    cut: bool = False
 
 
 class Alignment(NamedTuple):
@@ -252,7 +254,7 @@ class Generator:
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         """A hypothesis as text."""
         own = before_end(tokens.tolist())
-        return Output(self.tokenizers.target.decode(own), own, score)
+        return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
         """Where the decoder looked for each token of an output of each text."""

@@ -42,7 +42,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def accuracy_by_length(
-    lengths: Sequence[int], tokens: Sequence[float], sequences: Sequence[float], path: Path
+    lengths: Sequence[float], tokens: Sequence[float], sequences: Sequence[float], path: Path
 ) -> None:
     """Token and sequence accuracy for each source length."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
