@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     knobs = {"dataset": "files", "train": file, "validation": "train", "test": "train"}
     corpus = open_corpus(data_config(**knobs), str(folder / "data"))
     changes = {f"data.{name}": value for name, value in knobs.items()}
-    changes |= {"data.metrics": ("bleu", "exact_match"), "mesh.data": 1, "decode_margin": 5}
+    changes |= {"data.metrics": ("bleu", "exact_match"), "mesh.data": 1, "decode_margin": 6}
     tokenizer, rng = corpus.tokenizers.source, np.random.default_rng(0)
     workdir = make_run(folder / "run", rng, (1,), tokenizer, **changes)[0]
     workdir.write_config(workdir.read_config(), corpus.identity())
@@ -68,7 +68,7 @@ def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_pa
     assert drawn == {f"attention_train_{i}_cross.png" for i in (0, 2, 3)}
     said = " ".join(capsys.readouterr().out.split())
     assert "train: 4 examples" in said
-    assert "1 targets are longer; --decode_margin=68 has room for all" in said
+    assert "1 targets are longer; --decode_margin=78 has room for all" in said
     assert "the font lacks '\\t' '\\n' '器' '語': the numbers of tokens" in said
     assert "texts of at most 64 tokens: 3 here" in said
     assert "is not drawn" not in said
@@ -76,11 +76,11 @@ def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_pa
 
 def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
-    words = ("--beam_size=2", "--decode_margin=6", "--bleu_tokenizer=none")
+    words = ("--beam_size=2", "--decode_margin=7", "--bleu_tokenizer=none")
     evaluate(run, f"--data={write(run[1] / 'other.jsonl', PAIRS[:1] * 3)}", *words)
-    name = "test_beam_size=2_decode_margin=6_data=other.jsonl"
+    name = "test_beam_size=2_decode_margin=7_data=other.jsonl"
     record = json.loads((run[0].path / f"eval_{name}.json").read_text())
-    assert (record["examples"], record["decode_margin"]) == (3, 6)
+    assert (record["examples"], record["decode_margin"]) == (3, 7)
     assert "|tok:none|" in record["replicas"][0]["text"]["bleu"]["signature"]
     assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
     said = capsys.readouterr().out

@@ -83,6 +83,7 @@ def attention(
       title: above the panels.
       path: the PNG to write.
     """
+    title = shortened(title, 100)
     layers, heads = min(len(maps), PANELS), min(maps[0].shape[0], PANELS)
     if (layers, heads) != (len(maps), maps[0].shape[0]):
         title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
@@ -111,7 +112,7 @@ def attention(
     panels[-1, 0].set(xlabel="key (⊣ end)", ylabel="query (⊢ begin)")
     bar = figure.add_axes((1 - 0.9 / wide, 0.15, 0.2 / wide, 0.7))
     figure.colorbar(panels[0, 0].images[0], cax=bar, label="attention weight")
-    figure.suptitle(shortened(title, 100), y=1 - 0.15 / high, fontsize=10, parse_math=False)
+    figure.suptitle(title, y=1 - 0.15 / high, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=min(150, (PIXELS / (wide * high)) ** 0.5))
 
 
