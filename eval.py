@@ -81,10 +81,7 @@ def main() -> None:
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
     name = name_of(split, decoding, CHECKPOINT.value, DATA.value)
     out = Path(OUT.value or workdir.path)
-    if hosts.first():
-        (out / "plots").mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):  # said now, and not after all is computed
-            raise UserError(f"{out} cannot be written to; name another folder by --out")
+    hosts.once(partial(make_room, out))
     facts({"data": f"{corpus.name}, {split}: {len(data):,} examples"})
     facts({"left out": left_out} if (left_out := corpus.left_out()) else {})
     scores, found = computed(cfg, partial(decoding.decode, margin=margin), model, variables, data)
@@ -118,6 +115,17 @@ def main() -> None:
     show_text([each["text"] for each in replicas])
     show_limit(margin, longer, needed, [each["outputs_cut"] for each in replicas])
     draw(out / "plots", name, tokenizers, model, first, data, by_length)
+
+
+def make_room(out: Path) -> None:
+    """Makes the folder of the results, now and not after all is computed.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written to; name another folder by --out")
 
 
 def computed(
