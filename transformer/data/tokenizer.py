@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from transformer.errors import UserError, nearest, needs
 
 PAD, BOS, EOS = 0, 1, 2
@@ -57,6 +59,12 @@ class Tokenizer(abc.ABC):
     def symbol(self, token: int) -> str:
         """A few characters for a plot's axis: the token's own, or ⊢ for BOS and ⊣ for EOS."""
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
+
+    def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """How many of `tokens` stand for symbols that were not learned."""
+        if self.unknown_id is None:
+            return 0
+        return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
@@ -269,8 +277,9 @@ class PieceTokenizer(Tokenizer):
 
         A number that is no piece shows as SentencePiece's ⁇.
         """
+        unknown = self.processor.unk_id()
         return self.processor.Decode(
-            [token if token < len(self.pieces) else self.unknown_id for token in before_end(tokens)]
+            [token if token < len(self.pieces) else unknown for token in before_end(tokens)]
         )
 
     def to_bytes(self) -> bytes:
@@ -289,9 +298,9 @@ def refusal(reason: str) -> str:
     """Why SentencePiece learns nothing, and what to do."""
     if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
         return (
-            f"the special tokens, the 256 bytes and the characters of the texts are "
-            f"{int(needed[1]):,} pieces by themselves; raise data.vocab_size to at least that, or choose "
-            "data.tokenizer=bytes"
+            "the special tokens, the 256 bytes and the characters of the texts are "
+            f"{int(needed[1]):,} pieces by themselves; raise data.vocab_size to that or more, or "
+            "choose data.tokenizer=bytes"
         )
     if "sentences_.empty()" in reason:
         return "there is no text to learn from; name a split that has some"
