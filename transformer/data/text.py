@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -39,7 +39,7 @@ SHOWN = 3  # numbers of lines, of each kind that was left out
 MOST = 0.1  # of all lines may be left out
 
 
-def cleaned(text: str) -> str:
+def cleaned(text: object) -> str:
     """`text` without the white space and byte order marks around it.
 
     Training, evaluation and prediction see each text in this form.
@@ -86,11 +86,16 @@ class Tally:
 
     def __str__(self) -> str:
         kinds = [
-            f"{each['count']:,} {reason} (line{'s' * (each['count'] > 1)} "
-            f"{', '.join(map(str, each['lines']))}{', …' * (each['count'] > SHOWN)})"
+            f"{each['count']:,} {reason} ({numbered('line', each['lines'], each['count'])})"
             for reason, each in self.left_out.items()
         ]
         return "; ".join(kinds)
+
+
+def numbered(what: str, numbers: Iterable[int], count: int) -> str:
+    """`line 3`, or `lines 3, 5, 8, …`, of `count` in all."""
+    first = ", ".join(map(str, itertools.islice(numbers, SHOWN)))
+    return f"{what}{'s' * (count > 1)} {first}{', …' * (count > SHOWN)}"
 
 
 def paths(files: str) -> list[Path]:
