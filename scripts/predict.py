@@ -75,11 +75,13 @@ class Report:
 
     def finish(self) -> None:
         """Writes the counts."""
-        counts = {"no UTF-8": self.broken, "with symbols that were never learned": self.unknown}
-        for what, which in counts.items():
-            if which:
+        for what, count, which in (
+            ("lines that are no UTF-8", len(self.broken), self.broken),
+            ("symbols that were never learned", sum(self.unknown.values()), self.unknown),
+        ):
+            if count:
                 where = numbered("line", which, len(which))
-                print(f"{len(which):,} {what} ({where})", file=sys.stderr)
+                print(f"{what}: {count:,} ({where})", file=sys.stderr)
 
 
 def main() -> None:

@@ -301,7 +301,7 @@ def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, foun
         assert all(map(str.startswith, refused, [f"line {reason}" for reason in reasons]))
         assert all(line.endswith("; its output is empty") for line in refused)
         assert len(refused) == 3
-        assert counted == "1 no UTF-8 (line 4)"
+        assert counted == "lines that are no UTF-8: 1 (line 4)"
     for place, cause in ((1, "'H' in"), (2, "21 tokens"), (3, "no UTF-8")):
         with pytest.raises(SystemExit, match="2"):
             predict(b"\n".join([b"q", BAD[place]]), "--strict")
@@ -348,7 +348,7 @@ def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(
     plain, errors = predict(given, *flags)
     flat = [" ".join(text.splitlines()) for _, text in rows]
     assert plain.splitlines() == flat
-    assert errors == "2 with symbols that were never learned (lines 2, 3)\n"
+    assert errors == "symbols that were never learned: 4 (lines 2, 3)\n"
     for line, (n, _), text in zip(
         predict(given, *flags, "--scores")[0].splitlines(), rows, flat, strict=True
     ):
@@ -362,7 +362,7 @@ def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(t
     """And writes UTF-8 whatever the terminal is said to take."""
     run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
     for given, more, lines, errors in (
-        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, "2 no UTF-8 (lines 2, 3)\n"),
+        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, "lines that are no UTF-8: 2 (lines 2, 3)\n"),
         ("yes a | head -200", "head -1", 1, ""),
     ):
         command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
