@@ -41,12 +41,16 @@ def files(pairs, names, write="\n".join):
     return dict(zip(names.split(), map(write, zip(*pairs, strict=True)), strict=True))
 
 
+def spaced(texts):
+    return "".join(f"{text}\u3000\n" for text in texts)  # which TFDS leaves there
+
+
 # What `wmt14_translate/de-en` downloads, and TFDS finds in it.
 TRAIN, both = PAIRS["train"], "{0}.en {0}.de".format
 SGM = "dev/newstest2014-deen-ref.en.sgm dev/newstest2014-deen-src.de.sgm"
 ARCHIVES = {
     "training-parallel-europarl-v7.tgz": files(TRAIN[:30], both("training/europarl-v7.de-en")),
-    "training-parallel-commoncrawl.tgz": files(TRAIN[30:60], both("commoncrawl.de-en")),
+    "training-parallel-commoncrawl.tgz": files(TRAIN[30:60], both("commoncrawl.de-en"), spaced),
     "training-parallel-nc-v9.tgz": files(TRAIN[60:], both("training/news-commentary-v9.de-en")),
     "dev.tgz": files(PAIRS["validation"], both("dev/newstest2013"))
     | files(PAIRS["test"], SGM, write=sgm),
