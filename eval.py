@@ -3,10 +3,18 @@
 Usage:
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
+    python eval.py --workdir=runs/translate --data=other.tsv [--out=results]
+
+The results are in the run's folder, or in `--out`: `eval_<split>.json`, `samples_<split>.tsv` and
+`plots/`. What is not the default is part of a file's name: `eval_test_beam_size=4.json`.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,14 +25,17 @@ from jax.sharding import Mesh
 from transformer import cli, evaluation, hosts, sharding
 from transformer.config import RunConfig
 from transformer.console import facts, figure, percent, perplexity, table
+from transformer.data import datasets
 from transformer.data.batches import Dataset
-from transformer.data.load import Tokenizers, open_corpus
-from transformer.data.tokenizer import BOS, PAD
+from transformer.data.data_config import DataConfig
+from transformer.data.load import Corpus, Tokenizers
+from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from transformer.decoding import Beams
 from transformer.errors import UserError
+from transformer.generation import Decoding
 from transformer.metrics import by_replica, mean_over
 from transformer.model import Model, Params
-from transformer.text_metrics import METRICS
+from transformer.text_metrics import METRICS, bleu
 from transformer.trained import load
 from transformer.training import each_replica
 from transformer.workdir import Workdir, write_json
@@ -32,22 +43,32 @@ from transformer.workdir import Workdir, write_json
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
+DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "A file of pairs (.tsv, .jsonl; or sources,targets) in the place of the run's data.",
+)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+OUT = flags.DEFINE_string("out", None, "The folder of the results; default the run's.")
+BLEU_TOKENIZER = flags.DEFINE_string("bleu_tokenizer", None, "Of sacrebleu; default the run's.")
 cli.define_decoding_flags()
 cli.define_plugins_flag()
 cli.define_host_flags()
 
 SHOWN = 3  # examples whose attention is drawn
+TOKENS = 64  # of a text whose attention is drawn, at most
 SAMPLES = 50  # outputs written to the samples file
 ROWS = 24  # of the table by source length, at most
 STEPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # of those lengths
 
 
 def main() -> None:
-    """Restores, scores, decodes, shows, writes."""
+    """Restores, scores, decodes, writes, shows, draws."""
     workdir, decoding = Workdir(WORKDIR.value), cli.decoding()
     cfg = RunConfig.resolve(workdir.read_config())
-    split = SPLIT.value or cfg.data.test
+    own = replace(cfg.data, bleu_tokenizer=BLEU_TOKENIZER.value or cfg.data.bleu_tokenizer)
+    split = SPLIT.value or ("test" if DATA.value else own.test)
+    margin = cfg.decode_margin if decoding.decode_margin is None else decoding.decode_margin
 
     cli.set_up_jax(cfg)
     cli.join_hosts()
@@ -55,27 +76,16 @@ def main() -> None:
     jax.set_mesh(mesh)
 
     _, tokenizers, model, step, variables, stopped = load(workdir, mesh, CHECKPOINT.value)
-    corpus = open_corpus(cfg.data, DATA_DIR.value, workdir.tokenizers)
-    workdir.check_corpus(corpus.identity())
+    corpus = open_corpus(own, workdir, tokenizers)
     data, references = corpus.load(split, cfg.batch_size), corpus.references(split)
     split = corpus.split(split)  # of a file that the config names
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
-    data = sharding.place(data, sharding.replicated(mesh))
-
-    def each(function, **options):
-        return jax.jit(
-            each_replica(partial(function, model), cfg.replicas, in_axes=(0, None)),
-            out_shardings=sharding.replicated(mesh),
-            **options,
-        )
-
-    scores = each(evaluation.score)(variables, data)
-    decode = each(
-        partial(decoding.decode, margin=cfg.decode_margin),
-        compiler_options=evaluation.compiler_options(),
-    )
-    found = decode(variables, data)
-    data = jax.tree.map(np.asarray, data)
+    name = name_of(split, decoding, CHECKPOINT.value, DATA.value)
+    out = Path(OUT.value or workdir.path)
+    hosts.once(partial(make_room, out))
+    facts({"data": f"{corpus.name}, {split}: {len(data):,} examples"})
+    facts({"left out": left_out} if (left_out := corpus.left_out()) else {})
+    scores, found = computed(cfg, partial(decoding.decode, margin=margin), model, variables, data)
     replicas = []
     for seed, one, old in zip(
         np.atleast_1d(cfg.seeds()), by_replica((scores, found), cfg.replicas), stopped, strict=True
@@ -83,49 +93,116 @@ def main() -> None:
         came_to = results(split, data, *jax.tree.map(np.asarray, one))
         decode_text = tokenizers.target.decode
         texts = [decode_text(tokens) for tokens in np.asarray(one[1].tokens)[:, 0].tolist()]
-        came_to |= {"text": scores_of_text(cfg.data.metrics, texts, references)}
+        came_to |= {"text": scores_of_text(own, texts, references)}
         if old:  # stopped by a NaN: nothing is known of it but the counts
             came_to = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, came_to)
         replicas.append({"seed": int(seed)} | came_to)
-    means = mean_over([each["metrics"] for each in replicas])
+    longer, needed = longer_than_outputs(data, margin)
+    record = {"step": step, "split": split, "data": DATA.value or corpus.name}
+    record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
+    record |= {"references_beyond_margin": longer, "replicas": replicas}
+    write_json(out / f"eval_{name}.json", record)
+    first, found = by_replica((variables, found), cfg.replicas)[0]
+    if hosts.first():  # files first: whoever reads what is printed may be gone
+        samples = out / f"samples_{name}.tsv"
+        write_samples(samples, tokenizers, data, jax.tree.map(np.asarray, found))
     by_length = [
         mean_over(rows)
         for rows in zip(*(each["by_source_length"] for each in replicas), strict=True)
     ]
     title = f"{workdir.path}, step {step}, {split}"
     title += f", mean of {cfg.replicas} replicas" if cfg.replicas > 1 else ""
-    show(title, split, means, by_length)
+    show(title, split, mean_over([each["metrics"] for each in replicas]), by_length)
     show_text([each["text"] for each in replicas])
-    write_json(
-        workdir.path / f"eval_{split}.json",
-        {"step": step, "split": split, **decoding.describe(), "replicas": replicas},
-    )
-    first, found = by_replica((variables, found), cfg.replicas)[0]
-    if hosts.first():
-        write_samples(workdir, split, tokenizers, data, jax.tree.map(np.asarray, found))
-    draw(workdir, split, tokenizers, model, first, data, by_length)
+    show_limit(margin, longer, needed, [each["outputs_cut"] for each in replicas])
+    draw(out / "plots", name, tokenizers, model, first, data, by_length)
+
+
+def make_room(out: Path) -> None:
+    """Makes the folder of the results, now and not after all is computed.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written to; name another folder by --out")
+
+
+def computed(
+    cfg: RunConfig, decode: Callable[..., Beams], model: Model, variables: Params, data: Dataset
+) -> tuple[evaluation.Scores, Beams]:
+    """Scores and outputs of all examples, of all replicas."""
+    everywhere = sharding.replicated(jax.sharding.get_mesh())
+    data = sharding.place(data, everywhere)
+
+    def run(function: Callable[..., Any], **options) -> Any:
+        of_each = each_replica(partial(function, model), cfg.replicas, in_axes=(0, None))
+        return jax.jit(of_each, out_shardings=everywhere, **options)(variables, data)
+
+    options = evaluation.compiler_options()
+    return run(evaluation.score), run(decode, compiler_options=options)
+
+
+def open_corpus(own: DataConfig, workdir: Workdir, tokenizers: Tokenizers) -> Corpus:
+    """The run's dataset as the run recorded it, or the file that `--data` names.
+
+    Raises:
+      UserError: it is not there, or another than the run's.
+    """
+    if DATA.value:
+        opened = partial(datasets.evaluated_file, own, DATA.value, DATA_DIR.value)
+        return Corpus(hosts.in_turn(opened), tokenizers)
+    recorded = workdir.read_record()["corpus"]["dataset"]
+    opened = partial(datasets.reopened, own, recorded, DATA_DIR.value)
+    corpus = Corpus(hosts.in_turn(opened), tokenizers)
+    workdir.check_corpus(corpus.identity())
+    return corpus
+
+
+def name_of(split: str, decoding: Decoding, checkpoint: str, data: str | None) -> str:
+    """What the files of an evaluation are called: `test`, or `test_beam_size=4_checkpoint=best`.
+
+    What is not the default is part of it, so that no evaluation takes the place of another kind.
+    """
+    usual, described = Decoding(), decoding.describe().items()
+    said = [f"{name}={value}" for name, value in described if value != getattr(usual, name)]
+    if checkpoint != "latest":
+        said.append(f"checkpoint={checkpoint}")
+    if data:
+        said.append("data=" + ",".join(Path(each.strip()).name for each in data.split(",")))
+    return "_".join([split, *said])
 
 
 def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) -> dict[str, Any]:
     """What one replica came to, on the whole split and for each length."""
-    exact = evaluation.exact_match(np.asarray(found.tokens)[:, 0], np.asarray(data.target))
+    outputs = np.asarray(found.tokens)[:, 0]
+    exact = evaluation.exact_match(outputs, np.asarray(data.target))
     return {
+        "outputs_cut": int((outputs != EOS).all(1).sum()),
         "metrics": scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())},
         "by_source_length": accuracy_by_length(np.asarray(data.source), scores, exact),
     }
 
 
+def longer_than_outputs(data: Dataset, margin: int) -> tuple[int, int]:
+    """How many targets are longer than outputs may be, and the margin with room for all."""
+    source, target = ((np.asarray(side) != PAD).sum(1) for side in (data.source, data.target))
+    return int((target - source > margin).sum()), int((target - source).max())
+
+
 def scores_of_text(
-    names: Sequence[str], outputs: list[str], references: list[list[str]]
+    own: DataConfig, outputs: list[str], references: list[list[str]]
 ) -> dict[str, Any]:
-    """Metrics of decoded text; where references are several, also against the first alone."""
+    """The metrics that a run names; where references are several, also against the first alone."""
+    metrics = METRICS | {"bleu": partial(bleu, tokenizer=own.bleu_tokenizer)}
     against = {"": references}
     if any(len(own) > 1 for own in references):
         against = {", any reference": references, ", first reference": [r[:1] for r in references]}
     return {
-        f"{name}{which}": METRICS[name](outputs, own)._asdict()
-        for name in names
-        for which, own in against.items()
+        f"{name}{which}": metrics[name](outputs, right)._asdict()
+        for name in own.metrics
+        for which, right in against.items()
     }
 
 
@@ -142,6 +219,17 @@ def show_text(texts: list[dict[str, Any]]) -> None:
     spread = "95% interval" if len(texts) == 1 else f"of {len(texts)} replicas"
     table("decoded text, in percent", ("metric", "value", spread), rows)
     facts({name: each["signature"] for name, each in texts[0].items() if each["signature"]})
+    facts({name: each["warning"] for name, each in texts[0].items() if each["warning"]})
+
+
+def show_limit(margin: int, longer: int, needed: int, cut: list[int]) -> None:
+    """Says what the limit of outputs cut, of each replica, or would have to, if anything."""
+    said = [f"{np.mean(cut):,.0f} outputs were cut"] if any(cut) else []
+    if longer:
+        said += [f"{longer:,} targets are longer; --decode_margin={needed} has room for all"]
+    if said:
+        limit = f"{margin} tokens more than the source (decode_margin)"
+        facts({"limit": f"an output has at most {limit}: {', '.join(said)}"})
 
 
 def evaluation_mesh(cfg: RunConfig) -> Mesh:
@@ -219,72 +307,106 @@ def show(
     )
 
 
-def write_samples(
-    workdir: Workdir, split: str, tokenizers: Tokenizers, data: Dataset, found: Beams
-) -> None:
-    """`samples_<split>.tsv`: source, target and output of the first examples.
+def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Beams) -> None:
+    r"""`samples_<split>.tsv`: source, target and output of the first examples.
 
-    Of beam search each hypothesis has a line, the best first, with its score.
+    Of beam search each hypothesis has a line, the best first, with its score. In a text \t, \n, \r
+    and \\ stand for a tab, the ends of lines and a backslash.
     """
     source_text, text = tokenizers.source.decode, tokenizers.target.decode
     scored = found.tokens.shape[1] > 1
-    rows = [("source", "target", "output") + (("score",) if scored else ())]
+    rows = [["source", "target", "output"] + ["score"] * scored]
     columns = (data.source, data.target, found.tokens, found.scores)
     for source, target, tokens, scores in zip(
         *(column[:SAMPLES].tolist() for column in columns), strict=True
     ):
         for output, score in zip(tokens, scores, strict=True):
-            row = (source_text(source), text(target), text(output))
-            rows.append(row + ((f"{score:.4f}",) if scored else ()))
+            row = [source_text(source), text(target), text(output), f"{score:.4f}"]
+            rows.append([escaped(field) for field in row[: len(rows[0])]])
     lines = ("\t".join(row) + "\n" for row in rows)
-    (workdir.path / f"samples_{split}.tsv").write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def escaped(text: str) -> str:
+    r"""`text` in a field of a TSV file: a\tb for an a, a tab and a b."""
+    return text.translate({92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"})
 
 
 def draw(
-    workdir: Workdir,
-    split: str,
+    plots_in: Path,
+    name: str,
     tokenizers: Tokenizers,
     model: Model,
     params: Params,
     data: Dataset,
     by_length: list[dict[str, Any]],
 ) -> None:
-    """Accuracy by length, and the attention maps of the first examples."""
-    examples = data.head(SHOWN)
-    maps = hosts.fetch(jax.jit(partial(evaluation.attention_maps, model))(params, examples))
+    """Accuracy by length, and the attention maps of the first examples that are short enough."""
+    sides = [np.asarray(side) for side in (data.source, data.target)]
+    lengths = np.max([(side != PAD).sum(1) for side in sides], axis=0)
+    shown = np.flatnonzero(lengths <= TOKENS)[:SHOWN]
+    short = [side[shown, :TOKENS] for side in sides]
+    if shown.tolist() != list(range(min(SHOWN, len(data)))):
+        facts(
+            {"plots": f"attention is drawn of texts of at most {TOKENS} tokens: {len(shown)} here"}
+        )
+    maps = {}
+    with attempted("attention"):
+        program = jax.jit(partial(evaluation.attention_maps, model))
+        maps = hosts.fetch(program(params, Dataset(short[0], short[1], len(shown))))
     if not hosts.first():
         return
     from transformer import plots  # matplotlib is not needed before
 
-    plots.accuracy_by_length(
-        [row["length"] for row in by_length],
-        [row["token_accuracy"] for row in by_length],
-        [row["sequence_accuracy"] for row in by_length],
-        workdir.plots / f"accuracy_by_length_{split}.png",
-    )
-    for i in range(len(examples)):
-        source, target = (
-            [tokenizer.symbol(token) for token in tokens[i] if token != PAD]
-            for tokenizer, tokens in (
-                (tokenizers.source, examples.source),
-                (tokenizers.target, examples.target),
-            )
+    with attempted("accuracy by length"):
+        plots.accuracy_by_length(
+            [row["length"] for row in by_length],
+            [row["token_accuracy"] for row in by_length],
+            [row["sequence_accuracy"] for row in by_length],
+            plots_in / f"accuracy_by_length_{name}.png",
         )
+    unknown = ""
+    for i, example in enumerate(shown):
+        source, lost = labels(tokenizers.source, short[0][i])
+        target, lost_too = labels(tokenizers.target, short[1][i])
+        unknown += lost + lost_too
         target_in = [tokenizers.target.symbol(BOS), *target[:-1]]
-        labels = {
+        axes = {
             "encoder": (source, source),
             "decoder": (target_in, target_in),
             "cross": (target_in, source),
         }
-        for kind in (kind for kind in labels if maps[kind]):  # recurrence has no self-attention
-            queries, keys = labels[kind]
-            plots.attention(
-                [layer[i] for layer in maps[kind]],
-                queries,
-                keys,
-                f"{kind} attention, {''.join(source[:-1])}",
-                workdir.plots / f"attention_{split}_{i}_{kind}.png",
-            )
+        for kind in (kind for kind in axes if maps.get(kind)):  # recurrence: no self-attention
+            with attempted(f"{kind} attention of example {example + 1}"):
+                panels = [layer[i] for layer in maps[kind]]
+                title = f"{kind} attention, {(' ' * bool(lost)).join(source[:-1])}"
+                file = plots_in / f"attention_{name}_{example}_{kind}.png"
+                plots.attention(panels, *axes[kind], title, file)
+    if unknown:
+        characters = " ".join(map(repr, dict.fromkeys(unknown)))
+        facts(
+            {"plots": f"the font lacks {characters[:60]}: the numbers of tokens are drawn instead"}
+        )
+
+
+@contextlib.contextmanager
+def attempted(what: str) -> Iterator[None]:
+    """Turns a failure to draw into a line: no plot is worth an evaluation."""
+    try:
+        yield
+    except Exception as error:  # whatever Matplotlib or a full memory may raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        facts({"plots": f"{what} is not drawn ({reason[:200]})"})
+
+
+def labels(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[list[str], str]:
+    """The tokens of a row as text, or as numbers if the font lacks characters of it: which."""
+    from transformer import plots
+
+    own = [token for token in tokens.tolist() if token != PAD]
+    symbols = [tokenizer.symbol(token) for token in own]
+    lost = plots.without_glyph("".join(symbols))
+    return ([str(token) for token in own] if lost else symbols), lost
 
 
 if __name__ == "__main__":

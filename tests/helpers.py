@@ -25,6 +25,9 @@ from transformer.model_config import ModelConfig
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 
+# Whose flags stay, whichever program is tried.
+LIBRARIES = ("absl", "array_record", "grain", "orbax", "tensorflow_datasets")
+
 # The environment of a program that compiles as a user's does (conftest.py).
 AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
@@ -105,7 +108,7 @@ def program(path: str, *words: str) -> Iterator[Any]:
 
     def take() -> dict[str, flags.Flag]:
         names = [
-            n for n in known if not (known.find_module_defining_flag(n) or "").startswith("absl")
+            n for n in known if not (known.find_module_defining_flag(n) or "").startswith(LIBRARIES)
         ]
         taken = {name: known[name] for name in names}
         for name in names:

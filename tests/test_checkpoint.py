@@ -93,6 +93,8 @@ def test_the_latest_and_the_best_are_kept_and_one_written_by_half_is_not_seen(sa
     with Checkpoints(five, keep=None, best="sequence_accuracy") as checkpoints:
         assert checkpoints.find("best") == 20
         checkpoints.restore(checkpoints.find("latest"), likeness())
+    with Checkpoints(five, keep=None, best="loss") as checkpoints:
+        assert checkpoints.find("best") == 50
     assert {path.name for path in five.iterdir()} == {"20", "40", "50", half.name}
     with Checkpoints(five, keep=2, best="sequence_accuracy") as checkpoints:
         assert checkpoints.latest() == 50

@@ -51,7 +51,7 @@ OTHER = {
     **of("data.", dataset="files", source="target", target="source", tokenizer="bytes"),
     **of("data.", target_tokenizer="words", vocab_size=300, longest=4, workers=2, task="copy"),
     **of("data.", size="small", train="train[:50%]", validation="test", test="validation"),
-    **of("data.", pack=32, metrics=("bleu",)),
+    **of("data.", pack=32, metrics=("bleu",), bleu_tokenizer="char"),
     **of("per_replica.", seed=(5, 6), learning_rate=(1e-3, 2e-3), warmup_steps=(1, 4)),
     **of("per_replica.", weight_decay=(0.1, 0.2), label_smoothing=(0.1, 0.2)),
     **of("per_replica.", dropout=(0.1, 0.2), attention_dropout=(0.1, 0.2)),
@@ -222,7 +222,7 @@ def left(workdir, state):
 
 # Tested where a run fails, where text is scored, and where runs are loaded: tests/test_health.py,
 # tests/test_datasets.py, tests/test_checkpoint.py, tests/test_workdir.py.
-ELSEWHERE = ["debug_nans", "data.metrics", "best_metric", "plugins"]
+ELSEWHERE = ["debug_nans", "data.metrics", "data.bleu_tokenizer", "best_metric", "plugins"]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
 SLOW = ["data.size", "data.vocab_size", "data.workers"]  # prepare much, or start processes
 UNCHANGED = {}  # fingerprints of the unchanged runs, made when first asked for
@@ -340,6 +340,7 @@ RATES, SEEDS, WHOLE = "per_replica.dropout", "per_replica.seed", r"takes a whole
     ("changes", "message"),
     [
         *mistakes(),
+        ({"data.bleu_tokenizer": "cn"}, r"data.bleu_tokenizer=cn: choose one of 13a, intl, "),
         ({"data.metrics": ("blue",)}, r"data.metrics=blue: .*did you mean bleu\?"),
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         (RECURRENT | {"mesh.fsdp": 2}, r"mesh.fsdp=2, mesh.tensor=1, .*: " + ONLY_DATA),

@@ -1,6 +1,46 @@
 """What a run shows, where there is no terminal: a file, a pipe, a test."""
 
-from transformer.console import facts, figure, over_replicas, table
+import re
+import subprocess
+import sys
+
+import pytest
+
+from transformer.console import console, facts, figure, over_replicas, table
+
+PROGRAM = """
+import sys
+from transformer.console import console, outlive_readers
+
+outlive_readers()
+for _ in range(2):
+    print("printed")
+    console.print("shown")
+print("said", file=sys.stderr)
+open(sys.argv[1], "w").close()
+"""
+
+
+@pytest.mark.parametrize("closed", [("stdout",), ("stdout", "stderr")], ids=len)
+def test_a_program_goes_on_when_nobody_reads_what_it_prints(closed, tmp_path):
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "result")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
+        for name in closed:  # before anything is printed
+            getattr(process, name).close()
+        said = "" if "stderr" in closed else process.stderr.read()
+    assert process.returncode == 0, said
+    assert (tmp_path / "result").exists()
+    if said:
+        assert re.fullmatch("standard output is closed: .*\nsaid\n", said)
+
+
+def test_a_narrow_terminal_shows_whole_figures(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_force_terminal", True)
+    for width, shown in ((60, "│ 1,234.5678 │"), (20, "  perplexity: 1,234.5678")):
+        monkeypatch.setattr(console, "width", width)
+        table("title", ("length", "perplexity", "right"), [("1", "1,234.5678", "100.00%")])
+        assert shown in capsys.readouterr().out
 
 
 def test_a_table_in_a_file_is_as_wide_as_its_words(capsys):

@@ -41,12 +41,16 @@ def files(pairs, names, write="\n".join):
     return dict(zip(names.split(), map(write, zip(*pairs, strict=True)), strict=True))
 
 
+def spaced(texts):
+    return "".join(f"{text}\u3000\n" for text in texts)  # which TFDS leaves there
+
+
 # What `wmt14_translate/de-en` downloads, and TFDS finds in it.
 TRAIN, both = PAIRS["train"], "{0}.en {0}.de".format
 SGM = "dev/newstest2014-deen-ref.en.sgm dev/newstest2014-deen-src.de.sgm"
 ARCHIVES = {
     "training-parallel-europarl-v7.tgz": files(TRAIN[:30], both("training/europarl-v7.de-en")),
-    "training-parallel-commoncrawl.tgz": files(TRAIN[30:60], both("commoncrawl.de-en")),
+    "training-parallel-commoncrawl.tgz": files(TRAIN[30:60], both("commoncrawl.de-en"), spaced),
     "training-parallel-nc-v9.tgz": files(TRAIN[60:], both("training/news-commentary-v9.de-en")),
     "dev.tgz": files(PAIRS["validation"], both("dev/newstest2013"))
     | files(PAIRS["test"], SGM, write=sgm),
@@ -218,11 +222,11 @@ def test_wmt14_from_training_to_bleu(wmt, tmp_path):
     assert "at steps 20, 40" in out
     out = finish(start("eval.py", "--beam_size=4", data, f"--workdir={mean}"))
 
-    record = json.loads((mean / "eval_test.json").read_text())
+    record = json.loads((mean / "eval_test_beam_size=4.json").read_text())
     assert (record["step"], record["beam_size"]) == (40, 4)
     assert 0.0 < record["replicas"][0]["metrics"]["test/loss"] < 10.0
     scores = record["replicas"][0]["text"]
-    samples = (mean / "samples_test.tsv").read_text().split("\n")[1:-1]
+    samples = (mean / "samples_test_beam_size=4.tsv").read_text().split("\n")[1:-1]
     assert len(samples) == 4 * 20
     sources, targets, best = zip(*(row.split("\t")[:3] for row in samples[::4]), strict=True)
     assert sorted(zip(sources, targets, strict=True)) == sorted(PAIRS["test"])

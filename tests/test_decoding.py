@@ -19,6 +19,13 @@ SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
 SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
 
 
+SEARCHES = {
+    "greedy": greedy,
+    "sample": partial(sample, temperature=2.0),
+    "beams": partial(beam_search, beam_size=3, length_penalty=0.6),
+}
+
+
 @cache
 def tiny_tokens(**changes):
     """A model over 6 tokens, and its parameters."""
@@ -44,6 +51,23 @@ def steady(logits):
     for token, logit in logits.items():
         table = table.at[token].set(logit / table.shape[1])
     return model.bind(params | {"output_embedding/table": table})
+
+
+@pytest.mark.parametrize("search", ["greedy", "sample", "beams"])
+def test_neither_pad_nor_bos_nor_what_fills_up_the_vocabulary_is_said(search):
+    """However likely they are; the score of what is said is that of teacher forcing."""
+    likely = dict.fromkeys((PAD, BOS, 30, 31), 16.0) | {7: 12.0, EOS: 11.0}
+    module, keys = steady(likely), {"keys": jax.random.split(jax.random.key(0), 3)}
+    given = keys if search == "sample" else {}
+    find = SEARCHES[search]
+    found = find(module, BATCH.source, BATCH.source_segments, 3, tokens=30, **given)
+    tokens = np.asarray(found.tokens).reshape(3, -1, 3)[:, 0]
+    real = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) == 0
+    assert set(tokens[real].tolist()) <= {7, EOS}
+    if search == "greedy":
+        logits = jnp.zeros(32).at[jnp.array([*likely])].set(jnp.array([*likely.values()]))
+        each = float(jax.nn.log_softmax(logits)[7])
+        np.testing.assert_allclose(found.log_p, [3 * each] * 3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("find", [greedy, partial(beam_search, beam_size=1, length_penalty=0.6)])
@@ -171,13 +195,6 @@ def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
 
     for seed in range(20):
         np.testing.assert_array_equal(*tokens(random_params(model, seed)))
-
-
-SEARCHES = {
-    "greedy": greedy,
-    "sample": partial(sample, temperature=2.0),
-    "beams": partial(beam_search, beam_size=3, length_penalty=0.6),
-}
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -1,13 +1,108 @@
-"""What eval.py says of its outputs, and the plots that it draws."""
+"""What eval.py says, writes and draws."""
 
+import contextlib
+import json
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.helpers import program, strings
+from tests.helpers import data_config, program, strings
+from tests.test_average import files_of, make_run
 from transformer import plots
+from transformer.data.load import open_corpus
 from transformer.decoding import Beams
 from transformer.evaluation import Scores
+from transformer.generation import Decoding
+
+# A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
+PAIRS = [("$18_$", r"$1^\$"), ("k3", "a" * 70), ("a\tb", "c\nd\\"), ("器", "語")]
+
+
+def write(path, pairs):
+    lines = (json.dumps({"source": source, "target": target}) for source, target in pairs)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of `PAIRS` that was never trained, and the folder of its datasets."""
+    folder = tmp_path_factory.mktemp("eval")
+    file = write(folder / "pairs.jsonl", PAIRS)
+    knobs = {"dataset": "files", "train": file, "validation": "train", "test": "train"}
+    corpus = open_corpus(data_config(**knobs), str(folder / "data"))
+    changes = {f"data.{name}": value for name, value in knobs.items()}
+    changes |= {"data.metrics": ("bleu", "exact_match"), "mesh.data": 1, "decode_margin": 6}
+    tokenizer, rng = corpus.tokenizers.source, np.random.default_rng(0)
+    workdir = make_run(folder / "run", rng, (1,), tokenizer, **changes)[0]
+    workdir.write_config(workdir.read_config(), corpus.identity())
+    return workdir, folder
+
+
+def evaluate(run, *words):
+    """Runs eval.py in this process."""
+    words = (f"--workdir={run[0].path}", f"--data_dir={run[1] / 'data'}", *words)
+    set_mesh, stack = jax.set_mesh, contextlib.ExitStack()
+    with stack, program("eval.py", *words) as module, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.cli, "set_up_jax", lambda cfg: None)
+        patch.setattr(jax, "set_mesh", lambda mesh: stack.enter_context(set_mesh(mesh)))
+        module.main()
+
+
+def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_path, capsys):
+    """Its files may be gone and its folder read-only; a text that a picture lacks is a line."""
+    (run[1] / "pairs.jsonl").rename(run[1] / "moved.jsonl")
+    before = files_of(run[0].path)
+    evaluate(run, f"--out={tmp_path}")
+    assert files_of(run[0].path) == before
+    record = json.loads((tmp_path / "eval_train.json").read_text())
+    assert (record["examples"], record["references_beyond_margin"]) == (4, 1)
+    rows = (tmp_path / "samples_train.tsv").read_text(encoding="utf-8").split("\n")
+    rows = [row.split("\t")[:2] for row in rows[1:-1]]
+    assert rows[0] == ["$18_$", r"$1^\\$"]
+    assert rows[2] == [r"a\tb", r"c\nd\\"]
+    drawn = {path.name for path in (tmp_path / "plots").glob("attention*cross.png")}
+    assert drawn == {f"attention_train_{i}_cross.png" for i in (0, 2, 3)}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train: 4 examples" in said
+    assert "1 targets are longer; --decode_margin=68 has room for all" in said
+    assert "the font lacks '\\t' '\\n' '器' '語': the numbers of tokens" in said
+    assert "texts of at most 64 tokens: 3 here" in said
+    assert "is not drawn" not in said
+
+
+def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    words = ("--beam_size=2", "--decode_margin=7", "--bleu_tokenizer=none")
+    evaluate(run, f"--data={write(run[1] / 'other.jsonl', PAIRS[:1] * 3)}", *words)
+    name = "test_beam_size=2_decode_margin=7_data=other.jsonl"
+    record = json.loads((run[0].path / f"eval_{name}.json").read_text())
+    assert (record["examples"], record["decode_margin"]) == (3, 7)
+    assert "|tok:none|" in record["replicas"][0]["text"]["bleu"]["signature"]
+    assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
+    said = capsys.readouterr().out
+    assert said.count("is not drawn (ZeroDivisionError") == 1 + 3 * 3
+    assert "no reference has 4 tokens" in said
+
+
+def test_files_are_named_after_what_is_not_the_default(capsys):
+    with program("eval.py", "--workdir=none") as module:
+        for name, settings in (
+            ("test", (Decoding(), "latest", None)),
+            ("test_checkpoint=best", (Decoding(length_penalty=1.0), "best", None)),
+            ("test_beam_size=4", (Decoding(beam_size=4), "latest", None)),
+            (
+                "test_temperature=1.0_seed=3_data=a.de,a.en",
+                (Decoding(temperature=1.0, seed=3), "latest", "x/a.de, x/a.en"),
+            ),
+        ):
+            assert module.name_of("test", *settings) == name
+    with pytest.raises(SystemExit), program("eval.py"):
+        pass
+    assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err
 
 
 def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
@@ -22,6 +117,7 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     with program("eval.py", "--workdir=none") as evaluate:
         data = evaluate.Dataset(np.array(batch.source), target, 1)
         record = evaluate.results("test", data, scores, found)
+    assert record["outputs_cut"] == 2  # those without an end
     assert record["metrics"]["test/sequence_accuracy"] == pytest.approx(1 / 3)
     assert record["metrics"]["test/token_accuracy"] == 1.0
     rows = [
@@ -31,12 +127,21 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     assert rows == [(1, 1, 0.0), (2, 2, 0.5)]
 
 
-def test_a_plot_of_attention_has_queries_down_and_keys_across(tmp_path, monkeypatch):
+def test_a_plot_of_attention_has_queries_down_and_keys_across_and_a_bounded_size(monkeypatch):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, dpi: drawn.append((figure, dpi)))
     weights = np.random.default_rng(0).random((2, 4, 5))
-    plots.attention([weights], ["q", "r", "s"], ["k", "l"], "title", tmp_path / "plot.png")
-    for panel, head in zip(drawn[0].axes, weights, strict=False):
-        assert [label.get_text() for label in panel.get_yticklabels()] == ["q", "r", "s"]
-        assert [label.get_text() for label in panel.get_xticklabels()] == ["k", "l"]
+    queries, keys = ["q", "$r_$", "s"], ["k", "l" * 30]
+    plots.attention([weights], queries, keys, "title", Path("plot.png"))
+    first, second, _ = drawn[0][0].axes  # and the colours' bar
+    assert [label.get_text() for label in first.get_yticklabels()] == queries
+    assert not first.get_yticklabels()[1].get_parse_math()
+    for panel, head in zip((first, second), weights[:2], strict=True):
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["k", "l" * 19 + "…"]
         np.testing.assert_array_equal(panel.images[0].get_array(), head[:3, :2])
+
+    plots.attention([np.ones((16, 30, 30))] * 9, ["q"] * 30, ["k"] * 30, "title", Path("plot.png"))
+    figure, dpi = drawn[1]
+    assert len(figure.axes) == 8 * 8 + 1
+    assert np.prod(figure.get_size_inches()) * dpi**2 < 1.01 * plots.PIXELS
+    assert "8 of 9 layers, 8 of 16 heads" in figure.get_suptitle()

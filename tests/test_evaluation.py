@@ -11,6 +11,7 @@ from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.decoding import beam_search, greedy
 from transformer.loss import cross_entropy
+from transformer.model import Model
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
@@ -66,9 +67,11 @@ def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(search):
 
 def test_sources_of_like_length_are_decoded_together():
     def longest(module, source, segments, length, tokens):
+        assert tokens == 30
         return jnp.full(len(source), segments.sum(1).max())
 
-    found = decode(dataset(3), search=longest)
+    model = Model(MODEL.config, MODEL.vocab_size, tokens=30)
+    found = evaluation.decode(model, PARAMS, dataset(3), length=9, search=longest)
     # Tokens with EOS: 2 3 3 | 4 4 5 | 6; each source says how long the longest of its batch is.
     np.testing.assert_array_equal(found, [5, 3, 5, 3, 6, 3, 5])
 

@@ -46,6 +46,7 @@ ENTRIES = {
     **{"model.remat": REMATS, "optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES},
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
     **{"data.tokenizer": TOKENIZERS, "data.target_tokenizer": TOKENIZERS, "data.task": TASKS},
+    "data.bleu_tokenizer": ["13a", "zh"],
     "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
     **{"data.size": ["tiny"], "data.train": ["train", "train[:10%]"]},
     **{"data.validation": ["validation", "test"], "data.test": ["test_longer", "train[:100]"]},

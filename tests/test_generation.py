@@ -19,7 +19,9 @@ from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
 from tests.test_programs import ROOT
 from transformer import cli, evaluation, sharding
 from transformer.data.batches import Dataset, make_batch
-from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, Tokenizer
+from transformer.data.load import Tokenizers
+from transformer.data.text import cleaned
+from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, SymbolTokenizer, Tokenizer
 from transformer.decoding import beam_search, greedy
 from transformer.errors import UserError
 from transformer.generation import Decoding, Generator, Output, roomy
@@ -149,6 +151,7 @@ def test_a_score_is_the_sum_of_log_probabilities(name, generator, found):
     for text, outputs in pairs:
         for output in outputs:
             assert output.score == pytest.approx(log_p(generator, text, output), rel=1e-5)
+            assert output.cut == (len(output.tokens) == room(text))
     assert {len(own[-1].tokens) == room(text) for text, own in pairs} == {True, False}  # cut off
 
 
@@ -173,7 +176,8 @@ def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
 def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator):
     for text, message, options in (
         ("abCd", "'C' in 'abCd' is not one of the tokenizer's symbols", {}),
-        ("a" * REACH, "the longest text: 21 tokens, .*reaches to model.max_length=20", {}),
+        ("a" * REACH, r"texts\[1\]: 21 tokens, .* the 20 positions of the model; shorten or", {}),
+        ("\ud800", r"texts\[1\]: a lone surrogate", {}),
         ("a", "n_best=2: of beam_size=1 no more come", {"n_best": 2}),
         ("a", "n_best=6: of beam_size=5", {"n_best": 6, "decoding": BEAM}),
         ("a", "n_best=0: it must be at least 1", {"n_best": 0}),
@@ -182,6 +186,11 @@ def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator
         with pytest.raises(UserError, match=message) as caught:
             generator.generate(["a", text], **options)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"one text is no list of texts; .*generate\(\[text\]\)"):
+        generator.generate("hello")
+    for wrong in (b"hello", None, 3):
+        with pytest.raises(TypeError, match=r"^a text must be a str, not "):
+            cleaned(wrong)
     for message, settings in (
         ("outputs are drawn, or searched for", {"temperature": 1.0, "beam_size": 2}),
         ("nothing is without a temperature", {"top_k": 3}),
@@ -247,7 +256,8 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
     given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
     out, errors = predict(given, f"--alignments={looked}", "--window=4")
     assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
-    assert not errors
+    cut = sum(own[0].cut for own in found["greedy"])
+    assert errors.startswith(f"outputs cut at their limit (--decode_margin): {cut} (lines")
     records = [json.loads(line) for line in looked.read_text().splitlines()]
     kept = [k for k, text in enumerate(TEXTS) if text]
     wanted = generator.align([TEXTS[k] for k in kept], [found["greedy"][k][0] for k in kept])
@@ -264,6 +274,20 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
         assert float(score) == pytest.approx(output.score, abs=2e-4)
 
 
+def test_predict_has_a_limit_of_choice_and_counts_the_outputs_that_reach_it(predict, found):
+    out, errors = predict("\n".join(TEXTS).encode(), "--decode_margin=0")
+    tokens = [
+        own[0].tokens[: len(x) + 1 if x else 0]
+        for x, own in zip(TEXTS, found["greedy"], strict=True)
+    ]
+    assert out.splitlines() == [TOKENIZER.decode(each) for each in tokens]
+    cut = [n for n, x in enumerate(TEXTS, 1) if x and len(tokens[n - 1]) > len(x)]
+    assert 0 < len(cut) < 5
+    lines = ", ".join(map(str, cut[:3])) + ", …" * (len(cut) > 3)
+    limit = "outputs cut at their limit (--decode_margin)"
+    assert errors == f"{limit}: {len(cut)} (lines {lines})\n"
+
+
 def test_predict_refuses_in_one_line(predict):
     for cause, *flags in (
         ("/nowhere/looked.jsonl: No such file", "--alignments=/nowhere/looked.jsonl"),
@@ -276,12 +300,86 @@ def test_predict_refuses_in_one_line(predict):
         assert not sys.stdout.buffer.getvalue()
 
 
+BAD = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
+
+
+def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, found, monkeypatch):
+    outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
+    reasons = [
+        "2: 'H' in ",
+        "3: 21 tokens, its end included, are more than the 20",
+        "4: '�' in '�'",
+    ]
+    for flags in ((), ("--window=1", "--alignments=/dev/null")):
+        out, errors = predict(b"\n".join(BAD), *flags)
+        assert out.split("\n") == [*outputs, ""]
+        *refused, counted, _ = errors.splitlines()  # and how many outputs were cut
+        assert all(map(str.startswith, refused, [f"line {reason}" for reason in reasons]))
+        assert all(line.endswith("; its output is empty") for line in refused)
+        assert len(refused) == 3
+        assert counted == "lines that are no UTF-8: 1 (line 4)"
+    for place, cause in ((1, "'H' in"), (2, "21 tokens"), (3, "no UTF-8")):
+        with pytest.raises(SystemExit, match="2"):
+            predict(b"\n".join([b"q", BAD[place]]), "--strict")
+        assert sys.stderr.getvalue().startswith(f"error: line 2: {cause}")
+    # Nor does one for which there is not enough memory.
+    whole = generator.decode
+
+    def short(sources: Any, *rest: Any) -> Any:
+        if len(sources) > 1 or sources.shape[1] > 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return whole(sources, *rest)
+
+    monkeypatch.setattr(generator, "decode", short)
+    out, errors = predict("\n".join(TEXTS).encode())
+    assert out.split("\n")[:-1] == [own[0].text * (k != 3) for k, own in enumerate(found["greedy"])]
+    reason = "line 4: 18 tokens need too much memory; split it; its output is empty\n"
+    assert errors.startswith(reason)
+    with pytest.raises(UserError, match=r"texts\[3\]: 18 tokens"):
+        generator.generate(TEXTS)
+
+
+def test_a_file_gives_the_same_by_the_program_and_in_python(predict, generator, tmp_path):
+    """Clean texts, those of training, give it too."""
+    file = tmp_path / "in.txt"
+    file.write_bytes(b"\xef\xbb\xbfabcde\r\n  q\t\r\n\r\n fedcba")
+    with file.open(encoding="utf-8") as opened:
+        texts = opened.readlines()
+    outputs = generator.generate(["abcde", "q", "", "fedcba"])
+    assert generator.generate(texts) == outputs
+    assert generator.align(texts[:1], outputs[0])[0].source[:-1] == [*"abcde"]
+    assert predict(file.read_bytes())[0].split("\n")[:-1] == [own.text for (own,) in outputs]
+
+
+def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(
+    predict, generator, monkeypatch
+):
+    known = SymbolTokenizer("abq", unknown=True)
+    breaks = SymbolTokenizer(["\t", "\n", "\r", "\u2028", *"abcdefghijklmnopqrstuv"])
+    monkeypatch.setattr(generator, "tokenizers", Tokenizers(known, breaks))
+    given, flags = b"abqab\nzq\nxyz\nq", ("--temperature=1", "--n_best=9", "--seed=5")
+    with pytest.warns(UserWarning, match=r"^4 symbols were never learned \(in texts 1, 2\)$"):
+        outputs = generator.generate(given.decode().split(), DRAWN, n_best=9)
+    rows = [(n, output.text) for n, own in enumerate(outputs, 1) for output in own]
+    assert all(any(symbol in text for _, text in rows) for symbol in breaks.pieces[3:7])
+    plain, errors = predict(given, *flags)
+    flat = [" ".join(text.splitlines()) for _, text in rows]
+    assert plain.splitlines() == flat
+    assert errors.startswith("symbols that were never learned: 4 (lines 2, 3)\n")
+    for line, (n, _), text in zip(
+        predict(given, *flags, "--scores")[0].splitlines(), rows, flat, strict=True
+    ):
+        assert line.split("\t")[::2] == [str(n), text.replace("\t", " ")]
+    records = [json.loads(line) for line in predict(given, *flags, "--json")[0].split("\n")[:-1]]
+    assert [(record["line"], record["text"]) for record in records] == rows
+
+
 @pytest.mark.slow
 def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(tmp_path):
     """And writes UTF-8 whatever the terminal is said to take."""
     run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
     for given, more, lines, errors in (
-        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, "2 lines were no UTF-8 (lines 2, 3)\n"),
+        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, r"lines that are no UTF-8: 2 \(lines 2, 3\)\n"),
         ("yes a | head -200", "head -1", 1, ""),
     ):
         command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
@@ -289,4 +387,4 @@ def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(t
         env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONIOENCODING": "ascii"}
         done = subprocess.run(words, capture_output=True, cwd=ROOT, env=env, timeout=300)
         assert done.stdout.decode().count("\n") == lines
-        assert done.stderr.decode() == errors
+        assert re.fullmatch(errors + r"(outputs cut at .*\n)?", done.stderr.decode())

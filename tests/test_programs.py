@@ -182,7 +182,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
 
     flags = ("--split=test_longer", "--checkpoint=best")
     finish(start("eval.py", *places, *flags, **AS_USERS))
-    longer = json.loads((tmp_path / "eval_test_longer.json").read_text())
+    longer = json.loads((tmp_path / "eval_test_longer_checkpoint=best.json").read_text())
     assert [row["length"] for row in longer["replicas"][0]["by_source_length"]] == [6, 7, 8]
 
 
@@ -238,9 +238,23 @@ def test_the_programs_themselves_say_no_more_than_a_line(tmp_path, data_dir):
         ("--config is missing", ("train.py",), {}),
         ("no device for JAX_PLATFORMS=cuda", tiny, {"JAX_PLATFORMS": "cuda"}),
         ("holds no run", ("eval.py", f"--workdir={tmp_path / 'nothing'}"), {}),
-        ("--workdir", ("eval.py",), {}),
+        ("--workdir is missing; set --workdir=…: The folder", ("eval.py",), {}),
     ):
         assert re.search(message, complaint(*words, **environment))
+    assert {"--workdir:", "--beam_size:"} <= set(finish(start("eval.py", "--help")).split())
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_is_trained_and_evaluated(tmp_path, data_dir):
+    places = (f"--workdir={tmp_path}", f"--data_dir={data_dir}")
+    for words in (("train.py", *TINY, "--config.steps=20"), ("eval.py",)):
+        process = start(*words, *places)
+        with process:
+            process.stdout.close()
+            assert "standard output is closed" in process.stderr.read()
+        assert process.returncode == 0
+    for path in ("checkpoints/20", "results.json", "eval_test.json", "samples_test.tsv"):
+        assert (tmp_path / path).exists()
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(ol
 
     config = workdir.read_config()
     mesh, cfg = sharding.one_device(), RunConfig.resolve(config)
-    _, tokenizers, model, step, variables, _ = trained.load(workdir, mesh)
+    _, _, model, step, variables, _ = trained.load(workdir, mesh)
     assert step == 200
     corpus = open_corpus(cfg.data, data_dir, workdir.tokenizers)
     workdir.check_corpus(corpus.identity())

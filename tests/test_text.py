@@ -58,8 +58,9 @@ def as_two_files(folder):
 
 
 def as_windows_writes_it(folder):
-    first, *others = (line + "\r" for line in tsv(GOOD))
-    return write(folder / "train.tsv", ["\ufeff" + first, *others])
+    # A byte order mark stands between two files that were joined.
+    first, *others = (f" {line}\u3000\r" for line in tsv(GOOD))
+    return write(folder / "train.tsv", ["\ufeff" + first, "\ufeff \ufeff" + others[0], *others[1:]])
 
 
 WAYS = [as_tsv, as_gzip, as_two_files, as_json_lines, as_windows_writes_it]
@@ -126,11 +127,29 @@ def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
     assert opened(tmp_path, path).left_out() == said  # at each start, not the first alone
     lines = [json.dumps({"source": source, "target": target}) for source, target in GOOD]
     lines[4:8] = "{", "[1]", '{"source": "a"}', '{"source": 1, "target": 2}'
+    lines[8:10] = "[" * 100_000, r'{"source": "\ud800", "target": "a"}'
     corpus = opened(tmp_path, write(tmp_path / "train.jsonl", lines))
     said = corpus.left_out()
-    for words in ("1 no JSON (line 5)", "1 no JSON object (line 6)", "without a text 'target'"):
+    for words in ("2 no JSON (lines 5, 9)", "1 no JSON object (line 6)", "without a text 'target'"):
         assert words in said
-    assert len(everything(corpus)) == len(GOOD) - 4
+    assert "1 with a lone surrogate (line 10)" in said
+    assert len(everything(corpus)) == len(GOOD) - 6
+
+
+def test_unknown_symbols_are_counted(tmp_path):
+    """Of each split and side; those that `vocab_size` leaves no room for too."""
+    splits = {"train": [("a b", "c")] * 5, "validation": [("a x é", "c")], "test": [("b", "<eos>")]}
+    files = {split: write(tmp_path / split, tsv(each)) for split, each in splits.items()}
+    for tokenizer, validation, test in (("words", 2, 1), ("characters", 2, 5), ("bytes", 0, 0)):
+        corpus = opened(tmp_path, **files, tokenizer=tokenizer)
+        assert corpus.unknown(files["train"]) == ""
+        wanted = [f"validation: source {validation} of "] * bool(validation)
+        wanted += [f"test: target {test} of {test} tokens (100.00%)"] * bool(test)
+        found = corpus.unknown(*files.values()).split("; ")
+        assert all(map(str.startswith, found, wanted or [""])), found
+    many = write(tmp_path / "many.tsv", [f"w{k}\tx x" for k in range(300)])
+    corpus = opened(tmp_path, many, tokenizer="words", vocab_size=264, test="train[:9]")
+    assert corpus.unknown(many).startswith("train: source ")
 
 
 @pytest.mark.parametrize(

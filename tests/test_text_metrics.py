@@ -9,7 +9,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.text_metrics import METRICS, edit_distance
+from transformer.text_metrics import BLEU_TOKENIZERS, METRICS, bleu, edit_distance
 
 approx = pytest.approx
 OUTPUTS = ["the cat sat on the mat", "there is no place like home .", ""]
@@ -20,6 +20,7 @@ SEVERAL = [[*own, f"{own[0]} indeed", "so be it then"] for own in ONE]
 UNEQUAL = [own[: 1 + k % 3] for k, own in enumerate(SEVERAL)]
 SACREBLEU = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}
 WORST = {name: 100.0 if name.endswith("error_rate") else 0.0 for name in METRICS}
+PROPORTIONS = ("exact_match", "sequence_error_rate")
 each_metric = pytest.mark.parametrize("name", METRICS)
 
 
@@ -106,9 +107,11 @@ def test_values_are_sacrebleus(name, references):
 @each_metric
 def test_empty_outputs_are_as_wrong_as_can_be_and_right_ones_are_right(name):
     empty = METRICS[name]([""] * 5, UNEQUAL)
-    assert empty[:3] == (WORST[name],) * 3
     right = METRICS[name]([own[-1] for own in SEVERAL], SEVERAL)
-    assert right[:3] == approx((100 - WORST[name],) * 3)
+    assert (empty.value, right.value) == approx((WORST[name], 100 - WORST[name]))
+    for score in (empty, right):  # Wilson: z² / (n + z²), of 5 all or none
+        width = 100 * 1.96**2 / (5 + 1.96**2) if name in PROPORTIONS else 0
+        assert score.high - score.low == approx(width, rel=1e-4)
     assert bool(right.signature) == (name in SACREBLEU)
 
 
@@ -117,5 +120,18 @@ def test_one_good_output_among_bad_ones_has_an_interval(name):
     """Then some of what is drawn scores nothing at all."""
     score = METRICS[name](["", "", "", "so be it then"], [["so be it then"]] * 4)
     worst = [score.low, score.high][WORST[name] > 0]
-    assert worst == WORST[name]
+    assert (worst == WORST[name]) == (name not in PROPORTIONS)
     assert score.low < score.value < score.high
+
+
+def test_bleu_has_the_tokenizer_of_its_signature_and_warns_where_it_says_nothing():
+    assert set(BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
+    references = [["他們在公園裡吃了一個很大的蘋果"]] * 3
+    outputs = ["他們在公園裡吃了一個很大的梨子"] * 3
+    plain, zh = (bleu(outputs, references, tokenizer) for tokenizer in ("13a", "zh"))
+    assert plain.value == 0.0
+    assert zh.value > 70
+    assert "|tok:zh|" in zh.signature
+    assert "set it to zh" in plain.warning
+    assert "no reference has 4 tokens" in bleu(["a b c"], [["a b c", "a"]]).warning
+    assert not any((zh.warning, bleu(["a"], [["a b c d", "a"]]).warning))

@@ -65,9 +65,35 @@ def test_what_was_never_seen_is_unknown_or_refused():
     assert len({SymbolTokenizer(symbols).digest() for symbols in ("ab", "ba", "abc")}) == 3
 
 
+@each_tokenizer
+def test_special_tokens_spelt_in_a_text_are_text(name):
+    """Whether the text was learned from or not."""
+    text, kind = " ".join([*SPECIALS, "a", UNKNOWN, "".join(SPECIALS)]), TOKENIZERS[name]
+    learned = kind.learn([text] * 20, 300)
+    for tokenizer in (LEARNED[name], learned, kind.read(learned.to_bytes())):
+        assert not {PAD, BOS, EOS} & set(tokenizer.encode(text)[:-1])
+    assert learned.decode(learned.encode(text)) == text
+    # A run from before has learned some of the names as words, and keeps its numbers.
+    saved = b'{"symbols": ["w", "<eos>", "<unk>"], "separator": " ", "unknown": true}'
+    words = TOKENIZERS["words"].read(saved)
+    assert words.encode("<eos> w <unk> <pad> x") == [4, 3, 6, 6, 6, EOS]
+    assert words.unknown_id == 6
+    assert words.to_bytes() == saved
+
+
 @pytest.mark.parametrize("name", ["bpe", "unigram"])
 def test_pieces_are_no_more_than_asked_for_and_fewer_of_little_text(name):
+    learn = TOKENIZERS[name].learn
     assert len(LEARNED[name].pieces) <= 300
-    assert len(TOKENIZERS[name].learn(["ab"], 4_000).pieces) < 300
-    with pytest.raises(UserError, match=f"data.tokenizer={name}, data.vocab_size=264: .*choose"):
-        TOKENIZERS[name].learn(["abcdefghijklmnop"], 264)
+    assert len(learn(["ab"], 4_000).pieces) < 300
+    for texts, size, message in (
+        (["abcdefghijklmnop"], 264, r"are 277 pieces by .*raise data\.vocab_size"),
+        (["", ""], 300, "there is no text to learn from"),
+    ):
+        with pytest.raises(UserError, match=f"^data.tokenizer={name}, data.*={size}: .*{message}"):
+            learn(texts, size)
+    # Nothing is left out of what it learns from: no long text, none with SentencePiece's own sign.
+    long = " ".join(TEXTS * 20), "▅".join(TEXTS * 20), "東京" * 40_000
+    for text, part in zip(long, (TEXTS[0], TEXTS[0], "東京"), strict=True):
+        tokenizer = learn([text], 300)
+        assert "<0x" not in "".join(map(tokenizer.symbol, tokenizer.encode(part)))

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from transformer import hosts, plugins
 from transformer.config import RunConfig, flat_knobs
-from transformer.console import console
+from transformer.console import console, outlive_readers
 from transformer.errors import UserError, nearest
 from transformer.generation import Decoding
 from transformer.interruption import RESUME, Interrupted, end_with_parent
@@ -35,14 +35,22 @@ SMALLER = (
 )
 SMALL = 256  # the width up to which a CPU's cores work better side by side than together
 
+flags.disclaim_key_flags()  # those that are defined here are the program's own in its --help
 
-def run(main: Callable[[], None]) -> None:
+
+def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`.
 
     What a person can cause ends with one line on standard error and exit status 2:
     a `UserError`, a flag that does not parse, and what the disk or the system refuses. A run
     that was asked to stop ends with status 75: the same command goes on with it.
+
+    Args:
+      main: the program.
+      outlives_readers: whether it goes on when nobody reads its output any more (`| head`).
     """
+    if outlives_readers:
+        outlive_readers()
     end_with_parent()
     one_line_for_a_failed_save()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
@@ -194,6 +202,11 @@ def define_decoding_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Draws among the likeliest with this share of it; 1: all.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    flags.DEFINE_integer(
+        "decode_margin",
+        None,
+        "Tokens that an output may have more than its source; default the run's.",
+    )
 
 
 def decoding() -> Decoding:
@@ -240,10 +253,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     config = read_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit:  # --help, with which absl ends in status 1
+        sys.exit(0)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
     if "plugins" in flags.FLAGS:
-        plugins.load(flags.FLAGS["plugins"].value)
+        plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # libraries log, with tracebacks, what they raise
     if len(rest) > 1:
@@ -271,6 +286,9 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
     """One line on why the flags did not parse."""
     if config is None and "config" in flags.FLAGS and "--config must" in str(error):
         return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
+    if missing := re.search(r"--(\w+) must have a value other than None", str(error)):
+        name = missing[1]
+        return f"--{name} is missing; set --{name}=…: {flags.FLAGS[name].help}"
     if config is None:
         return " ".join(str(error).split())
     knobs = flat_knobs(config)

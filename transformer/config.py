@@ -49,6 +49,7 @@ FREE_KNOBS = {
     "debug_nans",
     "best_metric",
     "data.metrics",
+    "data.bleu_tokenizer",
     "data.workers",
 }
 FREE_SECTIONS = {"mesh"}

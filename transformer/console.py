@@ -1,11 +1,14 @@
 """What a run shows in the terminal."""
 
 import contextlib
+import errno
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +31,38 @@ Part = TypeVar("Part")
 console = Console(highlight=False, soft_wrap=True)
 
 
+class LastingFile(io.FileIO):
+    """A standard stream whose reader may leave (`| head`): what is written afterwards is lost."""
+
+    def write(self, data: Any) -> int:
+        """Writes `data`; once nobody reads, to the null device."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if self.fileno() == 1:
+            note = "standard output is closed: the program goes on, what it prints is lost"
+            print(note, file=sys.stderr, flush=True)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Makes `sys.stdout` and `sys.stderr` survive the end of whoever reads them."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the start: a file opened later must not take its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        lasting = io.TextIOWrapper(
+            io.BufferedWriter(LastingFile(number, "w", closefd=False)),
+            encoding=stream and stream.encoding,
+            errors=stream and stream.errors,
+            line_buffering=True,
+        )
+        setattr(sys, name, lasting)
+
+
 def facts(rows: Mapping[str, str]) -> None:
     """Prints a name and its value a line."""
     for name, value in rows.items():
@@ -37,16 +72,25 @@ def facts(rows: Mapping[str, str]) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table; the first column is text, the others are figures.
 
-    As wide as the terminal, or, in a file or a pipe, as it is itself.
+    As wide as the terminal, or, in a file or a pipe, as it is itself. In a terminal that is too
+    narrow for its words and figures, each row is a list.
     """
+    rows = [list(map(escape, row)) for row in rows]
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         # Folded, where there is too little room: a name that is cut off names nothing.
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*map(escape, row))
+        drawn.add_row(*row)
+    needed = console.measure(drawn, options=console.options.update(width=1_000))
     if not console.is_terminal:
-        drawn.width = console.measure(drawn, options=console.options.update(width=1_000)).maximum
+        drawn.width = needed.maximum
+    elif needed.minimum > console.width:
+        console.print(f"[bold]{escape(title)}[/bold]")
+        for row in rows:
+            lines = (f"  {name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True))
+            console.print("\n".join((f"{columns[0]}: {row[0]}", *lines)))
+        return
     console.print(drawn)
 
 

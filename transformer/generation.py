@@ -1,6 +1,7 @@
 """From texts to the texts that a trained model makes of them."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from transformer import evaluation, sharding, trained
 from transformer.data.batches import Dataset
 from transformer.data.ragged import Ragged
+from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
 from transformer.decoding import Beams, beam_search, greedy, sample
 from transformer.errors import UserError, within
@@ -34,6 +36,7 @@ class Decoding:
     top_k: of sampling, so many of the likeliest tokens; 0: all.
     top_p: of sampling, the likeliest that have this share together; 1: all.
     seed: of sampling.
+    decode_margin: tokens that an output may have more than its source; None: as the run says.
 
     Raises:
       UserError: they are out of range, or at odds.
@@ -45,6 +48,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    decode_margin: int | None = None
 
     def __post_init__(self):
         within("beam_size", self.beam_size, 1, 1_000)
@@ -54,6 +58,7 @@ class Decoding:
         within("top_k", self.top_k, 0, 2**20)
         within("top_p", self.top_p, 0.0, 1.0)
         within("seed", self.seed, 0, 2**32 - 1)
+        within("decode_margin", self.decode_margin or 0, 0, 2**16)
         if self.temperature and self.beam_size > 1:
             raise UserError(
                 f"temperature={self.temperature}, beam_size={self.beam_size}: outputs are drawn, "
@@ -71,6 +76,7 @@ class Decoding:
             names = ["temperature", "top_k", "top_p", "seed"]
         else:
             names = ["beam_size"] + ["length_penalty"] * (self.beam_size > 1)
+        names += ["decode_margin"] * (self.decode_margin is not None)
         return {name: getattr(self, name) for name in names}
 
     def decode(
@@ -87,9 +93,10 @@ class Decoding:
           model: the model.
           params: its variables.
           data: the examples.
-          margin: tokens that an output may have more than its source.
+          margin: tokens that an output may have more than its source, unless `decode_margin` says.
           draws: of each, two numbers that, with the seed, decide what is drawn; None: its place.
         """
+        margin = margin if self.decode_margin is None else self.decode_margin
         length = model.config.reach(data.source.shape[1] + margin)
         if self.beam_size > 1:
             settings = {"beam_size": self.beam_size, "length_penalty": self.length_penalty}
@@ -110,17 +117,44 @@ class Decoding:
         return jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n[0]), n[1]))(draws)
 
 
+class Prepared(NamedTuple):
+    """Texts as a model reads them, and which of them it cannot.
+
+    tokens: of each text, its end included; of one that is empty or refused, the end alone.
+    refused: index → why the text cannot be processed; its outputs are empty.
+    unknown: index → how many of its symbols the tokenizer never learned.
+    """
+
+    tokens: Ragged
+    refused: dict[int, str]
+    unknown: dict[int, int]
+
+    def check(self) -> None:
+        """Raises a UserError if a text is refused."""
+        for index, reason in self.refused.items():
+            raise UserError(f"texts[{index}]: {reason}")
+
+    def warn(self) -> None:
+        """Warns the caller of `generate` of unknown symbols."""
+        if self.unknown:
+            where = numbered("text", self.unknown, len(self.unknown))
+            count = sum(self.unknown.values())
+            warnings.warn(f"{count:,} symbols were never learned (in {where})", stacklevel=3)
+
+
 class Output(NamedTuple):
     """What a model made of a text.
 
     text: of the tokens.
     tokens: without the end.
     score: log p, in nats; of beam search divided by the length penalty.
+    cut: whether it reached the limit of tokens without an end.
     """
 
     text: str
     tokens: list[int]
     score: float
+    cut: bool = False
 
 
 class Alignment(NamedTuple):
@@ -168,9 +202,47 @@ class Generator:
         self.programs: dict[Decoding, Callable[..., Beams]] = {}
         self.maps = jax.jit(partial(evaluation.attention_maps, self.model))
 
+    def prepare(self, texts: Iterable[str]) -> Prepared:
+        """Texts for `generate`; those that it cannot process are named and stop nothing.
+
+        Raises:
+          UserError: `texts` is one text instead of several.
+          TypeError: one of them is no str.
+        """
+        if isinstance(texts, str | bytes):
+            raise UserError("texts: one text is no list of texts; write generate([text])")
+        tokens, refused, unknown = [], {}, {}
+        for index, text in enumerate(texts):
+            own = [EOS]
+            try:
+                own = self.encode(text)
+            except UnicodeEncodeError:
+                refused[index] = "a lone surrogate in it is half a character; take it out"
+            except UserError as error:
+                refused[index] = str(error)
+            if count := self.tokenizers.source.count_unknown(own):
+                unknown[index] = count
+            tokens.append(own)
+        return Prepared(Ragged.of(tokens), refused, unknown)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, cleaned as those of training were.
+
+        Raises:
+          UserError: it has a symbol that the tokenizer refuses, or is longer than the positions.
+          UnicodeEncodeError: it holds a lone surrogate.
+        """
+        tokens = self.tokenizers.source.encode(cleaned(text))
+        if (reach := self.cfg.model.reach(len(tokens))) < len(tokens):
+            raise UserError(
+                f"{len(tokens):,} tokens, its end included, are more than the {reach:,} positions "
+                "of the model; shorten or split it"
+            )
+        return tokens
+
     def generate(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str] | Prepared,
         decoding: Decoding = Decoding(),
         *,
         n_best: int = 1,
@@ -179,16 +251,20 @@ class Generator:
     ) -> list[list[Output]]:
         """The best outputs of each text, the best first; of an empty text an empty one.
 
+        Warns of symbols that the tokenizer never learned: the model cannot tell them apart.
+
         Args:
-          texts: in any order; those of like length are decoded together.
+          texts: in any order; those of like length are decoded together. Of `prepare`: what cannot
+            be processed adds to `refused` and is no error, and nothing is warned of.
           decoding: how to look for outputs.
           n_best: how many of each: of beam search the best, of sampling so many draws.
           batch_size: texts that are decoded at once; what comes out does not depend on it.
           first: how many texts came before; what is drawn depends on a text's number.
 
         Raises:
-          UserError: a text is longer than the model's positions reach, or has a character that the
-            tokenizer refuses.
+          UserError: a text is longer than the model's positions or the memory, or has a character
+            that the tokenizer refuses; or `texts` is one text.
+          TypeError: one of them is no str.
         """
         within("batch_size", batch_size, 1, 2**20)
         within("n_best", n_best, 1, 2**20)
@@ -198,24 +274,45 @@ class Generator:
                 f"n_best={n_best}: of beam_size={decoding.beam_size} no more come; raise that, or "
                 "set a temperature, and they are drawn"
             )
-        sources = Ragged.of(self.tokenizers.source.encode_all(texts))
-        longest = int(sources.lengths().max(initial=0))
-        self.cfg.model.check_length(longest, "the longest text")
-        widths = self.widths(sources.lengths())
-        real = np.flatnonzero([bool(text.strip()) for text in texts])
-        outputs: list[list[Output]] = [[] for _ in texts]
-        for width in np.unique(widths[real])[::-1].tolist():
-            rows = np.repeat(real[widths[real] == width], draws)
-            places = np.stack([first + rows, np.arange(len(rows)) % draws], axis=1)
-            for begin in range(0, len(rows), batch_size):
-                part = slice(begin, begin + batch_size)
-                found = self.decode(sources.take(rows[part]).padded(width), places[part], decoding)
-                for row, tokens, scores in zip(rows[part].tolist(), *found, strict=True):
-                    outputs[row] += map(self.output, tokens[:n_best], scores[:n_best].tolist())
+        prepared = texts if isinstance(texts, Prepared) else self.prepare(texts)
+        if prepared is not texts:
+            prepared.check()
+            prepared.warn()
+        outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
+        for rows, found in self.found(prepared.tokens, draws, decoding, batch_size, first):
+            if found is None:
+                size = prepared.tokens.lengths()[rows[0]]
+                prepared.refused[rows[0]] = f"{size:,} tokens need too much memory; split it"
+                if prepared is not texts:
+                    prepared.check()
+                continue
+            for row, tokens, scores in zip(rows, *found, strict=True):
+                outputs[row] += map(self.output, tokens[:n_best], scores[:n_best].tolist())
+        for index in prepared.refused:  # of several draws some may have had room
+            outputs[index] = []
         if decoding.temperature:  # a search has put its own in order, those without an end last
             for own in outputs:
                 own.sort(key=lambda output: -output.score)
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
+
+    def found(
+        self, sources: Ragged, draws: int, decoding: Decoding, batch_size: int, first: int
+    ) -> Iterator[tuple[list[int], Beams | None]]:
+        """Numbers of sources, those of like length together, and their scored hypotheses.
+
+        None, where there is not enough memory for a source by itself. Arguments as of `generate`.
+        """
+        widths = self.widths(sources.lengths())
+        real = np.flatnonzero(sources.lengths() > 1)
+        for width in np.unique(widths[real])[::-1].tolist():
+            rows = np.repeat(real[widths[real] == width], draws)
+            places = np.stack([first + rows, np.arange(len(rows)) % draws], axis=1)
+
+            def run(part: Int[np.ndarray, "part"], rows=rows, places=places, width=width) -> Beams:
+                return self.decode(sources.take(rows[part]).padded(width), places[part], decoding)
+
+            for part, found in in_memory(run, len(rows), batch_size):
+                yield rows[part].tolist(), found
 
     def decode(
         self,
@@ -251,13 +348,13 @@ class Generator:
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         """A hypothesis as text."""
         own = before_end(tokens.tolist())
-        return Output(self.tokenizers.target.decode(own), own, score)
+        return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
         """Where the decoder looked for each token of an output of each text."""
         tokenizers, found = self.tokenizers, []
         for text, output in zip(texts, outputs, strict=True):
-            source = tokenizers.source.encode(text)
+            source = self.encode(text)
             target = [*output.tokens, EOS]
             (width,) = self.widths(np.array([max(len(source), len(target))])).tolist()
             target = target[:width]  # no room for an end, where positions reach no further
@@ -273,6 +370,27 @@ class Generator:
                 )
             )
         return found
+
+
+def in_memory(
+    run: Callable[[Int[np.ndarray, "part"]], Beams], rows: int, batch_size: int
+) -> Iterator[tuple[Int[np.ndarray, "part"], Beams | None]]:
+    """Numbers of rows, and `run` of them: a batch, or less where memory is short.
+
+    None takes the place of the result of a row that does not fit by itself.
+    """
+    parts = [np.arange(at, min(at + batch_size, rows)) for at in range(0, rows, batch_size)][::-1]
+    while parts:
+        part, found = parts.pop(), None
+        try:
+            found = run(part)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if len(part) > 1:
+                parts += np.array_split(part, 2)[::-1]
+                continue
+        yield part, found
 
 
 def roomy(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:

@@ -62,7 +62,7 @@ def by_replica(tree: Any, replicas: int) -> list[Any]:
     return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
 
 
-def mean_over(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_over(metrics: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
     """The mean of each metric over the replicas."""
     return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
+PANELS = 8  # layers, and heads, of a picture of attention at most
+PIXELS = 16e6  # of such a picture at most
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -40,7 +42,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def accuracy_by_length(
-    lengths: Sequence[int], tokens: Sequence[float], sequences: Sequence[float], path: Path
+    lengths: Sequence[float], tokens: Sequence[float], sequences: Sequence[float], path: Path
 ) -> None:
     """Token and sequence accuracy for each source length."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -72,7 +74,7 @@ def attention(
     title: str,
     path: Path,
 ) -> None:
-    """One panel for each layer (down) and head (across).
+    """One panel for each layer (down) and head (across), of the first `PANELS` of each.
 
     Args:
       maps: the weights [N, T, S] of each layer, with room for padding.
@@ -81,20 +83,45 @@ def attention(
       title: above the panels.
       path: the PNG to write.
     """
-    layers, heads = len(maps), maps[0].shape[0]
+    title = shortened(title, 100)
+    layers, heads = min(len(maps), PANELS), min(maps[0].shape[0], PANELS)
+    if (layers, heads) != (len(maps), maps[0].shape[0]):
+        title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
+    queries, keys = ([shortened(label, 20) for label in labels] for labels in (queries, keys))
     side = 0.7 + 0.19 * max(len(queries), len(keys))
-    figure = Figure(figsize=(max(side * heads, 4), side * layers + 0.5), layout="constrained")
-    panels = figure.subplots(layers, heads, squeeze=False)
-    for layer in range(layers):
-        for head in range(heads):
-            panel = panels[layer, head]
-            weights = maps[layer][head, : len(queries), : len(keys)]
-            panel.imshow(weights, vmin=0, vmax=1, cmap="Blues")
-            panel.set_xticks(range(len(keys)), keys, fontsize=8)
-            panel.set_yticks(range(len(queries)), queries, fontsize=8)
-            panel.tick_params(length=0)
-            panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+    letters = max(map(len, (*queries, *keys)))  # of the longest label
+    edge = 0.5 + 0.08 * letters  # inches to the left of the panels and below them
+    wide, high = edge + side * heads + 1.2, edge + side * layers + 0.6
+    figure = Figure(figsize=(wide, high))
+    # Not laid out by Matplotlib, which measures every label several times.
+    room = {"left": edge / wide, "right": 1 - 1.2 / wide}
+    room |= {"bottom": edge / high, "top": 1 - 0.6 / high, "wspace": 0.1, "hspace": 0.1}
+    panels = figure.subplots(layers, heads, squeeze=False, gridspec_kw=room)
+    literal = {"fontsize": 8, "parse_math": False}  # a dollar sign in a text begins no formula
+    for (layer, head), panel in np.ndenumerate(panels):
+        weights = maps[layer][head, : len(queries), : len(keys)]
+        panel.imshow(weights, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xticks(range(len(keys)), keys, rotation=90 * (letters > 2), **literal)
+    for panel in panels[:, 0]:
+        panel.set_yticks(range(len(queries)), queries, **literal)
+    for panel in panels.flat:
+        panel.tick_params(length=0)
     panels[-1, 0].set(xlabel="key (⊣ end)", ylabel="query (⊢ begin)")
-    figure.colorbar(ScalarMappable(cmap="Blues"), ax=panels, shrink=0.8, label="attention weight")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    bar = figure.add_axes((1 - 0.9 / wide, 0.15, 0.2 / wide, 0.7))
+    figure.colorbar(panels[0, 0].images[0], cax=bar, label="attention weight")
+    figure.suptitle(title, y=1 - 0.15 / high, fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=min(150, (PIXELS / (wide * high)) ** 0.5))
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`, or its beginning and … in the place of what is too long."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def without_glyph(text: str) -> str:
+    """The characters of `text` that the font of the pictures cannot draw."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(character for character in dict.fromkeys(text) if ord(character) not in known)

@@ -1,38 +1,75 @@
 """How near decoded text is to its references: BLEU, chrF, exact match, and rates of edits."""
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
-from transformer.errors import needs
+from transformer.errors import UserError, needs
 
 LEVEL = 0.95
 RESAMPLES = 1_000
 References = Sequence[Sequence[str]]  # of each output, one or more
+BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200")
+BLEU_TOKENIZERS += ("spm", "spBLEU-1K", "none")  # all of sacrebleu's
+# Letters of scripts without spaces between words: Thai to Burmese, Khmer, kana, Chinese.
+UNSPACED = re.compile(
+    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{5}"
+)
 
 
 class Score(NamedTuple):
-    """A percentage, with an interval from resampling the examples.
+    """A percentage with a 95% interval over the examples.
 
-    low, high: the bootstrap's 95% interval (percentiles).
+    low, high: Wilson's interval of a proportion, else the bootstrap's (percentiles).
     signature: of sacrebleu's metrics, so that others can compute the same value; else empty.
+    warning: why the value may mislead; else empty.
     """
 
     value: float
     low: float
     high: float
     signature: str = ""
+    warning: str = ""
 
 
-def bleu(outputs: Sequence[str], references: References) -> Score:
-    """Papineni et al. 2002, as sacrebleu computes it (Post 2018)."""
+def bleu(outputs: Sequence[str], references: References, tokenizer: str = "13a") -> Score:
+    """Papineni et al. 2002, as sacrebleu computes it (Post 2018).
+
+    Args:
+      outputs: of the model.
+      references: one or more of each.
+      tokenizer: one of `BLEU_TOKENIZERS`; it is part of the signature.
+
+    Raises:
+      UserError: the tokenizer lacks a package, or a model that it downloads.
+    """
     with needs("text"):
         from sacrebleu.metrics import BLEU
+    try:
+        metric = BLEU(tokenize=tokenizer)
+    except Exception as error:  # each tokenizer has its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"bleu_tokenizer={tokenizer}: {reason}; or choose another") from error
 
-    return by_sacrebleu(BLEU(), outputs, references)
+    warning, order = "", metric.max_ngram_order
+    texts = [text for own in references for text in own]
+    unspaced = sum(bool(UNSPACED.search(text)) for text in texts)
+    if tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(texts):
+        warning = (
+            f"the references have no spaces between words, which bleu_tokenizer={tokenizer} "
+            "needs; set it to zh, ja-mecab or char"
+        )
+    elif all(len(metric.tokenizer(text).split()) < order for text in texts):
+        warning = (
+            f"no reference has {order} tokens, so that BLEU is 0 whatever the outputs are; "
+            "exact_match and chrf tell more"
+        )
+    return by_sacrebleu(metric, outputs, references)._replace(warning=warning)
 
 
 def chrf(outputs: Sequence[str], references: References) -> Score:
@@ -60,7 +97,9 @@ def by_sacrebleu(metric: Any, outputs: Sequence[str], references: References) ->
 def exact_match(outputs: Sequence[str], references: References) -> Score:
     """Outputs that are one of their references."""
     right = [output in own for output, own in zip(outputs, references, strict=True)]
-    return ratio(np.array(right, float), np.ones(len(right)))
+    test = binomtest(sum(right), len(right))
+    low, high = test.proportion_ci(LEVEL, method="wilson")
+    return Score(100 * test.statistic, 100 * float(low), 100 * float(high))
 
 
 def sequence_error_rate(outputs: Sequence[str], references: References) -> Score:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformer.data import toy
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.errors import UserError, choose, within
-from transformer.text_metrics import METRICS
+from transformer.text_metrics import BLEU_TOKENIZERS, METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class DataConfig:
     vocab_size: int = 8_000  # pieces to learn, at most, for bpe and unigram
     longest: int = 0  # tokens; longer examples are left out of training; 0: none is
     metrics: Sequence[str] = ()  # of decoded text; transformer/text_metrics.py: METRICS
+    bleu_tokenizer: str = "13a"  # sacrebleu's; of Chinese zh, of Japanese ja-mecab or char
     workers: int = 0  # processes that make batches on the host; 0: all rows lie on devices
     pack: int = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 
@@ -40,6 +41,7 @@ class DataConfig:
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
         for name in self.metrics:
             choose(METRICS, str(name), "data.metrics")
+        choose(dict.fromkeys(BLEU_TOKENIZERS), self.bleu_tokenizer, "data.bleu_tokenizer")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
         within("data.longest", self.longest, 0, 2**20)
         within("data.workers", self.workers, 0, 1_000)

@@ -47,8 +47,8 @@ def toy_strings(config: DataConfig, data_dir: str | None) -> Opened:
     return Opened(builder, config.fields(), {})
 
 
-def files(config: DataConfig, data_dir: str | None) -> Opened:
-    """Files of one's own: `text`. A split is a file, or `validation` or `test`, cut from train."""
+def named_files(config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Of a config that names files: split → its file, and what `Opened.named` is to hold."""
     named, given = {}, {}
     for split in text.SPLITS:
         wanted = getattr(config, split)
@@ -61,9 +61,13 @@ def files(config: DataConfig, data_dir: str | None) -> Opened:
                 f"data.train={wanted}: data.dataset=files reads a file; name one with pairs "
                 "(.tsv, .jsonl), or two: sources,targets"
             )
-    fields = config.fields()
-    own = text.FilesConfig(name=text.digest(given, fields), files=given, fields=fields)
-    builder = prepared(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
+    return given, named
+
+
+def files(config: DataConfig, data_dir: str | None) -> Opened:
+    """Files of one's own: `text`. A split is a file, or `validation` or `test`, cut from train."""
+    given, named = named_files(config)
+    builder = text_pairs(given, config, data_dir)
     for split in text.CUT.values():
         if getattr(config, split) == split and split not in builder.info.splits:
             raise UserError(
@@ -71,6 +75,37 @@ def files(config: DataConfig, data_dir: str | None) -> Opened:
                 f"hundred none is cut; name a file, or a part, --config.data.{split}=train[:10]"
             )
     return Opened(builder, text.COLUMNS, named)
+
+
+def text_pairs(given: Mapping[str, str], config: DataConfig, data_dir: str | None) -> Any:
+    """The builder of a dataset of the files `given` for some splits."""
+    fields = config.fields()
+    own = text.FilesConfig(name=text.digest(given, fields), files=dict(given), fields=fields)
+    return prepared(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
+
+
+def reopened(config: DataConfig, name: str, data_dir: str | None) -> Opened:
+    """The dataset that a run recorded as `name`; its files may have moved, or changed, since."""
+    if config.dataset == "files":
+        own = text.FilesConfig(name=name.split("/")[1], files={}, fields=config.fields())
+        make = partial(text.TextPairs, config=own)
+        with damage_explained(f"{name} under {data_dir or 'the default of TFDS'}"):
+            there = is_prepared(make(data_dir=data_dir))
+        if there:
+            return Opened(prepared(make, name, data_dir), text.COLUMNS, named_files(config)[1])
+    try:
+        return open_dataset(config, data_dir)
+    except UserError as error:
+        if config.dataset != "files":
+            raise
+        raise UserError(
+            f"{error}; or name the --data_dir that has {name}, or a file of pairs by --data=FILE"
+        ) from error
+
+
+def evaluated_file(config: DataConfig, name: str, data_dir: str | None) -> Opened:
+    """A file of pairs, or two, as the split `test` of a dataset; fields as of `config`."""
+    return Opened(text_pairs({"test": name}, config, data_dir), text.COLUMNS, {})
 
 
 DATASETS = {"toy_strings": toy_strings, "files": files}

@@ -61,7 +61,7 @@ def intact(folder: Path) -> bool:
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
-        record = json.loads((folder / MANIFEST).read_text())
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return record == checksums(folder)
     except (OSError, ValueError):
         return False
@@ -89,7 +89,7 @@ def write(folder: Path, parts: Iterable[Pairs]) -> None:
                 values.write(side.values.astype(np.int32).tobytes())
                 offsets.write((side.offsets[1:] + ends[which]).astype(np.int64).tobytes())
                 ends[which] += side.offsets[-1]
-    (folder / MANIFEST).write_text(json.dumps(checksums(folder)))
+    (folder / MANIFEST).write_text(json.dumps(checksums(folder)), encoding="utf-8")
 
 
 def in_parts(count: int, size: int) -> Iterator[range]:

@@ -8,9 +8,9 @@ each also compressed, as .gz. The dataset's name has a hash of what is in the fi
 changed is another dataset.
 
 Lines. They end with a line feed. White space around a text is not part of it, nor is a byte order
-mark. A line is left out, and counted, if it is no UTF-8, has no pair, or has an empty text. Files
-of which more than one line in ten would be left out are refused, and so are two of unequal length,
-whose pairs nobody knows.
+mark (`cleaned`). A line is left out, and counted, if it is no UTF-8, has no pair, or has an empty
+text. Files of which more than one line in ten would be left out are refused, and so are two of
+unequal length, whose pairs nobody knows.
 
 Splits. `validation` and `test` are files too, or they are cut from the training file: the hash of
 a source decides, one source in a hundred goes to each, so that no source is in two of them. A pair
@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -34,8 +34,24 @@ from transformer.errors import UserError, choose
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("source", "target")  # what the texts of a line of columns are called
 CUT = {0: "validation", 1: "test"}  # of a hundred parts of the training file
+BLANK = "\ufeff" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # all white space there is
 SHOWN = 3  # numbers of lines, of each kind that was left out
 MOST = 0.1  # of all lines may be left out
+
+
+def cleaned(text: object) -> str:
+    """`text` without the white space and byte order marks around it.
+
+    Training, evaluation and prediction see each text in this form.
+
+    Raises:
+      TypeError: it is no str.
+      UnicodeEncodeError: it holds a lone surrogate, which is half a character.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a str, not {type(text).__name__}")
+    text.encode()
+    return text.strip(BLANK)
 
 
 class Pair(NamedTuple):
@@ -70,11 +86,16 @@ class Tally:
 
     def __str__(self) -> str:
         kinds = [
-            f"{each['count']:,} {reason} (line{'s' * (each['count'] > 1)} "
-            f"{', '.join(map(str, each['lines']))}{', …' * (each['count'] > SHOWN)})"
+            f"{each['count']:,} {reason} ({numbered('line', each['lines'], each['count'])})"
             for reason, each in self.left_out.items()
         ]
         return "; ".join(kinds)
+
+
+def numbered(what: str, numbers: Iterable[int], count: int) -> str:
+    """`line 3`, or `lines 3, 5, 8, …`, of `count` in all."""
+    first = ", ".join(map(str, itertools.islice(numbers, SHOWN)))
+    return f"{what}{'s' * (count > 1)} {first}{', …' * (count > SHOWN)}"
 
 
 def paths(files: str) -> list[Path]:
@@ -120,6 +141,7 @@ def lines(path: Path) -> Iterator[bytes]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
             for number, line in enumerate(file):
+                # `cleaned` comes too late for a line of JSON, which may not begin with one.
                 yield line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\r\n")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged: {error}; fetch or make it anew") from error
@@ -178,9 +200,11 @@ def parser(
 
     def parse(line: tuple[bytes, ...]) -> tuple[str, str]:
         try:
-            source, target = (text.strip() for text in record([each.decode() for each in line]))
+            source, target = map(cleaned, record([each.decode() for each in line]))
         except UnicodeDecodeError as error:
             raise BrokenLineError("no UTF-8") from error
+        except UnicodeEncodeError as error:  # JSON may spell one: "\\ud800"
+            raise BrokenLineError("with a lone surrogate") from error
         if not source or not target:
             raise BrokenLineError("empty" if source == target else "with an empty text")
         return source, target
@@ -201,7 +225,7 @@ def from_json(line: str, fields: tuple[str, str]) -> tuple[str, str]:
     """The two texts of an object that calls them by the names of `fields`."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # such as of 100,000 brackets
         raise BrokenLineError("no JSON" if line.strip() else "empty") from error
     if not isinstance(record, dict):
         raise BrokenLineError("no JSON object")
@@ -264,6 +288,8 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
     def _is_cut(self, split: str) -> bool:
         """Whether a pair of the training file goes into `split`; of few pairs perhaps none."""
         config = cast(FilesConfig, self.builder_config)
+        if "train" not in config.files:
+            return False
         pairs = read(config.files["train"], config.fields, Tally())
         return any(split_of(pair.source) == split for pair in pairs)
 

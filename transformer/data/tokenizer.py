@@ -5,25 +5,39 @@ import hashlib
 import io
 import itertools
 import json
+import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
+
+import numpy as np
 
 from transformer.errors import UserError, nearest, needs
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
+# Up to 1,000 characters that end before a space if they can, and the space. SentencePiece skips a
+# text of more than 4,192 bytes, which may be 1,048 characters.
+PART = re.compile(r"(.{1,1000})(?: |\Z)|.{1,1000}", re.DOTALL)
+SKIPPED = "▅"  # a text with this character SentencePiece skips too
 
 
 class Tokenizer(abc.ABC):
     """Text as numbers, the first three of which are padding, beginning and end of sequence.
 
+    No text becomes one of these three, also if it spells their names: `<eos>` in a text is a word,
+    or pieces, like any other.
+
     pieces: the text of each number.
+    unknown_id: the number of every symbol that was not learned; None: such a symbol is an error, or
+      there is none.
     """
 
     pieces: Sequence[str]
+    unknown_id: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -46,6 +60,12 @@ class Tokenizer(abc.ABC):
         """A few characters for a plot's axis: the token's own, or ⊢ for BOS and ⊣ for EOS."""
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
 
+    def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """How many of `tokens` stand for symbols that were not learned."""
+        if self.unknown_id is None:
+            return 0
+        return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
+
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
         """What `TOKENIZERS` makes the same tokenizer of again."""
@@ -67,7 +87,10 @@ class SymbolTokenizer(Tokenizer):
     def __init__(self, symbols: Sequence[str], separator: str = "", unknown: bool = False):
         self.separator = separator
         self.pieces = (*SPECIALS, *symbols, *([UNKNOWN] if unknown else []))
-        self.ids = {piece: number for number, piece in enumerate(self.pieces)}
+        # Without the special tokens: a text may contain their names.
+        self.ids = {symbol: number for number, symbol in enumerate(symbols, len(SPECIALS))}
+        if unknown:
+            self.unknown_id = self.ids[UNKNOWN] = len(self.pieces) - 1
 
     @classmethod
     def learn(cls, separator: str, texts: Iterable[str], vocab_size: int) -> "SymbolTokenizer":
@@ -79,6 +102,7 @@ class SymbolTokenizer(Tokenizer):
           vocab_size: the special tokens are counted too; of characters it is no limit.
         """
         counts = Counter(symbol for text in texts for symbol in split(text, separator))
+        counts.pop(UNKNOWN, None)  # a text that spells it means the unknown word
         if not separator:
             return cls(sorted(counts), separator, unknown=True)
         common = sorted(counts, key=lambda word: (-counts[word], word))
@@ -95,7 +119,7 @@ class SymbolTokenizer(Tokenizer):
         Raises:
           UserError: a symbol is not in the list, and unknown ones are refused.
         """
-        symbols, other = split(text, self.separator), self.ids.get(UNKNOWN)
+        symbols, other = split(text, self.separator), self.unknown_id
         if other is not None:
             return [*(self.ids.get(symbol, other) for symbol in symbols), EOS]
         try:
@@ -103,7 +127,7 @@ class SymbolTokenizer(Tokenizer):
         except KeyError as unknown:
             (symbol,) = unknown.args
             raise UserError(
-                f"{symbol!r} in {text!r} is not one of the tokenizer's symbols "
+                f"{symbol!r} in {reprlib.repr(text)} is not one of the tokenizer's symbols "
                 f"{self.separator.join(self.pieces[len(SPECIALS) :])}"
                 f"{nearest(symbol.lower(), self.ids)}"
             ) from None
@@ -119,7 +143,7 @@ class SymbolTokenizer(Tokenizer):
 
     def to_bytes(self) -> bytes:
         """JSON with the arguments."""
-        unknown = self.pieces[-1] == UNKNOWN
+        unknown = self.unknown_id is not None
         symbols = self.pieces[len(SPECIALS) : len(self.pieces) - unknown]
         record = {"symbols": symbols, "separator": self.separator, "unknown": unknown}
         return json.dumps(record).encode()
@@ -197,6 +221,7 @@ class PieceTokenizer(Tokenizer):
         self.model = model
         self.processor = SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
+        self.unknown_id = self.processor.unk_id()
         size = self.processor.GetPieceSize()
         self.pieces = tuple(self.processor.IdToPiece(number) for number in range(size))
 
@@ -218,7 +243,7 @@ class PieceTokenizer(Tokenizer):
         model = io.BytesIO()
         try:
             SentencePieceTrainer.Train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=parts(texts),
                 model_writer=model,
                 model_type=kind,
                 vocab_size=vocab_size,
@@ -234,10 +259,8 @@ class PieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[-200:]
             raise UserError(
-                f"data.tokenizer={kind}, data.vocab_size={vocab_size}: SentencePiece says: "
-                f"{reason}; choose another size, or characters or bytes"
+                f"data.tokenizer={kind}, data.vocab_size={vocab_size}: {refusal(str(error))}"
             ) from error
         return cls(model.getvalue())
 
@@ -262,6 +285,26 @@ class PieceTokenizer(Tokenizer):
     def to_bytes(self) -> bytes:
         """The model, which SentencePiece's own tools read."""
         return self.model
+
+
+def parts(texts: Iterable[str]) -> Iterator[str]:
+    """`texts`, the long ones in parts, so that SentencePiece skips nothing of them."""
+    for text in texts:
+        for part in PART.finditer(text.replace(SKIPPED, " ")):
+            yield part[1] or part[0]
+
+
+def refusal(reason: str) -> str:
+    """Why SentencePiece learns nothing, and what to do."""
+    if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
+        return (
+            "the special tokens, the 256 bytes and the characters of the texts are "
+            f"{int(needed[1]):,} pieces by themselves; raise data.vocab_size to that or more, or "
+            "choose data.tokenizer=bytes"
+        )
+    if "sentences_.empty()" in reason:
+        return "there is no text to learn from; name a split that has some"
+    return f"SentencePiece says: {' '.join(reason.split())[-200:]}; choose another size, or bytes"
 
 
 class Kind(NamedTuple):
