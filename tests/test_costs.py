@@ -101,8 +101,8 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products():
 
 
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
-    sums = dict.fromkeys(("loss", "correct", "tokens", "gradient_norm"), 1.0)
-    sums |= {"steps": 10.0, "skipped": 0.0}
+    sums = dict.fromkeys(("loss", "nll", "correct", "tokens", "gradient_norm"), 1.0)
+    sums |= {"steps": 10.0, "skipped": 0.0, "learning_rate": 1.0}
     assert share_of_peak(1, one_device()) is None  # nobody says what a CPU's is
     assert "train/mfu" not in train_metrics(sums, 5.0, None)
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)

@@ -116,7 +116,7 @@ from transformer.data.load import open_corpus
 
 def config(name):
     sides = {"source": "en", "target": "de"}
-    return DataConfig(**dict(default_config().data) | {"dataset": name, **sides})
+    return DataConfig(dataset=name, **sides)
 
 data_dir, name, *others = sys.argv[1:]
 print(name, len(open_corpus(config(name), data_dir).load("test", 4)))

@@ -113,7 +113,7 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     tokens = np.stack([tokens, target], axis=1)  # the second hypothesis is not looked at
     found = Beams(tokens=tokens, scores=np.zeros((3, 2), np.float32))
     right = np.array([3.0, 3.0, 2.0])
-    scores = Scores(nll=right, correct=right, tokens=right)
+    scores = Scores(nll=right, uniform=right, correct=right, tokens=right)
     with program("eval.py", "--workdir=none") as evaluate:
         data = evaluate.Dataset(np.array(batch.source), target, 1)
         record = evaluate.results("test", data, scores, found)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import vaswani_base
 from tests.helpers import small_model
 from transformer import optimizer
 from transformer.config import default_config
