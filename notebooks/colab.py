@@ -244,5 +244,5 @@ else:
 #
 # Change one word and train again: `config = toy_reverse.get_config()`, then
 # `config.data.task = "sort"` or `config.model.position = "none"`, in a `Workdir` of its own.
-# `configs/base.py` has every knob, each with a line on what it does; `README.md` shows the same
-# from the command line, and more.
+# `transformer/config.py` has every knob, each with a line on what it does; `README.md` shows the
+# same from the command line, and more.

@@ -49,7 +49,8 @@ class Fault(NamedTuple):
         if missing := [test for test in self.tests if not (ROOT / test).exists()]:
             raise ValueError(f"there is no {missing[0]}")
         changed = text.replace(self.before, self.after)
-        compile(changed, self.file, "exec")
+        if self.file.endswith(".py"):
+            compile(changed, self.file, "exec")
         return changed
 
 

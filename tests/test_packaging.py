@@ -1,9 +1,14 @@
 """What is installed: within bounds, and with hashes for who wants the very same again."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections import defaultdict
 
+import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -64,3 +69,37 @@ def test_a_python_finds_one_version_of_each():
             fitting = [pin for pin in pins if not pin.marker or pin.marker.evaluate(environment)]
             assert len(fitting) <= 1, (name, python)
     assert sum(not pin.marker for each in pinned().values() for pin in each) > 30
+
+
+IMPORTED = """
+import site, sys
+sys.meta_path = [each for each in sys.meta_path if "editable" not in repr(each).lower()]
+sys.path[1:] = [each for each in sys.path[1:] if each != sys.argv[1]]
+site.addsitedir(sys.argv[2])
+import transformer
+print(transformer.load, transformer.__file__)
+"""
+
+
+@pytest.mark.parametrize("kind", ["editable", "wheel"])
+def test_an_installed_package_wins_beside_a_clone_of_its_name(kind, tmp_path):
+    """From the folder of the clone, whose own name is that of the package."""
+    names = subprocess.check_output(("git", "ls-files"), cwd=ROOT, text=True).splitlines()
+    for name in names:
+        if name.startswith(("transformer/", "configs/", "pyproject", "README")):
+            target = tmp_path / "transformer" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+    build = f"from setuptools.build_meta import *; build_{kind}({str(tmp_path)!r})"
+    command = [sys.executable, "-W", "ignore", "-c", build]
+    subprocess.run(command, cwd=tmp_path / "transformer", check=True, capture_output=True)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    installed = {path.name for path in site.iterdir() if path.suffix not in (".dist-info", ".pth")}
+    assert installed == (set() if kind == "editable" else {"transformer"})
+    command = [sys.executable, "-c", IMPORTED, str(ROOT), str(site)]
+    out = subprocess.check_output(command, cwd=tmp_path, text=True)
+    home = tmp_path / "transformer" if kind == "editable" else site
+    assert out.split()[-1] == str(home / "transformer" / "__init__.py")
+    assert (home / "transformer" / "py.typed").exists()
