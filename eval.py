@@ -85,6 +85,7 @@ def main() -> None:
     hosts.once(partial(make_room, out))
     facts({"data": f"{corpus.name}, {split}: {len(data):,} examples"})
     facts({"left out": left_out} if (left_out := corpus.left_out()) else {})
+    facts({"unknown": unknown} if (unknown := corpus.unknown(split)) else {})
     scores, found = computed(cfg, partial(decoding.decode, margin=margin), model, variables, data)
     replicas = []
     for seed, one, old in zip(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from transformer import cli, costs, evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig
-from transformer.console import facts, figure, percent, perplexity, table
+from transformer.console import console, facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, Tokenizers, open_corpus
 from transformer.data.rows import Rows, alone, learnable, pack, said
@@ -217,12 +217,16 @@ def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
 def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     """Prints what is about to be trained, on what."""
     rows, model = prepared.rows, prepared.model
+    splits = cfg.data.train, cfg.data.validation, cfg.data.test
+    unknown = prepared.corpus.unknown(*splits)
     left_out = "; ".join(filter(None, (prepared.corpus.left_out(), said(prepared.excluded))))
     facts(
         {
             "data": f"{prepared.corpus.name}, {prepared.examples:,} training examples"
-            + (f" in {len(rows):,} rows" if cfg.data.pack else ""),
+            + (f" in {len(rows):,} rows" if cfg.data.pack else "")
+            + "".join(f", {len(data):,} of {name}" for name, data in prepared.data.items()),
             **({"left out": left_out} if left_out else {}),
+            **({"unknown": unknown} if unknown else {}),
             "devices": sharding.describe(prepared.mesh),
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
@@ -231,7 +235,7 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
                 if cfg.model.attention_backend == "auto"
                 else {}
             ),
-            "best checkpoint": f"by validation/{cfg.best_metric}",
+            "best": f"by validation/{cfg.best_metric}",
             "workdir": str(workdir.path),
         }
     )
@@ -279,10 +283,25 @@ def begin(
             "choose another --workdir"
         )
     check_stopped(cfg, state, workdir)
+    say_jump(cfg, step, workdir)
     facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
     # Not the checkpoint's: --allow_changes may have brought others.
     where = {name: leaf.sharding for name, leaf in prepared.like.numbers.items()}
     return state._replace(numbers=sharding.place(numbers, where)), checkpoints.interval(step)
+
+
+def say_jump(cfg: RunConfig, step: int, workdir: Workdir) -> None:
+    """Says so if changes of the config have the learning rate jump, as `steps` of a schedule do."""
+    before, now = (
+        float(recipe.learning_rate(recipe.numbers, jnp.int32(step)))
+        for recipe in (RunConfig.resolve(workdir.read_config()).recipe(), cfg.recipe())
+    )
+    if abs(now - before) > 0.01 * max(now, before):
+        console.print(
+            f"the learning rate jumps at step {step:,}, from {before:.3g} to {now:.3g}, for the "
+            "config has changed; with optimizer.schedule=constant or inverse_sqrt it does not "
+            "depend on steps"
+        )
 
 
 def check_stopped(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:

@@ -224,7 +224,7 @@ for program in programs:
 
 # %%
 page = report.make(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
-table = page.read_text().split("\n## ")[1]
+table = page.read_text(encoding="utf-8").split("\n## ")[1]
 display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### {table}"))
 
 # %% [markdown]

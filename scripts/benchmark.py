@@ -117,7 +117,7 @@ def carry_out(part: str, name: str, bench: measure.Bench, output: Path) -> None:
     if part == "search":
         bench.settings = without_trials(found)
         path = settings_file(output)
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         write_json(path, record | {name: found})
         return
     page.store(output, name, part, found, about(bench) | before)
@@ -134,7 +134,7 @@ def settings_file(output: Path) -> Path:
 def searched(output: Path, size: str) -> dict:
     """What a search of that size has found, as `Bench.settings`; empty without one."""
     path = settings_file(output)
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return without_trials(record.get(size, {}))
 
 

@@ -43,7 +43,7 @@ class Fault(NamedTuple):
 
     def mutated(self) -> str:
         """The file's text with the fault in it."""
-        text = (ROOT / self.file).read_text()
+        text = (ROOT / self.file).read_text(encoding="utf-8")
         if text.count(self.before) != 1:
             raise ValueError(f"its text occurs {text.count(self.before)} times in {self.file}")
         if missing := [test for test in self.tests if not (ROOT / test).exists()]:
@@ -74,7 +74,7 @@ def fails(fault: Fault, marker: str) -> tuple[bool, str]:
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target)
-        Path(folder, fault.file).write_text(fault.mutated())
+        Path(folder, fault.file).write_text(fault.mutated(), encoding="utf-8")
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-m", marker, *fault.tests]
         try:
             done = subprocess.run(
@@ -146,7 +146,7 @@ def draw(count: int, seed: int) -> None:
     sites = []
     for name in sorted(tracked()):
         if name.endswith(".py") and not name.startswith(("tests/", "notebooks/")):
-            lines = (ROOT / name).read_text().splitlines(keepends=True)
+            lines = (ROOT / name).read_text(encoding="utf-8").splitlines(keepends=True)
             for left, right, other in operators(ast.parse("".join(lines))):
                 if left.end_lineno == right.lineno:  # the line is the change
                     sites.append((name, lines, left, right, other))

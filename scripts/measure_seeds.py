@@ -66,7 +66,9 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     (record,) = (folder / "run").glob("eval_*.json")
     (accuracy,) = (
         value
-        for name, value in json.loads(record.read_text())["replicas"][0]["metrics"].items()
+        for name, value in json.loads(record.read_text(encoding="utf-8"))["replicas"][0][
+            "metrics"
+        ].items()
         if name.endswith("sequence_accuracy")
     )
     _, again = run(train, f"--workdir={folder / 'again'}", environment, until_compiled=True)

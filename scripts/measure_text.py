@@ -73,7 +73,7 @@ def make_corpus(file: Path, pairs: int) -> None:
     words = ["".join(letters[rng.zipf(1.3, size) % 26]) for size in rng.integers(2, 12, WORDS)]
     chances = 1.0 / (np.arange(WORDS) + 3.0)
     below = np.cumsum(chances / chances.sum())
-    with file.open("w") as out:
+    with file.open("w", encoding="utf-8") as out:
         for size in rng.integers(*LENGTHS, pairs):
             text = [words[place % WORDS] for place in np.searchsorted(below, rng.random(size))]
             out.write(" ".join(text) + "\t" + " ".join(reversed(text)) + "\n")
@@ -174,7 +174,7 @@ def resident_memory() -> float:
     back at any time, not counted."""
     total = 0
     for process in ["self", *(child.pid for child in multiprocessing.active_children())]:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
         total += int(status.partition("RssAnon:")[2].split()[0])
     return total / 2**10
 

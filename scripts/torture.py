@@ -100,7 +100,7 @@ def start(words: list[str], workdir: Path) -> subprocess.Popen:
     more = [f"--workdir={workdir}"]
     more += [f"--data_dir={DATA_DIR.value}"] if DATA_DIR.value else []
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with log_of(workdir).open("w") as log:
+    with log_of(workdir).open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, *words, *more],
             cwd=ROOT,
@@ -119,7 +119,7 @@ def log_of(workdir: Path) -> Path:
 def finish(process: subprocess.Popen, workdir: Path) -> None:
     """Waits for the end of a run, which must be a good one."""
     if process.wait() != 0:
-        said = log_of(workdir).read_text().strip().splitlines() or ["nothing"]
+        said = log_of(workdir).read_text(encoding="utf-8").strip().splitlines() or ["nothing"]
         raise UserError(
             f"{workdir}: exit status {process.returncode}, {said[-1]}; see {log_of(workdir)}"
         )
@@ -131,7 +131,7 @@ def moment(words: list[str], workdir: Path) -> str:
         ended = len(list(workdir.glob("*/results.json")))
         return f"sweeping, {ended} program{'s' * (ended != 1)} ended"
     checkpoints = workdir / "checkpoints"
-    if "compiled" not in log_of(workdir).read_text():
+    if "compiled" not in log_of(workdir).read_text(encoding="utf-8"):
         return "starting or compiling"
     if list(checkpoints.glob("*.orbax-checkpoint-tmp")):
         return "saving"
@@ -159,7 +159,11 @@ def figures(report: Path) -> str | None:
             return {k: without_speeds(v) for k, v in value.items() if k not in SPEEDS}
         return [without_speeds(each) for each in value] if isinstance(value, list) else value
 
-    return json.dumps(without_speeds(json.loads(report.read_text()))) if report.exists() else None
+    return (
+        json.dumps(without_speeds(json.loads(report.read_text(encoding="utf-8"))))
+        if report.exists()
+        else None
+    )
 
 
 def check_run(whole: Path, killed: Path) -> None:

@@ -237,7 +237,7 @@ def predict(run, generator, monkeypatch):
 
     def of(given: bytes, *words: str) -> tuple[str, str]:
         out, errors = io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", errors)
         monkeypatch.setattr(cli, "set_up_jax", lambda cfg: None)  # JAX is at work already

@@ -1,5 +1,6 @@
 """What is installed: within bounds, and with hashes for who wants the very same again."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -103,3 +104,24 @@ def test_an_installed_package_wins_beside_a_clone_of_its_name(kind, tmp_path):
     home = tmp_path / "transformer" if kind == "editable" else site
     assert out.split()[-1] == str(home / "transformer" / "__init__.py")
     assert (home / "transformer" / "py.typed").exists()
+
+
+def without_encoding(tree):
+    """The calls that open a text file in the locale's encoding."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "encoding" not in {each.arg for each in node.keywords}:
+            name = ast.unparse(node.func).rpartition(".")[2]
+            words = [ast.unparse(each) for each in (*node.args, *(k.value for k in node.keywords))]
+            binary = any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", word) for word in words)
+            if name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary):
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+def test_files_are_utf_8_whatever_the_locale():
+    found, kept = [], ("os.open(", "gzip.open(", "bench.open(")
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("transformer/**/*.py")):
+        for call in without_encoding(ast.parse(path.read_text(encoding="utf-8"))):
+            if not any(each in call for each in kept):
+                found.append(f"{path.name}:{call}")
+    assert not found
+    assert [*without_encoding(ast.parse("path.open('w'); a.read_text()"))]

@@ -45,6 +45,7 @@ def start(*words, devices=1, **environment):
     return subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -323,3 +324,47 @@ def test_a_damaged_compiled_program_is_replaced(tmp_path):
     assert line.startswith(f"{tmp_path}: compiled jit_program is damaged and was deleted")
     assert file.stat().st_size > 1_000
     assert said() == []
+
+
+# A program as it starts for a user without a home folder or an entry among the users.
+HOMELESS = """
+import os, pwd, runpy, sys
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+for name in ("HOME", "TFDS_DATA_DIR", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+STRICT |= {"JAX_TRANSFER_GUARD": "disallow", "JAX_ENABLE_X64": "1"}
+ENVIRONMENTS = {
+    "strict in ASCII": (("train.py",), STRICT | ASCII),
+    "no jit and no home": (("-c", HOMELESS, "train.py"), {"JAX_DISABLE_JIT": "1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, data_dir):
+    folder = tmp_path_factory.mktemp("plain")
+    finish(start("train.py", *TINY, f"--data_dir={data_dir}", f"--workdir={folder}"))
+    return results(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_no_environment_changes_a_run(name, plain_run, tmp_path, data_dir):
+    """Only a line says what was asked for and is not used; files are in UTF-8."""
+    words, environment = ENVIRONMENTS[name]
+    folder = tmp_path / "run"
+    where = () if "no home" in name else (f"--data_dir={data_dir}",)
+    environment = environment | {"TMPDIR": str(tmp_path)}
+    finish(start(*words, *TINY, *where, f"--workdir={folder}", **environment))
+    assert results(folder) == plain_run
+    with start("scripts/predict.py", f"--workdir={folder}", **environment) as process:
+        out, errors = process.communicate("abc\n", timeout=100)
+    assert (process.returncode, out.count("\n")) == (0, 1), errors

@@ -104,6 +104,9 @@ def test_workers_end_with_a_run_that_is_killed_and_leave_signals_to_it():
 
 
 def alive(pid):
-    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(f"/proc/{pid}/stat", encoding="utf-8") as file,
+    ):
         return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     return False

@@ -175,7 +175,7 @@ def test_what_is_no_corpus_is_refused_in_a_line(name, content, message, tmp_path
     elif content == "cut off":
         Path(as_gzip(Path())).write_bytes(Path(name).read_bytes()[:-20])
     elif content is not None:
-        Path(name).write_text(content)
+        Path(name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message) as refused:
         opened(tmp_path, name)
     assert "\n" not in str(refused.value)

@@ -129,7 +129,7 @@ def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole)
         assert checkpoints.find("best") == max(saved, key=merit)
 
 
-def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, data_dir):
+def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, data_dir, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -141,8 +141,15 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
         run(folder, data_dir, allow_changes=True, steps=16, seed=5)
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content, path
+    with pytest.raises(UserError, match=r"other tokens \(data.tokenizer: characters → bytes\)"):
+        run(folder, data_dir, allow_changes=True, data__tokenizer="bytes")
+    for path, content in before.items():
+        assert path.name == "lock" or path.read_bytes() == content, path
+    capsys.readouterr()
     state = run(folder, data_dir, allow_changes=True, steps=16, optimizer__beta1=0.8)
     assert state.taken() == 16
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the learning rate jumps at step 14, from 0 to 0.000286, for the config" in said
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
 
 

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from transformer import hosts
-from transformer.console import console
+from transformer.console import console, quiet
 from transformer.errors import UserError
 from transformer.evaluation import BETTER
 from transformer.files import checksum
@@ -94,9 +94,8 @@ class Checkpoints:
             hosts.once(partial(clean, directory))
         self.directory, self.writes, self.best = directory, keep is not None, best
         self.sealing: tuple[int, dict[str, Any]] | None = None
-        self.manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
+        with quiet():
+            options = ocp.CheckpointManagerOptions(
                 preservation_policy=Kept(keep or 1, best),
                 best_fn=lambda metrics: merit(metrics, best)[0],
                 async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
@@ -104,8 +103,8 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,
                 create=keep is not None,
                 read_only=keep is None,
-            ),
-        )
+            )
+            self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
         # It would ask JAX with the number of a step; `interruption` does with that of a dispatch.
         self.manager.reached_preemption = lambda step: False
@@ -154,7 +153,7 @@ class Checkpoints:
         folder = self.directory / f"{step}.orbax-checkpoint-tmp"
         sealed |= {"files": checksums(folder)}
         manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
@@ -293,7 +292,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
       DamageError: they cannot be read.
     """
     try:
-        metrics = json.loads((folder / "metrics" / "metrics").read_text())
+        metrics = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))
         dict.items(metrics)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamageError(f"metrics/metrics: {type(error).__name__}") from error
@@ -345,7 +344,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       DamageError: it cannot be read, or is not as it was written.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sealed = manifest["sealed"]
         intact = manifest["crc32"] == zlib.crc32(json.dumps(sealed).encode())
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:

@@ -23,6 +23,7 @@ from transformer import hosts, plugins
 from transformer.config import RunConfig, flat_knobs
 from transformer.console import console, outlive_readers
 from transformer.errors import UserError, nearest
+from transformer.files import home
 from transformer.generation import Decoding
 from transformer.interruption import RESUME, Interrupted, end_with_parent
 from transformer.sharding import cores, find_devices
@@ -33,6 +34,14 @@ SMALLER = (
     "lower batch_size or model.width, take the batch in parts by accumulate, or compute anew in "
     "the gradient by model.remat (docs/performance.md)"
 )
+# What JAX's own variables may ask for, and no program here could do: another value of these.
+NEEDED: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_transfer_guard": None,
+}
 SMALL = 256  # the width up to which a CPU's cores work better side by side than together
 
 flags.disclaim_key_flags()  # those that are defined here are the program's own in its --help
@@ -136,6 +145,11 @@ def set_up_jax(config: RunConfig | None = None) -> None:
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     )
+    for name, wanted in NEEDED.items():
+        if getattr(jax.config, name) != wanted:
+            asked = f"{name.upper()}={getattr(jax.config, name)}"
+            print(f"{asked} is not used: it is {wanted} here", file=sys.stderr)
+            jax.config.update(name, wanted)
     if config is not None and not chosen:
         if config.replicas > 1:
             parts = config.replicas
@@ -143,8 +157,8 @@ def set_up_jax(config: RunConfig | None = None) -> None:
             parts = config.batch_size // config.accumulate if config.model.width <= SMALL else 1
         number = max(n for n in range(1, cores() + 1) if parts % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "transformer-jax", "xla")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache.expanduser()))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     warnings.showwarning = functools.partial(mend_cache, Path(cache), warnings.showwarning)
@@ -250,6 +264,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: a flag or an override is unknown or ill-typed, or the config file fails.
     """
+    # As the shell does where `~` begins a word.
+    argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
     config = read_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -257,6 +273,9 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
+    homeless = "TFDS_DATA_DIR" not in os.environ and os.path.expanduser("~") == "~"
+    if homeless and "data_dir" in flags.FLAGS and flags.FLAGS["data_dir"].value is None:
+        flags.FLAGS["data_dir"].value = str(home() / "tensorflow_datasets")
     if "plugins" in flags.FLAGS:
         plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:

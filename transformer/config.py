@@ -54,6 +54,14 @@ FREE_KNOBS = {
 }
 FREE_SECTIONS = {"mesh"}
 
+# Knobs that a run keeps to its end: what it has learned is in their terms.
+KEPT_KNOBS = {
+    "data.tokenizer",
+    "data.target_tokenizer",
+    "data.vocab_size",
+    "model.separate_vocabularies",
+}
+
 # Knobs of saved runs that are no more.
 GONE = {"steps_per_call"}
 

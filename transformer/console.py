@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from logging import getLogger
 from typing import Any, TypeVar
 
+from absl import logging
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -27,6 +29,8 @@ from rich.table import Table
 from transformer.metrics import mean_over
 
 Part = TypeVar("Part")
+
+QUIET = 30.0  # seconds without a line, at most, where there is no bar
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -57,7 +61,7 @@ def outlive_readers() -> None:
         lasting = io.TextIOWrapper(
             io.BufferedWriter(LastingFile(number, "w", closefd=False)),
             encoding=stream and stream.encoding,
-            errors=stream and stream.errors,
+            errors="replace",  # of what an ASCII terminal has no sign for
             line_buffering=True,
         )
         setattr(sys, name, lasting)
@@ -102,8 +106,8 @@ def watched(parts: Iterable[Part], total: int, what: str) -> Iterable[Part]:
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Shows that something is under way, and for how long; then how long it took."""
+def doing(what: str, done: str) -> Iterator[None]:
+    """Shows that something is under way, and for how long; then that it is done, and how soon."""
     started = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
     with Progress(
@@ -113,7 +117,21 @@ def doing(what: str) -> Iterator[None]:
         if not console.is_terminal:
             console.print(f"{what} …")
         yield
-    facts({what: f"took {time.perf_counter() - started:.1f} s"})
+    facts({done: f"in {time.perf_counter() - started:.1f} s"})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what TFDS and Orbax log of what is as it should be, and each try to download."""
+    before, tries = logging.get_verbosity(), getLogger("urllib3")
+    tries_before = tries.level
+    logging.set_verbosity(logging.ERROR)
+    tries.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        tries.setLevel(tries_before)
 
 
 def figure(value: float) -> str:
@@ -149,7 +167,7 @@ class TrainingBar:
     """
 
     def __init__(self, start: int, steps: int):
-        self.steps = steps
+        self.steps, self.said = steps, time.monotonic()
         self.live = sys.stdout.isatty()
         self.progress = Progress(
             TextColumn("[bold]train"),
@@ -171,8 +189,15 @@ class TrainingBar:
         self.progress.stop()
 
     def stepped(self, step: int) -> None:
-        """Shows how far training is."""
+        """Shows how far training is; in a file with a line, where there has been none for long."""
         self.progress.update(self.task, completed=step)
+        if not self.live and time.monotonic() - self.said > QUIET:
+            self.say(f"step {step}/{self.steps}")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.said = time.monotonic()
+        self.progress.console.print(line)
 
     def update(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Shows the metrics of the interval that ends at `step`: means over replicas."""
@@ -187,12 +212,12 @@ class TrainingBar:
         self.progress.update(self.task, completed=step, figures=figures)
         if not self.live:
             left = (self.steps - step) / speed
-            console.print(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
+            self.say(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
 
     def validated(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Prints the validation metrics of `step` above the bar."""
         show = partial(over_replicas, metrics)
-        self.progress.console.print(
+        self.say(
             f"step {step}/{self.steps}  "
             f"validation loss {show('validation/loss', '{:.4f}'.format)}  "
             f"tokens right {show('validation/token_accuracy', percent)}  "

@@ -2,8 +2,17 @@
 
 import os
 import socket
+import tempfile
 import zlib
 from pathlib import Path
+
+
+def home() -> Path:
+    """The user's home folder; a temporary one for a user who has none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"home-{os.getuid()}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -130,7 +130,7 @@ class Loop:
           Interrupted: somebody asked for it; the state is saved.
           NonfiniteError: more steps than may be left out had a NaN or Inf.
         """
-        with doing("compiling"):  # it takes no step
+        with doing("compiling", "compiled"):  # it takes no step
             self.dispatch(self.feed.blank(), self.place(np.array(0, np.int32)))
         with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
             self.requests.something_to_save = True

@@ -92,9 +92,9 @@ class MetricsWriter:
             [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
         )
         with self.explained():
-            fresh.write_text("".join(dumps(row) + "\n" for row in kept))
+            fresh.write_text("".join(dumps(row) + "\n" for row in kept), encoding="utf-8")
             fresh.replace(self.path)
-            self.file = self.path.open("a")
+            self.file = self.path.open("a", encoding="utf-8")
             self.events = [Events(each, resume_from) for each in folders]
 
     def __enter__(self) -> "MetricsWriter":
@@ -181,7 +181,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a `metrics.jsonl`, without a last line that was cut off in writing."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")  # the last part is empty, or cut off
+    lines = path.read_text(encoding="utf-8").split("\n")  # the last part is empty, or cut off
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:

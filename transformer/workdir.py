@@ -14,7 +14,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from transformer import hosts, plugins
-from transformer.config import differences, saved_config
+from transformer.config import KEPT_KNOBS, differences, saved_config
 from transformer.console import console
 from transformer.errors import UserError
 from transformer.strict_json import dumps
@@ -55,7 +55,7 @@ class Workdir:
           UserError: the folder is no run's.
         """
         try:
-            record = json.loads(self.config.read_text())
+            record = json.loads(self.config.read_text(encoding="utf-8"))
             if not (isinstance(record["config"], dict) and isinstance(record["corpus"], dict)):
                 raise TypeError("it is no record of a run")
             return record
@@ -106,9 +106,15 @@ class Workdir:
                 f"{self.path} holds an average of checkpoints, from which no training goes on; "
                 "choose another --workdir"
             )
-        if self.trained() and not allow_changes:
+        if self.trained():
             changes = differences(self.read_config(), config)
-            if changes:
+            kept = [each for each in changes if each.partition(":")[0] in KEPT_KNOBS]
+            if kept:
+                raise UserError(
+                    f"{self.path} holds a run with other tokens ({'; '.join(kept)}), which it "
+                    "keeps to its end; choose another --workdir"
+                )
+            if changes and not allow_changes:
                 raise UserError(
                     f"{self.path} holds a run of another config ({'; '.join(changes)}); choose "
                     "another --workdir, or --allow_changes to go on from its checkpoint"
@@ -132,7 +138,7 @@ class Workdir:
 
     def lock(self) -> None:
         """Takes the lock, a file that says who holds it."""
-        file = (self.path / "lock").open("a+")
+        file = (self.path / "lock").open("a+", encoding="utf-8")
         try:
             import fcntl  # not on every system, and only needed here
 
@@ -174,7 +180,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     if not hosts.first():
         return
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(dumps(record, indent=2) + "\n")
+    fresh.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
     fresh.replace(path)
 
 

@@ -6,16 +6,15 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from logging import getLogger
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from absl import logging
 from tensorflow_datasets.core.download import downloader, extractor
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
+from transformer.console import quiet
 from transformer.data import (
     pronunciations,  # noqa: F401  which registers them with TFDS
     text,
@@ -232,20 +231,6 @@ def mend_downloads() -> None:
     if importlib.util.find_spec("tensorflow") is None:
         files = SimpleNamespace(gfile=SimpleNamespace(GFile=open))
         extractor.tf = SimpleNamespace(io=files, compat=SimpleNamespace(as_text=str))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back what TFDS logs of what is as it should be, and each try to download."""
-    before, tries = logging.get_verbosity(), getLogger("urllib3")
-    tries_before = tries.level
-    logging.set_verbosity(logging.ERROR)
-    tries.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        tries.setLevel(tries_before)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformer import hosts
-from transformer.console import watched
+from transformer.console import doing, watched
 from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.data_config import DataConfig
@@ -283,7 +283,7 @@ def learned(kind: str, side: str, vocab_size: int, opened: Opened, split: str) -
     count = examples(opened.builder, split) * len(taken)
     stride = -(-count // ENOUGH)
     some = f"{-(-count // stride):,} of " if stride > 1 else ""
-    print(f"learning {kind} from {some}{count:,} texts")
     parts = texts_in_parts(opened, split, stride)
     texts = (text for part in parts for which in taken for text in part[which])
-    return TOKENIZERS[kind].learn(texts, vocab_size)
+    with doing(f"learning {kind} from {some}{count:,} texts", "learned"):
+        return TOKENIZERS[kind].learn(texts, vocab_size)

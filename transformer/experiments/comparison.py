@@ -63,7 +63,7 @@ def read_every_metric(path: Path) -> dict[tuple[int, int, str], float]:
     """
     found = {}
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         rows = [numbers(json.loads(line)) for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); train anew") from error

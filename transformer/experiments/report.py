@@ -106,7 +106,7 @@ def seconds_until(trained: Sequence[Mapping[str, Any]], step: int) -> float:
 
 def lengths(folder: Workdir, split: str, replica: int) -> list[tuple[int, float, float]]:
     """(source length, sequence accuracy, token accuracy) of a replica on a split."""
-    record = json.loads((folder.path / f"eval_{split}.json").read_text())
+    record = json.loads((folder.path / f"eval_{split}.json").read_text(encoding="utf-8"))
     return [
         (row["length"], row["sequence_accuracy"], row["token_accuracy"])
         for row in map(numbers, record["replicas"][replica]["by_source_length"])
@@ -236,7 +236,10 @@ def make(
     lost = [name for name in sweep.variants if name not in whole]
     path = root / "report.md"
     if sweep.baseline not in whole:
-        path.write_text(f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: no report.\n")
+        path.write_text(
+            f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: no report.\n",
+            encoding="utf-8",
+        )
         return path
     compared = {outcome.name: compare(whole, sweep.baseline, outcome) for outcome in OUTCOMES}
     finished = [root / each.name for each in programs if each.name not in failures]
@@ -283,13 +286,15 @@ def make(
         paper_table(sweep.paper),
         *([f"Failed: {', '.join(lost)}. See `log.txt` in their folders.\n"] if lost else []),
     ]
-    path.write_text("\n".join(part for part in parts if part))
+    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return path
 
 
 def commits(folders: Iterable[Path]) -> list[str]:
     """The commits that the runs were made with, by their own record."""
-    records = (json.loads(Workdir(str(folder)).config.read_text()) for folder in folders)
+    records = (
+        json.loads(Workdir(str(folder)).config.read_text(encoding="utf-8")) for folder in folders
+    )
     return sorted({record["commit"] or "unknown" for record in records})
 
 

@@ -61,7 +61,7 @@ def carry_out(
       None, or the last line of the one that failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         for command in commands:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / command[0]), *command[1:]],
@@ -75,7 +75,7 @@ def carry_out(
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(process.pid, cores)
             if process.wait() != 0:
-                lines = log.read_text(errors="replace").strip().splitlines()
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 return lines[-1] if lines else f"exit status {process.returncode}"
     return None
 
@@ -255,7 +255,7 @@ def read_results(workdir: Path) -> dict[str, Any]:
     """
     path = Workdir(str(workdir)).results
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); delete the folder and run again"

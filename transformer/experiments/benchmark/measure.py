@@ -248,7 +248,7 @@ def search(bench: Bench) -> dict[str, Any]:
     names = bench.those(lambda entry: entry.learns)
     size = bench.setting.size
     file = bench.folder / "search.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     trials: dict[str, list[dict[str, Any]]] = {name: kept.get(name, []) for name in names}
     with bench.open(names) as remotes:
         each_way = [(name, way) for name in names for way in CONTENDERS[name].batchings]

@@ -156,20 +156,22 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], dict[str, Quantity]]] = {
 def store(path: Path, size: str, name: str, part: Any, about: Mapping[str, Any]) -> None:
     """Adds a part of a size, with what it was made with, to the numbers beside the page."""
     file = path.with_suffix(".json")
-    record = json.loads(file.read_text()) if file.exists() else {}
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     record.setdefault(size, {})[name] = {"about": dict(about), "found": part}
     write_json(file, record)
 
 
 def write(path: Path) -> None:
     """Writes the page and its chart, of all parts that are stored."""
-    record = json.loads(path.with_suffix(".json").read_text())
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     from transformer.experiments.benchmark import chart  # matplotlib is not needed before
 
     chart.draw(panels(record), path.with_suffix(".png"))
     sections = [section(size, parts) for size, parts in record.items()]
-    path.write_text("\n".join([HEAD.format(chart=path.with_suffix(".png").name), *sections]))
+    path.write_text(
+        "\n".join([HEAD.format(chart=path.with_suffix(".png").name), *sections]), encoding="utf-8"
+    )
 
 
 HEAD = """# Benchmark

@@ -43,7 +43,7 @@ class Remote:
     ):
         self.contender, self.log = contender, log
         quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        with log.open("a") as errors:
+        with log.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
                 worker.command(contender, setting),
                 cwd=ROOT,
@@ -76,7 +76,7 @@ class Remote:
         except BrokenPipeError:
             line = ""
         if not line:
-            last = self.log.read_text().strip().splitlines()[-1:]
+            last = self.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             status = self.process.wait()
             raise ContenderError(f"ended with status {status}: {' '.join(last)[:300]}")
         answer = json.loads(line)

@@ -168,7 +168,7 @@ def main() -> None:
     if setting.device == "cpu" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: setting.threads])
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what is printed must not be taken for a reply
     entry = CONTENDERS[words["contender"]]
     serve(

@@ -101,11 +101,11 @@ def store(claim: Claim, folder: Path, facts: Mapping[str, Any]) -> None:
 def write(folder: Path, names: Sequence[str]) -> Path:
     """Writes the page of all claims that `folder` has numbers of, in the order of `names`."""
     found = [folder / f"{name}.json" for name in names]
-    records = [json.loads(path.read_text()) for path in found if path.exists()]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
     for each in records:
         each["verdict"] = verdict([Check(**check) for check in each["checks"]])
     path = folder.with_suffix(".md")
-    path.write_text(text(records, folder))
+    path.write_text(text(records, folder), encoding="utf-8")
     return path
 
 
