@@ -13,6 +13,7 @@ Usage:
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def main() -> None:
         cluster_parameters=dict(map(runner.parameter, PARAMETERS.value)),
     )
     failures = {each.program.name: each.failure for each in outcomes if each.failure is not None}
-    command = f"python scripts/sweep.py --sweep={SWEEP.value} --jobs={JOBS.value}"
+    command = shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]])
     written = report.make(sweep, programs, failures, root, command)
     facts({"report": str(written)})
     if PUBLISH.value:

@@ -7,6 +7,7 @@ import socket
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from tests.test_programs import TINY, finish, results, start
@@ -237,3 +238,16 @@ def test_processes_left_out_are_explained_and_of_several_the_first_alone_writes(
         assert hosts.first() == writes
         write_json(tmp_path / "file.json", {})
         assert (tmp_path / "file.json").exists() == writes
+
+
+def test_whatever_fails_on_the_first_process_ends_the_others_too(monkeypatch):
+    sent = []
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "first", lambda: True)
+    broadcast = lambda x: sent.append(np.asarray(x)) or sent[-1]  # noqa: E731
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
+    with pytest.raises(ZeroDivisionError):
+        hosts.once(lambda: 1 / 0)
+    assert json.loads(sent[1].tobytes()) == {
+        "error": "the first process failed: ZeroDivisionError: division by zero"
+    }

@@ -211,6 +211,10 @@ def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named
     for changes in ({"overrides": {"steps": 60}}, {"splits": ("test_longer",)}):
         (other,) = plan(sweep_of({"plain": {}}, **changes), most=4)
         assert not runner.is_done(other, folder)
+    record = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(record[:-9])  # its own program will say so
+    assert not runner.is_done(plain, folder)
+    (folder / "config.json").write_text(record)
     path = report.make(sweep, [plain, rms], {"rms": "killed"}, tmp_path, "the command")
     assert "Failed: rms." in path.read_text()
     assert list(json.loads((tmp_path / "report.json").read_text())["variants"]) == ["plain"]

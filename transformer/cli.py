@@ -311,15 +311,14 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
     if config is None:
         return " ".join(str(error).split())
     knobs = flat_knobs(config)
-    for argument in argv:
-        override = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
-        if not override:
-            continue
-        name, value = override.groups()
+    pattern = r"--?config\.([\w.]+)(?:=(.*))?$"
+    overrides = [match.groups() for each in argv if (match := re.match(pattern, each))]
+    for name, _ in overrides:
         if name in config and isinstance(config[name], ConfigDict):
             return f"--config.{name} is a section; set one of its knobs: --config.{name}.NAME=value"
         if name not in knobs:
             return f"--config.{name}: there is no such knob{nearest(name, knobs)}"
+    for name, value in overrides:
         if f"--config.{name}=" in str(error) or value is None:
             kinds = {
                 bool: "true or false",
@@ -328,9 +327,8 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
                 tuple: "a tuple such as (1,2)",
             }
             kind = kinds.get(knob_type(config, name), "a word")
-            return (
-                f"--config.{name}={value}: it takes {kind}; without this flag it is {knobs[name]}"
-            )
+            given = f"--config.{name}" + ("" if value is None else f"={value}")
+            return f"{given}: it takes {kind}; without this flag it is {knobs[name]}"
     return " ".join(str(error).split())
 
 

@@ -144,11 +144,12 @@ def once(function: Callable[[], Any]) -> Any:
     """What `function()` gives on the first host, on every host; it must be as JSON has it.
 
     Raises:
-      UserError: the first host did; then all do.
+      UserError: the first host did, or failed in another way; then all do.
     """
     if not several():
         return function()
     said: dict[str, Any] = {}
+    fault: Exception | None = None
     if first():
         try:
             said = {"result": function()}
@@ -156,10 +157,15 @@ def once(function: Callable[[], Any]) -> Any:
             said = {"error": str(error)}
         except OSError as error:
             said = {"error": f"{error.filename}: {error.strerror or error}; mend that"}
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            fault = error
+            said = {"error": f"the first process failed: {type(error).__name__}: {error}"}
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
     said = json.loads(np.asarray(text).tobytes())
+    if fault is not None:
+        raise fault
     if "error" in said:
         raise UserError(said["error"])
     return said["result"]

@@ -40,7 +40,10 @@ def is_done(program: Program, workdir: Path) -> bool:
     evaluated = [folder.path / f"eval_{split}.json" for split in program.splits]
     if not all(path.exists() for path in (folder.results, *evaluated)):
         return False
-    return not differences(folder.read_config(), program.resolved())
+    try:
+        return not differences(folder.read_config(), program.resolved())
+    except UserError:  # a damaged record, which its program will name; the others go on
+        return False
 
 
 def carry_out(
@@ -108,7 +111,9 @@ def run_all(
     for data in {RunConfig.resolve(each.resolved()).data for each in waiting}:
         open_corpus(data, data_dir)
     for each in waiting:  # a result that is there will be that of this run
-        Workdir(str(root / each.name)).results.unlink(missing_ok=True)
+        folder = Workdir(str(root / each.name))
+        for result in (folder.results, *folder.path.glob("eval_*.json")):
+            result.unlink(missing_ok=True)
     if cluster is None:
         submitted = on_this_machine(waiting, root, data_dir, jobs)
     else:
