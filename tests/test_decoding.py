@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+import scipy
 
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
@@ -259,7 +259,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_k, top_p):
         assert counts.sum() > 200
         assert (counts[p == 0] == 0).all()
         assert (p > 0).sum() > 1
-        assert chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-4
+        assert scipy.stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-4
 
 
 def kept(logits, top_k, top_p):

@@ -106,12 +106,12 @@ def test_a_mesh_gives_the_losses_of_one_device_dropout_included(run, sizes, cont
 # mask and mesh x key heads, each pair once or more; the full product is slow.
 BACKENDS = ["einsum", "xla", "chunked", "splash"]
 SPLITS: Any = [(1, 1, 1), (8, 1, 1), (2, 1, 4), (2, 1, 1, 1, 1, 4)]  # the last over the context
-SEGMENTS = jnp.asarray(np.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20]).repeat(4, 0), jnp.int32)
-SHORT_MASKS = {
-    "padding": Mask(SEGMENTS, (SEGMENTS > 0).astype(jnp.int32)[:, :13]),
-    "packed": Mask(SEGMENTS, SEGMENTS),
-    "causal": Mask(SEGMENTS, SEGMENTS, causal=True),
-    "window": Mask(SEGMENTS, SEGMENTS, causal=True, window=3),
+SEGMENTS = np.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20], np.int32).repeat(4, 0)
+SHORT_MASKS: Any = {
+    "padding": {},
+    "packed": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 3},
 }
 GRID = list(itertools.product(range(4), range(4), range(3), range(4)))
 PAIRWISE = [(b, m, (b + m + 2) % 3, (b + m) % 4) for b, m, k, s in GRID if k == s == 0]
@@ -121,7 +121,9 @@ GRID = PAIRWISE + [pytest.param(*c, marks=pytest.mark.slow) for c in GRID if c n
 @cache
 def attended(backend, split, kv_heads, mask):
     """The output of multi-head attention and the gradients of its parameters and inputs."""
-    rng, mask = np.random.default_rng(0), SHORT_MASKS[mask]
+    rng, queries = np.random.default_rng(0), jnp.asarray(SEGMENTS)
+    keys = (queries > 0).astype(jnp.int32)[:, :13] if mask == "padding" else queries
+    mask = Mask(queries, keys, **SHORT_MASKS[mask])
     x, y = (jnp.asarray(rng.normal(size=(8, n, 16)), jnp.float32) for n in (20, mask.keys.shape[1]))
     sizes = {"value_width": 4, "kv_heads": kv_heads, "use_bias": True, "qk_norm": False}
     init = nnx.initializers.glorot_uniform()

@@ -2,9 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from transformer.experiments.statistics import Difference, holm, mean_interval, paired, verdict
 
@@ -15,7 +15,7 @@ def test_the_interval_and_the_paired_test_are_those_of_scipy(n, level, rng):
     baseline = rng.normal(3.0, 2.0, size=n)
     variant = baseline + rng.normal(0.5, 0.3, size=n)
     interval, difference = mean_interval(variant, level), paired(variant, baseline, level)
-    alone, both = stats.ttest_1samp(variant, 0.0), stats.ttest_rel(variant, baseline)
+    alone, both = scipy.stats.ttest_1samp(variant, 0.0), scipy.stats.ttest_rel(variant, baseline)
     for found, expected in ((interval, alone), (difference, both)):
         bounds = expected.confidence_interval(level)
         np.testing.assert_allclose((found.low, found.high), bounds)
@@ -49,9 +49,9 @@ def test_one_value_has_no_interval_and_equal_ones_have_one_of_no_width():
 @pytest.mark.parametrize("n", [2, 3, 5, 20])
 def test_the_smallest_detectable_difference_is_found_with_power_80_percent(n, level, rng):
     sigma = 0.3
-    sample = stats.zscore(rng.normal(size=n), ddof=1) * sigma  # its spread is the true one
+    sample = scipy.stats.zscore(rng.normal(size=n), ddof=1) * sigma  # its spread is the true one
     detectable = paired(sample, np.zeros(n), level).detectable
-    p = stats.ttest_1samp(rng.normal(detectable, sigma, size=(20_000, n)), 0.0, axis=1).pvalue
+    p = scipy.stats.ttest_1samp(rng.normal(detectable, sigma, size=(20_000, n)), 0.0, axis=1).pvalue
     assert np.mean(p <= 1 - level) == pytest.approx(0.8, abs=0.01)
 
 

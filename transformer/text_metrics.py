@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+import scipy
 
 from transformer.errors import UserError, needs
 
@@ -97,7 +97,7 @@ def by_sacrebleu(metric: Any, outputs: Sequence[str], references: References) ->
 def exact_match(outputs: Sequence[str], references: References) -> Score:
     """Outputs that are one of their references."""
     right = [output in own for output, own in zip(outputs, references, strict=True)]
-    test = binomtest(sum(right), len(right))
+    test = scipy.stats.binomtest(sum(right), len(right))
     low, high = test.proportion_ci(LEVEL, method="wilson")
     return Score(100 * test.statistic, 100 * float(low), 100 * float(high))
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 Values = Sequence[float] | np.ndarray
 
@@ -73,7 +73,7 @@ def paired(variant: Values, baseline: Values, level: float = 0.95) -> Difference
     if error == 0.0:
         p = 1.0 if mean == 0.0 else 0.0
     else:
-        p = float(2.0 * stats.t.sf(abs(mean) / error, n - 1))
+        p = float(2.0 * scipy.stats.t.sf(abs(mean) / error, n - 1))
     return Difference(mean, mean - margin, mean + margin, p, n, noncentrality(n, level) * error)
 
 
@@ -156,7 +156,7 @@ def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
 @cache
 def critical(n: int, level: float) -> float:
     """The t of `n` values beyond which, to both sides, lies a chance of 1 - level."""
-    return float(stats.t.isf((1.0 - level) / 2.0, n - 1))
+    return float(scipy.stats.t.isf((1.0 - level) / 2.0, n - 1))
 
 
 @cache
@@ -171,7 +171,7 @@ def noncentrality(n: int, level: float) -> float:
     threshold = critical(n, level)
 
     def excess(shift: float) -> float:
-        return float(stats.nct.sf(threshold, n - 1, shift)) - POWER
+        return float(scipy.stats.nct.sf(threshold, n - 1, shift)) - POWER
 
     # At the upper end it takes s > 2σ, or a mean 3 standard errors low, to miss: power > 0.95.
-    return optimize.root_scalar(excess, bracket=(0.0, 2.0 * threshold + 3.0)).root
+    return scipy.optimize.root_scalar(excess, bracket=(0.0, 2.0 * threshold + 3.0)).root

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from transformer.experiments.claims.page import Check
 from transformer.experiments.report import Record
@@ -208,7 +208,7 @@ def in_seconds(race: Race) -> Difference:
         for each in (steps, step)
     ]
     mean, error, n = steps.mean + step.mean, math.hypot(*errors), steps.n
-    p = float(2.0 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0.0)
+    p = float(2.0 * scipy.stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0.0)
     margin = critical(n, 0.95) * error
     return Difference(mean, mean - margin, mean + margin, p, n, np.nan)
 

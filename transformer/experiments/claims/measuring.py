@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
+import scipy
 
 from transformer import cli
 
@@ -49,7 +49,7 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
 
 def slope(x: Numbers, y: Numbers) -> float:
     """The exponent of y ~ x^exponent: the straight line through log y over log x."""
-    fit: Any = stats.linregress(np.log(x), np.log(y))
+    fit: Any = scipy.stats.linregress(np.log(x), np.log(y))
     return float(fit.slope)
 
 
