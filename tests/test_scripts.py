@@ -84,3 +84,17 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
             chosen.setenv(name, value)
             cli.set_up_jax(RunConfig.resolve(config))
         assert asked.get("jax_num_cpu_devices") == expected
+
+
+def test_a_backend_that_is_off_is_shown(monkeypatch, capsys):
+    with program("scripts/check_attention.py", "--backends=xla", "--length=16") as script:
+        causal = script.masks(16)["causal"]
+        assert max(script.errors("xla", "float32", 2, causal)) < 1e-5
+        with jax.numpy_dtype_promotion("standard"):  # jax.nn's own attention relies on it
+            assert 1e-3 < max(script.errors("xla", "bfloat16", 2, causal)) < 3e-2
+        for error, status in ((1e-4, 0), (float("nan"), 1)):
+            monkeypatch.setattr(script, "errors", lambda *_, error=error: [0.0, error])
+            with pytest.raises(SystemExit) as end:
+                script.main()
+            assert end.value.code == status
+            assert capsys.readouterr().out.count("OFF") == 12 * status
