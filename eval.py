@@ -80,7 +80,9 @@ def main() -> None:
     data, references = corpus.load(split, cfg.batch_size), corpus.references(split)
     split = corpus.split(split)  # of a file that the config names
     cfg.model.check_length(data.longest(), f"the longest example of {split}")
-    name = name_of(split, decoding, CHECKPOINT.value, DATA.value)
+    name = name_of(split, decoding, CHECKPOINT.value, DATA.value, corpus.name)
+    if own.bleu_tokenizer != cfg.data.bleu_tokenizer:
+        name += f"_bleu_tokenizer={own.bleu_tokenizer}"
     out = Path(OUT.value or workdir.path)
     hosts.once(partial(make_room, out))
     facts({"data": f"{corpus.name}, {split}: {len(data):,} examples"})
@@ -161,17 +163,19 @@ def open_corpus(own: DataConfig, workdir: Workdir, tokenizers: Tokenizers) -> Co
     return corpus
 
 
-def name_of(split: str, decoding: Decoding, checkpoint: str, data: str | None) -> str:
+def name_of(split: str, decoding: Decoding, checkpoint: str, data: str | None, dataset: str) -> str:
     """What the files of an evaluation are called: `test`, or `test_beam_size=4_checkpoint=best`.
 
-    What is not the default is part of it, so that no evaluation takes the place of another kind.
+    What is not the default is part of it, so that no evaluation takes the place of another kind;
+    of `--data` also the beginning of the hash that is in the dataset's name.
     """
     usual, described = Decoding(), decoding.describe().items()
     said = [f"{name}={value}" for name, value in described if value != getattr(usual, name)]
     if checkpoint != "latest":
         said.append(f"checkpoint={checkpoint}")
     if data:
-        said.append("data=" + ",".join(Path(each.strip()).name for each in data.split(",")))
+        names = ",".join(Path(each.strip()).name for each in data.split(","))
+        said.append(f"data={names}-{dataset.split('/')[1][:6]}")
     return "_".join([split, *said])
 
 
@@ -225,7 +229,8 @@ def show_text(texts: list[dict[str, Any]]) -> None:
 
 def show_limit(margin: int, longer: int, needed: int, cut: list[int]) -> None:
     """Says what the limit of outputs cut, of each replica, or would have to, if anything."""
-    said = [f"{np.mean(cut):,.0f} outputs were cut"] if any(cut) else []
+    spread = f"{min(cut):,}" + (f" to {max(cut):,}" if min(cut) < max(cut) else "")
+    said = [f"{spread} outputs were cut"] if any(cut) else []
     if longer:
         said += [f"{longer:,} targets are longer; --decode_margin={needed} has room for all"]
     if said:

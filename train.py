@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from transformer import cli, costs, evaluation, hosts, sharding
 from transformer.checkpoint import Checkpoints
-from transformer.config import RunConfig
+from transformer.config import RunConfig, continued
 from transformer.console import console, facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, Tokenizers, open_corpus
@@ -61,6 +61,7 @@ def main() -> None:
         DATA_DIR.value,
         allow_changes=ALLOW_CHANGES.value,
         profile=PROFILE.value,
+        exits=True,
     )
 
 
@@ -71,6 +72,7 @@ def run(
     *,
     allow_changes: bool = False,
     profile: int = 0,
+    exits: bool = False,
 ) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one.
 
@@ -80,10 +82,14 @@ def run(
       data_dir: where TFDS keeps datasets; None: its own place.
       allow_changes: whether the checkpoint may be of another config.
       profile: steps to write a trace of before training; 0: none.
+      exits: whether a request to stop may end the process, where there is nothing to save.
     """
-    with StopRequests() as requests:
+    with StopRequests(exits) as requests:
         cfg = RunConfig.resolve(config)
         workdir.claim(config, allow_changes=allow_changes)
+        if workdir.trained():
+            config = continued(config, workdir.known_config())
+            cfg = RunConfig.resolve(config)
         prepared = prepare(cfg, data_dir, workdir.tokenizers if workdir.trained() else None)
         identity = prepared.corpus.identity()
         if workdir.trained() and not allow_changes:
@@ -121,6 +127,8 @@ def run(
                         flop_share=costs.share_of_peak(flops * cfg.replicas, mesh),
                     )
                     state = loop.run()
+                    checkpoints.wait()
+                    requests.all_is_saved(cfg.steps)
                 except NonfiniteError as failure:
                     raise UserError(explain(failure, model, cfg, feed, workdir)) from failure
 
@@ -283,25 +291,29 @@ def begin(
             "choose another --workdir"
         )
     check_stopped(cfg, state, workdir)
-    say_jump(cfg, step, workdir)
+    say_jump(cfg, state, workdir)
     facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
     # Not the checkpoint's: --allow_changes may have brought others.
     where = {name: leaf.sharding for name, leaf in prepared.like.numbers.items()}
     return state._replace(numbers=sharding.place(numbers, where)), checkpoints.interval(step)
 
 
-def say_jump(cfg: RunConfig, step: int, workdir: Workdir) -> None:
+def say_jump(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:
     """Says so if changes of the config have the learning rate jump, as `steps` of a schedule do."""
-    before, now = (
-        float(recipe.learning_rate(recipe.numbers, jnp.int32(step)))
-        for recipe in (RunConfig.resolve(workdir.read_config()).recipe(), cfg.recipe())
-    )
-    if abs(now - before) > 0.01 * max(now, before):
-        console.print(
-            f"the learning rate jumps at step {step:,}, from {before:.3g} to {now:.3g}, for the "
-            "config has changed; with optimizer.schedule=constant or inverse_sqrt it does not "
-            "depend on steps"
+    old, updates = RunConfig.resolve(workdir.read_config()), state.step - state.skipped
+    for k, done in enumerate(np.atleast_1d(hosts.fetch(updates))):
+        before, now = (
+            float(recipe.learning_rate(recipe.numbers, jnp.int32(done)))
+            for recipe in (
+                (each if cfg.replicas == 1 else each.replica(k)).recipe() for each in (old, cfg)
+            )
         )
+        if abs(now - before) > 0.01 * max(now, before):
+            console.print(
+                f"the learning rate jumps after {done:,} updates, from {before:.3g} to {now:.3g}, "
+                "for the config has changed; with optimizer.schedule=constant or inverse_sqrt it "
+                "does not depend on steps" + (f" (replica {k})" if cfg.replicas > 1 else "")
+            )
 
 
 def check_stopped(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:

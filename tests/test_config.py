@@ -60,7 +60,14 @@ OTHER = {
     **of("model.", init="normal", dropout=0.1, attention_dropout=0.1, norm="rms"),
     **of("model.", norm_placement="post", norm_epsilon=1e-2, position="learned", max_length=16),
     **of("model.", random_positions=64, window=2, tie_embeddings=False, attention_bias=True),
-    **of("model.", qk_norm=True, fused_qkv=True, attention_backend="xla", scan_layers=True),
+    **of(
+        "model.",
+        qk_norm=True,
+        qk_norm_epsilon=1e-2,
+        fused_qkv=True,
+        attention_backend="xla",
+        scan_layers=True,
+    ),
     **of("model.", remat="full", dtype="bfloat16", separate_vocabularies=False),
     **{"plugins": ("tests.helpers",)},
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
@@ -72,6 +79,7 @@ BESIDES = {
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer={"model.tie_embeddings": False}),
     **of("model.", max_length={"model.position": "learned"}, cell=RECURRENT),
+    "model.qk_norm_epsilon": {"model.qk_norm": True},
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
     "model.separate_vocabularies": {

@@ -78,8 +78,9 @@ def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, m
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
     words = ("--beam_size=2", "--decode_margin=7", "--bleu_tokenizer=none")
     evaluate(run, f"--data={write(run[1] / 'other.jsonl', PAIRS[:1] * 3)}", *words)
-    name = "test_beam_size=2_decode_margin=7_data=other.jsonl"
-    record = json.loads((run[0].path / f"eval_{name}.json").read_text())
+    pattern = "eval_test_beam_size=2_decode_margin=7_data=other.jsonl-*_bleu_tokenizer=none.json"
+    (file,) = run[0].path.glob(pattern)
+    name, record = file.stem.removeprefix("eval_"), json.loads(file.read_text())
     assert (record["examples"], record["decode_margin"]) == (3, 7)
     assert "|tok:none|" in record["replicas"][0]["text"]["bleu"]["signature"]
     assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
@@ -95,11 +96,11 @@ def test_files_are_named_after_what_is_not_the_default(capsys):
             ("test_checkpoint=best", (Decoding(length_penalty=1.0), "best", None)),
             ("test_beam_size=4", (Decoding(beam_size=4), "latest", None)),
             (
-                "test_temperature=1.0_seed=3_data=a.de,a.en",
+                "test_temperature=1.0_seed=3_data=a.de,a.en-012345",
                 (Decoding(temperature=1.0, seed=3), "latest", "x/a.de, x/a.en"),
             ),
         ):
-            assert module.name_of("test", *settings) == name
+            assert module.name_of("test", *settings, "text_pairs/0123456789/1.0.0") == name
     with pytest.raises(SystemExit), program("eval.py"):
         pass
     assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err

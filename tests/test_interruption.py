@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 
 from tests.test_programs import ROOT, TINY, checkpoint, finish, results, start
-from transformer.interruption import RESUME, StopRequests
+from transformer.interruption import RESUME, Interrupted, StopRequests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
     before = signal.getsignal(number)
-    with StopRequests() as requests:
-        requests.something_to_save = True
+    with StopRequests() as requests:  # as in a notebook, which no request may end
         assert not requests.stop()
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 10
         while requests.asked is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert requests.stop()
+        with pytest.raises(Interrupted, match="after step 9, the last one, which is saved"):
+            requests.all_is_saved(9)
     assert signal.getsignal(number) is before
     assert f"{signal.Signals(number).name}: stopping with a checkpoint" in capsys.readouterr().err
 
@@ -37,7 +38,7 @@ def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
     The first request, if no step has been taken; else the second one.
     """
     code = "import sys; from transformer.interruption import StopRequests\n"
-    code += f"with StopRequests() as r: r.something_to_save = {trained};"
+    code += f"with StopRequests(True) as r: r.something_to_save = {trained};"
     code += " print('ready', flush=True); sys.stdin.read()"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:

@@ -16,7 +16,14 @@ import pytest
 import train
 from tests.test_programs import ROOT
 from transformer import evaluation, plugins, sharding, trained
-from transformer.config import RunConfig, default_config, differences, saved_config
+from transformer.config import (
+    BEFORE,
+    RunConfig,
+    default_config,
+    differences,
+    flat_knobs,
+    saved_config,
+)
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.generation import Decoding, Generator
@@ -61,6 +68,8 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(ol
         assert metrics.keys() >= wanted.keys()
 
     config.mesh.data = config.mesh.replica = 1
+    usual = flat_knobs(default_config())  # as a config file has it, which knows nothing of then
+    config.update_from_flattened_dict({knob: usual[knob] for knob in BEFORE})
     with jax.numpy_dtype_promotion("standard"):
         assert train.run(config, workdir, data_dir).taken() == 220
     results = json.loads(workdir.results.read_text())["replicas"]

@@ -111,6 +111,9 @@ def test_dispatches_take_about_a_second(step_seconds, monkeypatch):
         pace.dispatched(steps)
         ends.append(steps)
     assert ends[0] == 1
+    pace.interrupted()
+    pace.measured(100, 100 * 10 * step_seconds)  # the machine is ten times slower in an interval
+    assert pace.steps <= max(1.0, 0.11 / step_seconds)
     assert all(1 <= steps <= max(1.0, 1.1 / step_seconds) for steps in ends)
     assert ends[-1] >= 0.7 / step_seconds or ends[-1] == 1
 
@@ -141,6 +144,8 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
         run(folder, data_dir, allow_changes=True, steps=16, seed=5)
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content, path
+    with pytest.raises(UserError, match=r"another config \(data.vocab_size: .*steps: 14"):
+        run(folder, data_dir, steps=16, data__vocab_size=300)  # which characters have no use for
     with pytest.raises(UserError, match=r"other tokens \(data.tokenizer: characters → bytes\)"):
         run(folder, data_dir, allow_changes=True, data__tokenizer="bytes")
     for path, content in before.items():
@@ -149,7 +154,7 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
     state = run(folder, data_dir, allow_changes=True, steps=16, optimizer__beta1=0.8)
     assert state.taken() == 16
     said = " ".join(capsys.readouterr().out.split())
-    assert "the learning rate jumps at step 14, from 0 to 0.000286, for the config" in said
+    assert "the learning rate jumps after 14 updates, from 0 to 0.000286, for the config" in said
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
 
 

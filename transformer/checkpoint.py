@@ -71,7 +71,7 @@ class Kept(policy.PreservationPolicy):
         regular = [each for each in checkpoints if each.metrics]
         kept = {each.step for each in (*regular[-self.latest :], *checkpoints[-1:])}
         if regular:
-            kept.add(max(regular, key=lambda each: merit(each.metrics, self.best)).step)
+            kept.add(max((merit(each.metrics, self.best), each.step) for each in regular)[1])
         return [each.step in kept for each in checkpoints]
 
 
@@ -146,6 +146,11 @@ class Checkpoints:
             self.sealing = step, {"arrays": shapes_of(state), "interval": dict(interval or {})}
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
+    def wait(self) -> None:
+        """Waits until the last save is done."""
+        with explained(f"the last checkpoint in {self.directory}"):
+            self.manager.wait_until_finished()
+
     def seal(self) -> None:
         """Writes the manifest of the checkpoint that is about to be renamed into place."""
         assert self.sealing is not None
@@ -174,7 +179,7 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            return max(steps, key=lambda step: merit(self.manager.metrics(step), self.best))
+            return max(steps, key=lambda step: (merit(self.manager.metrics(step), self.best), step))
         if which.isdigit() and int(which) in steps:
             return int(which)
         raise UserError(

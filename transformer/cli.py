@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import runpy
 import shlex
 import signal
 import sys
@@ -20,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from transformer import hosts, plugins
-from transformer.config import RunConfig, flat_knobs
+from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, outlive_readers
 from transformer.errors import UserError, nearest
 from transformer.files import home
@@ -60,6 +59,8 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """
     if outlives_readers:
         outlive_readers()
+    elif sys.stdout is None:  # closed from the start
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     end_with_parent()
     one_line_for_a_failed_save()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
@@ -293,12 +294,9 @@ def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
     if not paths:
         return None
     try:
-        return runpy.run_path(paths[-1])["get_config"]()
-    except FileNotFoundError as error:
-        raise UserError(f"--config={paths[-1]}: there is no such file; see configs/") from error
-    except Exception as error:  # whatever a person's file may raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config={paths[-1]}: {type(error).__name__}: {reason}") from error
+        return load_config(paths[-1])
+    except UserError as error:
+        raise UserError(f"--config={error}") from error
 
 
 def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:

@@ -54,19 +54,14 @@ FREE_KNOBS = {
 }
 FREE_SECTIONS = {"mesh"}
 
-# Knobs that a run keeps to its end: what it has learned is in their terms.
-KEPT_KNOBS = {
-    "data.tokenizer",
-    "data.target_tokenizer",
-    "data.vocab_size",
-    "model.separate_vocabularies",
-}
-
 # Knobs of saved runs that are no more.
 GONE = {"steps_per_call"}
 
 # What runs did that were saved before a knob existed, where that is not its default.
-BEFORE: dict[str, Any] = {"model.separate_vocabularies": False}
+BEFORE: dict[str, Any] = {
+    "model.separate_vocabularies": False,
+    "model.qk_norm_epsilon": 1e-6,
+}
 
 
 # What the tables hold without plugins.
@@ -341,6 +336,15 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
     return config
 
 
+def continued(config: Any, saved: ConfigDict) -> Any:
+    """`config` as one that goes on with a saved run, which may be older than some of its knobs."""
+    usual, before, now = map(flat_knobs, (default_config(), saved, config))
+    older = {k: v for k, v in BEFORE.items() if (before[k], now[k]) == (v, usual[k])}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(older)
+    return config
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """`model.norm: layer → rms` for each knob that changes a result and differs."""
     before, after = flat_knobs(old), flat_knobs(new)
@@ -351,6 +355,15 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
         and name not in FREE_KNOBS
         and name.split(".")[0] not in FREE_SECTIONS
     ]
+
+
+def kept_knobs(config: Any) -> set[str]:
+    """The knobs that a run keeps to its end, for what it has learned is in their terms."""
+    kinds = {config.data.tokenizer, config.data.target_tokenizer}
+    kept = {"data.tokenizer", "data.target_tokenizer"}
+    if config.data.target_tokenizer is not None:
+        kept.add("model.separate_vocabularies")
+    return kept | ({"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set())
 
 
 def flat_knobs(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Generator:
     ):
         load_plugins(plugins)
         self.mesh = mesh or sharding.all_devices()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), jax.enable_x64(False):
             loaded = trained.load(Workdir(str(workdir)), self.mesh, checkpoint)
         within("replica", replica, 0, loaded.cfg.replicas - 1)
         self.cfg, self.tokenizers, self.model, self.step = loaded[:4]
@@ -324,7 +324,7 @@ class Generator:
         rows = len(sources)
         more = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))  # few programs are compiled
         run = self.program(decoding)
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), jax.enable_x64(False):
             found = run(self.params, np.pad(sources, more), np.pad(draws, more).astype(np.int32))
             return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
@@ -359,7 +359,7 @@ class Generator:
             (width,) = self.widths(np.array([max(len(source), len(target))])).tolist()
             target = target[:width]  # no room for an end, where positions reach no further
             pair = [Ragged.of([tokens]).padded(width) for tokens in (source, target)]
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), jax.enable_x64(False):
                 maps = self.maps(self.params, Dataset(pair[0], pair[1], 1))["cross"]
             weights = np.stack([np.asarray(layer)[0].mean(0) for layer in maps])
             found.append(

@@ -17,6 +17,7 @@ import time
 from jax.experimental import multihost_utils
 
 from transformer import hosts
+from transformer.console import console
 
 PARENT = "TRANSFORMER_PARENT"  # the environment's variable with the process to live as long as
 
@@ -55,11 +56,15 @@ class StopRequests:
 
     Only the main thread of a program can ask for signals; in another, none are noticed here.
 
-    something_to_save: whether a step has been taken. Before, a request ends the process at once,
-      wherever it is, such as inside of the compiler.
+    something_to_save: whether there is what no checkpoint has. If not, a request ends the process
+      at once, wherever it is, such as inside of the compiler; if it may.
+
+    Args:
+      exits: whether it may: a program's, not a notebook's. Of several processes none ends alone.
     """
 
-    def __init__(self):
+    def __init__(self, exits: bool = False):
+        self.exits, self.state = exits, "stopped before the first step, nothing to save"
         self.asked: signal.Signals | None = None
         self.something_to_save = False
         self.boundaries = 0
@@ -96,17 +101,25 @@ class StopRequests:
                     began = time.monotonic()
                     self.take(signal.Signals(number[0]))
                 elif time.monotonic() - began > ONCE:
-                    os._exit(128 + number[0])
+                    leave(128 + number[0])
 
     def take(self, asked: signal.Signals) -> None:
         """Takes the first request."""
-        if not self.something_to_save:
-            say(f"{asked.name}: stopped before the first step, nothing to save")
-            os._exit(RESUME)
+        if self.exits and not self.something_to_save and not hosts.several():
+            say(f"{asked.name}: {self.state}")
+            leave(RESUME)
         self.asked = asked
         say(f"{asked.name}: stopping with a checkpoint; a second one stops at once")
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def all_is_saved(self, step: int) -> None:
+        """From here on a request ends the process; one that came meanwhile raises Interrupted."""
+        self.state = f"stopped after step {step:,}, the last one, which is saved"
+        self.state += "; the same command evaluates it"
+        self.something_to_save = False
+        if self.asked and not hosts.several():
+            raise Interrupted(self.state)
 
     def stop(self) -> bool:
         """Whether training stops here; to be asked at the end of every dispatch.
@@ -117,6 +130,12 @@ class StopRequests:
         if hosts.several():
             return multihost_utils.reached_preemption_sync_point(self.boundaries)
         return self.asked is not None
+
+
+def leave(status: int) -> None:
+    """Ends the process at once, with the cursor that a progress bar had hidden."""
+    console.show_cursor(True)
+    os._exit(status)
 
 
 def say(text: str) -> None:

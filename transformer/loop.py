@@ -159,7 +159,7 @@ class Loop:
         if self.is_due(self.cfg.log_every) or saves:
             self.unread = self.step, self.sums, self.feed.waited()
             self.sums = self.place(self.nothing)
-            self.pace.interrupted()
+            self.pace.interrupted()  # `before` is then that of no dispatch
         if self.is_due(self.cfg.eval_every) or saves:
             self.read()
             with self.watch.paused(self.sums):
@@ -176,8 +176,8 @@ class Loop:
             return
         (step, sums, waited), self.unread = self.unread, None
         each = by_replica(jax.block_until_ready(sums), self.cfg.replicas)
-        seconds, self.pace.last = self.watch.lap(), time.perf_counter()
-        self.pace.agree()
+        seconds = self.watch.lap()
+        self.pace.measured(int(each[0]["steps"]), seconds)
         metrics = [train_metrics(one, seconds, self.flop_share, waited) for one in each]
         self.bar.update(step, metrics)
         self.writer.write(step, metrics)
@@ -210,6 +210,8 @@ class Loop:
                 totals = jax.tree.map(np.ndarray.tolist, totals)
                 interval = {"seconds": self.watch.seconds, "sums": totals}
                 self.checkpoints.save(self.state, {}, interval)
+        if not self.step:
+            raise Interrupted("stopped before the first step, nothing to save")
         raise Interrupted(
             f"stopped at step {self.step:,} of {self.cfg.steps:,}, and saved; "
             "the same command goes on from there"
@@ -247,7 +249,7 @@ class Pace:
         now = time.perf_counter()
         slow = self.is_slow()
         if done := steps if slow else self.running:
-            self.wanted = max(1, int(self.seconds * done / (now - self.last)))
+            self.want(done, now - self.last)
         self.running, self.last = 0 if slow else steps, now
         if not hosts.several():
             self.steps = self.wanted
@@ -256,9 +258,15 @@ class Pace:
         """Notes that the next dispatch does not begin when the one before it ends."""
         self.running, self.last = 0, time.perf_counter()
 
-    def agree(self) -> None:
-        """Has all processes take as many steps as the first would."""
+    def measured(self, steps: int, seconds: float) -> None:
+        """Notes what an interval took. All processes then take as many steps as the first would."""
+        self.last = time.perf_counter()
+        self.want(steps, seconds)
         self.steps = hosts.once(lambda: self.wanted)
+
+    def want(self, steps: int, seconds: float) -> None:
+        """Sets how many steps are wanted by what so many took."""
+        self.wanted = max(1, int(self.seconds * steps / max(seconds, 1e-9)))
 
 
 class Stopwatch:

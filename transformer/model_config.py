@@ -95,6 +95,7 @@ class ModelConfig:
     separate_vocabularies: bool = True  # each side's table has its own size; False: the larger
     attention_bias: bool = False  # on the four projections of attention
     qk_norm: bool = False  # RMS norm of queries and keys, head by head
+    qk_norm_epsilon: float | None = None  # of that norm; None: norm_epsilon
     fused_qkv: bool = False  # queries, keys and values of a sequence in one product
     attention_backend: str = "einsum"  # in transformer/dot_product_attention.py
     scan_layers: bool = False  # compiled once for all layers of a stack
@@ -112,8 +113,10 @@ class ModelConfig:
             rate = getattr(self, name)
             self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
         # In float32, which the norms compute in.
-        normal = float(np.finfo(np.float32).tiny) <= self.norm_epsilon <= 1.0
-        self.require("norm_epsilon", normal, "it must be above 0, as a float32 too, and at most 1")
+        for name in ("norm_epsilon", "qk_norm_epsilon"):
+            value = getattr(self, name)
+            normal = value is None or float(np.finfo(np.float32).tiny) <= value <= 1.0
+            self.require(name, normal, "it must be above 0, as a float32 too, and at most 1")
         self.check_attention()
         self.check_positions()
         if self.architecture == "recurrent":

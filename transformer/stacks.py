@@ -35,7 +35,7 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
         kv_heads=config.kv_heads or config.heads,
         use_bias=config.attention_bias,
         qk_norm=config.qk_norm,
-        epsilon=config.norm_epsilon,
+        epsilon=config.qk_norm_epsilon or config.norm_epsilon,
         fused=config.fused_qkv,
         init=INITIALIZERS[config.init],
         backend=config.attention_backend,

@@ -14,7 +14,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from transformer import hosts, plugins
-from transformer.config import KEPT_KNOBS, differences, saved_config
+from transformer.config import continued, differences, kept_knobs, saved_config
 from transformer.console import console
 from transformer.errors import UserError
 from transformer.strict_json import dumps
@@ -34,19 +34,27 @@ class Workdir:
         self.holding: IO[str] | None = None  # the lock, where this process has it
 
     def read_config(self) -> ConfigDict:
-        """The config that the run was started with, with the defaults of newer knobs.
+        """`known_config`, to be resolved.
 
         Raises:
           UserError: the folder is no run's, or the run has a plugin that nobody has named.
         """
+        config = self.known_config()
+        plugins.check(config.plugins, self.path)
+        return config
+
+    def known_config(self) -> Any:
+        """The config that the run was started with, with the defaults of newer knobs.
+
+        Raises:
+          UserError: the folder is no run's.
+        """
         try:
-            config = saved_config(self.read_record()["config"])
+            return saved_config(self.read_record()["config"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.config} is damaged ({error}); restore it or train anew"
             ) from error
-        plugins.check(config.plugins, self.path)
-        return config
 
     def read_record(self) -> dict[str, Any]:
         """What `write_config` wrote.
@@ -107,8 +115,9 @@ class Workdir:
                 "choose another --workdir"
             )
         if self.trained():
-            changes = differences(self.read_config(), config)
-            kept = [each for each in changes if each.partition(":")[0] in KEPT_KNOBS]
+            before = self.known_config()
+            changes = differences(before, continued(config, before))
+            kept = [each for each in changes if each.partition(":")[0] in kept_knobs(config)]
             if kept:
                 raise UserError(
                     f"{self.path} holds a run with other tokens ({'; '.join(kept)}), which it "

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -103,7 +104,12 @@ def reopened(config: DataConfig, name: str, data_dir: str | None) -> Opened:
 
 
 def evaluated_file(config: DataConfig, name: str, data_dir: str | None) -> Opened:
-    """A file of pairs, or two, as the split `test` of a dataset; fields as of `config`."""
+    """A file of pairs, or two, as the split `test` of a dataset.
+
+    The texts of JSON are called as `config` says; those of columns have no names of their own.
+    """
+    if not any(text.kind(path) in text.JSON for path in text.paths(name)):
+        config = replace(config, source=text.COLUMNS[0], target=text.COLUMNS[1])
     return Opened(text_pairs({"test": name}, config, data_dir), text.COLUMNS, {})
 
 

@@ -32,6 +32,7 @@ import tensorflow_datasets as tfds
 from transformer.errors import UserError, choose
 
 SPLITS = ("train", "validation", "test")
+JSON = (".jsonl", ".json")
 COLUMNS = ("source", "target")  # what the texts of a line of columns are called
 CUT = {0: "validation", 1: "test"}  # of a hundred parts of the training file
 BLANK = "\ufeff" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # all white space there is
@@ -183,7 +184,7 @@ def parser(
     Raises:
       UserError: the texts of columns are not called so.
     """
-    if len(found) == 1 and kind(found[0]) in (".jsonl", ".json"):
+    if len(found) == 1 and kind(found[0]) in JSON:
 
         def record(decoded: list[str]) -> tuple[str, str]:
             return from_json(decoded[0], fields)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from transformer.config import RunConfig, differences
+from transformer.config import RunConfig, continued, differences
 from transformer.console import console
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
@@ -41,7 +41,8 @@ def is_done(program: Program, workdir: Path) -> bool:
     if not all(path.exists() for path in (folder.results, *evaluated)):
         return False
     try:
-        return not differences(folder.read_config(), program.resolved())
+        saved = folder.known_config()
+        return not differences(saved, continued(program.resolved(), saved))
     except UserError:  # a damaged record, which its program will name; the others go on
         return False
 
