@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
     track,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from transformer.metrics import mean_over
 
@@ -172,7 +172,8 @@ class TrainingBar:
         self.progress = Progress(
             TextColumn("[bold]train"),
             BarColumn(bar_width=28),
-            MofNCompleteColumn(),
+            # Never cut short, as the bar may be.
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
