@@ -102,7 +102,6 @@ def run(
             Checkpoints(workdir.checkpoints, cfg.keep_checkpoints, cfg.best_metric) as checkpoints,
         ):
             programs = make_programs(cfg, model, prepared.like)
-            data = sharding.place(prepared.data, sharding.replicated(mesh))
             feed = make_feed(cfg, prepared)
             trace(programs, cfg, prepared, feed)
             state, begun = begin(cfg, prepared, programs, checkpoints, workdir)
@@ -118,7 +117,7 @@ def run(
                         cfg,
                         programs,
                         feed,
-                        data["validation"],
+                        prepared.data["validation"],
                         state,
                         begun,
                         checkpoints=checkpoints,
@@ -137,7 +136,7 @@ def run(
 
                 curve = workdir.plots / "learning_curve.png"
                 plots.learning_curve(read_metrics(workdir.metrics), curve)
-            results = evaluate(cfg, state, programs, data)
+            results = evaluate(cfg, state, programs, prepared.data)
             workdir.write_results(
                 {
                     "step": cfg.steps,
@@ -148,7 +147,8 @@ def run(
                 }
             )
             show_results(cfg, results)
-            show_samples(cfg, model, prepared.corpus.tokenizers, state, data["validation"].head(3))
+            samples = prepared.data["validation"].head(3)
+            show_samples(cfg, model, prepared.corpus.tokenizers, state, samples)
     return state
 
 
@@ -378,8 +378,10 @@ def evaluate(
     """Each replica's seed and final metrics on the validation and test splits."""
     watchman = Watchman(state, cfg.max_skipped_steps)
     results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
+    place = partial(sharding.place, where=sharding.replicated(jax.sharding.get_mesh()))
     for name in ("validation", "test"):
-        scores = by_replica(programs.score(state.variables(), data[name]), cfg.replicas)
+        scores = evaluation.in_parts(programs.score, state.variables(), data[name], place)
+        scores = by_replica(scores, cfg.replicas)
         metrics = [
             one.metrics(name, smoothing)
             for one, smoothing in zip(scores, cfg.smoothings(), strict=True)

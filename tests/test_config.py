@@ -186,7 +186,7 @@ class Dispatches:
 
     def score(self, variables, data):
         self.calls.append(("score", digest(data)))
-        ones = np.ones((*self.like.step.shape, 1), np.float32)
+        ones = np.ones((*self.like.step.shape, len(data)), np.float32)
         return evaluation.Scores((20.0 - self.step) * ones, ones, ones, ones)
 
     def decode(self, model, variables, samples, *, length):

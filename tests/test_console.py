@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from transformer.console import console, facts, figure, over_replicas, table
+from transformer.console import TrainingBar, console, doing, facts, figure, over_replicas, table
 
 PROGRAM = """
 import sys
@@ -69,3 +69,18 @@ def test_a_metric_of_a_population_is_its_mean_with_the_range():
     metrics = [{"loss": 1.0}, {"loss": 4.0}, {"loss": 1.0}]
     assert over_replicas(metrics, "loss", "{:.1f}".format) == "2.0 (1.0–4.0)"
     assert over_replicas(metrics[:1], "loss", "{:.1f}".format) == "1.0"
+
+
+def test_nothing_takes_long_without_a_word(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("transformer.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("transformer.console.time.perf_counter", lambda: now[0])
+    with doing("compiling", "compiled"):
+        assert capsys.readouterr().out == "compiling …\n"
+        now[0] = 7.0
+    assert capsys.readouterr().out.split() == ["compiled", "in", "7.0", "s"]
+    with TrainingBar(0, 1_000) as bar:
+        for step in range(1, 101):  # of a second each
+            now[0] += 1.0
+            bar.stepped(step)
+    assert capsys.readouterr().out.splitlines() == [f"step {n}/1000" for n in (31, 62, 93)]

@@ -31,6 +31,20 @@ def test_scores_do_not_depend_on_the_batch_size():
         np.testing.assert_array_equal(scores.tokens, [len(text) + 1 for text in TEXTS])
 
 
+def test_scores_in_parts_are_those_of_the_whole():
+    whole, asked = score(dataset(3)), []
+    parts = evaluation.in_parts(
+        jax.jit(partial(evaluation.score, MODEL)),
+        PARAMS,
+        jax.tree.map(np.asarray, dataset(3)),
+        lambda data: jax.tree.map(jnp.asarray, data),
+        lambda: asked.append(1),
+    )
+    assert len(asked) == 3  # of 7 examples
+    check = partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(check, parts, jax.tree.map(np.asarray, whole))
+
+
 def test_metrics_are_ratios_of_totals():
     totals = [2.0, 4.0], [6.0, 6.0], [1.0, 4.0], [2.0, 4.0]
     scores = evaluation.Scores(*map(np.array, totals))

@@ -43,9 +43,12 @@ def old(request, tmp_path, monkeypatch):
     return Workdir(str(folder)), json.loads((folder / "expected.json").read_text())
 
 
-def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(old, data_dir):
+def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
+    old, data_dir, caplog
+):
     workdir, expected = old
     generator = Generator(workdir.path, mesh=sharding.one_device())
+    assert not caplog.records  # no library has anything to warn of
     for name, beams in (("greedy", 1), ("beam", 3)):
         found = generator.generate(TEXTS, Decoding(beam_size=beams))
         lines = [line.split("\t")[1:] for line in expected[name].splitlines()]

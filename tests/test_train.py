@@ -87,11 +87,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, 
     monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
     with pytest.raises(Interrupted, match="stopped at step 6 of 14, and saved"):
         run(tmp_path / "run", data_dir)
+    go_on(monkeypatch, tmp_path, data_dir, folder, state)
+
+
+@pytest.mark.parametrize("step", [5, 6])  # where a checkpoint is due too, and where it is not
+def test_a_run_that_stops_while_it_is_validated_goes_on_to_the_same_bits(
+    step, whole, tmp_path, data_dir, monkeypatch
+):
+    folder, state, _ = whole
+    stop = lambda self: self.leave() if self.step == step else None  # noqa: E731
+    monkeypatch.setattr(loop.Loop, "leave_if_asked", stop)
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 14, and saved"):
+        run(tmp_path / "run", data_dir)
+    go_on(monkeypatch, tmp_path, data_dir, folder, state)
+
+
+def go_on(monkeypatch, tmp_path, data_dir, folder, state):
     monkeypatch.undo()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "train/loss": 1.0}\n')
     resumed = run(tmp_path / "run", data_dir)
     assert results(tmp_path / "run") == results(folder)
+    names = [
+        {path.name for path in (each / "checkpoints").iterdir()}
+        for each in (folder, tmp_path / "run")
+    ]
+    assert names[0] == names[1]
     for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(one, other)
 

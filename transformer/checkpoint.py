@@ -143,6 +143,8 @@ class Checkpoints:
             self.manager.wait_until_finished()
             if hosts.first():
                 clear_trash(self.directory)
+            if step in self.manager.all_steps():  # of a run that stopped before it was validated
+                self.manager.delete(step)
             self.sealing = step, {"arrays": shapes_of(state), "interval": dict(interval or {})}
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 

@@ -101,6 +101,35 @@ def score(model: Model, params: Params, data: Dataset) -> Scores:
     return map_batches(score_batch, data)
 
 
+def in_parts(
+    score: Callable[[Params, Dataset], Scores],
+    params: Params,
+    data: Dataset,
+    place: Callable[[Dataset], Dataset],
+    between: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Scores of every example as NumPy's arrays, a batch in a dispatch, of which one waits.
+
+    Args:
+      score: `score` of a model, jitted.
+      params: its variables.
+      data: the examples, on the host.
+      place: puts a batch on the devices.
+      between: called before each dispatch; what it raises ends the evaluation.
+    """
+    size, parts = min(data.batch_size, len(data)), []
+    for first in range(0, len(data), size):
+        between()
+        start = min(first, len(data) - size)  # all have one shape, and some rows come twice
+        rows = slice(start, start + size)
+        batch = Dataset(data.source[rows], data.target[rows], data.batch_size, data.packed)
+        parts.append((first - start, score(params, place(batch))))
+        if len(parts) > 1:
+            jax.block_until_ready(parts[-2])
+    whole = [jax.tree.map(lambda x, k=k: np.asarray(x)[..., k:], part) for k, part in parts]
+    return jax.tree.map(lambda *each: np.concatenate(each, axis=-1), *whole)
+
+
 def decode(
     model: Model,
     params: Params,

@@ -83,7 +83,7 @@ class Loop:
       cfg: the run's.
       programs: the run's.
       feed: says what the steps of training read.
-      validation: its rows, on the devices.
+      validation: its rows, on the host.
       state: that it goes on from; given away.
       begun: what an interrupted run had of the interval in which it stopped; see
         `Checkpoints.interval`.
@@ -112,6 +112,7 @@ class Loop:
         self.checkpoints, self.writer, self.requests = checkpoints, writer, requests
         self.flop_share = flop_share
         self.step = self.saved = state.taken()
+        self.unvalidated = begun.get("unvalidated", False)
         self.nothing = jax.device_get(zero_sums(cfg.replicas))
         sums = begun.get("sums", self.nothing)
         # What an older version had not summed is not known in this interval.
@@ -135,6 +136,8 @@ class Loop:
         with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
             self.requests.something_to_save = True
             self.watch.start()
+            if self.unvalidated:  # when it stopped, validation was due
+                self.evaluate()
             while self.step < self.cfg.steps:
                 if self.requests.stop():
                     self.leave()
@@ -154,17 +157,26 @@ class Loop:
         self.step = stop
         self.bar.stepped(self.step)
         self.read()  # only now: the device is at work on the next interval
-        saves = self.is_due(self.cfg.save_every) or self.step == self.cfg.steps
         # At saves too: a resumed run then logs the very intervals of one left alone.
-        if self.is_due(self.cfg.log_every) or saves:
+        if self.is_due(self.cfg.log_every) or self.saves():
             self.unread = self.step, self.sums, self.feed.waited()
             self.sums = self.place(self.nothing)
             self.pace.interrupted()  # `before` is then that of no dispatch
-        if self.is_due(self.cfg.eval_every) or saves:
+        if self.is_due(self.cfg.eval_every) or self.saves():
             self.read()
-            with self.watch.paused(self.sums):
-                self.validate(saves)
-            self.pace.interrupted()
+            self.evaluate()
+
+    def saves(self) -> bool:
+        """Whether a checkpoint is due at this step."""
+        return self.is_due(self.cfg.save_every) or self.step == self.cfg.steps
+
+    def evaluate(self) -> None:
+        """Validates, which is no part of what an interval takes."""
+        self.unvalidated = True
+        with self.watch.paused(self.sums):
+            self.validate(self.saves())
+        self.unvalidated = False
+        self.pace.interrupted()
 
     def dispatch(self, data: Dataset | Window, steps: Int[Array, ""]) -> None:
         """Gives the devices so many steps to take, and does not wait for them."""
@@ -185,7 +197,10 @@ class Loop:
 
     def validate(self, saves: bool) -> None:
         """Scores the validation split, and saves the state if that is due too."""
-        scores = self.programs.score(self.state.variables(), self.validation)
+        score, variables = self.programs.score, self.state.variables()
+        # Several processes must stop at one dispatch of training, and none stops here.
+        stop = (lambda: None) if hosts.several() else self.leave_if_asked
+        scores = evaluation.in_parts(score, variables, self.validation, self.place, stop)
         metrics = [
             one.metrics("validation", smoothing)
             for one, smoothing in zip(
@@ -200,15 +215,22 @@ class Loop:
             self.checkpoints.save(self.state, mean_over(sound))
             self.saved = self.step
 
+    def leave_if_asked(self) -> None:
+        """Leaves if somebody has asked for it."""
+        if self.requests.asked:
+            self.leave()
+
     def leave(self) -> None:
         """Saves the state, in the middle of an interval too, and raises Interrupted."""
         self.read()
         if self.step > self.saved:
-            with self.watch.paused(self.sums):
+            stopped = self.unvalidated  # the watch is, while the run is validated
+            with contextlib.nullcontext() if stopped else self.watch.paused(self.sums):
                 totals = hosts.fetch(self.sums)
                 self.watchman.look_for_stopped(by_replica(totals, self.cfg.replicas), self.state)
                 totals = jax.tree.map(np.ndarray.tolist, totals)
                 interval = {"seconds": self.watch.seconds, "sums": totals}
+                interval["unvalidated"] = self.unvalidated
                 self.checkpoints.save(self.state, {}, interval)
         if not self.step:
             raise Interrupted("stopped before the first step, nothing to save")
@@ -222,7 +244,7 @@ class Loop:
         return self.step % every == 0
 
     def place(self, tree: Any) -> Any:
-        """Small arrays on every device."""
+        """Arrays on every device."""
         return sharding.place(tree, sharding.replicated(jax.sharding.get_mesh()))
 
 
