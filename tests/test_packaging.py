@@ -85,12 +85,11 @@ print(transformer.load, transformer.__file__)
 @pytest.mark.parametrize("kind", ["editable", "wheel"])
 def test_an_installed_package_wins_beside_a_clone_of_its_name(kind, tmp_path):
     """From the folder of the clone, whose own name is that of the package."""
-    names = subprocess.check_output(("git", "ls-files"), cwd=ROOT, text=True).splitlines()
-    for name in names:
-        if name.startswith(("transformer/", "configs/", "pyproject", "README")):
-            target = tmp_path / "transformer" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target)
+    for name in ("transformer", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / "transformer" / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / "transformer")
     build = f"from setuptools.build_meta import *; build_{kind}({str(tmp_path)!r})"
     command = [sys.executable, "-W", "ignore", "-c", build]
     subprocess.run(command, cwd=tmp_path / "transformer", check=True, capture_output=True)
