@@ -22,23 +22,25 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from transformer import cli, evaluation, hosts, sharding
+from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, figure, percent, perplexity, table
 from transformer.data import datasets
 from transformer.data.batches import Dataset
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.data.load import Corpus, Tokenizers
 from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from transformer.decoding import Beams
 from transformer.errors import UserError
-from transformer.generation import Decoding
-from transformer.metrics import by_replica, mean_over
-from transformer.model import Model, Params
-from transformer.text_metrics import METRICS, bleu
-from transformer.trained import load
-from transformer.training import each_replica
-from transformer.workdir import Workdir, write_json
+from transformer.inference import evaluation
+from transformer.inference.decoding import Beams
+from transformer.inference.generation import Decoding
+from transformer.inference.text_metrics import METRICS, bleu
+from transformer.modules.model import Model, Params
+from transformer.parallel import hosts, sharding
+from transformer.training.metrics import by_replica, mean_over
+from transformer.training.step import each_replica
+from transformer.training.trained import load
+from transformer.training.workdir import Workdir, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")
@@ -362,7 +364,7 @@ def draw(
         maps = hosts.fetch(program(params, Dataset(short[0], short[1], len(shown))))
     if not hosts.first():
         return
-    from transformer import plots  # matplotlib is not needed before
+    from transformer.inference import plots  # matplotlib is not needed before
 
     with attempted("accuracy by length"):
         plots.accuracy_by_length(
@@ -407,7 +409,7 @@ def attempted(what: str) -> Iterator[None]:
 
 def labels(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[list[str], str]:
     """The tokens of a row as text, or as numbers if the font lacks characters of it: which."""
-    from transformer import plots
+    from transformer.inference import plots
 
     own = [token for token in tokens.tolist() if token != PAD]
     symbols = [tokenizer.symbol(token) for token in own]

@@ -16,22 +16,25 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from transformer import cli, costs, evaluation, hosts, sharding
-from transformer.checkpoint import Checkpoints
+from transformer import cli
 from transformer.config import RunConfig, continued
 from transformer.console import console, facts, figure, percent, perplexity, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, Tokenizers, open_corpus
 from transformer.data.rows import Rows, alone, learnable, pack, said
+from transformer.data.streaming import Resident, Stream
 from transformer.errors import UserError
-from transformer.health import NonfiniteError, Watchman, dump_batch, find_operation
-from transformer.interruption import StopRequests
-from transformer.loop import Loop, Programs, make_programs
-from transformer.metrics import MetricsWriter, by_replica, read_metrics
-from transformer.model import Model
-from transformer.streaming import Resident, Stream
-from transformer.training import TrainState, abstract_state, zero_sums
-from transformer.workdir import Workdir
+from transformer.inference import evaluation
+from transformer.modules.model import Model
+from transformer.parallel import hosts, sharding
+from transformer.training import costs
+from transformer.training.checkpoint import Checkpoints
+from transformer.training.health import NonfiniteError, Watchman, dump_batch, find_operation
+from transformer.training.interruption import StopRequests
+from transformer.training.loop import Loop, Programs, make_programs
+from transformer.training.metrics import MetricsWriter, by_replica, read_metrics
+from transformer.training.step import TrainState, abstract_state, zero_sums
+from transformer.training.workdir import Workdir
 
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config's name>.")
@@ -132,7 +135,7 @@ def run(
                     raise UserError(explain(failure, model, cfg, feed, workdir)) from failure
 
             if hosts.first():
-                from transformer import plots  # matplotlib is not needed before
+                from transformer.inference import plots  # matplotlib is not needed before
 
                 curve = workdir.plots / "learning_curve.png"
                 plots.learning_curve(read_metrics(workdir.metrics), curve)

@@ -122,7 +122,7 @@ sys.path.insert(0, str(ROOT))  # train.py is beside the package and not in it
 import train
 from configs import toy_reverse
 from transformer import cli
-from transformer.workdir import Workdir
+from transformer.training.workdir import Workdir
 
 logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
 cli.set_up_jax()
@@ -149,9 +149,11 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 # %%
 from functools import partial
 
-from transformer import evaluation, plots, sharding, trained
 from transformer.data.batches import Dataset
 from transformer.data.rows import alone
+from transformer.inference import evaluation, plots
+from transformer.parallel import sharding
+from transformer.training import trained
 
 WORDS = ["hello", "attention", "transformer"]
 
@@ -198,9 +200,8 @@ display(Image(picture, width=1000))
 
 # %%
 from IPython.utils.capture import capture_output
-
-from transformer.experiments import report
-from transformer.experiments.sweep import Sweep, grid, plan
+from lab.sweeps import report
+from lab.sweeps.sweep import Sweep, grid, plan
 
 sweep = Sweep(
     config=str(ROOT / "configs/ablations/small.py"),

@@ -20,14 +20,15 @@ from importlib import metadata
 from pathlib import Path
 
 from absl import flags
+from lab.benchmark import measure, page, task
+from lab.benchmark.contender import CONTENDERS, OURS, Setting
+from lab.benchmark.rotation import ContenderError
 
-from transformer import cli, sharding
+from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import UserError, choose
-from transformer.experiments.benchmark import measure, page, task
-from transformer.experiments.benchmark.contender import CONTENDERS, OURS, Setting
-from transformer.experiments.benchmark.rotation import ContenderError
-from transformer.workdir import commit, versions, write_json
+from transformer.parallel import sharding
+from transformer.training.workdir import commit, versions, write_json
 
 DEVICE = flags.DEFINE_enum("device", "cpu", list(task.SIZES), "What all of them run on.")
 SIZES = flags.DEFINE_list("sizes", ["tiny", "base"], "Which sizes; see task.SIZES.")

@@ -17,12 +17,12 @@ from absl import flags
 
 from transformer import cli
 from transformer.console import table
-from transformer.dot_product_attention import (
+from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
     SHORT_MASK_BACKENDS,
 )
-from transformer.masking import Mask
+from transformer.modules.masking import Mask
 
 BACKENDS = flags.DEFINE_list("backends", None, "Which; default those of this device.")
 LENGTH = flags.DEFINE_integer("length", 256, "Queries, and keys.", lower_bound=16)

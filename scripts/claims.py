@@ -10,12 +10,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from lab.claims import attention, complexity, norms, page, recurrence
 
-from transformer import cli, sharding
+from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import choose
-from transformer.experiments.claims import attention, complexity, norms, page, recurrence
-from transformer.workdir import commit
+from transformer.parallel import sharding
+from transformer.training.workdir import commit
 
 # In the order of the page.
 CLAIMS = {

@@ -10,13 +10,13 @@ Usage:
 from pathlib import Path
 
 from absl import flags
+from lab.sweeps.comparison import compare, read
 
 from transformer import cli
 from transformer.config import differences
 from transformer.console import console, facts, table
 from transformer.errors import UserError
-from transformer.experiments.comparison import compare, read
-from transformer.workdir import Workdir
+from transformer.training.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
 OTHER = flags.DEFINE_string("other", None, "Another's.", required=True)

@@ -19,20 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from lab.claims.measuring import interleaved
 from ml_collections import ConfigDict, config_flags
 
-from transformer import cli, sharding
+from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
 from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
 from transformer.data.rows import alone, pack
-from transformer.dot_product_attention import ATTENTION_BACKENDS
 from transformer.errors import UserError
-from transformer.experiments.claims.measuring import interleaved
-from transformer.model import Model
-from transformer.model_config import REMATS
-from transformer.training import (
+from transformer.modules.config import REMATS
+from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
+from transformer.modules.model import Model
+from transformer.parallel import sharding
+from transformer.training.step import (
     abstract_state,
     init_state,
     make_train_step,

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from lab.benchmark.task import SIZES
+from lab.claims.measuring import interleaved
 
 from transformer import cli
 from transformer.config import RunConfig
@@ -23,11 +25,9 @@ from transformer.console import facts, table
 from transformer.data.load import open_corpus
 from transformer.data.ragged import Ragged
 from transformer.errors import UserError, needs
-from transformer.experiments.benchmark.task import SIZES
-from transformer.experiments.claims.measuring import interleaved
-from transformer.generation import Generator
-from transformer.sharding import cores
-from transformer.workdir import Workdir
+from transformer.inference.generation import Generator
+from transformer.parallel.sharding import cores
+from transformer.training.workdir import Workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
@@ -76,8 +76,7 @@ def marian(cfg: RunConfig, generator: Generator) -> Callable[..., Callable[[], l
     """(texts, lengths of their outputs, batch size) → a call that generates as many tokens."""
     with needs("bench"):
         import torch
-
-        from transformer.experiments.benchmark.marian import Network
+        from lab.benchmark.marian import Network
     source, target = generator.tokenizers
     size = dataclasses.replace(
         SIZES["cpu"]["tiny"],

@@ -21,18 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from lab.claims.measuring import interleaved
 
-from transformer import cli, sharding
+from transformer import cli
 from transformer.config import RunConfig, load_config
 from transformer.console import facts, table
 from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
 from transformer.data.rows import Rows, alone, learnable, pack
-from transformer.experiments.claims.measuring import interleaved
-from transformer.loop import make_programs
-from transformer.model import Model
-from transformer.streaming import Resident, Stream
-from transformer.training import abstract_state, zero_sums
+from transformer.data.streaming import Resident, Stream
+from transformer.modules.model import Model
+from transformer.parallel import sharding
+from transformer.training.loop import make_programs
+from transformer.training.step import abstract_state, zero_sums
 
 PAIRS = flags.DEFINE_integer("pairs", 1_000_000, "Of the corpus.", lower_bound=10_000)
 WORKERS = flags.DEFINE_integer("workers", 1, "Processes that make batches.", lower_bound=1)

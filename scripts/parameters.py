@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformer.config import load_config
 from transformer.console import table
-from transformer.model import Model
-from transformer.model_config import ModelConfig
+from transformer.modules.config import ModelConfig
+from transformer.modules.model import Model
 
 PIECES = 37_000
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -17,13 +17,14 @@ import re
 
 import jax
 from absl import flags
+from lab.planning import plan as planning
+from lab.planning.plan import GIB, Plan
 from ml_collections import config_flags
 
-from transformer import cli, planning
+from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import console, facts, figure, percent, table
 from transformer.errors import UserError
-from transformer.planning import GIB, Plan
 
 CONFIG = config_flags.DEFINE_config_file("config")
 TOPOLOGY = flags.DEFINE_list("topology", None, "Such as v5e:4x4, v5p:4x4x4, cpu:2x4; several.")

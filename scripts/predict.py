@@ -37,8 +37,8 @@ from transformer import cli
 from transformer.config import RunConfig
 from transformer.data.text import numbered
 from transformer.errors import UserError
-from transformer.generation import Decoding, Generator, Output, Prepared
-from transformer.workdir import Workdir
+from transformer.inference.generation import Decoding, Generator, Output, Prepared
+from transformer.training.workdir import Workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")

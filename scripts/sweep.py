@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from lab.sweeps import report, runner
+from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
 
-from transformer import cli, costs
+from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
-from transformer.experiments import report, runner
-from transformer.experiments.sweep import Program, Sweep, load_sweep, plan
-from transformer.interruption import Interrupted
-from transformer.model import Model
+from transformer.modules.model import Model
+from transformer.training import costs
+from transformer.training.interruption import Interrupted
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep file.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; default runs/<file's name>.")

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from lab.sweeps.comparison import compare, read
 
 from transformer import cli
 from transformer.console import console, facts, table
 from transformer.errors import UserError
-from transformer.experiments.comparison import compare, read
-from transformer.interruption import PARENT
+from transformer.training.interruption import PARENT
 
 SMALL = (
     "train.py --config=configs/toy_reverse.py --config.data.size=tiny --config.model.width=16 "

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import beam_search, greedy, scores_of
-from transformer.model import Model, Params
-from transformer.sharding import RULES, MeshConfig, make_mesh, parameter_shardings, spec
+from transformer.inference.decoding import beam_search, greedy, scores_of
+from transformer.modules.model import Model, Params
+from transformer.parallel.sharding import RULES, MeshConfig, make_mesh, parameter_shardings, spec
 
 # No two axes are alike: rows, source, target. Each target position has a row of its own.
 B, S, T = 8, 9, 6

@@ -14,7 +14,7 @@ from absl import flags
 import train
 from transformer import cli
 from transformer.config import RunConfig
-from transformer.loop import make_programs
+from transformer.training.loop import make_programs
 
 
 class Answer(NamedTuple):

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 
 from transformer import cli
 from transformer.data.batches import Batch, make_batch
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
-from transformer.dropout import Training, streams
-from transformer.model import Model, Params
-from transformer.model_config import ModelConfig
+from transformer.modules.config import ModelConfig
+from transformer.modules.dropout import Training, streams
+from transformer.modules.model import Model, Params
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 

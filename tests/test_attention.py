@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from tests.helpers import small_model
-from transformer import masking
-from transformer.attention import MultiHeadAttention
-from transformer.dot_product_attention import (
+from transformer.errors import UserError
+from transformer.modules import masking
+from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
@@ -21,8 +22,7 @@ from transformer.dot_product_attention import (
     masked_softmax,
     pick,
 )
-from transformer.dropout import Training, dropout, streams
-from transformer.errors import UserError
+from transformer.modules.dropout import Training, dropout, streams
 
 B, T, S, N, H = 2, 4, 5, 4, 6
 
@@ -275,7 +275,7 @@ MASKS_IN_SHORT = {
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("transformer.dot_product_attention.CHUNK", 32)
+    monkeypatch.setattr("transformer.modules.dot_product_attention.CHUNK", 32)
 
 
 def long_qkv(rng, mask, kv_heads=N):

@@ -8,14 +8,14 @@ import pytest
 from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
-from transformer import sharding
-from transformer.averaging import average, in_a_row, mean
-from transformer.checkpoint import Checkpoints
 from transformer.config import default_config
 from transformer.data.load import Tokenizers
 from transformer.errors import UserError
-from transformer.trained import load, outline
-from transformer.workdir import Workdir
+from transformer.parallel import sharding
+from transformer.training.averaging import average, in_a_row, mean
+from transformer.training.checkpoint import Checkpoints
+from transformer.training.trained import load, outline
+from transformer.training.workdir import Workdir
 
 KNOBS = {"model.width": 16, "model.heads": 2, "model.ff_width": 32, "save_every": 10}
 KNOBS["optimizer.warmup_steps"] = 2

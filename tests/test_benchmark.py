@@ -10,18 +10,18 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+from lab.benchmark import contender, measure, ours, page, rotation, task, worker
+from lab.benchmark.batching import POOL, Batches, by_length
+from lab.benchmark.contender import CONTENDERS, OURS, Schedule
 
 from tests.helpers import program
 from tests.test_programs import finish, start
-from transformer import costs
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import EOS, PAD
 from transformer.errors import UserError
-from transformer.experiments.benchmark import contender, measure, ours, page, rotation, task, worker
-from transformer.experiments.benchmark.batching import POOL, Batches, by_length
-from transformer.experiments.benchmark.contender import CONTENDERS, OURS, Schedule
-from transformer.model import Model
-from transformer.optimizer import make_schedule
+from transformer.modules.model import Model
+from transformer.training import costs
+from transformer.training.optimizer import make_schedule
 
 TRIAL = task.SIZES["cpu"]["trial"]
 SCHEDULE = {"learning_rate": 4e-3, "warmup_steps": 20, "name": "linear", "steps": 1_000}

@@ -13,11 +13,11 @@ from tests.helpers import data_config, small_model
 from tests.test_programs import TINY, finish, start
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, small_recipe
-from transformer.checkpoint import MANIFEST, UNSEALED, Checkpoints
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
-from transformer.optimizer import OPTIMIZERS
-from transformer.training import abstract_state
+from transformer.training.checkpoint import MANIFEST, UNSEALED, Checkpoints
+from transformer.training.optimizer import OPTIMIZERS
+from transformer.training.step import abstract_state
 
 
 @cache

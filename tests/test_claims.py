@@ -9,26 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab.claims import attention, complexity, judging, measuring, norms, page, recurrence, sweeps
+from lab.claims.page import Check, Claim
+from lab.sweeps.report import Record
+from lab.sweeps.sweep import Run, load_sweep
 from matplotlib.figure import Figure
 
 from tests.helpers import random_params, small_model
 from tests.test_programs import TINY, complaint, finish, start
-from transformer import costs, dot_product_attention, masking
-from transformer.experiments.claims import (
-    attention,
-    complexity,
-    judging,
-    measuring,
-    norms,
-    page,
-    recurrence,
-    sweeps,
-)
-from transformer.experiments.claims.page import Check, Claim
-from transformer.experiments.report import Record
-from transformer.experiments.sweep import Run, load_sweep
-from transformer.model import Model
-from transformer.normalization import RMSNorm
+from transformer.modules import dot_product_attention, masking
+from transformer.modules.model import Model
+from transformer.modules.normalization import RMSNorm
+from transformer.training import costs
 
 read_sweep = cache(load_sweep)  # that of the recurrent kinds searches for widths
 QUICK, SLOW = (100, 110, 120), (200, 205, 225)

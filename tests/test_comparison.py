@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from lab.sweeps import comparison
+from lab.sweeps.comparison import Finished, compare, likeness
 
 from transformer.errors import UserError
-from transformer.experiments import comparison
-from transformer.experiments.comparison import Finished, compare, likeness
 
 
 def finished(loss, kernel):

@@ -15,13 +15,14 @@ import pytest
 import train
 from tests.helpers import TOKENIZER, strings
 from tests.test_programs import results
-from transformer import evaluation, loop, plots, sharding
 from transformer.config import RunConfig, default_config, differences, flat_knobs
-from transformer.decoding import Decoded
 from transformer.errors import UserError
-from transformer.model import Model
-from transformer.training import init_state, make_train_step, make_train_steps
-from transformer.workdir import Workdir
+from transformer.inference import evaluation, plots
+from transformer.inference.decoding import Decoded
+from transformer.modules.model import Model
+from transformer.parallel import sharding
+from transformer.training.step import init_state, loop, make_train_step, make_train_steps
+from transformer.training.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
 

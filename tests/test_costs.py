@@ -10,12 +10,12 @@ import pytest
 
 from tests.helpers import small_model, strings
 from tests.test_training import small_recipe
-from transformer.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
 from transformer.data.batches import Dataset
-from transformer.metrics import train_metrics
-from transformer.model_config import ARCHITECTURES
-from transformer.sharding import MeshConfig, make_mesh, one_device
-from transformer.training import init_state, make_train_step
+from transformer.modules.config import ARCHITECTURES
+from transformer.parallel.sharding import MeshConfig, make_mesh, one_device
+from transformer.training.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
+from transformer.training.metrics import train_metrics
+from transformer.training.step import init_state, make_train_step
 
 A, B, SQUARE = jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((4, 4))
 BATCH = strings(("abcde", "edc"), ("ab", "ba"), ("f", "f"))  # [3, 6] and [3, 4]

@@ -111,7 +111,7 @@ WITHOUT_TENSORFLOW = """
 import sys
 
 from transformer.data import datasets
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.data.load import open_corpus
 
 def config(name):

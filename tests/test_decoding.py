@@ -10,8 +10,8 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding import beam_search, greedy, likelier, sample
-from transformer.model import Model
+from transformer.inference.decoding import beam_search, greedy, likelier, sample
+from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.dropout import Training, drop, dropout, streams
+from transformer.modules.dropout import Training, drop, dropout, streams
 
 
 def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_time():

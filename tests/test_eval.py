@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from tests.helpers import data_config, program, strings
 from tests.test_average import files_of, make_run
-from transformer import plots
 from transformer.data.load import open_corpus
-from transformer.decoding import Beams
-from transformer.evaluation import Scores
-from transformer.generation import Decoding
+from transformer.inference import plots
+from transformer.inference.decoding import Beams
+from transformer.inference.evaluation import Scores
+from transformer.inference.generation import Decoding
 
 # A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
 PAIRS = [("$18_$", r"$1^\$"), ("k3", "a" * 70), ("a\tb", "c\nd\\"), ("器", "語")]

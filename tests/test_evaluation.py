@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import logits_of, random_params, small_model, strings
-from transformer import evaluation
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
-from transformer.decoding import beam_search, greedy
-from transformer.loss import cross_entropy
-from transformer.model import Model
+from transformer.inference import evaluation
+from transformer.inference.decoding import beam_search, greedy
+from transformer.modules.model import Model
+from transformer.training.loss import cross_entropy
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))

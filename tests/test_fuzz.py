@@ -15,14 +15,14 @@ from transformer.config import default_config, flat_knobs
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
-from transformer.dot_product_attention import ATTENTION_BACKENDS
-from transformer.evaluation import BETTER
-from transformer.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
-from transformer.model_config import ARCHITECTURES, DTYPES, REMATS
-from transformer.normalization import NORMS
-from transformer.optimizer import OPTIMIZERS, SCHEDULES
-from transformer.positions import POSITIONS
-from transformer.recurrent import CELLS
+from transformer.inference.evaluation import BETTER
+from transformer.modules.config import ARCHITECTURES, DTYPES, REMATS
+from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
+from transformer.modules.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
+from transformer.modules.normalization import NORMS
+from transformer.modules.positions import POSITIONS
+from transformer.modules.recurrent import CELLS
+from transformer.training.optimizer import OPTIMIZERS, SCHEDULES
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "60"))
 KNOBS = flat_knobs(default_config())

@@ -17,17 +17,19 @@ import pytest
 from tests import test_average
 from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
 from tests.test_programs import ROOT
-from transformer import cli, evaluation, sharding
+from transformer import cli
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.load import Tokenizers
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, SymbolTokenizer, Tokenizer
-from transformer.decoding import beam_search, greedy
 from transformer.errors import UserError
-from transformer.generation import Decoding, Generator, Output, roomy
-from transformer.model import Model
-from transformer.training import TrainState
-from transformer.workdir import Workdir
+from transformer.inference import evaluation
+from transformer.inference.decoding import beam_search, greedy
+from transformer.inference.generation import Decoding, Generator, Output, roomy
+from transformer.modules.model import Model
+from transformer.parallel import sharding
+from transformer.training.step import TrainState
+from transformer.training.workdir import Workdir
 
 REACH, MARGIN = 20, 4  # positions
 BEAM = Decoding(beam_size=5)

@@ -11,8 +11,8 @@ import pytest
 from tests.test_programs import TINY, complaint, finish, results, start
 from tests.test_training import DATA, equal, pieces, runner
 from transformer.data.batches import Dataset
-from transformer.health import NonfiniteError, Watchman, batch_of, find_operation
-from transformer.training import zero_sums
+from transformer.training.health import NonfiniteError, Watchman, batch_of, find_operation
+from transformer.training.step import zero_sums
 
 MOST = 2  # steps that may be skipped
 MODEL, RECIPE, INIT = pieces({"ema_decay": 0.9, "dropout": 0.1, "max_skipped": MOST})

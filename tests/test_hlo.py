@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-
-from transformer.hlo import group_size, traffic
+from lab.planning.hlo import group_size, traffic
 
 ROWS, BYTES = 8, 8 * 128 * 4  # each device's part of the array: float32 [8, 128]
 

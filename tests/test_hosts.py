@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.test_programs import TINY, finish, results, start
-from transformer import hosts, sharding
 from transformer.errors import UserError
-from transformer.interruption import RESUME
-from transformer.workdir import write_json
+from transformer.parallel import hosts, sharding
+from transformer.training.interruption import RESUME
+from transformer.training.workdir import write_json
 
 SHORT = (*TINY, "--config.log_every=4", "--config.save_every=4", "--config.eval_every=4")
 SHORT = (*SHORT, "--config.keep_checkpoints=9", "--config.decode_margin=2")
@@ -152,7 +152,7 @@ def test_an_error_of_one_process_ends_all(tmp_path, data_dir):
 @pytest.mark.slow
 def test_what_the_first_process_finds_wrong_is_everyones(tmp_path):
     code = """import sys
-from transformer import hosts
+from transformer.parallel import hosts
 from transformer.errors import UserError
 def check():
     assert hosts.first()

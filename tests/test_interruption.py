@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.test_programs import ROOT, TINY, checkpoint, finish, results, start
-from transformer.interruption import RESUME, Interrupted, StopRequests
+from transformer.training.interruption import RESUME, Interrupted, StopRequests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -37,7 +37,7 @@ def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
 
     The first request, if no step has been taken; else the second one.
     """
-    code = "import sys; from transformer.interruption import StopRequests\n"
+    code = "import sys; from transformer.training.interruption import StopRequests\n"
     code += f"with StopRequests(True) as r: r.something_to_save = {trained};"
     code += " print('ready', flush=True); sys.stdin.read()"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training_of
-from transformer import masking
-from transformer.attention import Relations
 from transformer.errors import UserError
-from transformer.loss import cross_entropy
-from transformer.model import flatten
-from transformer.model_config import REMATS
-from transformer.normalization import Statistic
-from transformer.stacks import Encoder
+from transformer.modules import masking
+from transformer.modules.attention import Relations
+from transformer.modules.config import REMATS
+from transformer.modules.model import flatten
+from transformer.modules.normalization import Statistic
+from transformer.modules.stacks import Encoder
+from transformer.training.loss import cross_entropy
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 DEEP = {"layers": 2, "dropout": 0.3, "attention_dropout": 0.2}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention import MultiHeadAttention
-from transformer.dropout import Training
-from transformer.layers import FEED_FORWARDS, INITIALIZERS, Embedding, FeedForward, Residual
+from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.dropout import Training
+from transformer.modules.layers import FEED_FORWARDS, INITIALIZERS, Embedding, FeedForward, Residual
 
 FLOAT32 = jnp.dtype("float32")
 each_kind = pytest.mark.parametrize("kind", FEED_FORWARDS)

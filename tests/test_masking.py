@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import masking
-from transformer.dot_product_attention import masked_softmax
+from transformer.modules import masking
+from transformer.modules.dot_product_attention import masked_softmax
 
 
 def drawn(mask, *rows: str) -> None:

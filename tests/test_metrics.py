@@ -10,8 +10,14 @@ import pytest
 
 from tests.test_programs import ROOT
 from transformer.errors import UserError
-from transformer.metrics import MetricsWriter, by_replica, mean_over, read_metrics, train_metrics
 from transformer.strict_json import dumps
+from transformer.training.metrics import (
+    MetricsWriter,
+    by_replica,
+    mean_over,
+    read_metrics,
+    train_metrics,
+)
 
 
 def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_made_once():
@@ -89,7 +95,7 @@ def test_the_events_are_those_that_tensorboard_reads(tmp_path):
 
 def test_the_events_do_without_pytorch(tmp_path):
     """Whose import takes seconds, and which is there for others when they want it."""
-    program = f"""import pathlib, sys; from transformer.metrics import Events
+    program = f"""import pathlib, sys; from transformer.training.metrics import Events
 Events(pathlib.Path({str(tmp_path)!r}), 0)
 assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 """

@@ -14,13 +14,13 @@ from tests.helpers import logits_of, random_params, small_model, strings, traini
 from transformer.config import default_config
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import EOS
-from transformer.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
-from transformer.layers import FEED_FORWARDS, NORM_PLACEMENTS
-from transformer.model import Model, flatten
-from transformer.model_config import ModelConfig
-from transformer.normalization import NORMS, Statistic
-from transformer.positions import POSITIONS
-from transformer.recurrent import CELLS
+from transformer.modules.config import ModelConfig
+from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
+from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
+from transformer.modules.model import Model, flatten
+from transformer.modules.normalization import NORMS, Statistic
+from transformer.modules.positions import POSITIONS
+from transformer.modules.recurrent import CELLS
 
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.dropout import Training
-from transformer.normalization import NORMS, BatchNorm, LayerNorm, NoNorm, RMSNorm
+from transformer.modules.dropout import Training
+from transformer.modules.normalization import NORMS, BatchNorm, LayerNorm, NoNorm, RMSNorm
 
 WIDTH = 64
 SEGMENTS = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])

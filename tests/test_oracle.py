@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 from tests.helpers import small_model
-from transformer import masking
-from transformer.attention import MultiHeadAttention, Relations
-from transformer.dropout import Training
-from transformer.normalization import BatchNorm, LayerNorm
-from transformer.recurrent import GRU, LSTM
-from transformer.stacks import Decoder, DecoderLayer, Encoder
+from transformer.modules import masking
+from transformer.modules.attention import MultiHeadAttention, Relations
+from transformer.modules.dropout import Training
+from transformer.modules.normalization import BatchNorm, LayerNorm
+from transformer.modules.recurrent import GRU, LSTM
+from transformer.modules.stacks import Decoder, DecoderLayer, Encoder
 
 B, S, T, D, N, F = 3, 7, 6, 16, 4, 32
 FLOAT32 = jnp.dtype("float32")

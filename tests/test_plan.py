@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from lab.planning import plan as planning
+from lab.planning.plan import CHIPS, Chip, make_plan, meshes, open_topology, rank
 
 from tests.helpers import program
 from tests.test_programs import complaint, finish, start
-from transformer import planning
 from transformer.config import RunConfig
 from transformer.console import figure
 from transformer.errors import UserError
-from transformer.model import Model
-from transformer.planning import CHIPS, Chip, make_plan, meshes, open_topology, rank
+from transformer.modules.model import Model
 
 CONFIGS = [
     pytest.param(path.stem, marks=[pytest.mark.slow] * (path.stem != "vaswani_base"))

@@ -12,13 +12,14 @@ from tests.helpers import TOKENIZER
 from tests.test_checkpoint import filled, metrics
 from tests.test_sharding import DATA, mesh_of
 from tests.test_training import equal
-from transformer import evaluation, training
-from transformer.checkpoint import Checkpoints
 from transformer.config import RunConfig, default_config
-from transformer.metrics import by_replica
-from transformer.model import Model
-from transformer.sharding import RULES, replicated
-from transformer.training import each_replica
+from transformer.inference import evaluation
+from transformer.modules.model import Model
+from transformer.parallel.sharding import RULES, replicated
+from transformer.training.checkpoint import Checkpoints
+from transformer.training.metrics import by_replica
+from transformer.training.step import each_replica
+from transformer.training.step import step as training
 
 KNOBS = {"steps": 20, "label_smoothing": 0.1, "model.dropout": 0.2, "model.attention_dropout": 0.1}
 KNOBS |= {"model.width": 16, "model.heads": 2, "model.ff_width": 32}

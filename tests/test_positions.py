@@ -5,7 +5,14 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model
-from transformer.positions import POSITIONS, ALiBi, Learned, RelativeBias, Rotary, Sinusoidal
+from transformer.modules.positions import (
+    POSITIONS,
+    ALiBi,
+    Learned,
+    RelativeBias,
+    Rotary,
+    Sinusoidal,
+)
 
 
 def make(kind, width=8, heads=2, causal=False, max_length=64):

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore as ts
+from lab.sweeps.comparison import SPEEDS
 
 from tests import front_door
 from tests.helpers import AS_USERS
-from transformer.experiments.comparison import SPEEDS
-from transformer.metrics import read_metrics
+from transformer.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training_of
-from transformer.recurrent import CELLS, run
+from transformer.modules.recurrent import CELLS, run
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 CALL = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)

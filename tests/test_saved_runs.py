@@ -15,7 +15,7 @@ import pytest
 
 import train
 from tests.test_programs import ROOT
-from transformer import evaluation, plugins, sharding, trained
+from transformer import plugins
 from transformer.config import (
     BEFORE,
     RunConfig,
@@ -26,9 +26,12 @@ from transformer.config import (
 )
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
-from transformer.generation import Decoding, Generator
-from transformer.metrics import by_replica
-from transformer.workdir import Workdir
+from transformer.inference import evaluation
+from transformer.inference.generation import Decoding, Generator
+from transformer.parallel import sharding
+from transformer.training import trained
+from transformer.training.metrics import by_replica
+from transformer.training.workdir import Workdir
 
 TEXTS = ["abc", "hedc", "fi"]
 
@@ -104,7 +107,7 @@ def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, m
 
 
 def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):
-    from transformer.normalization import NORMS
+    from transformer.modules.normalization import NORMS
 
     monkeypatch.setitem(NORMS, "mine", NORMS["rms"])
     config = default_config()

@@ -11,8 +11,8 @@ from tests.test_programs import finish, start
 from transformer import cli
 from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
-from transformer.model import Model
-from transformer.model_config import ModelConfig
+from transformer.modules.config import ModelConfig
+from transformer.modules.model import Model
 
 
 @pytest.mark.parametrize("path", sorted(Path("scripts").glob("*.py")), ids=str)

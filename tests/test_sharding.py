@@ -12,18 +12,19 @@ from flax import nnx
 
 from tests.helpers import logits_of, small_model, strings
 from tests.test_training import initial, small_recipe
-from transformer import evaluation, sharding
-from transformer.attention import MultiHeadAttention
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone, pack
-from transformer.decoding import beam_search
-from transformer.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.errors import UserError
-from transformer.masking import Mask
-from transformer.optimizer import OPTIMIZERS
-from transformer.sharding import RULES, MeshConfig, each_shard, make_mesh, replicated
-from transformer.training import abstract_state, make_train_step, make_train_steps, zero_sums
+from transformer.inference import evaluation
+from transformer.inference.decoding import beam_search
+from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
+from transformer.modules.masking import Mask
+from transformer.parallel import sharding
+from transformer.parallel.sharding import RULES, MeshConfig, each_shard, make_mesh, replicated
+from transformer.training.optimizer import OPTIMIZERS
+from transformer.training.step import abstract_state, make_train_step, make_train_steps, zero_sums
 
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
@@ -145,7 +146,7 @@ def attended(backend, split, kv_heads, mask):
 
 @pytest.mark.parametrize(("backend", "split", "kv", "mask"), GRID)
 def test_attention_on_a_mesh_is_the_reference_on_one_device(backend, split, kv, mask, monkeypatch):
-    monkeypatch.setattr("transformer.dot_product_attention.CHUNK", 8)
+    monkeypatch.setattr("transformer.modules.dot_product_attention.CHUNK", 8)
     rest = [4, 2, 1][kv], list(SHORT_MASKS)[mask]
     mine = attended(BACKENDS[backend], SPLITS[split], *rest)
     check = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)

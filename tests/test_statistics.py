@@ -5,8 +5,7 @@ import pytest
 import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from transformer.experiments.statistics import Difference, holm, mean_interval, paired, verdict
+from lab.sweeps.statistics import Difference, holm, mean_interval, paired, verdict
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])

@@ -19,9 +19,9 @@ from tests.test_programs import ROOT
 from tests.test_sharding import mesh_of
 from transformer.data.batches import Dataset
 from transformer.data.rows import pack
+from transformer.data.streaming import Stream
 from transformer.errors import UserError
-from transformer.streaming import Stream
-from transformer.training import stream
+from transformer.training.step import stream
 
 SEEDS = np.array([0, 7], np.uint32)
 

@@ -6,17 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lab.sweeps import report, runner, sizing
+from lab.sweeps.sweep import Sweep, combined, grid, load_sweep, plan, slug, zipped
 
 from tests import helpers
 from tests.helpers import logits_of, random_params, small_model, strings
 from tests.test_programs import ROOT, kill_after, start
-from transformer import normalization
 from transformer.config import RunConfig
 from transformer.errors import UserError
-from transformer.experiments import report, runner, sizing
-from transformer.experiments.sweep import Sweep, combined, grid, load_sweep, plan, slug, zipped
-from transformer.metrics import MetricsWriter
-from transformer.workdir import Workdir, write_json
+from transformer.modules import normalization
+from transformer.training.metrics import MetricsWriter
+from transformer.training.workdir import Workdir, write_json
 
 SMALL = "configs/ablations/small.py"
 SWEEPS = sorted({path.stem for path in ROOT.glob("configs/ablations/*.py")} - {"small"})
@@ -247,7 +247,7 @@ def test_a_norm_is_added_in_one_place(monkeypatch):
 
 
 TINY_SWEEP = """
-from transformer.experiments.sweep import Sweep
+from lab.sweeps.sweep import Sweep
 
 def get_sweep():
     every = {"save_every": 20, "eval_every": 20, "log_every": 20, "optimizer.warmup_steps": 5}

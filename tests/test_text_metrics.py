@@ -9,7 +9,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.text_metrics import BLEU_TOKENIZERS, METRICS, bleu, edit_distance
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, METRICS, bleu, edit_distance
 
 approx = pytest.approx
 OUTPUTS = ["the cat sat on the mat", "there is no place like home .", ""]

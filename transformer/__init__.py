@@ -37,6 +37,8 @@ def load(workdir: str, **options: Any) -> Any:
       workdir: the run's folder.
       **options: as of `generation.Generator`, which this is.
     """
-    from transformer.generation import Generator  # most imports of this package need none of it
+    from transformer.inference.generation import (
+        Generator,  # most imports of this package need none of it
+    )
 
     return Generator(workdir, **options)

@@ -18,14 +18,15 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from transformer import hosts, plugins
+from transformer import plugins
 from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, outlive_readers
 from transformer.errors import UserError, nearest
 from transformer.files import home
-from transformer.generation import Decoding
-from transformer.interruption import RESUME, Interrupted, end_with_parent
-from transformer.sharding import cores, find_devices
+from transformer.inference.generation import Decoding
+from transformer.parallel import hosts
+from transformer.parallel.sharding import cores, find_devices
+from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
 # What to do when memory is full.

@@ -11,16 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from transformer import plugins
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
 from transformer.errors import UserError, choose, nearest, within
-from transformer.evaluation import BETTER
-from transformer.model_config import TABLES, ModelConfig
-from transformer.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
-from transformer.sharding import MeshConfig
-from transformer.text_metrics import METRICS
-from transformer.training import Hyperparameters, Recipe
+from transformer.inference.evaluation import BETTER
+from transformer.inference.text_metrics import METRICS
+from transformer.modules.config import TABLES, ModelConfig
+from transformer.parallel.sharding import MeshConfig
+from transformer.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from transformer.training.step import Hyperparameters, Recipe
 
 Section = TypeVar("Section")
 

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from transformer.metrics import mean_over
+from transformer.training.metrics import mean_over
 
 Part = TypeVar("Part")
 

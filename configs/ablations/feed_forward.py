@@ -4,8 +4,9 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/feed_forward.py --jobs=4
 """
 
-from transformer.experiments.sweep import Sweep
-from transformer.layers import FEED_FORWARDS
+from lab.sweeps.sweep import Sweep
+
+from transformer.modules.layers import FEED_FORWARDS
 
 
 def get_sweep():

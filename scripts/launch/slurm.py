@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from lab.sweeps.runner import ROOT, parameter
 
 from transformer import cli
 from transformer.console import facts
 from transformer.errors import UserError
-from transformer.experiments.runner import ROOT, parameter
 
 NODES = flags.DEFINE_integer("nodes", 1, "How many nodes.", lower_bound=1)
 TASKS = flags.DEFINE_integer("tasks_per_node", 1, "Processes a node; one a GPU.", lower_bound=1)

@@ -21,7 +21,7 @@ from transformer.data import (
     text,
     toy,
 )
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.errors import UserError, nearest
 
 RETRIES = 7  # of a download, which take 25 s; those of TFDS take 205

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformer import hosts
 from transformer.console import doing, watched
 from transformer.data import toy
 from transformer.data.batches import Dataset
-from transformer.data.data_config import DataConfig
+from transformer.data.config import DataConfig
 from transformer.data.datasets import Opened, damage_explained, open_dataset
 from transformer.data.pronunciations import Pronunciations
 from transformer.data.ragged import Ragged
@@ -21,6 +20,7 @@ from transformer.data.text import TextPairs, cleaned
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError, choose, nearest
 from transformer.files import write_whole
+from transformer.parallel import hosts
 
 AT_ONCE = 20_000  # examples that are text in memory
 ENOUGH = 1_000_000  # texts to learn a tokenizer from

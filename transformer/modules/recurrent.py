@@ -1,0 +1,333 @@
+"""The recurrent sequence-to-sequence model that the Transformer is compared with.
+
+A bidirectional encoder and a decoder that attends to it, behind the interface of
+`model.Transformer`. Position t cannot be computed before position t - 1: each layer is a
+loop of as many sequential steps as there are tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.modules import masking
+from transformer.modules.attention import KeyValue, MultiHeadAttention
+from transformer.modules.dropout import Training, drop
+from transformer.modules.layers import INITIALIZERS, Embedding, Linear
+from transformer.parallel.sharding import constrain
+
+# What a cell hands on from step to step, each [B, D]; the first is its output.
+State = tuple[Array, ...]
+
+
+class Cell(nnx.Module):
+    """A recurrent layer's step. What it makes of its input alone is computed ahead, for all steps.
+
+    Args:
+      inputs: width of the input.
+      width: of the state.
+      dtype: of the computation.
+      rngs: for parameters.
+    """
+
+    # Gates and candidates, all computed by one product; and arrays in the state.
+    parts = 0
+    states = 1
+
+    def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def linear(inputs: int, init, use_bias: bool):
+            return Linear(
+                inputs,
+                self.parts * width,
+                use_bias=use_bias,
+                kernel_init=init,
+                kernel_metadata={"axes": ("embed", "mlp")},
+                bias_metadata={"axes": ("mlp",)},
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.width, self.dtype = width, dtype
+        self.input = linear(inputs, nnx.initializers.glorot_uniform(), True)
+        self.recurrent = linear(width, nnx.initializers.orthogonal(), False)
+
+    def start(self, rows: int) -> State:
+        """The state before the first step."""
+        return (jnp.zeros((rows, self.width), self.dtype),) * self.states
+
+    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
+        """The state after an input, which `input` has projected."""
+        raise NotImplementedError
+
+
+class LSTM(Cell):
+    """c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
+
+    (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000, begin open by 1,
+    Jozefowicz et al. 2015.)
+    """
+
+    parts, states = 4, 2
+
+    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
+        hidden, memory = state
+        i, f, g, o = jnp.split(projected + self.recurrent(hidden), 4, axis=-1)
+        memory = jax.nn.sigmoid(f + 1.0) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jax.nn.sigmoid(o) * jnp.tanh(memory), memory
+
+
+class GRU(Cell):
+    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)).
+
+    (Cho et al. 2014, in the form whose reset gate r acts on the product, so that one
+    product serves all parts.)
+    """
+
+    parts, states = 3, 1
+
+    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
+        (hidden,) = state
+        r, z, x = jnp.split(projected, 3, axis=-1)
+        from_r, from_z, from_h = jnp.split(self.recurrent(hidden), 3, axis=-1)
+        candidate = jnp.tanh(x + jax.nn.sigmoid(r + from_r) * from_h)
+        keep = jax.nn.sigmoid(z + from_z)
+        return (keep * hidden + (1.0 - keep) * candidate,)
+
+
+CELLS = {"lstm": LSTM, "gru": GRU}
+
+
+def run(
+    cell: Cell, x: Float[Array, "B S D"], real: Bool[Array, "B S"], *, reverse: bool
+) -> Float[Array, "B S H"]:
+    """The cell's outputs over a whole sequence; padding leaves the state as it is."""
+
+    def step(state, inputs):
+        projected, real = inputs
+        fresh = cell.step(state, projected)
+        state = jax.tree.map(lambda new, old: jnp.where(real[:, None], new, old), fresh, state)
+        return state, state[0]
+
+    by_time = jnp.swapaxes(cell.input(x), 0, 1), real.T
+    _, outputs = jax.lax.scan(step, cell.start(x.shape[0]), by_time, reverse=reverse)
+    return jnp.swapaxes(outputs, 0, 1)
+
+
+class Cache(NamedTuple):
+    """What decoding carries from token to token.
+
+    filled: int32 scalar, how many target positions have been decoded.
+    states: of each layer.
+    attended: [rows, D], the last output, which the next step reads beside its token; rows are B, or
+      B times the hypotheses of a source, side by side.
+    memory: keys and values of the encoder's memory.
+    mask: [B, 1, 1, S], which of them are tokens.
+    """
+
+    filled: Int[Array, ""]
+    states: tuple[State, ...]
+    attended: Float[Array, "rows D"]
+    memory: KeyValue
+    mask: Bool[Array, "B 1 1 S"]
+
+    def hypotheses(self) -> int:
+        """How many a source has."""
+        return len(self.attended) // len(self.mask)
+
+    def pick(self, parents: Int[Array, "B J"]) -> "Cache":
+        """The cache whose hypotheses go on from these."""
+        first = jnp.arange(len(parents))[:, None] * self.hypotheses()
+        rows = (first + parents).reshape(-1)
+        states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
+        return self._replace(states=states, attended=attended)
+
+
+class Recurrent(nnx.Module):
+    """LSTM or GRU encoder-decoder with attention.
+
+        encoder:  m = [→cell(x) ; ←cell(x)], each half as wide, `layers` times
+        decoder:  s_t = cell([E(y_t) ; a_{t-1}], s_{t-1}),  a_t = tanh(W [s_t ; Attention(s_t, m)])
+        logits:   a_t Eᵀ
+
+    The decoder begins with tanh(W ←m_0) (Bahdanau et al. 2015, section A.2.2), feeds its
+    attended output back to its input (Luong et al. 2015, section 3.3), and attends by
+    the same multi-head attention as the Transformer.
+
+    Args:
+      vocab_size: V of the source.
+      target_vocab_size: V of the target.
+      width: D, even.
+      layers: L, of the encoder and of the decoder.
+      heads: N, of the attention.
+      cell: one of `CELLS`.
+      tie_embeddings: one table for source, target and logits.
+      backend: of the attention.
+      dtype: of the computation.
+      rngs: for parameters.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        target_vocab_size: int,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        cell: str,
+        tie_embeddings: bool,
+        backend: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        def embedding(size: int):
+            return Embedding(size, width, dtype=dtype, rngs=rngs)
+
+        def linear(inputs: int):
+            return Linear(
+                inputs,
+                width,
+                kernel_init=INITIALIZERS["glorot_uniform"],
+                kernel_metadata={"axes": ("mlp", "embed")},
+                bias_metadata={"axes": ("norm",)},
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        def cells(inputs: int, width: int, number: int):
+            return nnx.List(
+                CELLS[cell](inputs if i == 0 else width, width, dtype=dtype, rngs=rngs)
+                for i in range(number)
+            )
+
+        half = width // 2
+        self.embedding = embedding(vocab_size)
+        self.target_embedding = None if tie_embeddings else embedding(target_vocab_size)
+        self.output_embedding = None if tie_embeddings else embedding(target_vocab_size)
+        self.forward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
+        self.backward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
+        self.bridge = nnx.List(linear(half) for _ in range(layers))
+        self.decoder = cells(2 * width, width, layers)
+        self.attention = MultiHeadAttention(
+            width,
+            heads,
+            width // heads,
+            value_width=width // heads,
+            kv_heads=heads,
+            use_bias=False,
+            qk_norm=False,
+            fused=False,
+            init=INITIALIZERS["glorot_uniform"],
+            backend=backend,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.combine = linear(2 * width)
+
+    def __call__(
+        self,
+        source: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"],
+        target_in: Int[Array, "B T"],
+        target_segments: Int[Array, "B T"],
+        *,
+        source_positions: None = None,
+        target_positions: None = None,
+        training: Training | None = None,
+        maps: dict[str, list[Array]] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits for each target position; the arguments are those of `model.Transformer`.
+
+        One example a row: there are no positions to give.
+        """
+        memory = self.encode(source, source_segments, training=training)
+        cache = self.start_cache(memory, source_segments, target_in.shape[1])
+        return self.advance(target_in, cache, training, maps)[0]
+
+    def encode(
+        self,
+        source: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"],
+        *,
+        training: Training | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's memory of `source`."""
+        real = source_segments > 0
+        x = drop(self.embedding(source), training)
+        for forward, backward in zip(self.forward, self.backward, strict=True):
+            halves = run(forward, x, real, reverse=False), run(backward, x, real, reverse=True)
+            x = constrain(jnp.concatenate(halves, axis=-1), "batch", "length", "width")
+            x = drop(x, training)
+        return x
+
+    def start_cache(
+        self,
+        memory: Float[Array, "B S D"],
+        source_segments: Int[Array, "B S"],
+        length: int,
+        hypotheses: int = 1,
+    ) -> Cache:
+        """The decoder before its first token; `length` tokens need no more room than one."""
+        first = jnp.repeat(memory[:, 0, memory.shape[-1] // 2 :], hypotheses, axis=0)
+        states = tuple(
+            (jnp.tanh(bridge(first)), *cell.start(first.shape[0])[1:])
+            for bridge, cell in zip(self.bridge, self.decoder, strict=True)
+        )
+        return Cache(
+            filled=jnp.zeros((), jnp.int32),
+            states=states,
+            attended=jnp.zeros((first.shape[0], memory.shape[-1]), memory.dtype),
+            memory=self.attention.project(memory),
+            mask=masking.padding(source_segments > 0),
+        )
+
+    def decode_step(
+        self, tokens: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits after each of the next T target tokens, and the cache with them in it.
+
+        With a cache of several hypotheses the tokens are the next one of each.
+        """
+        if cache.hypotheses() == 1:
+            return self.advance(tokens, cache)
+        logits, cache = self.advance(tokens.reshape(-1, 1), cache)
+        return logits.reshape(*tokens.shape, -1), cache
+
+    def advance(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        training: Training | None = None,
+        maps: dict[str, list[Array]] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Reads `tokens` one after another, as training and decoding do alike."""
+        x = drop((self.target_embedding or self.embedding)(tokens), training)
+        # Between stacked layers; drawn ahead, for a key drawn in the loop would be one for all.
+        between = jnp.ones((len(self.decoder) - 1, *x.shape), x.dtype)
+        between = drop(between, training)
+
+        def step(carry, inputs):
+            states, attended = carry
+            x, between = inputs
+            x, fresh = jnp.concatenate([x, attended], axis=-1), []
+            for i, cell in enumerate(self.decoder):
+                x = x if i == 0 else x * between[i - 1]
+                fresh.append(cell.step(states[i], cell.input(x)))
+                x = fresh[-1][0]
+            weights: list[Array] | None = None if maps is None else []
+            # Hypotheses of one source, each with a row of its own, are queries to one memory.
+            query = self.attention.project_query(x.reshape(cache.mask.shape[0], -1, x.shape[-1]))
+            read = self.attention(query, cache.memory, cache.mask, maps=weights).reshape(x.shape)
+            attended = jnp.tanh(self.combine(jnp.concatenate([x, read], axis=-1)))
+            return (tuple(fresh), attended), (attended, weights)
+
+        by_time = jnp.swapaxes(x, 0, 1), jnp.moveaxis(between, 2, 0)
+        carry, (outputs, weights) = jax.lax.scan(step, (cache.states, cache.attended), by_time)
+        if maps is not None and weights:
+            maps["cross"].append(jnp.moveaxis(weights[0][:, :, :, 0], 0, 2))
+        x = drop(constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width"), training)
+        logits = (self.output_embedding or self.embedding).logits(x)
+        filled = cache.filled + tokens.shape[1]
+        return logits, cache._replace(filled=filled, states=carry[0], attended=carry[1])

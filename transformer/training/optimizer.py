@@ -1,0 +1,200 @@
+"""Optimizers and learning-rate schedules by name, from optax."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from transformer.errors import UserError, choose, within
+
+LARGEST = float(np.finfo(np.float32).max)  # the step computes in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule.
+
+    Raises:
+      UserError: a name is unknown or a number out of its range.
+    """
+
+    name: str = "adam"  # transformer/training/optimizer.py: OPTIMIZERS
+    learning_rate: float = 4e-3  # its highest value
+    schedule: str = "linear"  # after the warm-up; transformer/training/optimizer.py: SCHEDULES
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-9
+    weight_decay: float = 0.0  # transformer/training/optimizer.py: DECAYING
+    clip_norm: float = 1.0  # of all gradients together; 0: they are not clipped
+
+    def __post_init__(self):
+        choose(OPTIMIZERS, self.name, "optimizer.name")
+        choose(SCHEDULES, self.schedule, "optimizer.schedule")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)}: at least 0 and below 1")
+        for name in ("learning_rate", "warmup_steps", "epsilon", "weight_decay", "clip_norm"):
+            within(f"optimizer.{name}", getattr(self, name), 0, LARGEST)
+        if np.float32(self.epsilon) == 0:  # a parameter without gradient would become 0 / 0
+            raise UserError(
+                f"optimizer.epsilon={self.epsilon}: it must be above 0, as a float32 too"
+            )
+        if self.weight_decay and self.name not in DECAYING:
+            raise UserError(
+                f"optimizer.weight_decay is for {', '.join(DECAYING)}; "
+                "choose one of them as optimizer.name, or set it to 0"
+            )
+
+
+# What follows the warm-up: (steps since its end, its steps, steps from there to the last) →
+# fraction of the peak.
+SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "constant": lambda since, warmup, decay: jnp.ones_like(since),
+    "cosine": lambda since, warmup, decay: (
+        (1.0 + jnp.cos(jnp.pi * jnp.minimum(since / decay, 1.0))) / 2.0
+    ),
+    "linear": lambda since, warmup, decay: 1.0 - jnp.minimum(since / decay, 1.0),
+    # Counted from the first step of training: with the warm-up before it, this is d^-0.5 ·
+    # min(step^-0.5, step · warmup^-1.5), whose peak is (d · warmup)^-0.5. (Vaswani et al.
+    # 2017, equation 3.)
+    "inverse_sqrt": lambda since, warmup, decay: (warmup / (warmup + since)) ** 0.5,
+}
+
+
+def make_schedule(
+    name: str, steps: int, learning_rate: Any, warmup_steps: Any
+) -> Callable[[Any], Any]:
+    """The learning rate of each update, the first being number 0.
+
+    It climbs in a straight line, learning_rate · s / warmup_steps at the s-th update
+    counted from 1, then follows the schedule called `name`, whose end, 0 for `linear` and
+    `cosine`, is the last of `steps` updates. The numbers may be traced.
+    """
+    # Without a warm-up the first update, at the peak, is the 0th of the schedule.
+    warmup = jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1.0)
+    decay = jnp.maximum(steps - warmup, 1.0)
+
+    def schedule(count):
+        step = jnp.asarray(count, jnp.float32) + 1.0
+        after = SCHEDULES[name](jnp.maximum(step - warmup, 0.0), warmup, decay)
+        return learning_rate * jnp.where(step < warmup, step / warmup, after)
+
+    return schedule
+
+
+def is_decayed(params: Any) -> Any:
+    """Name → whether weight decay applies, for a flat dict of parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("bias", "gain")), params
+    )
+
+
+def adam(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+    """Kingma and Ba 2015."""
+    return optax.adam(schedule, config.beta1, config.beta2, config.epsilon)
+
+
+def adamw(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), but of biases and gains."""
+    return optax.adamw(
+        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
+    )
+
+
+def adafactor(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+    """Second moments by row and column (Shazeer and Stern 2018), where both are at least 128.
+
+    The learning rate is relative to the scale of each parameter; the decay rate and the
+    clipping of updates are the paper's.
+    """
+    return optax.adafactor(schedule)
+
+
+def lion(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+    """The sign of a momentum (Chen et al. 2023): wants a tenth of Adam's learning rate or less."""
+    return optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=is_decayed)
+
+
+def sgd(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+    """Gradient descent with momentum `beta1`."""
+    return optax.sgd(schedule, momentum=config.beta1)
+
+
+def orthogonalised(config: OptimizerConfig, schedule: Any, decay: Any) -> Any:
+    """Muon (Jordan et al. 2024): the momentum of each matrix made orthogonal; Adam for the rest.
+
+    The rest is embeddings and vectors, and does not decay. Both kinds of momentum, `beta1`,
+    are Nesterov's, Adam's too (Dozat 2016), and its epsilon is 1e-8. Updates have the size
+    that suits Adam's learning rates (Liu et al. 2025, section 2.2).
+    """
+
+    def dimensions(params):
+        def of(path, leaf):
+            if not path[-1].key.endswith("kernel"):
+                return None
+            # [D, N, H] of queries, keys and values; [N, H, D] of the output; [D, F].
+            inputs = 2 if path[-1].key.endswith("out/kernel") else 1
+            axes = tuple(range(leaf.ndim))
+            return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return muon(
+        schedule,
+        beta=config.beta1,
+        weight_decay=decay,
+        weight_decay_mask=is_decayed,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "adafactor": adafactor,
+    "lion": lion,
+    "sgd": sgd,
+    "muon": orthogonalised,
+}
+
+# Those that weight decay acts in.
+DECAYING = ("adamw", "lion", "muon")
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    steps: int,
+    *,
+    learning_rate: Any,
+    warmup_steps: Any,
+    weight_decay: Any,
+) -> optax.GradientTransformation:
+    """The optimizer, with gradients first clipped by their global norm if asked for.
+
+    Args:
+      config: all that decides its structure.
+      steps: where the schedule ends.
+      learning_rate: `config`'s, or a traced scalar in its place.
+      warmup_steps: likewise.
+      weight_decay: likewise.
+    """
+    schedule = make_schedule(config.schedule, steps, learning_rate, warmup_steps)
+    optimizer = OPTIMIZERS[config.name](config, schedule, weight_decay)
+    if config.clip_norm > 0.0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+    def update(updates, state, params=None):
+        # Optax multiplies integer counts with floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
