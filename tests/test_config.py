@@ -21,7 +21,8 @@ from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Decoded
 from transformer.modules.model import Model
 from transformer.parallel import sharding
-from transformer.training.step import init_state, loop, make_train_step, make_train_steps
+from transformer.training import loop
+from transformer.training.step import init_state, make_train_step, make_train_steps
 from transformer.training.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))

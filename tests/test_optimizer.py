@@ -10,8 +10,8 @@ import pytest
 from configs import vaswani_base
 from tests.helpers import small_model
 from transformer.config import default_config
+from transformer.training import optimizer
 from transformer.training.optimizer import DECAYING, OPTIMIZERS, SCHEDULES, make_schedule
-from transformer.training.step import optimizer
 
 # A constant rate of 0.1 and nothing else.
 PLAIN = {"schedule": "constant", "learning_rate": 0.1, "warmup_steps": 0, "clip_norm": 0.0}

@@ -16,10 +16,10 @@ from transformer.config import RunConfig, default_config
 from transformer.inference import evaluation
 from transformer.modules.model import Model
 from transformer.parallel.sharding import RULES, replicated
+from transformer.training import step as training
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import by_replica
 from transformer.training.step import each_replica
-from transformer.training.step import step as training
 
 KNOBS = {"steps": 20, "label_smoothing": 0.1, "model.dropout": 0.2, "model.attention_dropout": 0.1}
 KNOBS |= {"model.width": 16, "model.heads": 2, "model.ff_width": 32}

@@ -12,9 +12,9 @@ from tests.test_programs import results
 from transformer import cli
 from transformer.config import default_config
 from transformer.errors import UserError
+from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.step import loop
 from transformer.training.workdir import Workdir
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.

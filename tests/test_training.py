@@ -11,11 +11,11 @@ from tests.helpers import logits_of, small_model, strings
 from transformer.config import default_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.inference import evaluation
+from transformer.training import step as training
 from transformer.training.health import batch_of
 from transformer.training.loss import cross_entropy
 from transformer.training.optimizer import OptimizerConfig
 from transformer.training.step import init_state, make_train_step, make_train_steps, zero_sums
-from transformer.training.step import step as training
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst", "u")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS), source_length=8, target_length=7)

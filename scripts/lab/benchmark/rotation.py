@@ -46,7 +46,7 @@ class Remote:
         with log.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
                 worker.command(contender, setting),
-                cwd=ROOT,
+                cwd=ROOT / "scripts",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
