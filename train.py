@@ -191,18 +191,18 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
       UserError: something is.
     """
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
-    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulate)
+    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulation_steps)
     corpus = open_corpus(cfg.data, data_dir, saved)
     pairs = corpus.tokens(cfg.data.train)
-    kept, excluded = learnable(pairs, cfg.data.longest)
+    kept, excluded = learnable(pairs, cfg.data.max_length)
     rows = alone(pairs, kept)
     held_out = {"validation": cfg.data.validation, "test": cfg.data.test}
     data = {name: corpus.load(split, cfg.batch_size) for name, split in held_out.items()}
     longest = {"train": max(rows.widths)} | {name: each.longest() for name, each in data.items()}
     for name, length in longest.items():
         cfg.model.check_length(length, f"the longest example of data.{name}")
-    if cfg.data.pack:
-        rows = pack(rows, cfg.data.pack)
+    if cfg.data.pack_length:
+        rows = pack(rows, cfg.data.pack_length)
     model = Model.of(cfg.model, *corpus.tokenizers)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
     sharding.check_memory(like)
@@ -212,7 +212,7 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
 def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
     """What the steps read: rows on the devices, or what worker processes make of them."""
     rows, mesh = prepared.rows, prepared.mesh
-    if not cfg.data.workers:
+    if not cfg.data.num_workers:
         data = Dataset.of(rows, cfg.batch_size)
         return Resident(sharding.place(data, sharding.replicated(mesh)))
     return Stream(
@@ -220,7 +220,7 @@ def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
         cfg.batch_size,
         cfg.seeds(),
         steps=cfg.steps,
-        workers=cfg.data.workers,
+        workers=cfg.data.num_workers,
         mesh=mesh,
     )
 
@@ -234,7 +234,7 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
     facts(
         {
             "data": f"{prepared.corpus.name}, {prepared.examples:,} training examples"
-            + (f" in {len(rows):,} rows" if cfg.data.pack else "")
+            + (f" in {len(rows):,} rows" if cfg.data.pack_length else "")
             + "".join(f", {len(data):,} of {name}" for name, data in prepared.data.items()),
             **({"left out": left_out} if left_out else {}),
             **({"unknown": unknown} if unknown else {}),

@@ -22,11 +22,11 @@ def get_config():
     config.keep_checkpoints = 5
     config.label_smoothing = 0.1
 
-    config.model.layers = 6
-    config.model.width = 512
-    config.model.heads = 8
-    config.model.ff_width = 2048
-    config.model.dropout = 0.1
+    config.model.num_layers = 6
+    config.model.d_model = 512
+    config.model.num_heads = 8
+    config.model.d_ff = 2048
+    config.model.dropout_rate = 0.1
     config.model.norm_placement = "post"
     config.model.dtype = "bfloat16"
 

@@ -16,10 +16,10 @@ def get_config():
     config = load_config(Path(__file__).with_name("vaswani_base.py"))
     config.steps = 300_000
 
-    config.model.width = 1024
-    config.model.heads = 16
-    config.model.ff_width = 4096
-    config.model.dropout = 0.3
+    config.model.d_model = 1024
+    config.model.num_heads = 16
+    config.model.d_ff = 4096
+    config.model.dropout_rate = 0.3
 
     config.optimizer.learning_rate = (1024 * 4_000) ** -0.5
     return config

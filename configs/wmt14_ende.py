@@ -34,7 +34,7 @@ def get_config():
     config.data.target = "de"
     config.data.tokenizer = "bpe"
     config.data.vocab_size = 37_000
-    config.data.longest = 256
-    config.data.pack = 256
+    config.data.max_length = 256
+    config.data.pack_length = 256
     config.data.metrics = ("bleu", "chrf")
     return config

@@ -205,7 +205,7 @@ from lab.sweeps.sweep import Sweep, grid, plan
 
 sweep = Sweep(
     config=str(ROOT / "configs/ablations/small.py"),
-    overrides={"model.layers": 4, "model.width": 32, "model.ff_width": 128, "batch_size": 32},
+    overrides={"model.num_layers": 4, "model.d_model": 32, "model.d_ff": 128, "batch_size": 32},
     variants=grid(model__norm=["layer", "rms", "none"]),
     baseline="layer",
     seeds=3,
@@ -244,6 +244,6 @@ else:
 # ## Go on
 #
 # Change one word and train again: `config = toy_reverse.get_config()`, then
-# `config.data.task = "sort"` or `config.model.position = "none"`, in a `Workdir` of its own.
+# `config.data.task = "sort"` or `config.model.position_encoding = "none"`, in a `Workdir` of its own.
 # `transformer/config.py` has every knob, each with a line on what it does; `README.md` shows the
 # same from the command line, and more.

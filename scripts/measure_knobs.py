@@ -5,7 +5,7 @@ Ratios are of useful target tokens a second, the median of the rounds with their
 memory is what the compiler sets aside for a step besides parameters, moments and data.
 
 Usage:
-    python scripts/measure_knobs.py --config=configs/toy_reverse.py [--config.model.width=128]
+    python scripts/measure_knobs.py --config=configs/toy_reverse.py [--config.model.d_model=128]
 """
 
 import time
@@ -50,14 +50,14 @@ flags.mark_flag_as_required("config")
 # The config itself; then other values of the knobs.
 KNOBS: list[dict[str, Any]] = [
     {},
-    *({"data.pack": length} for length in (0, 32, 64, 128)),
+    *({"data.pack_length": length} for length in (0, 32, 64, 128)),
     {"model.fused_qkv": True},
     *({"model.attention_backend": name} for name in ATTENTION_BACKENDS),
     {"model.dtype": "bfloat16"},
     *({"model.remat": name} for name in REMATS),
     {"model.scan_layers": True},
-    {"accumulate": 2},
-    {"accumulate": 4},
+    {"accumulation_steps": 2},
+    {"accumulation_steps": 4},
     {"mesh.data": 1},
 ]
 
@@ -132,11 +132,13 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
     mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     rows, batch_size = alone(corpus.tokens(cfg.data.train)), cfg.batch_size
-    if cfg.data.pack:
+    if cfg.data.pack_length:
         # A batch of as many tokens, as near as the devices and the parts of a batch allow.
-        parts = mesh.size * cfg.accumulate
-        batch_size = max(1, round(batch_size * rows.widths[1] / cfg.data.pack / parts)) * parts
-        rows = pack(rows, cfg.data.pack)
+        parts = mesh.size * cfg.accumulation_steps
+        batch_size = (
+            max(1, round(batch_size * rows.widths[1] / cfg.data.pack_length / parts)) * parts
+        )
+        rows = pack(rows, cfg.data.pack_length)
     data = Dataset.of(rows, batch_size)
     model, recipe = Model.of(cfg.model, *corpus.tokenizers), cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))

@@ -41,7 +41,7 @@ def main() -> None:
     cfg = RunConfig.resolve(Workdir(WORKDIR.value).read_config())
     cli.set_up_jax(cfg)
     generator = Generator(WORKDIR.value)
-    if cfg.model.architecture != "transformer" or cfg.model.kv_heads or cfg.model.head_width:
+    if cfg.model.architecture != "transformer" or cfg.model.num_kv_heads or cfg.model.d_k:
         raise UserError(f"{WORKDIR.value}: Marian has no such model; choose a plain Transformer's")
     corpus = open_corpus(cfg.data, DATA_DIR.value, Workdir(WORKDIR.value).tokenizers)
     texts = corpus.texts(cfg.data.test)[0]
@@ -80,10 +80,10 @@ def marian(cfg: RunConfig, generator: Generator) -> Callable[..., Callable[[], l
     source, target = generator.tokenizers
     size = dataclasses.replace(
         SIZES["cpu"]["tiny"],
-        width=cfg.model.width,
-        heads=cfg.model.heads,
-        ff_width=cfg.model.ff_width,
-        layers=cfg.model.layers,
+        width=cfg.model.d_model,
+        heads=cfg.model.num_heads,
+        ff_width=cfg.model.d_ff,
+        layers=cfg.model.num_layers,
         vocabulary=max(source.vocab_size, target.vocab_size),
         longest=512,
     )

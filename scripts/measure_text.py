@@ -50,9 +50,9 @@ LOOKS = 10  # at the memory
 def main() -> None:
     """Prepares, lets them take turns, and looks at the memory."""
     config = load_config(CONFIGS / "translate.py")
-    config.data.workers = WORKERS.value
+    config.data.num_workers = WORKERS.value
     config.steps = 2**24
-    config.model.layers, config.model.width, config.model.ff_width = 2, 128, 512
+    config.model.num_layers, config.model.d_model, config.model.d_ff = 2, 128, 512
     config.batch_size = 16
     config.data.vocab_size = 2_000
     cli.set_up_jax(RunConfig.resolve(config))
@@ -63,7 +63,9 @@ def main() -> None:
         config.data.train = str(file)
         cfg = RunConfig.resolve(config)
         text, model = prepare(cfg, folder)
-        strings = pack(alone(open_corpus(toy.data, folder).tokens(toy.data.train)), cfg.data.pack)
+        strings = pack(
+            alone(open_corpus(toy.data, folder).tokens(toy.data.train)), cfg.data.pack_length
+        )
         train(cfg, text, strings, model)
 
 
@@ -96,9 +98,9 @@ def prepare(cfg: RunConfig, folder: str) -> tuple[Rows, Model]:
             corpus = open_corpus(cfg.data, folder)
         with timed("tokens"):
             pairs = corpus.tokens(cfg.data.train)
-            kept, _ = learnable(pairs, cfg.data.longest)
+            kept, _ = learnable(pairs, cfg.data.max_length)
         with timed("packing"):
-            rows = pack(alone(pairs, kept), cfg.data.pack)
+            rows = pack(alone(pairs, kept), cfg.data.pack_length)
     with timed("again"):
         open_corpus(cfg.data, folder).tokens(cfg.data.train)
     return rows, Model.of(cfg.model, *corpus.tokenizers)

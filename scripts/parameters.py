@@ -25,11 +25,11 @@ def formula(config: ModelConfig, vocab_size: int) -> int:
     A layer's attention has 4 D², its feed-forward 2 D F + F + D, each norm 2 D; the
     encoder's layer has one attention and two norms, the decoder's two and three.
     """
-    width, ff_width = config.width, config.ff_width
+    width, ff_width = config.d_model, config.d_ff
     attention, norm = 4 * width**2, 2 * width
     feed_forward = 2 * width * ff_width + ff_width + width
     layer_pair = 3 * attention + 2 * feed_forward + 5 * norm
-    return config.layers * layer_pair + vocab_size * width
+    return config.num_layers * layer_pair + vocab_size * width
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         exact = Model(config, PIECES).count_parameters()
         by_hand = formula(config, PIECES)
         # The vocabulary that the paper's figure would need, all else being equal.
-        needed = (paper * 1e6 - formula(config, 0)) / config.width
+        needed = (paper * 1e6 - formula(config, 0)) / config.d_model
         rows.append(
             (
                 name,

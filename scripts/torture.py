@@ -34,8 +34,8 @@ from transformer.errors import UserError
 from transformer.training.interruption import PARENT
 
 SMALL = (
-    "train.py --config=configs/toy_reverse.py --config.data.size=tiny --config.model.width=16 "
-    "--config.model.heads=2 --config.model.ff_width=32 --config.model.dropout=0.1 "
+    "train.py --config=configs/toy_reverse.py --config.data.size=tiny --config.model.d_model=16 "
+    "--config.model.num_heads=2 --config.model.d_ff=32 --config.model.dropout_rate=0.1 "
     "--config.optimizer.warmup_steps=5 --config.steps=1000 --config.log_every=20 "
     "--config.eval_every=100 --config.save_every=100"
 )

@@ -66,7 +66,7 @@ def program(model: Model):
 
     @jax.jit
     def outputs(params, batch, weights):
-        nudge = jnp.zeros((B, T, model.config.width), model.config.dtype)
+        nudge = jnp.zeros((B, T, model.config.d_model), model.config.dtype)
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (of_params, of_nudge), logits = gradient(params, nudge, batch, weights)
         return Outputs(logits, of_params, of_nudge)
@@ -235,7 +235,7 @@ def sharding(model: Model, outputs, params: Params) -> None:
         assert len(model.axes[name]) == len(shape.shape), name
         assert set(model.axes[name]) <= set(RULES), name
     sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
-    if model.config.heads == 1:  # a single head cannot be split in two
+    if model.config.num_heads == 1:  # a single head cannot be split in two
         sizes |= {"data": 2, "tensor": 1}
     if model.config.architecture == "recurrent":  # is split over the batch alone
         sizes = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}

@@ -40,7 +40,7 @@ def data_config(**changes: Any) -> DataConfig:
 @cache
 def small_model(**changes: Any) -> Model:
     """One layer of width 16, so that a test takes a second."""
-    config = {"layers": 1, "width": 16, "heads": 2, "ff_width": 32, "max_length": 32}
+    config = {"num_layers": 1, "d_model": 16, "num_heads": 2, "d_ff": 32, "max_length": 32}
     return Model(ModelConfig(**config | changes), TOKENIZER.vocab_size)
 
 
@@ -56,7 +56,7 @@ def random_params(model: Model, seed: int) -> Params:
             "mean": 0.3 * noise,
             "variance": np.exp(0.3 * noise),
         }
-        values = special.get(name.split("/")[-1], noise * model.config.width**-0.5)
+        values = special.get(name.split("/")[-1], noise * model.config.d_model**-0.5)
         return jnp.asarray(values, jnp.float32)
 
     return {name: draw(name, leaf.shape) for name, leaf in model.shapes.items()}
@@ -65,7 +65,7 @@ def random_params(model: Model, seed: int) -> Params:
 def training_of(model: Model, key: Array) -> Training:
     """What a call of `model` gets in training."""
     config = model.config
-    return Training(streams(key), config.dropout, config.attention_dropout)
+    return Training(streams(key), config.dropout_rate, config.attention_dropout_rate)
 
 
 @partial(jax.jit, static_argnums=0)

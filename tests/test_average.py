@@ -17,7 +17,7 @@ from transformer.training.checkpoint import Checkpoints
 from transformer.training.trained import load, outline
 from transformer.training.workdir import Workdir
 
-KNOBS = {"model.width": 16, "model.heads": 2, "model.ff_width": 32, "save_every": 10}
+KNOBS = {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32, "save_every": 10}
 KNOBS["optimizer.warmup_steps"] = 2
 EVALUATED = ("params", "statistics", "average")
 BATCH_NORM = {"model.norm": "batch", "ema_decay": 0.9}

@@ -88,7 +88,7 @@ def test_the_latest_and_the_best_are_kept_and_one_written_by_half_is_not_seen(sa
             checkpoints.find("10")
         message = r"another config: .* is float32\[32, 16\] there and float32\[64, 16\] here"
         with pytest.raises(UserError, match=message):
-            checkpoints.restore(50, likeness(ff_width=64))
+            checkpoints.restore(50, likeness(d_ff=64))
     half = shutil.copytree(five / "50", five / "60.orbax-checkpoint-tmp")
     with Checkpoints(five, keep=None, best="sequence_accuracy") as checkpoints:
         assert checkpoints.find("best") == 20

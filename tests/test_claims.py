@@ -30,7 +30,7 @@ QUICK, SLOW = (100, 110, 120), (200, 205, 225)
 def setting(tmp_path, monkeypatch):
     """A setting without pictures and with shallow models, which show what the page shows."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setattr(attention, "model_of", partial(attention.model_of, layers=1))
+    monkeypatch.setattr(attention, "model_of", partial(attention.model_of, num_layers=1))
     for module in (recurrence, sweeps):
         monkeypatch.setattr(module, "load_sweep", read_sweep)
     (tmp_path / "claims").mkdir()
@@ -111,7 +111,7 @@ def test_heads_are_judged_by_distance_by_loss_and_by_number(setting):
 
 
 def test_a_silenced_head_is_the_one_that_is_meant():
-    variables = random_params(small_model(layers=2), 0)
+    variables = random_params(small_model(num_layers=2), 0)
     for kind, where in zip(attention.KINDS, ("encoder", "decoder", "decoder"), strict=True):
         which = "cross" if kind == "cross" else "self"
         silent = attention.without_head(variables, kind, 1)
@@ -135,7 +135,7 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
 
 
 def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting, monkeypatch):
-    model = small_model(layers=4)
+    model = small_model(num_layers=4)
     found = norms.judge_scales(setting, [(model, random_params(model, 0))], layers=4, width=32)
     attention_reads, stream = [True, True, True], [True, False, False]  # post-norm first
     assert [*holding(found).values()] == attention_reads + stream

@@ -41,30 +41,38 @@ FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train
 SMALL = {
     **of("", steps=8, batch_size=16, log_every=4, eval_every=4, save_every=4),
     **of("", keep_checkpoints=1, decode_margin=2),
-    **of("model.", width=16, heads=2, ff_width=32),
+    **of("model.", d_model=16, num_heads=2, d_ff=32),
     **{"data.size": "tiny", "optimizer.warmup_steps": 2, "mesh.data": 1},
 }
 
 # Another value for each knob, and what must hold besides for it to matter.
 OTHER = {
-    **of("", seed=1, replicas=2, steps=9, batch_size=8, accumulate=2, max_skipped_steps=3),
+    **of("", seed=1, replicas=2, steps=9, batch_size=8, accumulation_steps=2, max_skipped_steps=3),
     **of("", debug_nans=True, best_metric="loss", log_every=2, eval_every=2, save_every=2),
     **of("", keep_checkpoints=2, label_smoothing=0.1, ema_decay=0.9, decode_margin=4),
     **of("data.", dataset="files", source="target", target="source", tokenizer="bytes"),
-    **of("data.", target_tokenizer="words", vocab_size=300, longest=4, workers=2, task="copy"),
+    **of(
+        "data.", target_tokenizer="words", vocab_size=300, max_length=4, num_workers=2, task="copy"
+    ),
     **of("data.", size="small", train="train[:50%]", validation="test", test="validation"),
-    **of("data.", pack=32, metrics=("bleu",), bleu_tokenizer="char"),
+    **of("data.", pack_length=32, metrics=("bleu",), bleu_tokenizer="char"),
     **of("per_replica.", seed=(5, 6), learning_rate=(1e-3, 2e-3), warmup_steps=(1, 4)),
     **of("per_replica.", weight_decay=(0.1, 0.2), label_smoothing=(0.1, 0.2)),
-    **of("per_replica.", dropout=(0.1, 0.2), attention_dropout=(0.1, 0.2)),
-    **of("model.", architecture="recurrent", layers=2, width=32, heads=4, head_width=4),
-    **of("model.", value_width=4, kv_heads=1, ff_width=64, feed_forward="gelu", cell="gru"),
-    **of("model.", init="normal", dropout=0.1, attention_dropout=0.1, norm="rms"),
-    **of("model.", norm_placement="post", norm_epsilon=1e-2, position="learned", max_length=16),
+    **of("per_replica.", dropout_rate=(0.1, 0.2), attention_dropout_rate=(0.1, 0.2)),
+    **of("model.", architecture="recurrent", num_layers=2, d_model=32, num_heads=4, d_k=4),
+    **of("model.", d_v=4, num_kv_heads=1, d_ff=64, feed_forward="gelu", cell="gru"),
+    **of("model.", kernel_init="normal", dropout_rate=0.1, attention_dropout_rate=0.1, norm="rms"),
+    **of(
+        "model.",
+        norm_placement="post",
+        norm_epsilon=1e-2,
+        position_encoding="learned",
+        max_length=16,
+    ),
     **of("model.", random_positions=64, window=2, tie_embeddings=False, attention_bias=True),
     **of(
         "model.",
-        qk_norm=True,
+        normalize_qk=True,
         qk_norm_epsilon=1e-2,
         fused_qkv=True,
         attention_backend="xla",
@@ -80,8 +88,8 @@ BESIDES = {
     **{knob: TWO for knob in OTHER if knob.startswith("per_replica.")},
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer={"model.tie_embeddings": False}),
-    **of("model.", max_length={"model.position": "learned"}, cell=RECURRENT),
-    "model.qk_norm_epsilon": {"model.qk_norm": True},
+    **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),
+    "model.qk_norm_epsilon": {"model.normalize_qk": True},
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
     "model.separate_vocabularies": {
@@ -133,7 +141,7 @@ def program(cfg):
 
 
 # The knobs that the program itself is made of; the others are about what is done with it.
-SINGLE = ("label_smoothing", "ema_decay", "accumulate", "max_skipped_steps")
+SINGLE = ("label_smoothing", "ema_decay", "accumulation_steps", "max_skipped_steps")
 SECTIONS = ("model.", "optimizer.", "per_replica.")
 OF_DATA = ["model.separate_vocabularies"]
 INSIDE = [knob for knob in OTHER if knob in SINGLE or knob.startswith(SECTIONS)]
@@ -234,7 +242,7 @@ def left(workdir, state):
 # tests/test_datasets.py, tests/test_checkpoint.py, tests/test_workdir.py.
 ELSEWHERE = ["debug_nans", "data.metrics", "data.bleu_tokenizer", "best_metric", "plugins"]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
-SLOW = ["data.size", "data.vocab_size", "data.workers"]  # prepare much, or start processes
+SLOW = ["data.size", "data.vocab_size", "data.num_workers"]  # prepare much, or start processes
 UNCHANGED = {}  # fingerprints of the unchanged runs, made when first asked for
 
 
@@ -253,7 +261,7 @@ def test_every_other_knob_changes_the_run(knob, fingerprint, tmp_path):
 
 def test_the_same_config_gives_the_same_program_and_fingerprint(fingerprint, tmp_path):
     """Else every knob would seem to change something."""
-    cfg, again = (resolved({"model.dropout": 0.1}) for _ in range(2))
+    cfg, again = (resolved({"model.dropout_rate": 0.1}) for _ in range(2))
     assert arguments(cfg) == arguments(again)
     assert program.__wrapped__(cfg) == program.__wrapped__(again)
     one, other = (fingerprint({"replicas": 2}, tmp_path / name) for name in "ab")
@@ -283,7 +291,7 @@ def test_every_config_names_itself_has_all_knobs_and_builds():
         assert f"python train.py --config=configs/{name}.py" in module.__doc__
         config = module.get_config()
         assert flat_knobs(config).keys() == OTHER.keys()
-        config.model.layers = 1
+        config.model.num_layers = 1
         model_of(RunConfig.resolve(config).model, TOKENIZER.vocab_size)
 
 
@@ -294,7 +302,7 @@ FURTHER = ["pronunciations", "translate", "vaswani_big", "wmt14_ende"]
 @pytest.mark.parametrize("name", slow(CONFIGS, FURTHER))
 def test_every_config_takes_a_step_at_reduced_size(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    config.model.update({"layers": 1, "width": 16, "heads": 2, "ff_width": 32})
+    config.model.update({"num_layers": 1, "d_model": 16, "num_heads": 2, "d_ff": 32})
     config.data = default_config().data  # the toy configs are then one program
     cfg, batch = RunConfig.resolve(config), strings(("abc", "cba"), ("de", "ed"))
     state, sums = first_step(cfg)(cfg.seeds(), cfg.numbers(), batch)
@@ -305,31 +313,31 @@ def test_every_config_takes_a_step_at_reduced_size(name):
 # What is said of a knob that is wrong, which begins with the knob and its value. Before a `&`
 # stands what must hold besides.
 MISTAKES = r"""
-model.architecture=recurrent & model.heads=3 & model.position=none & model.width=15: each direction
-model.architecture=recurrent & data.pack=64: model.architecture=recurrent reads one example a row
-model.position=none & model.random_positions=512: .*need a model.position other than none
-model.architecture=recurrent & model.attention_dropout=0.1: only the Transformer | model.dropout=1.0
+model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none & model.d_model=15: each direction
+model.architecture=recurrent & data.pack_length=64: model.architecture=recurrent reads one example a row
+model.position_encoding=none & model.random_positions=512: .*need a model.position_encoding other than none
+model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.dropout_rate=1.0
 model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype | optimizer.beta2=1.0
-model.attention_backend=xla & model.attention_dropout=0.1: .*einsum drops | model.head_width=0
+model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops | model.d_k=0
 model.norm_placement=pos: choose one of pre, post, both .*mean post\?\) | decode_margin=-1
-model.heads=3 does not divide model.width=16.*or set model.head_width | model.attention_dropout=1.0
+model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | model.attention_dropout_rate=1.0
 model.attention_backend=flash: choose one of auto, einsum, xla | replicas=0: it must be at least 1
 model.architecture=rnn: choose one of transformer, recurrent | ema_decay=1.0: at least 0 and below 1
-optimizer.learning_rate=inf: it must be at most 3.40282e\+38 | model.heads=3 & model.width=15 is odd
+optimizer.learning_rate=inf: it must be at most 3.40282e\+38 | model.num_heads=3 & model.d_model=15 is odd
 model.random_positions=64: .*at least model.max_length=512 | optimizer.name=adm: .*did you mean adam
-model.attention_backend=xla & model.value_width=4 .*einsum | model.cell=lstn: .*did you mean lstm\?
-model.position=rotary & model.head_width=3 is odd: rotary | accumulate=3 does not divide batch_size=
-data.task=revrse: choose one of .*did you mean reverse\? | model.init=glorot: .*did you mean glorot_
-model.norm=batch & accumulate=2: model.norm=batch needs | data.size=big: choose one of tiny, small
+model.attention_backend=xla & model.d_v=4 .*einsum | model.cell=lstn: .*did you mean lstm\?
+model.position_encoding=rotary & model.d_k=3 is odd: rotary | accumulation_steps=3 does not divide batch_size=
+data.task=revrse: choose one of .*did you mean reverse\? | model.kernel_init=glorot: .*did you mean glorot_
+model.norm=batch & accumulation_steps=2: model.norm=batch needs | data.size=big: choose one of tiny, small
 max_skipped_steps=2147483648: .* at most 2,147,483,646 | label_smoothing=1.0: at least 0 and below 1
 model.dtype=float16: choose one of float32, bfloat16 | optimizer.warmup_steps=8 is not below steps=8
-optimizer.learning_rate=-1.0: it must be at least 0 | model.kv_heads=3 does not divide model.heads=2
-model.layers=1000000000: it must be at most 1,000 | model.remat=half: choose one of none, dots, full
-model.position=learnt: .*did you mean learned\? | model.feed_forward=relux: .*did you mean relu\?
+optimizer.learning_rate=-1.0: it must be at least 0 | model.num_kv_heads=3 does not divide model.num_heads=2
+model.num_layers=1000000000: it must be at most 1,000 | model.remat=half: choose one of none, dots, full
+model.position_encoding=learnt: .*did you mean learned\? | model.feed_forward=relux: .*did you mean relu\?
 optimizer.schedule=cos: .*did you mean cosine\? | model.norm=rmsnorm: choose one of layer, rms
 model.norm_epsilon=1e-60: it must be above 0 | optimizer.epsilon=1e-300: it must be above 0
-steps=1000000000 .* passes 2\*\*32 examples | data.pack=1099511627776: it must be at most
-model.window=0: it must be at least 1$ | steps=0: it must be at least 1 | model.layers=0
+steps=1000000000 .* passes 2\*\*32 examples | data.pack_length=1099511627776: it must be at most
+model.window=0: it must be at least 1$ | steps=0: it must be at least 1 | model.num_layers=0
 seed=-1: it must be at least 0 | optimizer.learning_rate=nan
 """
 
@@ -343,7 +351,11 @@ def mistakes():
 
 
 ONLY_DATA = r"model.architecture=recurrent is split over the batch alone; set all"
-RATES, SEEDS, WHOLE = "per_replica.dropout", "per_replica.seed", r"takes a whole number for each"
+RATES, SEEDS, WHOLE = (
+    "per_replica.dropout_rate",
+    "per_replica.seed",
+    r"takes a whole number for each",
+)
 
 
 @pytest.mark.parametrize(
@@ -355,9 +367,9 @@ RATES, SEEDS, WHOLE = "per_replica.dropout", "per_replica.seed", r"takes a whole
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         (RECURRENT | {"mesh.fsdp": 2}, r"mesh.fsdp=2, mesh.tensor=1, .*: " + ONLY_DATA),
         (RECURRENT | {"mesh.context": 2}, r"mesh.context=2: " + ONLY_DATA),
-        ({RATES: (0.1,)}, r"per_replica.dropout has 1 values and replicas=1"),
-        (TWO | {RATES: (0.1, 0.2, 0.3)}, r"per_replica.dropout has 3 values and replicas=2"),
-        (TWO | {RATES: (0.1, 1.5)}, r"dropout=1.5: it must be at least 0 and below 1"),
+        ({RATES: (0.1,)}, r"per_replica.dropout_rate has 1 values and replicas=1"),
+        (TWO | {RATES: (0.1, 0.2, 0.3)}, r"per_replica.dropout_rate has 3 values and replicas=2"),
+        (TWO | {RATES: (0.1, 1.5)}, r"dropout_rate=1.5: it must be at least 0 and below 1"),
         (TWO | {SEEDS: ("a", "b")}, WHOLE),
         (TWO | {SEEDS: (0, 0.5)}, WHOLE),
     ],
@@ -380,16 +392,20 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
 
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
     free = {"mesh.fsdp": 2, "keep_checkpoints": 9}
-    changes = free | {"model.norm": "rms", "optimizer.beta1": 0.5, "data.pack": 8}
+    changes = free | {"model.norm": "rms", "optimizer.beta1": 0.5, "data.pack_length": 8}
     found = differences(config_of({}), config_of(changes))
-    assert found == ["data.pack: 0 → 8", "model.norm: layer → rms", "optimizer.beta1: 0.9 → 0.5"]
+    assert found == [
+        "data.pack_length: 0 → 8",
+        "model.norm: layer → rms",
+        "optimizer.beta1: 0.9 → 0.5",
+    ]
 
 
 def test_a_replica_is_a_single_run_with_its_own_values():
-    own = {"dropout": (0.1, 0.2), "learning_rate": (1.0, 2.0), "label_smoothing": (0.3, 0.4)}
+    own = {"dropout_rate": (0.1, 0.2), "learning_rate": (1.0, 2.0), "label_smoothing": (0.3, 0.4)}
     cfg = resolved(of("per_replica.", **own) | {"replicas": 2, "seed": 7})
     for k, one in enumerate(map(cfg.replica, range(2))):
-        found = one.model.dropout, one.optimizer.learning_rate, one.label_smoothing
+        found = one.model.dropout_rate, one.optimizer.learning_rate, one.label_smoothing
         assert (one.seed, one.replicas, *found) == (7 + k, 1, *(each[k] for each in own.values()))
 
 

@@ -65,7 +65,7 @@ def step_of(recipe=(), **changes):  # and its arguments
 
 
 # No two are alike.
-SIZES: dict[str, Any] = {"layers": 2, "width": 24, "heads": 4, "head_width": 10, "ff_width": 56}
+SIZES: dict[str, Any] = {"num_layers": 2, "d_model": 24, "num_heads": 4, "d_k": 10, "d_ff": 56}
 
 
 def forward_flops(*, kv_heads: int = 4, matrices: int = 2, ff_width: int = 56) -> int:
@@ -92,9 +92,17 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products():
     the scattering that is the lookup's gradient.
     """
     flops = 3 * forward_flops()
-    assert matmul_flops(*step_of(**SIZES, attention_backend="xla", position="relative")) == flops
-    rates = {"dropout": 0.1, "attention_dropout": 0.1, "label_smoothing": 0.1, "ema_decay": 0.9}
-    assert matmul_flops(*step_of(rates, **SIZES, position="rotary")) == flops
+    assert (
+        matmul_flops(*step_of(**SIZES, attention_backend="xla", position_encoding="relative"))
+        == flops
+    )
+    rates = {
+        "dropout_rate": 0.1,
+        "attention_dropout_rate": 0.1,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.9,
+    }
+    assert matmul_flops(*step_of(rates, **SIZES, position_encoding="rotary")) == flops
     assert matmul_flops(*step_of(**SIZES, kv_heads=2)) == 3 * forward_flops(kv_heads=2)
     gated = matmul_flops(*step_of(**SIZES, feed_forward="swiglu"))
     assert gated == 3 * forward_flops(matrices=3, ff_width=40)  # 2/3 of 56, to a multiple of 8
@@ -125,6 +133,6 @@ def test_muons_products_come_on_top_of_what_the_others_cost(architecture):
 
 def test_the_compiler_counts_the_same_and_what_is_no_product_besides():
     """XLA's count has softmax, norms and the optimizer in it: here an eighth as much again."""
-    step, *operands = step_of({"name": "sgd"}, width=128, ff_width=256, heads=4)
+    step, *operands = step_of({"name": "sgd"}, d_model=128, d_ff=256, num_heads=4)
     theirs = jax.jit(step).lower(*operands).cost_analysis()["flops"]
     assert theirs / 1.2 < matmul_flops(step, *operands) < theirs

@@ -98,7 +98,7 @@ def test_exact_match_does_not_mind_the_width_of_the_padding():
 
 
 def test_attention_maps_are_distributions_over_real_tokens():
-    model = small_model(layers=2)
+    model = small_model(num_layers=2)
     maps = evaluation.attention_maps(model, random_params(model, 0), dataset(7).head(2))
     batch = make_batch(BATCH.source[:2], BATCH.target_out[:2])
     source, target = batch.source_segments, batch.target_segments

@@ -40,10 +40,10 @@ TUPLES = ["()", "(1,)", "(1,2)", "(0.1,0.2)", "(1,'a')", "((1,),2)", "(", "(nan,
 # What a knob takes, so that runs start and the knobs meet inside of the step.
 ENTRIES = {
     "model.architecture": ARCHITECTURES,
-    "model.layers": ["1", "2", "3"],  # each is traced
-    **{"model.cell": CELLS, "model.feed_forward": FEED_FORWARDS, "model.init": INITIALIZERS},
+    "model.num_layers": ["1", "2", "3"],  # each is traced
+    **{"model.cell": CELLS, "model.feed_forward": FEED_FORWARDS, "model.kernel_init": INITIALIZERS},
     **{"model.norm": NORMS, "model.norm_placement": NORM_PLACEMENTS, "model.dtype": DTYPES},
-    **{"model.position": POSITIONS, "model.attention_backend": ATTENTION_BACKENDS},
+    **{"model.position_encoding": POSITIONS, "model.attention_backend": ATTENTION_BACKENDS},
     **{"model.remat": REMATS, "optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES},
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
     **{"data.tokenizer": TOKENIZERS, "data.target_tokenizer": TOKENIZERS, "data.task": TASKS},

@@ -41,7 +41,11 @@ TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -> Workdir:
     """The folder of a run that was never trained, of so many replicas."""
     knobs: dict[str, Any] = {"replicas": replicas, "decode_margin": MARGIN}
-    knobs |= {"model.layers": 1, "model.position": "learned", "model.max_length": REACH}
+    knobs |= {
+        "model.num_layers": 1,
+        "model.position_encoding": "learned",
+        "model.max_length": REACH,
+    }
     knobs["model.tie_embeddings"] = False
     knobs["data.tokenizer"] = "characters" if tokenizer is TOKENIZER else "bytes"
 

@@ -78,7 +78,7 @@ def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, da
     whole, stopped, places = tmp_path / "whole", tmp_path / "stopped", []
     finish(start("train.py", *flags, f"--workdir={whole}"))
     for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
-        by = f"--config.data.workers={workers}"
+        by = f"--config.data.num_workers={workers}"
         process = start("train.py", *flags, by, f"--workdir={stopped}")
         deadline = time.monotonic() + 120
         logged = places[-1] if places else 0

@@ -21,7 +21,7 @@ from transformer.modules.stacks import Encoder
 from transformer.training.loss import cross_entropy
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
-DEEP = {"layers": 2, "dropout": 0.3, "attention_dropout": 0.2}
+DEEP = {"num_layers": 2, "dropout_rate": 0.3, "attention_dropout_rate": 0.2}
 
 
 def loss_of(model, params, key):
@@ -55,7 +55,7 @@ def test_loss_statistics_and_gradients_are_those_of_layers_one_by_one(scan_layer
 
 def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
     """A static difference, such as of a backend, is in no variable that a scan could stack."""
-    config, x = small_model(layers=2).config, jax.random.normal(jax.random.key(0), (1, 3, 16))
+    config, x = small_model(num_layers=2).config, jax.random.normal(jax.random.key(0), (1, 3, 16))
     related = Relations(masking.causal(3), lambda x: x, None)
     for scan, remat in ((False, "none"), (False, "full"), (True, "none")):
         encoder = Encoder(replace(config, scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
@@ -69,20 +69,20 @@ def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
 
 
 def test_each_layer_drops_elements_of_its_own():
-    model = small_model(**DEEP | {"layers": 3, "scan_layers": True})
+    model = small_model(**DEEP | {"num_layers": 3, "scan_layers": True})
     training = training_of(model, jax.random.key(0))
     layers = (training.of_layer(key) for key in training.of_each_layer(3))
     assert len({int(jax.random.bits(layer.rngs.dropout())) for layer in layers}) == 3
 
 
 def deep(**changes):  # the shapes of a model's parameters, and a loss of them
-    model = small_model(**{"layers": 3, "scan_layers": True} | changes)
+    model = small_model(**{"num_layers": 3, "scan_layers": True} | changes)
     return model.shapes, lambda params: loss_of(model, params, jax.random.key(0))[0]
 
 
 def test_scanned_layers_are_compiled_once():
     def products(layers):
-        shapes, loss = deep(layers=layers)
+        shapes, loss = deep(num_layers=layers)
         return jax.jit(jax.grad(loss)).lower(shapes).as_text().count("dot_general")
 
     assert products(2) == products(5) > 0

@@ -32,7 +32,7 @@ ENTRIES = [
     for knob, values in {
         "norm": NORMS,
         "norm_placement": NORM_PLACEMENTS,
-        "position": POSITIONS,
+        "position_encoding": POSITIONS,
         "attention_backend": [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS],
         "feed_forward": FEED_FORWARDS,
     }.items()
@@ -44,28 +44,28 @@ ENTRIES = [
 OTHERS = [
     {},
     {"tie_embeddings": False},
-    {"qk_norm": True},
-    {"head_width": 3, "value_width": 5},
-    {"heads": 4, "kv_heads": 2},
+    {"normalize_qk": True},
+    {"d_k": 3, "d_v": 5},
+    {"num_heads": 4, "num_kv_heads": 2},
     {"window": 2},
     {"fused_qkv": True, "attention_bias": True},
-    {"layers": 2, "scan_layers": True, "remat": "full"},
-    {"random_positions": 64, "position": "relative"},
+    {"num_layers": 2, "scan_layers": True, "remat": "full"},
+    {"random_positions": 64, "position_encoding": "relative"},
     *({"architecture": "recurrent", "cell": name} for name in CELLS),
 ]
 
 # Further meetings of the same knobs.
 PLACED = [name for name in POSITIONS if name not in ("none", "relative")]
 RARE = [
-    {"heads": 1},
-    {"kv_heads": 1},
+    {"num_heads": 1},
+    {"num_kv_heads": 1},
     {"attention_bias": True},
-    {"layers": 2},
-    {"layers": 2, "scan_layers": True, "norm": "batch"},
-    {"layers": 2, "remat": "dots", "norm": "batch"},
+    {"num_layers": 2},
+    {"num_layers": 2, "scan_layers": True, "norm": "batch"},
+    {"num_layers": 2, "remat": "dots", "norm": "batch"},
     {"norm": "batch", "norm_placement": "both"},
-    *({"random_positions": 64, "position": name} for name in PLACED),
-    {"architecture": "recurrent", "layers": 2, "tie_embeddings": False},
+    *({"random_positions": 64, "position_encoding": name} for name in PLACED),
+    {"architecture": "recurrent", "num_layers": 2, "tie_embeddings": False},
 ]
 
 
@@ -79,13 +79,18 @@ ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each 
 @pytest.mark.parametrize("changes", ALL, ids=named)
 def test_every_variant_keeps_the_contract(changes):
     """At sizes of which no two are alike: see `contract`."""
-    contract.check(small_model(**{"width": 20, "ff_width": 24} | changes))
+    contract.check(small_model(**{"d_model": 20, "d_ff": 24} | changes))
 
 
 LOW: list = [
-    {"attention_bias": True, "qk_norm": True, "norm": "rms"},
-    {"fused_qkv": True, "attention_bias": True, "position": "learned", "feed_forward": "swiglu"},
-    {"tie_embeddings": False, "position": "relative", "norm": "batch"},
+    {"attention_bias": True, "normalize_qk": True, "norm": "rms"},
+    {
+        "fused_qkv": True,
+        "attention_bias": True,
+        "position_encoding": "learned",
+        "feed_forward": "swiglu",
+    },
+    {"tie_embeddings": False, "position_encoding": "relative", "norm": "batch"},
     {"architecture": "recurrent"},
 ]
 
@@ -119,7 +124,7 @@ def test_gradients_are_summed_in_float32_under_bfloat16(changes, rng):
 
 
 def test_norm_epsilon_is_that_of_every_norm():
-    module = small_model(qk_norm=True, norm_epsilon=0.25, norm_placement="both").build(None)
+    module = small_model(normalize_qk=True, norm_epsilon=0.25, norm_placement="both").build(None)
     norms = [each for _, each in nnx.iter_graph(module) if hasattr(each, "epsilon")]
     assert [each.epsilon for each in norms] == [0.25] * (3 * 2 + 2 * 5 + 2)
 
@@ -138,18 +143,18 @@ def test_decoding_past_the_cache_is_nan_and_not_silent():
     ("changes", "draws"),
     [
         # Embedded source and target, two encoder layers of two sublayers, two decoder's of three.
-        ({"dropout": 0.5}, 2 + 2 * 2 + 2 * 3),
+        ({"dropout_rate": 0.5}, 2 + 2 * 2 + 2 * 3),
         # The weights of two encoder layers, of two decoder layers twice.
-        ({"attention_dropout": 0.5}, 2 + 2 * 2),
-        ({"attention_dropout": 0.5, "dropout": 0.5}, 18),
+        ({"attention_dropout_rate": 0.5}, 2 + 2 * 2),
+        ({"attention_dropout_rate": 0.5, "dropout_rate": 0.5}, 18),
         # The positions of source and target.
         ({"random_positions": 64}, 2),
         # Embedded source and target, two encoder layers, between two decoder layers, the output.
-        ({"dropout": 0.5, "architecture": "recurrent"}, 2 + 2 + 1 + 1),
+        ({"dropout_rate": 0.5, "architecture": "recurrent"}, 2 + 2 + 1 + 1),
     ],
 )
 def test_whatever_is_drawn_in_training_is_drawn_with_a_key_of_its_own(changes, draws, monkeypatch):
-    model = small_model(layers=2, **changes)
+    model = small_model(num_layers=2, **changes)
     params = random_params(model, 0)
     one, same, other = (logits_of(model, params, BATCH, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
@@ -231,16 +236,16 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_model_reaches_to_max_length_where_positions_are_learned_or_random(position):
-    config = small_model(position=position).config
+    config = small_model(position_encoding=position).config
     limited = position == "learned"
     assert [config.reach(length) for length in (31, 32, 33)] == [31, 32, 32 if limited else 33]
     if position != "none":
-        random = small_model(position=position, random_positions=64).config
+        random = small_model(position_encoding=position, random_positions=64).config
         assert [random.reach(length) for length in (31, 32, 33)] == [31, 32, 32]
 
 
 def test_init_follows_its_key_and_is_of_attention_and_feed_forward_alone():
-    init = jax.jit(small_model(init="normal").init)
+    init = jax.jit(small_model(kernel_init="normal").init)
     one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     assert (one["embedding/table"] != other["embedding/table"]).any()
     for name, leaf in one.items():
@@ -251,7 +256,7 @@ def test_init_follows_its_key_and_is_of_attention_and_feed_forward_alone():
 
 
 def test_attention_maps_are_there_when_asked_for():
-    model = small_model(layers=2)
+    model = small_model(num_layers=2)
     params, maps = random_params(model, 0), {"encoder": [], "decoder": [], "cross": []}
     inputs = BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments
     with_maps = model.bind(params)(*inputs, maps=maps)

@@ -127,7 +127,7 @@ def test_adafactor_keeps_rows_and_columns_of_large_matrices(rng):
 
 def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_adam():
     """The third update, of queries, keys and values as [D, N H], of the output as [N H, D]."""
-    model = small_model(attention_bias=True, heads=2, head_width=4, position="learned")
+    model = small_model(attention_bias=True, num_heads=2, d_k=4, position_encoding="learned")
     params = {name: jnp.ones(leaf.shape) for name, leaf in model.shapes.items()}
     gradients = gradients_of(params)
     rule = make(**PLAIN, name="muon", beta1=0.8)
@@ -159,7 +159,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
 @pytest.mark.parametrize("name", DECAYING)
 def test_weight_decay_leaves_out_biases_and_gains(name):
     """And under Muon the embeddings, which are Adam's."""
-    shapes = small_model(attention_bias=True, qk_norm=True, position="learned").shapes
+    shapes = small_model(attention_bias=True, normalize_qk=True, position_encoding="learned").shapes
     params = {each: jnp.ones(leaf.shape) for each, leaf in shapes.items()}
     zero = jax.tree.map(jnp.zeros_like, params)
     kinds = "kernel" if name == "muon" else ("kernel", "table")

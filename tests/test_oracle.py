@@ -34,7 +34,7 @@ def _import_torch():
 
 
 def config(placement):
-    sizes = {"layers": 2, "width": D, "heads": N, "ff_width": F, "norm_placement": placement}
+    sizes = {"num_layers": 2, "d_model": D, "num_heads": N, "d_ff": F, "norm_placement": placement}
     return small_model(**sizes, attention_bias=True, norm_epsilon=1e-5).config  # PyTorch's
 
 

@@ -80,7 +80,7 @@ def test_rows_are_filled(rng, length):
 
 
 def test_an_example_that_no_row_can_hold_is_explained(rng):
-    with pytest.raises(UserError, match=r"data.pack=12: the longest example has 16 tokens"):
+    with pytest.raises(UserError, match=r"data.pack_length=12: the longest example has 16 tokens"):
         pack(dataset(rng, 50), 12)
 
 
@@ -90,7 +90,7 @@ BACKENDS = {"einsum": "relative", "xla": "rotary", "chunked": "sinusoidal", "spl
 @pytest.mark.parametrize(("backend", "position"), BACKENDS.items())
 def test_another_neighbour_changes_no_bit(backend, position):
     """Neither of the outputs of the other examples, nor of the gradients of their loss."""
-    model = small_model(layers=2, attention_backend=backend, position=position)
+    model = small_model(num_layers=2, attention_backend=backend, position_encoding=position)
     params = random_params(model, 0)
 
     @jax.jit
@@ -112,7 +112,7 @@ def test_another_neighbour_changes_no_bit(backend, position):
 
 
 def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
-    model = small_model(random_positions=64, max_length=16, position="sinusoidal")
+    model = small_model(random_positions=64, max_length=16, position_encoding="sinusoidal")
     module, index = model.bind(random_params(model, 0)), row(*PAIRS).source_positions
     draws = (training_of(model, jax.random.key(seed)) for seed in range(200))
     drawn = np.stack([module.positions(index, training)[0] for training in draws])

@@ -22,7 +22,7 @@ CONFIGS = [
     pytest.param(path.stem, marks=[pytest.mark.slow] * (path.stem != "vaswani_base"))
     for path in sorted(Path("configs").glob("*.py"))
 ]
-NARROW = {"model__layers": 1, "model__width": 16, "model__heads": 2, "model__ff_width": 32}
+NARROW = {"model__num_layers": 1, "model__d_model": 16, "model__num_heads": 2, "model__d_ff": 32}
 TOY = "--config=configs/toy_reverse.py"
 
 
@@ -38,7 +38,7 @@ UNIT = Chip(1.0, math.inf, 1.0, 1.0, ())
 
 
 def load(name="toy_reverse", **changes):
-    """A shipped config, with other knobs: `model__width=32`."""
+    """A shipped config, with other knobs: `model__d_model=32`."""
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return RunConfig.resolve(config)
@@ -133,7 +133,7 @@ def test_a_sweep_tries_every_mesh_that_divides_devices_and_batch():
     assert found(8, model__architecture="recurrent") == [(1, 8, 1, 1, 1)]
 
 
-HEADS = {"mesh__tensor": 4, "model__heads": 2}
+HEADS = {"mesh__tensor": 4, "model__num_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ HEADS = {"mesh__tensor": 4, "model__heads": 2}
         ("needs 8 devices and there are 4", {"mesh__data": 8}),
         ("batch_size=126 does not divide", {"batch_size": 126}),
         (r"mesh.tensor=4 does not divide the 2 of axis 'heads'", HEADS),
-        ("--length=16: 16 tokens", {"model__position": "learned", "model__max_length": 8}),
+        ("--length=16: 16 tokens", {"model__position_encoding": "learned", "model__max_length": 8}),
         ("replicas=2", {"replicas": 2}),
         (r"did you mean v5e:4x\d", {"topology": "v5e:4x5"}),
         (r"did you mean v5p:4x4x4", {"topology": "v5x:4x4x4"}),
@@ -177,7 +177,7 @@ CASES = [("toy_reverse", "splash"), ("toy_reverse", "einsum"), ("vaswani_base", 
 @on_tpu
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_shipped_config_compiles_for_a_tpu(name, backend):
-    cfg = load(name, model__attention_backend=backend, model__layers=1)
+    cfg = load(name, model__attention_backend=backend, model__num_layers=1)
     plan = make_plan(cfg, open_topology("v5e:2x2"), vocab_size=37_000, length=32)
     assert plan.refusal == ""
     assert 0.0 < plan.mfu() < 1.0

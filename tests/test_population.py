@@ -21,8 +21,13 @@ from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import by_replica
 from transformer.training.step import each_replica
 
-KNOBS = {"steps": 20, "label_smoothing": 0.1, "model.dropout": 0.2, "model.attention_dropout": 0.1}
-KNOBS |= {"model.width": 16, "model.heads": 2, "model.ff_width": 32}
+KNOBS = {
+    "steps": 20,
+    "label_smoothing": 0.1,
+    "model.dropout_rate": 0.2,
+    "model.attention_dropout_rate": 0.1,
+}
+KNOBS |= {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32}
 KNOBS |= {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2}
 # data, fsdp, tensor, replica
 ONE, APART, MIXED = (1, 1, 1, 1), (1, 1, 1, 4), (2, 1, 2, 2)
@@ -96,7 +101,7 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
     """Where one of them has a rate of 0 too, at which a single run has no such operation."""
     own = {"seed": (7, 5), "learning_rate": (1e-2, 3e-3), "warmup_steps": (1, 4)}
     own |= {"weight_decay": (0.5, 0.0), "label_smoothing": (0.0, 0.2)}
-    own |= {"dropout": (0.3, 0.0), "attention_dropout": (0.0, 0.2)}
+    own |= {"dropout_rate": (0.3, 0.0), "attention_dropout_rate": (0.0, 0.2)}
     changes = {f"per_replica.{name}": values for name, values in own.items()}
     changes |= {"model.random_positions": 64, "model.max_length": 16}
     cfg = run_config(2, changes | {"optimizer.name": "adamw", "ema_decay": 0.5})

@@ -48,7 +48,7 @@ def test_hooks_depend_on_the_positions_that_are_given(name, causal, rng):
 @pytest.mark.parametrize("name", POSITIONS)
 def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
     """Without them the memory of permuted tokens is the memory of the tokens, permuted."""
-    model = small_model(position=name)
+    model = small_model(position_encoding=name)
     params = random_params(model, 0)
     source, order = at(3, 4, 5, 6, 7, 8), np.array([2, 0, 5, 1, 4, 3])
 
@@ -125,7 +125,7 @@ def test_relative_bias_is_the_heads_entry_for_the_distance():
 
 
 def test_the_encoder_tells_sides_apart_and_the_decoder_twice_as_many_distances():
-    module = small_model(position="relative").build(jax.random.key(0))
+    module = small_model(position_encoding="relative").build(jax.random.key(0))
     encoder, decoder = (
         each.bias(at(20), at(9, 10, 30))[0, 0, 0]
         for each in (module.source_position, module.target_position)
@@ -138,7 +138,7 @@ def test_the_encoder_tells_sides_apart_and_the_decoder_twice_as_many_distances()
 @pytest.mark.parametrize("layers", [1, 3])
 def test_all_layers_of_a_stack_share_its_relative_bias(layers):
     """One table a stack; if it allows distance 0 alone, every layer attends to itself."""
-    model = small_model(position="relative", layers=layers)
+    model = small_model(position_encoding="relative", num_layers=layers)
     tables = [name for name in model.shapes if "position" in name]
     assert sorted(tables) == ["source_position/table", "target_position/table"]
     params = random_params(model, 0)

@@ -21,7 +21,7 @@ from transformer.training.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 
 KNOBS = """
-data.size=tiny model.width=16 model.heads=2 model.ff_width=32 model.dropout=0.1
+data.size=tiny model.d_model=16 model.num_heads=2 model.d_ff=32 model.dropout_rate=0.1
 optimizer.warmup_steps=5 log_every=5 eval_every=20 save_every=20
 """
 TINY = ("--config=configs/toy_reverse.py", *(f"--config.{knob}" for knob in KNOBS.split()))
@@ -199,11 +199,11 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
         ("--config.steps=1e3", r"--config.steps=1e3: it takes a whole number"),
         ("--config.optimizer.learning_rate=fast", r"it takes a number"),
         ("--config.model.tie_embeddings=maybe", r"it takes true or false"),
-        ("--config.model.head_width=x", r"--config.model.head_width=x: it takes a whole number"),
+        ("--config.model.d_k=x", r"--config.model.d_k=x: it takes a whole number"),
         ("--config.model=3", r"--config.model is a section"),
         ("--config.model.norm=rmsnorm", r"model.norm=rmsnorm: choose one of layer, rms"),
         ("--config.model.norm=zzz", r"norm=zzz: choose one of layer, rms, batch, none$"),
-        ("--config.model.heads=3", r"model.heads=3 does not divide model.width=64"),
+        ("--config.model.num_heads=3", r"model.num_heads=3 does not divide model.d_model=64"),
         ("--config.mesh.data=64", r"needs 64 devices and there are 8 \(cpu\); lower mesh.data"),
         ("--config.mesh.tensor=-2", r"sizes are positive"),
         ("--config.optimizer.warmup_steps=9999", r"warmup_steps=9999 is not below steps"),
@@ -214,7 +214,7 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
         ("runs/x", r"'runs/x' is not a flag"),
         ("--config README.md", r"--config=README.md: SyntaxError"),
         (
-            "--config.model.position=learned --config.model.max_length=4",
+            "--config.model.position_encoding=learned --config.model.max_length=4",
             "longest example of data.train: 6 tokens.*max_length=4; raise it, or choose sinusoidal",
         ),
     ],

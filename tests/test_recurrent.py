@@ -42,7 +42,7 @@ def test_the_forget_gate_of_an_lstm_begins_open_by_1():
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_memory_of_a_token_knows_both_sides_of_its_source(cell):
     model, source = recurrent(cell=cell), BATCH.source[:1]
-    module, half = model.bind(random_params(model, 0)), model.config.width // 2
+    module, half = model.bind(random_params(model, 0)), model.config.d_model // 2
     sources = (source, source.at[0, 0].set(9), source.at[0, -1].set(9))
     memory, *others = (module.encode(each, BATCH.source_segments[:1])[0] for each in sources)
     changed = np.abs(np.stack(others) - memory) > 0
@@ -55,7 +55,7 @@ def test_the_memory_of_a_token_knows_both_sides_of_its_source(cell):
 
 def test_attention_maps_are_distributions_over_the_source_and_follow_the_target():
     """The map of step t depends on no later target token, and on its own."""
-    model = recurrent(layers=2)
+    model = recurrent(num_layers=2)
     module = model.bind(random_params(model, 0))
 
     def call(target_in):
@@ -81,8 +81,8 @@ def transparent(layers):
     The first layer of the decoder gives ones at each step, the others the tanh of what
     they read, and the first D logits are the output.
     """
-    model = recurrent(cell="gru", layers=layers, dropout=0.5, tie_embeddings=False)
-    width = model.config.width
+    model = recurrent(cell="gru", num_layers=layers, dropout_rate=0.5, tie_embeddings=False)
+    width = model.config.d_model
     params = {name: jnp.zeros(leaf.shape) for name, leaf in model.shapes.items()}
     for i in range(layers):
         # Reset gate, update gate (which keeps nothing of the state), candidate.
@@ -123,12 +123,12 @@ def test_dropout_of_the_decoder_differs_between_steps_and_between_layers():
 
 def test_the_decoder_reads_what_it_attended_to_and_begins_with_the_source():
     """Input feeding, and the bridge from the encoder's first backward state."""
-    model = recurrent(layers=2)
+    model = recurrent(num_layers=2)
     params = random_params(model, 0)
     module = model.bind(params)
     memory = module.encode(*CALL[:2])
     cache = module.start_cache(memory, BATCH.source_segments, 1)
-    half = memory[:, 0, model.config.width // 2 :]
+    half = memory[:, 0, model.config.d_model // 2 :]
     for i, state in enumerate(cache.states):
         kernel, bias = params[f"bridge/{i}/kernel"], params[f"bridge/{i}/bias"]
         np.testing.assert_allclose(state[0], np.tanh(half @ kernel + bias), rtol=1e-5, atol=1e-6)

@@ -32,7 +32,7 @@ def test_the_formula_knows_every_size():
     """Against the count by shapes, at sizes where no two terms are alike."""
     formula = runpy.run_path("scripts/parameters.py")["formula"]
     config = vaswani_base.get_config().model
-    config.update({"layers": 3, "width": 24, "heads": 4, "ff_width": 50})
+    config.update({"num_layers": 3, "d_model": 24, "num_heads": 4, "d_ff": 50})
     config = ModelConfig(**config)
     assert formula(config, 101) == Model(config, 101).count_parameters()
 
@@ -53,7 +53,7 @@ def test_packed_batches_are_measured_with_as_many_tokens(data_dir, monkeypatch):
         config.update_from_flattened_dict({"data.size": "tiny", "mesh.data": 1, "batch_size": 16})
         for accumulate in (1, 2):
             with pytest.raises(StopIteration):
-                script.build(config, {"data.pack": 32, "accumulate": accumulate})
+                script.build(config, {"data.pack_length": 32, "accumulation_steps": accumulate})
     assert [data.batch_size for data in built] == [3, 4]
     assert all(data.packed and data.source.shape[1] == 32 for data in built)
 
@@ -61,8 +61,11 @@ def test_packed_batches_are_measured_with_as_many_tokens(data_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        *((4, {}), (3, {"batch_size": 33}), (1, {"batch_size": 7}), (1, {"model.width": 512})),
-        *((2, {"batch_size": 16, "accumulate": 8}), (3, {"replicas": 3, "model.width": 512})),
+        *((4, {}), (3, {"batch_size": 33}), (1, {"batch_size": 7}), (1, {"model.d_model": 512})),
+        *(
+            (2, {"batch_size": 16, "accumulation_steps": 8}),
+            (3, {"replicas": 3, "model.d_model": 512}),
+        ),
     ],
 )
 def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatch):

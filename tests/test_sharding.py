@@ -30,8 +30,13 @@ TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
 PAIRS = Pairs(*(Ragged.unpadded(np.asarray(side)) for side in (DATA.source, DATA.target)))
-CHANGES = {"heads": 8, "head_width": 4, "attention_bias": True}
-RECIPE = {"warmup_steps": 2, "dropout": 0.2, "attention_dropout": 0.1, "label_smoothing": 0.1}
+CHANGES = {"num_heads": 8, "d_k": 4, "attention_bias": True}
+RECIPE = {
+    "warmup_steps": 2,
+    "dropout_rate": 0.2,
+    "attention_dropout_rate": 0.1,
+    "label_smoothing": 0.1,
+}
 
 # Packed rows count segments and positions across the cuts of a row; batch norm and Muon look at
 # whole batches and matrices.
@@ -163,7 +168,7 @@ def test_every_dimension_that_a_rule_names_is_split(sizes):
         assert [size // way for size, way in zip(whole, ways, strict=True)] == [*part], name
         split += np.prod(ways) > 1
     assert (split > len(model.axes) / 3) == (sizes != (8, 1, 1))  # all matrices, or none
-    for name, axes in small_model(position="learned", tie_embeddings=False).axes.items():
+    for name, axes in small_model(position_encoding="learned", tie_embeddings=False).axes.items():
         if len(axes) > 1 and "position" not in axes:
             assert {RULES[axis] for axis in axes} - {None} == {"fsdp", "tensor"}, name
 
@@ -184,7 +189,7 @@ def test_moments_live_where_their_parameters_do(name):
 
 def test_context_divides_what_a_long_sequence_holds_on_a_device():
     """Bytes for the gradient at length 512: mostly scores, of whose queries each has a part."""
-    model = small_model(width=8, heads=2, ff_width=8)
+    model = small_model(d_model=8, num_heads=2, d_ff=8)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
     def loss(params, tokens):

@@ -28,19 +28,19 @@ def sweep_of(variants, **changes):
 
 
 def test_variants_are_every_combination_or_lists_in_step():
-    assert grid(model__norm=["layer", "rms"], model__layers=[1, 2]) == {
-        f"{norm}, {layers}": {"model.norm": norm, "model.layers": layers}
+    assert grid(model__norm=["layer", "rms"], model__num_layers=[1, 2]) == {
+        f"{norm}, {layers}": {"model.norm": norm, "model.num_layers": layers}
         for norm, layers in (("layer", 1), ("layer", 2), ("rms", 1), ("rms", 2))
     }
-    both = zipped(model__width=[32, 64], model__heads=[2, 4])
+    both = zipped(model__d_model=[32, 64], model__num_heads=[2, 4])
     assert list(both) == ["32, 2", "64, 4"]
-    assert both["64, 4"] == {"model.width": 64, "model.heads": 4}
-    named = combined({"": {}, "deep": {"model.layers": 4}}, {"rms": {"model.norm": "rms"}})
+    assert both["64, 4"] == {"model.d_model": 64, "model.num_heads": 4}
+    named = combined({"": {}, "deep": {"model.num_layers": 4}}, {"rms": {"model.norm": "rms"}})
     assert list(named) == ["rms", "deep, rms"]
 
 
 def test_runs_that_differ_in_numbers_alone_share_a_program():
-    dropped = {"model.dropout": 0.1, "optimizer.warmup_steps": 5}
+    dropped = {"model.dropout_rate": 0.1, "optimizer.warmup_steps": 5}
     slow, rms = {"optimizer.learning_rate": 1e-3}, {"model.norm": "rms"}
     variants = {"plain": {}, "slow": slow, "dropped": dropped, "rms": rms}
     shared, alone = plan(sweep_of(variants), most=8)
@@ -48,7 +48,7 @@ def test_runs_that_differ_in_numbers_alone_share_a_program():
         "replicas": 6,
         "per_replica.seed": (0, 1, 0, 1, 0, 1),
         "per_replica.learning_rate": (4e-3, 4e-3, 1e-3, 1e-3, 4e-3, 4e-3),
-        "per_replica.dropout": (0.0, 0.0, 0.0, 0.0, 0.1, 0.1),
+        "per_replica.dropout_rate": (0.0, 0.0, 0.0, 0.0, 0.1, 0.1),
         "per_replica.warmup_steps": (50, 50, 50, 50, 5, 5),
     }
     assert dict(alone.overrides) == rms | {"replicas": 2, "per_replica.seed": (0, 1)}
@@ -59,7 +59,7 @@ def test_runs_that_differ_in_numbers_alone_share_a_program():
         single = cfg.replica(k)
         assert single.seed == run.seed
         assert single.optimizer.learning_rate == (1e-3 if run.variant == "slow" else 4e-3)
-        assert single.model.dropout == (0.1 if run.variant == "dropped" else 0.0)
+        assert single.model.dropout_rate == (0.1 if run.variant == "dropped" else 0.0)
 
 
 def test_programs_are_no_larger_than_asked_of_even_size_and_have_safe_short_names():
@@ -87,7 +87,7 @@ def test_every_shipped_sweep_can_be_planned_and_says_how_it_is_run(name):
     [
         ({"variants": {"a": {"model.nrm": "rms"}}}, r"the sweep's variant 'a': .*nrm"),
         ({"variants": {"a": {"model.norm": "rmsnorm"}}}, r"model.norm=rmsnorm: choose one of"),
-        ({"variants": {"a": {"model.layers": "two"}}}, r"the sweep's variant 'a'"),
+        ({"variants": {"a": {"model.num_layers": "two"}}}, r"the sweep's variant 'a'"),
         ({"variants": {"a": {}}, "baseline": "b"}, r"baseline 'b' is none of its variants: a"),
         ({"variants": {"a": {}}, "seeds": 0}, r"seeds=0: it must be at least 1"),
         ({"variants": {"a": {}}, "config": "configs/nothing.py"}, r"there is no such file"),
@@ -102,9 +102,9 @@ def test_a_sweep_that_cannot_be_run_is_explained(sweep, message):
 def test_the_matched_width_comes_nearest_to_the_parameters_wanted():
     for cell in ("lstm", "gru"):
         recurrent = {"model.architecture": "recurrent", "model.cell": cell}
-        width = sizing.match_width(SMALL, recurrent)["model.width"]
+        width = sizing.match_width(SMALL, recurrent)["model.d_model"]
         wanted, widths = sizing.count(SMALL, {}), range(width - 8, width + 9, 4)
-        found = [sizing.count(SMALL, recurrent | {"model.width": w}) for w in widths]
+        found = [sizing.count(SMALL, recurrent | {"model.d_model": w}) for w in widths]
         off = {w: abs(n - wanted) for w, n in zip(widths, found, strict=True)}
         assert min(off, key=off.get) == width
         assert off[width] < 0.06 * wanted
@@ -251,7 +251,7 @@ from lab.sweeps.sweep import Sweep
 
 def get_sweep():
     every = {"save_every": 20, "eval_every": 20, "log_every": 20, "optimizer.warmup_steps": 5}
-    size = {"data.size": "tiny", "model.width": 16, "model.heads": 2, "model.ff_width": 32}
+    size = {"data.size": "tiny", "model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32}
     return Sweep(
         config="configs/ablations/small.py", baseline="layer", seeds=2, splits=("test_longer",),
         overrides={"steps": 60, "batch_size": 16} | every | size,

@@ -27,10 +27,10 @@ KNOBS = {
     "keep_checkpoints": 3,
     "decode_margin": 2,
     "data.size": "tiny",
-    "model.width": 16,
-    "model.heads": 2,
-    "model.ff_width": 32,
-    "model.dropout": 0.1,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.d_ff": 32,
+    "model.dropout_rate": 0.1,
     "optimizer.warmup_steps": 2,
     "mesh.data": 1,
 }
@@ -161,7 +161,7 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
     with pytest.raises(UserError, match=r"another config \(optimizer.beta1: 0.9 → 0.8; steps: 14"):
         run(folder, data_dir, steps=16, optimizer__beta1=0.8)
     with pytest.raises(UserError, match="14 is of another config"):
-        run(folder, data_dir, allow_changes=True, steps=16, model__ff_width=64)
+        run(folder, data_dir, allow_changes=True, steps=16, model__d_ff=64)
     with pytest.raises(UserError, match="has seed 0 and step 14"):
         run(folder, data_dir, allow_changes=True, steps=16, seed=5)
     for path, content in before.items():

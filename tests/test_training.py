@@ -25,8 +25,8 @@ DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 def small_recipe(**changes):
     """The default recipe with changes by name."""
     knobs: Any = default_config().optimizer
-    numbers = {"label_smoothing": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
-    own = {"steps": 100, "ema_decay": 0.0, "accumulate": 1, "max_skipped": 0}
+    numbers = {"label_smoothing": 0.0, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    own = {"steps": 100, "ema_decay": 0.0, "accumulation_steps": 1, "max_skipped": 0}
     for name, value in changes.items():
         next(each for each in (numbers, own, knobs) if name in each)[name] = value
     numbers |= {name: knobs[name] for name in ("learning_rate", "warmup_steps", "weight_decay")}
@@ -66,8 +66,8 @@ INIT, run = jax.jit(partial(init_state, MODEL, RECIPE)), runner(MODEL, RECIPE)
 SMOOTHING = 0.1
 
 
-def start(seed=0, dropout=0.2, attention_dropout=0.1, label_smoothing=SMOOTHING):
-    numbers = {"dropout": dropout, "attention_dropout": attention_dropout}
+def start(seed=0, dropout_rate=0.2, attention_dropout_rate=0.1, label_smoothing=SMOOTHING):
+    numbers = {"dropout_rate": dropout, "attention_dropout_rate": attention_dropout}
     numbers = jax.tree.map(jnp.float32, numbers | {"label_smoothing": label_smoothing})
     return INIT(jnp.uint32(seed), numbers)
 
@@ -94,7 +94,7 @@ def test_a_seed_decides_everything():
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
 def test_dropout_differs_from_step_to_step(rate):
     """The losses of the same parameters and batch."""
-    state = start(**{"dropout": 0.0, "attention_dropout": 0.0, rate: 0.5})
+    state = start(**{"dropout_rate": 0.0, "attention_dropout_rate": 0.0, rate: 0.5})
     same = jax.tree.map(lambda tokens: jnp.repeat(tokens[:1], len(tokens), axis=0), DATA)
     at = [state._replace(step=jnp.int32(step)) for step in range(5)]
     assert len({float(run(each, 1, data=same)[1]["loss"]) for each in at}) == 5
@@ -102,7 +102,7 @@ def test_dropout_differs_from_step_to_step(rate):
 
 def test_the_gradient_is_of_the_mean_over_real_tokens():
     """By hand, of the batch without its padding, which changes nothing."""
-    state = start(dropout=0.0, attention_dropout=0.0)
+    state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
     state = state._replace(average=jax.tree.map(jnp.zeros_like, state.params))  # it is not taken
     batch = batch_of(state, DATA, 0)
     source, target = (int(side.sum(1).max()) for side in (batch.source_segments, batch.weights))
@@ -127,7 +127,7 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
 
 
 def test_a_few_strings_are_learnt_by_heart():
-    state, first = run(start(dropout=0.0, attention_dropout=0.0, label_smoothing=0.0), 1)
+    state, first = run(start(dropout_rate=0.0, attention_dropout_rate=0.0, label_smoothing=0.0), 1)
     last = run(run(state, 95)[0], 3)[1]
     assert first["loss"] / first["tokens"] > 3.0
     assert last["loss"] / last["tokens"] < 0.5
@@ -150,7 +150,7 @@ def test_the_average_follows_its_formula_and_evaluation_uses_it():
 
 
 def test_batch_norm_gathers_statistics_and_validation_uses_them():
-    model, recipe, init = pieces(norm="batch", position="none")
+    model, recipe, init = pieces(norm="batch", position_encoding="none")
     before, run = init(jnp.uint32(0)), runner(model, recipe)
     after = run(before, 5)[0]
     # One norm before each of 5 sublayers, one at the end of each stack; mean and variance.
@@ -184,8 +184,8 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
 
 def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own():
     """Parts have different numbers of tokens, and weigh accordingly."""
-    in_parts = jax.jit(make_train_step(MODEL, replace(RECIPE, accumulate=3)))
-    state = start(dropout=0.0, attention_dropout=0.0)
+    in_parts = jax.jit(make_train_step(MODEL, replace(RECIPE, accumulation_steps=3)))
+    state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
     batch = batch_of(state, DATA, 0)
     assert len(set(batch.weights.sum(1).tolist())) > 1
     whole, expected = run(state, 1)
@@ -195,11 +195,11 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
     for name, value in whole.moments[0].mu.items():
         np.testing.assert_allclose(parts.moments[0].mu[name], value, rtol=1e-4, atol=1e-6)
 
-    state = start(dropout=0.5, attention_dropout=0.0, label_smoothing=0.0)
+    state = start(dropout_rate=0.5, attention_dropout_rate=0.0, label_smoothing=0.0)
     single = jax.tree.map(lambda x: x[:1], BATCH)
     alike = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), single)
     keys = jax.random.split(jax.random.fold_in(training.stream(jnp.uint32(0), "dropout"), 0), 3)
-    model = small_model(dropout=0.5)
+    model = small_model(dropout_rate=0.5)
     logits = jax.vmap(lambda key: logits_of(model, state.params, single, key))(keys)
     losses = [
         (cross_entropy(each, single.target_out).nll * single.weights).sum() for each in logits
@@ -210,7 +210,7 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
 
 def test_parts_take_less_memory():
     def taken(accumulate):
-        model, recipe, init = pieces({"accumulate": accumulate, "name": "sgd"})
+        model, recipe, init = pieces({"accumulation_steps": accumulate, "name": "sgd"})
         batch = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), BATCH)
         step = jax.jit(make_train_step(model, recipe))
         compiled = step.lower(jax.eval_shape(init, jnp.uint32(0)), batch).compile()

@@ -31,7 +31,7 @@ from transformer.training.interruption import RESUME, Interrupted, end_with_pare
 GRACE = 5  # seconds for the other processes to stop too, after an error
 # What to do when memory is full.
 SMALLER = (
-    "lower batch_size or model.width, take the batch in parts by accumulate, or compute anew in "
+    "lower batch_size or model.d_model, take the batch in parts by accumulate, or compute anew in "
     "the gradient by model.remat (docs/performance.md)"
 )
 # What JAX's own variables may ask for, and no program here could do: another value of these.
@@ -156,7 +156,11 @@ def set_up_jax(config: RunConfig | None = None) -> None:
         if config.replicas > 1:
             parts = config.replicas
         else:
-            parts = config.batch_size // config.accumulate if config.model.width <= SMALL else 1
+            parts = (
+                config.batch_size // config.accumulation_steps
+                if config.model.d_model <= SMALL
+                else 1
+            )
         number = max(n for n in range(1, cores() + 1) if parts % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")

@@ -19,6 +19,7 @@ from transformer.inference.evaluation import BETTER
 from transformer.inference.text_metrics import METRICS
 from transformer.modules.config import TABLES, ModelConfig
 from transformer.parallel.sharding import MeshConfig
+from transformer.renamed import KNOBS
 from transformer.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from transformer.training.step import Hyperparameters, Recipe
 
@@ -31,7 +32,7 @@ RANGES = {
     "replicas": (1, 10_000),
     "steps": (1, 2**31 - 1),
     "batch_size": (1, 2**20),
-    "accumulate": (1, 2**20),
+    "accumulation_steps": (1, 2**20),
     "max_skipped_steps": (0, 2**31 - 2),
     "log_every": (1, 2**31 - 1),
     "eval_every": (1, 2**31 - 1),
@@ -50,7 +51,7 @@ FREE_KNOBS = {
     "best_metric",
     "data.metrics",
     "data.bleu_tokenizer",
-    "data.workers",
+    "data.num_workers",
 }
 FREE_SECTIONS = {"mesh"}
 
@@ -85,8 +86,8 @@ class PerReplica:
     warmup_steps: Sequence[Any] = ()
     weight_decay: Sequence[Any] = ()
     label_smoothing: Sequence[Any] = ()
-    dropout: Sequence[Any] = ()
-    attention_dropout: Sequence[Any] = ()
+    dropout_rate: Sequence[Any] = ()
+    attention_dropout_rate: Sequence[Any] = ()
 
     def __post_init__(self):
         for each in fields(self):
@@ -116,7 +117,7 @@ class RunConfig:
     replicas: int = 1  # runs trained at once in one program, with seeds seed, seed + 1, …
     steps: int = 1_800  # updates in all; schedules end here
     batch_size: int = 128  # rows a step, over all devices
-    accumulate: int = 1  # parts of a batch, taken one after another to save memory
+    accumulation_steps: int = 1  # parts of a batch, taken one after another to save memory
     max_skipped_steps: int = 0  # left out, for a NaN or Inf in them, before the run stops
     debug_nans: bool = False  # a run that stops for a NaN or Inf says which operation made it
     log_every: int = 100  # steps
@@ -146,14 +147,14 @@ class RunConfig:
                 f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
                 "where the order of the data would repeat; lower one of them"
             )
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.accumulation_steps:
             raise UserError(
-                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; "
+                f"accumulation_steps={self.accumulation_steps} does not divide batch_size={self.batch_size}; "
                 "choose one that does"
             )
-        if self.accumulate > 1 and self.model.norm == "batch":
+        if self.accumulation_steps > 1 and self.model.norm == "batch":
             raise UserError(
-                f"accumulate={self.accumulate}: model.norm=batch needs the whole batch at once; "
+                f"accumulation_steps={self.accumulation_steps}: model.norm=batch needs the whole batch at once; "
                 "set it to 1, or choose another norm"
             )
         if self.model.tie_embeddings and self.data.target_tokenizer is not None:
@@ -161,9 +162,9 @@ class RunConfig:
                 f"data.target_tokenizer={self.data.target_tokenizer}: model.tie_embeddings=True "
                 "needs one vocabulary for source, target and logits; set it to False"
             )
-        if self.data.pack and self.model.architecture == "recurrent":
+        if self.data.pack_length and self.model.architecture == "recurrent":
             raise UserError(
-                f"data.pack={self.data.pack}: model.architecture=recurrent reads one example a "
+                f"data.pack_length={self.data.pack_length}: model.architecture=recurrent reads one example a "
                 "row; set it to 0"
             )
         inside = self.mesh.fsdp, self.mesh.tensor, self.mesh.context
@@ -221,7 +222,7 @@ class RunConfig:
             )
             for section, names in {
                 "optimizer": ("learning_rate", "warmup_steps", "weight_decay"),
-                "model": ("dropout", "attention_dropout"),
+                "model": ("dropout_rate", "attention_dropout_rate"),
             }.items()
         }
         return replace(self, replicas=1, per_replica=PerReplica(), **inside, **own)
@@ -233,14 +234,14 @@ class RunConfig:
             warmup_steps=self.optimizer.warmup_steps,
             weight_decay=self.optimizer.weight_decay,
             label_smoothing=self.label_smoothing,
-            dropout=self.model.dropout,
-            attention_dropout=self.model.attention_dropout,
+            dropout_rate=self.model.dropout_rate,
+            attention_dropout_rate=self.model.attention_dropout_rate,
         )
         return Recipe(
             optimizer=self.optimizer,
             steps=self.steps,
             ema_decay=self.ema_decay,
-            accumulate=self.accumulate,
+            accumulation_steps=self.accumulation_steps,
             max_skipped=self.max_skipped_steps,
             numbers=numbers,
         )
@@ -324,7 +325,8 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
       UserError: it has a knob that this version does not know.
     """
     config = default_config()
-    knobs = {k: value for k, value in flat_knobs(ConfigDict(saved)).items() if k not in GONE}
+    old = flat_knobs(ConfigDict(saved))
+    knobs = {KNOBS.get(name, name): value for name, value in old.items() if name not in GONE}
     known = flat_knobs(config)
     for name in knobs:
         if name not in known:

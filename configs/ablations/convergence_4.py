@@ -11,7 +11,7 @@ from lab.sweeps.sweep import Sweep, combined
 
 def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence[float]) -> Sweep:
     """The norms in a deep and in a shallow stack, each at the same few learning rates."""
-    depths = {f"{n} layer{'s' * (n > 1)}": {"model.layers": n} for n in (4, 1)}
+    depths = {f"{n} layer{'s' * (n > 1)}": {"model.num_layers": n} for n in (4, 1)}
     learning_rates = {str(rate): {"optimizer.learning_rate": rate} for rate in rates}
     norms = {name: {"model.norm": name} for name in ("layer", "batch", "none")}
 
@@ -25,8 +25,8 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
             "save_every": steps,
             "data.validation": "validation[:500]",
             # Narrow, so that four layers cost what one of width 64 does.
-            "model.width": 32,
-            "model.ff_width": 128,
+            "model.d_model": 32,
+            "model.d_ff": 128,
             # One that knows no end, so that the way to the target does not depend on how long
             # a run was meant to be.
             "optimizer.schedule": "inverse_sqrt",

@@ -10,18 +10,14 @@ from lab.sweeps.sweep import PaperRow, Sweep
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        overrides={"model.value_width": 16},
-        variants={f"d_k {width}": {"model.head_width": width} for width in (1, 2, 4, 8, 16, 32)},
+        overrides={"model.d_v": 16},
+        variants={f"d_k {width}": {"model.d_k": width} for width in (1, 2, 4, 8, 16, 32)},
         baseline="d_k 16",
         seeds=5,
         paper={
             "base, d_k 64": PaperRow(millions=65),
-            "d_k 16": PaperRow(
-                overrides={"model.head_width": 16, "model.value_width": 64}, millions=58
-            ),
-            "d_k 32": PaperRow(
-                overrides={"model.head_width": 32, "model.value_width": 64}, millions=60
-            ),
+            "d_k 16": PaperRow(overrides={"model.d_k": 16, "model.d_v": 64}, millions=58),
+            "d_k 32": PaperRow(overrides={"model.d_k": 32, "model.d_v": 64}, millions=60),
         },
         note="4 heads throughout, with values of width 16; the paper has 8 with values of 64.",
     )

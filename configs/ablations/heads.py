@@ -12,11 +12,11 @@ def get_sweep():
     paper = {1: 512, 4: 128, 8: 64, 16: 32, 32: 16}
     return Sweep(
         config="configs/ablations/small.py",
-        variants={names[n]: {"model.heads": n} for n in (1, 2, 4, 8, 16)},
+        variants={names[n]: {"model.num_heads": n} for n in (1, 2, 4, 8, 16)},
         baseline="4 heads",
         seeds=5,
         paper={
-            f"{names[n]} of {width}": PaperRow(overrides={"model.heads": n})
+            f"{names[n]} of {width}": PaperRow(overrides={"model.num_heads": n})
             for n, width in paper.items()
         },
         note="Width 64 throughout, so that N heads are 64/N wide. The paper's baseline is 8 of 64.",

@@ -10,12 +10,12 @@ from lab.sweeps.sweep import PaperRow, Sweep
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        variants={name: {"model.position": name} for name in ("sinusoidal", "learned")},
+        variants={name: {"model.position_encoding": name} for name in ("sinusoidal", "learned")},
         baseline="sinusoidal",
         seeds=10,
         paper={
             "base, sinusoidal": PaperRow(millions=65),
-            "learned": PaperRow(overrides={"model.position": "learned"}),
+            "learned": PaperRow(overrides={"model.position_encoding": "learned"}),
         },
         note="The paper finds no difference. `learned` adds 2 · `max_length` · D parameters.",
     )

@@ -11,7 +11,7 @@ def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
         # Deep for its width: where norms stand matters more, the more layers there are.
-        overrides={"model.layers": 4, "model.width": 32, "model.ff_width": 128, "batch_size": 32},
+        overrides={"model.num_layers": 4, "model.d_model": 32, "model.d_ff": 128, "batch_size": 32},
         variants=combined(
             {name: {"model.norm": name} for name in ("layer", "rms", "batch")},
             {name: {"model.norm_placement": name} for name in ("pre", "post", "both")},

@@ -17,9 +17,9 @@ def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
         overrides=REACH,
-        variants={kind: {"model.position": kind} for kind in KINDS}
+        variants={kind: {"model.position_encoding": kind} for kind in KINDS}
         | {
-            f"{kind}, random": {"model.position": kind, **RANDOM}
+            f"{kind}, random": {"model.position_encoding": kind, **RANDOM}
             for kind in ("sinusoidal", "learned", "rotary", "relative")
         },
         baseline="sinusoidal",

@@ -40,7 +40,7 @@ def get_sweep():
         note=(
             "Five learning rates each, so that each has its own best. Widths are chosen for as "
             "many parameters as the Transformer has: "
-            + ", ".join(f"{name} {each['model.width']}" for name, each in recurrent.items())
+            + ", ".join(f"{name} {each['model.d_model']}" for name, each in recurrent.items())
             + "."
         ),
     )

@@ -10,31 +10,31 @@ from lab.sweeps.sweep import PaperRow, Sweep
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        overrides={"model.width": 32, "model.ff_width": 128},
+        overrides={"model.d_model": 32, "model.d_ff": 128},
         variants={
             "base": {},
-            "2 layers": {"model.layers": 2},
-            "4 layers": {"model.layers": 4},
-            "width 16": {"model.width": 16},
-            "width 64": {"model.width": 64},
-            "ff 64": {"model.ff_width": 64},
-            "ff 256": {"model.ff_width": 256},
+            "2 layers": {"model.num_layers": 2},
+            "4 layers": {"model.num_layers": 4},
+            "width 16": {"model.d_model": 16},
+            "width 64": {"model.d_model": 64},
+            "ff 64": {"model.d_ff": 64},
+            "ff 256": {"model.d_ff": 256},
         },
         baseline="base",
         seeds=5,
         paper={
             "base": PaperRow(millions=65),
-            "2 layers": PaperRow(overrides={"model.layers": 2}, millions=36),
-            "4 layers": PaperRow(overrides={"model.layers": 4}, millions=50),
-            "8 layers": PaperRow(overrides={"model.layers": 8}, millions=80),
+            "2 layers": PaperRow(overrides={"model.num_layers": 2}, millions=36),
+            "4 layers": PaperRow(overrides={"model.num_layers": 4}, millions=50),
+            "8 layers": PaperRow(overrides={"model.num_layers": 8}, millions=80),
             "width 256, d_k 32": PaperRow(
-                overrides={"model.width": 256, "model.head_width": 32}, millions=28
+                overrides={"model.d_model": 256, "model.d_k": 32}, millions=28
             ),
             "width 1024, d_k 128": PaperRow(
-                overrides={"model.width": 1024, "model.head_width": 128}, millions=168
+                overrides={"model.d_model": 1024, "model.d_k": 128}, millions=168
             ),
-            "ff 1024": PaperRow(overrides={"model.ff_width": 1024}, millions=53),
-            "ff 4096": PaperRow(overrides={"model.ff_width": 4096}, millions=90),
+            "ff 1024": PaperRow(overrides={"model.d_ff": 1024}, millions=53),
+            "ff 4096": PaperRow(overrides={"model.d_ff": 4096}, millions=90),
         },
         note="The baseline has 1 layer of width 32 with a feed-forward of 128, 4 heads throughout.",
     )

@@ -24,11 +24,11 @@ class DataConfig:
     tokenizer: str = "characters"  # transformer/data/tokenizer.py: TOKENIZERS
     target_tokenizer: str | None = None  # None: one for both languages
     vocab_size: int = 8_000  # pieces to learn, at most, for bpe and unigram
-    longest: int = 0  # tokens; longer examples are left out of training; 0: none is
+    max_length: int = 0  # tokens; longer examples are left out of training; 0: none is
     metrics: Sequence[str] = ()  # of decoded text; transformer/inference/text_metrics.py: METRICS
     bleu_tokenizer: str = "13a"  # sacrebleu's; of Chinese zh, of Japanese ja-mecab or char
-    workers: int = 0  # processes that make batches on the host; 0: all rows lie on devices
-    pack: int = 0  # tokens a row of training, with as many examples as fit; 0: one a row
+    num_workers: int = 0  # processes that make batches on the host; 0: all rows lie on devices
+    pack_length: int = 0  # tokens a row of training, with as many examples as fit; 0: one a row
 
     def __post_init__(self):
         choose(toy.TASKS, self.task, "data.task")
@@ -43,9 +43,9 @@ class DataConfig:
             choose(METRICS, str(name), "data.metrics")
         choose(dict.fromkeys(BLEU_TOKENIZERS), self.bleu_tokenizer, "data.bleu_tokenizer")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
-        within("data.longest", self.longest, 0, 2**20)
-        within("data.workers", self.workers, 0, 1_000)
-        within("data.pack", self.pack, 0, 2**20)
+        within("data.max_length", self.max_length, 0, 2**20)
+        within("data.num_workers", self.num_workers, 0, 1_000)
+        within("data.pack_length", self.pack_length, 0, 2**20)
 
     def fields(self) -> tuple[str, str]:
         """What the dataset calls a pair's texts."""

@@ -81,8 +81,8 @@ def pack(rows: Rows, length: int) -> Rows:
     """
     if max(rows.widths) > length:
         raise UserError(
-            f"data.pack={length}: the longest example has {max(rows.widths)} tokens, its end "
-            "included; raise it to that, or to 0 for an example a row; data.longest leaves "
+            f"data.pack_length={length}: the longest example has {max(rows.widths)} tokens, its end "
+            "included; raise it to that, or to 0 for an example a row; data.max_length leaves "
             "longer ones out"
         )
     pairs = rows.members.values
@@ -177,7 +177,7 @@ def learnable(pairs: Pairs, longest: int) -> tuple[Int[np.ndarray, "kept"], dict
     (kept,) = np.nonzero(~(empty | long))
     if not kept.size:
         raise UserError(
-            f"data.longest={longest}: no example is left, {said(counts)} being left out; raise it, "
+            f"data.max_length={longest}: no example is left, {said(counts)} being left out; raise it, "
             "or set it to 0"
         )
     return kept, counts

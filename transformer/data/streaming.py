@@ -164,7 +164,7 @@ class Stream:
             reason = " ".join(str(window).split())[:200]
             raise UserError(
                 f"the processes that make batches have ended: {reason}; the same command goes on "
-                "from the last checkpoint; with data.workers=0 there are none"
+                "from the last checkpoint; with data.num_workers=0 there are none"
             ) from window
         self.held, self.end = window, min(step + self.most, self.steps)
         return window, self.end - step

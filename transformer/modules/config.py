@@ -29,13 +29,13 @@ DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
 # The most that a size may be: what is above is a slip of the finger.
 SIZES = {
-    "layers": 1_000,
-    "width": 2**20,
-    "heads": 2**20,
-    "head_width": 2**20,
-    "value_width": 2**20,
-    "kv_heads": 2**20,
-    "ff_width": 2**20,
+    "num_layers": 1_000,
+    "d_model": 2**20,
+    "num_heads": 2**20,
+    "d_k": 2**20,
+    "d_v": 2**20,
+    "num_kv_heads": 2**20,
+    "d_ff": 2**20,
     "max_length": 2**20,
     "window": 2**20,
 }
@@ -53,10 +53,10 @@ TABLES: dict[str, dict[str, Any]] = {
     "architecture": {name: name for name in ARCHITECTURES},
     "feed_forward": FEED_FORWARDS,
     "cell": CELLS,
-    "init": INITIALIZERS,
+    "kernel_init": INITIALIZERS,
     "norm": NORMS,
     "norm_placement": {name: name for name in NORM_PLACEMENTS},
-    "position": POSITIONS,
+    "position_encoding": POSITIONS,
     "attention_backend": ATTENTION_BACKENDS,
     "remat": REMATS,
     "dtype": DTYPES,
@@ -72,29 +72,29 @@ class ModelConfig:
     """
 
     architecture: str = "transformer"  # transformer/modules/config.py: ARCHITECTURES
-    layers: int = 1  # L, of the encoder and of the decoder
-    width: int = 64  # D
-    heads: int = 4  # N
-    head_width: int | None = None  # H, d_k; None: width / heads
-    value_width: int | None = None  # E, d_v; None: head_width
-    kv_heads: int | None = None  # K, of keys and values; None: heads
-    ff_width: int = 256  # F; the gated kinds have 2/3 of it, and as many parameters
+    num_layers: int = 1  # L, of the encoder and of the decoder
+    d_model: int = 64  # D
+    num_heads: int = 4  # N
+    d_k: int | None = None  # H, d_k; None: d_model / num_heads
+    d_v: int | None = None  # E, d_v; None: d_k
+    num_kv_heads: int | None = None  # K, of keys and values; None: num_heads
+    d_ff: int = 256  # F; the gated kinds have 2/3 of it, and as many parameters
     feed_forward: str = "relu"  # transformer/modules/layers.py: FEED_FORWARDS
     cell: str = "lstm"  # of the recurrent architecture; transformer/modules/recurrent.py: CELLS
-    init: str = "glorot_uniform"  # transformer/modules/layers.py: INITIALIZERS
-    dropout: float = 0.0  # on each sublayer's output and on the embedded tokens
-    attention_dropout: float = 0.0  # on the attention weights
+    kernel_init: str = "glorot_uniform"  # transformer/modules/layers.py: INITIALIZERS
+    dropout_rate: float = 0.0  # on each sublayer's output and on the embedded tokens
+    attention_dropout_rate: float = 0.0  # on the attention weights
     norm: str = "layer"  # transformer/modules/normalization.py: NORMS
     norm_placement: str = "pre"  # pre (Xiong 2020), post (Vaswani 2017) or both
     norm_epsilon: float = 1e-6  # added to the variance
-    position: str = "sinusoidal"  # transformer/modules/positions.py: POSITIONS
+    position_encoding: str = "sinusoidal"  # transformer/modules/positions.py: POSITIONS
     max_length: int = 512  # tokens, where positions are learned or random
     random_positions: int = 0  # draw them from so many in training (Ruoss 2023); 0: do not
     window: int | None = None  # self-attention reaches less far; None: all
     tie_embeddings: bool = True  # one table for source, target and logits
     separate_vocabularies: bool = True  # each side's table has its own size; False: the larger
     attention_bias: bool = False  # on the four projections of attention
-    qk_norm: bool = False  # RMS norm of queries and keys, head by head
+    normalize_qk: bool = False  # RMS norm of queries and keys, head by head
     qk_norm_epsilon: float | None = None  # of that norm; None: norm_epsilon
     fused_qkv: bool = False  # queries, keys and values of a sequence in one product
     attention_backend: str = "einsum"  # in transformer/modules/dot_product_attention.py
@@ -109,7 +109,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 within(f"model.{name}", getattr(self, name), 1, most)
         within("model.random_positions", self.random_positions, 0, 2**20)
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout_rate", "attention_dropout_rate"):
             rate = getattr(self, name)
             self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
         # In float32, which the norms compute in.
@@ -121,7 +121,7 @@ class ModelConfig:
         self.check_positions()
         if self.architecture == "recurrent":
             even = "each direction of the encoder takes half: choose an even one"
-            self.require("width", self.width % 2 == 0, even)
+            self.require("d_model", self.d_model % 2 == 0, even)
 
     def require(self, name: str, holds: bool, remedy: str) -> None:
         """Raises a UserError about a knob unless a condition holds."""
@@ -130,23 +130,23 @@ class ModelConfig:
 
     def check_attention(self) -> None:
         """Raises a UserError if heads and what goes with them do not fit each other."""
-        if (self.head_width is None or self.architecture == "recurrent") and (
-            self.width % self.heads
+        if (self.d_k is None or self.architecture == "recurrent") and (
+            self.d_model % self.num_heads
         ):
             raise UserError(
-                f"model.heads={self.heads} does not divide model.width={self.width}; "
-                "choose heads that do, or set model.head_width"
+                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
+                "choose heads that do, or set model.d_k"
             )
-        if self.heads % (self.kv_heads or self.heads):
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise UserError(
-                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; "
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
                 "choose one that does"
             )
-        if self.attention_dropout > 0.0 and (
+        if self.attention_dropout_rate > 0.0 and (
             self.attention_backend not in FLEXIBLE_BACKENDS or self.architecture == "recurrent"
         ):
             raise UserError(
-                f"model.attention_dropout={self.attention_dropout}: only the Transformer with "
+                f"model.attention_dropout_rate={self.attention_dropout_rate}: only the Transformer with "
                 f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} drops attention "
                 "weights; choose it, or set the rate to 0"
             )
@@ -160,37 +160,37 @@ class ModelConfig:
             self.attention_backend not in FLEXIBLE_BACKENDS
         ):
             raise UserError(
-                f"model.value_width={self.value_width} is not model.head_width, which only "
+                f"model.d_v={self.d_v} is not model.d_k, which only "
                 f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} can do; choose it"
             )
 
     def check_positions(self) -> None:
         """Raises a UserError if positions do not fit the widths or their range."""
         for knob, size, kind in (
-            ("width", self.width, "sinusoidal"),
-            ("head_width", self.attention_width(), "rotary"),
+            ("d_model", self.d_model, "sinusoidal"),
+            ("d_k", self.attention_width(), "rotary"),
         ):
-            if self.position == kind and size % 2:
+            if self.position_encoding == kind and size % 2:
                 raise UserError(
                     f"model.{knob}={size} is odd: {kind} positions come in pairs of sine and "
-                    f"cosine; choose an even one or another model.position"
+                    f"cosine; choose an even one or another model.position_encoding"
                 )
         if self.random_positions and not (
-            self.max_length <= self.random_positions and self.position != "none"
+            self.max_length <= self.random_positions and self.position_encoding != "none"
         ):
             raise UserError(
                 f"model.random_positions={self.random_positions}: positions are drawn from so "
-                f"many, at least model.max_length={self.max_length}, and need a model.position "
+                f"many, at least model.max_length={self.max_length}, and need a model.position_encoding "
                 "other than none; 0 draws none"
             )
 
     def attention_width(self) -> int:
         """H, the width of a head's queries and keys."""
-        return self.head_width or self.width // self.heads
+        return self.d_k or self.d_model // self.num_heads
 
     def values_width(self) -> int:
         """E, the width of a head's values."""
-        return self.value_width or self.attention_width()
+        return self.d_v or self.attention_width()
 
     def backend_at(self, length: int) -> str:
         """The attention backend in training at this length, on this platform; `auto`'s choice."""
@@ -201,8 +201,9 @@ class ModelConfig:
             DTYPES[self.dtype],
             self.attention_width(),
             (length, length),
-            biased=POSITIONS[self.position].bias is not Position.bias,
-            flexible=self.attention_dropout > 0.0 or self.values_width() != self.attention_width(),
+            biased=POSITIONS[self.position_encoding].bias is not Position.bias,
+            flexible=self.attention_dropout_rate > 0.0
+            or self.values_width() != self.attention_width(),
         )
 
     def attention_widths(self) -> tuple[int, int]:
@@ -211,13 +212,13 @@ class ModelConfig:
 
     def reach(self, length: int) -> int:
         """`length`, or as many tokens as there are positions for."""
-        limited = POSITIONS[self.position].limited or self.random_positions > 0
+        limited = POSITIONS[self.position_encoding].limited or self.random_positions > 0
         return min(length, self.max_length) if limited else length
 
     def check_length(self, length: int, what: str) -> None:
         """Raises a UserError if positions do not reach to `length` tokens."""
         if self.reach(length) < length:
             raise UserError(
-                f"{what}: {length} tokens, and model.position={self.position} reaches to "
+                f"{what}: {length} tokens, and model.position_encoding={self.position_encoding} reaches to "
                 f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
             )

@@ -60,12 +60,12 @@ class Transformer(nnx.Module):
         self, config: ModelConfig, vocab_size: int, target_vocab_size: int, *, rngs: nnx.Rngs
     ):
         def make_embedding(size: int):
-            return Embedding(size, config.width, dtype=DTYPES[config.dtype], rngs=rngs)
+            return Embedding(size, config.d_model, dtype=DTYPES[config.dtype], rngs=rngs)
 
         def make_position(causal: bool):
-            return POSITIONS[config.position](
-                config.width,
-                config.heads,
+            return POSITIONS[config.position_encoding](
+                config.d_model,
+                config.num_heads,
                 causal=causal,
                 max_length=config.random_positions or config.max_length,
                 rngs=rngs,
@@ -186,12 +186,12 @@ class Transformer(nnx.Module):
         hypotheses: int = 1,
     ) -> Cache:
         """An empty cache for decoding up to `length` target positions of each hypothesis."""
-        heads, entries = self.config.kv_heads or self.config.heads, length * hypotheses
+        heads, entries = self.config.num_kv_heads or self.config.num_heads, length * hypotheses
         shape, widths = (len(memory), heads, entries), self.config.attention_widths()
         empty = KeyValue(*(jnp.zeros((*shape, width), memory.dtype) for width in widths))
         return Cache(
             filled=jnp.zeros((), jnp.int32),
-            decoded=(empty,) * self.config.layers,
+            decoded=(empty,) * self.config.num_layers,
             own=jnp.zeros((len(memory), hypotheses, entries), bool),
             memory=self.decoder.project_memory(memory),
             source_segments=source_segments,
@@ -251,9 +251,9 @@ def recurrent(
     return Recurrent(
         vocab_size,
         target_vocab_size,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
+        width=config.d_model,
+        layers=config.num_layers,
+        heads=config.num_heads,
         cell=config.cell,
         tie_embeddings=config.tie_embeddings,
         backend=config.attention_backend,

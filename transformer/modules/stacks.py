@@ -28,16 +28,16 @@ Maps = dict[str, list[Array]]
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
     """Multi-head attention of the model's sizes."""
     return MultiHeadAttention(
-        config.width,
-        config.heads,
+        config.d_model,
+        config.num_heads,
         config.attention_width(),
         value_width=config.values_width(),
-        kv_heads=config.kv_heads or config.heads,
+        kv_heads=config.num_kv_heads or config.num_heads,
         use_bias=config.attention_bias,
-        qk_norm=config.qk_norm,
+        qk_norm=config.normalize_qk,
         epsilon=config.qk_norm_epsilon or config.norm_epsilon,
         fused=config.fused_qkv,
-        init=INITIALIZERS[config.init],
+        init=INITIALIZERS[config.kernel_init],
         backend=config.attention_backend,
         dtype=DTYPES[config.dtype],
         rngs=rngs,
@@ -47,10 +47,10 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
 def make_feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
     """The feed-forward sublayer of the model's sizes."""
     return FeedForward(
-        config.width,
-        config.ff_width,
+        config.d_model,
+        config.d_ff,
         kind=config.feed_forward,
-        init=INITIALIZERS[config.init],
+        init=INITIALIZERS[config.kernel_init],
         dtype=DTYPES[config.dtype],
         rngs=rngs,
     )
@@ -59,7 +59,7 @@ def make_feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
 def make_residual(config: ModelConfig) -> Residual:
     """The connection around one sublayer."""
     return Residual(
-        config.width,
+        config.d_model,
         norm=config.norm,
         epsilon=config.norm_epsilon,
         placement=config.norm_placement,
@@ -205,7 +205,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final_norm = final_norm(config)
 
     def __call__(
@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final_norm = final_norm(config)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
@@ -291,4 +291,4 @@ def final_norm(config: ModelConfig) -> Any:
     """The norm after a stack whose stream nothing else has normalised; None with post-norm."""
     if config.norm_placement == "post":
         return None
-    return NORMS[config.norm](config.width, epsilon=config.norm_epsilon)
+    return NORMS[config.norm](config.d_model, epsilon=config.norm_epsilon)

@@ -148,7 +148,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size % ways:
         among = f"mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}"
-        among += f" × accumulate={accumulate}" if accumulate > 1 else ""
+        among += f" × accumulation_steps={accumulate}" if accumulate > 1 else ""
         raise UserError(
             f"batch_size={batch_size} does not divide among {among}; choose a multiple of {ways}"
         )
@@ -164,7 +164,7 @@ def check_memory(state: Any) -> None:
     if needed > there:
         raise UserError(
             f"the parameters and the optimizer's state take {needed / 2**30:,.1f} GiB of a device "
-            f"that has {there / 2**30:,.1f}; lower model.width, model.ff_width or model.layers, or "
+            f"that has {there / 2**30:,.1f}; lower model.d_model, model.d_ff or model.num_layers, or "
             "split them over more devices by mesh.fsdp or mesh.tensor (scripts/plan.py)"
         )
 

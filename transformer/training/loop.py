@@ -65,7 +65,7 @@ def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:
         init=jax.jit(each(partial(init_state, model, recipe), 0, 0), out_shardings=where),
         train_steps=jax.jit(
             # Batches that come from the host are each replica's own.
-            each(train_steps, 0, 0, 0 if cfg.data.workers else None, None),
+            each(train_steps, 0, 0, 0 if cfg.data.num_workers else None, None),
             donate_argnums=0,
             out_shardings=(where, everywhere),
         ),

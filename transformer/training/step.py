@@ -42,8 +42,8 @@ class Hyperparameters(NamedTuple):
     warmup_steps: Any
     weight_decay: Any
     label_smoothing: Any
-    dropout: Any
-    attention_dropout: Any
+    dropout_rate: Any
+    attention_dropout_rate: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Recipe:
     optimizer: its structure.
     steps: how many updates there are, where schedules end.
     ema_decay: of the moving average of the parameters; 0.0: there is none.
-    accumulate: parts that a batch is taken in, one after another.
+    accumulation_steps: parts that a batch is taken in, one after another.
     max_skipped: steps that a run may leave out because a number in them is not finite.
     numbers: the run's, of which a replica may have others.
     """
@@ -61,7 +61,7 @@ class Recipe:
     optimizer: OptimizerConfig
     steps: int
     ema_decay: float
-    accumulate: int
+    accumulation_steps: int
     max_skipped: int
     numbers: Hyperparameters
 
@@ -241,7 +241,9 @@ def make_train_step(
                 part.target_segments,
                 source_positions=part.source_positions,
                 target_positions=part.target_positions,
-                training=Training(streams(key), numbers.dropout, numbers.attention_dropout),
+                training=Training(
+                    streams(key), numbers.dropout_rate, numbers.attention_dropout_rate
+                ),
             )
             losses = cross_entropy(logits, part.target_out)
             loss = losses.smoothed(numbers.label_smoothing)
@@ -258,10 +260,12 @@ def make_train_step(
         def gradients_of(part: Batch, key: Array) -> tuple[Params, tuple[Sums, Params]]:
             return jax.grad(loss_of, has_aux=True)(state.params, part, key)
 
-        if recipe.accumulate == 1:
+        if recipe.accumulation_steps == 1:
             gradients, (sums, statistics) = gradients_of(batch, key)
         else:  # there are no statistics then, see `config.RunConfig`
-            gradients, (sums, statistics) = accumulated(gradients_of, batch, key, recipe.accumulate)
+            gradients, (sums, statistics) = accumulated(
+                gradients_of, batch, key, recipe.accumulation_steps
+            )
         optimizer = recipe.make_optimizer(numbers)
         updates, moments = optimizer.update(gradients, state.moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)

@@ -35,13 +35,13 @@ def run_config(size: Size, device: str, schedule: Schedule, rows: int) -> RunCon
     """The shipped config but for sizes and schedule."""
     config = default_config()
     config.steps, config.batch_size = schedule.steps, rows
-    config.data.pack = size.pack
+    config.data.pack_length = size.pack
     config.model.update(
         {
-            "layers": size.layers,
-            "width": size.width,
-            "heads": size.heads,
-            "ff_width": size.ff_width,
+            "num_layers": size.layers,
+            "d_model": size.width,
+            "num_heads": size.heads,
+            "d_ff": size.ff_width,
             "dtype": "float32" if device == "cpu" else "bfloat16",
         }
     )

@@ -43,7 +43,7 @@ SCALES = (1.0, 1e4)  # of scores: ordinary, and far beyond what an exponential c
 def model_of(vocab_size: int, **changes: Any) -> Model:
     """The default model, narrow, but for some knobs."""
     config: Any = default_config().model
-    config.update({"layers": 2, "width": 16, "heads": 2, "ff_width": 32, "dropout": 0.0})
+    config.update({"num_layers": 2, "d_model": 16, "num_heads": 2, "d_ff": 32, "dropout_rate": 0.0})
     config.update(changes)
     return Model(ModelConfig(**config), vocab_size)
 
@@ -229,7 +229,7 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
         whole = [right(run.model, variables, each) for each in halves]
         for kind in KINDS:
             costs = []
-            for head in range(run.model.config.heads):
+            for head in range(run.model.config.num_heads):
                 silent = without_head(variables, kind, head)
                 left = [right(run.model, silent, each) for each in halves]
                 costs.append([100 * (a - b) for a, b in zip(whole, left, strict=True)])

@@ -18,17 +18,17 @@ def count(path: str, overrides: Overrides) -> int:
 
 
 def match_width(path: str, overrides: Overrides) -> dict[str, Any]:
-    """`overrides` and the `model.width` that brings them nearest to the config file's own size.
+    """`overrides` and the `model.d_model` that brings them nearest to the config file's own size.
 
     Widths are multiples of the heads, and even. The count grows with the width, so that a
     search by halves finds the nearest two; of these the one whose count is nearer is
     chosen. Say in the report which it was: `sizing.count` tells how near.
     """
-    wanted, heads = count(path, {}), load_config(path).model.heads
+    wanted, heads = count(path, {}), load_config(path).model.num_heads
     step = heads if heads % 2 == 0 else 2 * heads
 
     def parameters(steps: int) -> int:
-        return count(path, {**overrides, "model.width": steps * step})
+        return count(path, {**overrides, "model.d_model": steps * step})
 
     low, high = 1, 2
     while parameters(high) < wanted:
@@ -37,4 +37,4 @@ def match_width(path: str, overrides: Overrides) -> dict[str, Any]:
         middle = (low + high) // 2
         low, high = (middle, high) if parameters(middle) < wanted else (low, middle)
     nearest = min((low, high), key=lambda steps: abs(parameters(steps) - wanted))
-    return {**overrides, "model.width": nearest * step}
+    return {**overrides, "model.d_model": nearest * step}

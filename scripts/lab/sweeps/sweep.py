@@ -27,8 +27,8 @@ REPLICA_KNOBS = {
     "optimizer.warmup_steps": "warmup_steps",
     "optimizer.weight_decay": "weight_decay",
     "label_smoothing": "label_smoothing",
-    "model.dropout": "dropout",
-    "model.attention_dropout": "attention_dropout",
+    "model.dropout_rate": "dropout_rate",
+    "model.attention_dropout_rate": "attention_dropout_rate",
 }
 
 
@@ -80,7 +80,7 @@ class Sweep:
 
 
 def grid(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Every combination: `grid(model__norm=["layer", "rms"], model__layers=[1, 2])`.
+    """Every combination: `grid(model__norm=["layer", "rms"], model__num_layers=[1, 2])`.
 
     `__` stands for the dot of a knob's name; variants are called `layer, 1` and so on.
     """
