@@ -244,6 +244,6 @@ else:
 # ## Go on
 #
 # Change one word and train again: `config = toy_reverse.get_config()`, then
-# `config.data.task = "sort"` or `config.model.position_encoding = "none"`, in a `Workdir` of its own.
+# `config.data.task = "sort"` or `config.model.position_encoding = "none"`, in its own `Workdir`.
 # `transformer/config.py` has every knob, each with a line on what it does; `README.md` shows the
 # same from the command line, and more.

@@ -313,38 +313,65 @@ def test_every_config_takes_a_step_at_reduced_size(name):
 # What is said of a knob that is wrong, which begins with the knob and its value. Before a `&`
 # stands what must hold besides.
 MISTAKES = r"""
-model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none & model.d_model=15: each direction
-model.architecture=recurrent & data.pack_length=64: model.architecture=recurrent reads one example a row
-model.position_encoding=none & model.random_positions=512: .*need a model.position_encoding other than none
-model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.dropout_rate=1.0
-model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype | optimizer.beta2=1.0
-model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops | model.d_k=0
-model.norm_placement=pos: choose one of pre, post, both .*mean post\?\) | decode_margin=-1
-model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | model.attention_dropout_rate=1.0
-model.attention_backend=flash: choose one of auto, einsum, xla | replicas=0: it must be at least 1
-model.architecture=rnn: choose one of transformer, recurrent | ema_decay=1.0: at least 0 and below 1
-optimizer.learning_rate=inf: it must be at most 3.40282e\+38 | model.num_heads=3 & model.d_model=15 is odd
-model.random_positions=64: .*at least model.max_length=512 | optimizer.name=adm: .*did you mean adam
-model.attention_backend=xla & model.d_v=4 .*einsum | model.cell=lstn: .*did you mean lstm\?
-model.position_encoding=rotary & model.d_k=3 is odd: rotary | accumulation_steps=3 does not divide batch_size=
-data.task=revrse: choose one of .*did you mean reverse\? | model.kernel_init=glorot: .*did you mean glorot_
-model.norm=batch & accumulation_steps=2: model.norm=batch needs | data.size=big: choose one of tiny, small
-max_skipped_steps=2147483648: .* at most 2,147,483,646 | label_smoothing=1.0: at least 0 and below 1
-model.dtype=float16: choose one of float32, bfloat16 | optimizer.warmup_steps=8 is not below steps=8
-optimizer.learning_rate=-1.0: it must be at least 0 | model.num_kv_heads=3 does not divide model.num_heads=2
-model.num_layers=1000000000: it must be at most 1,000 | model.remat=half: choose one of none, dots, full
-model.position_encoding=learnt: .*did you mean learned\? | model.feed_forward=relux: .*did you mean relu\?
-optimizer.schedule=cos: .*did you mean cosine\? | model.norm=rmsnorm: choose one of layer, rms
-model.norm_epsilon=1e-60: it must be above 0 | optimizer.epsilon=1e-300: it must be above 0
-steps=1000000000 .* passes 2\*\*32 examples | data.pack_length=1099511627776: it must be at most
-model.window=0: it must be at least 1$ | steps=0: it must be at least 1 | model.num_layers=0
-seed=-1: it must be at least 0 | optimizer.learning_rate=nan
+model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none &
+  model.d_model=15: each direction
+model.architecture=recurrent &
+  data.pack_length=64: model.architecture=recurrent reads one example a row
+model.position_encoding=none &
+  model.random_positions=512: .*need a model.position_encoding other than none
+model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer
+model.dropout_rate=1.0
+model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype
+optimizer.beta2=1.0
+model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
+model.d_k=0
+model.norm_placement=pos: choose one of pre, post, both .*mean post\?\)
+decode_margin=-1
+model.num_heads=3 does not divide model.d_model=16.*or set model.d_k
+model.attention_dropout_rate=1.0
+model.attention_backend=flash: choose one of auto, einsum, xla
+replicas=0: it must be at least 1
+model.architecture=rnn: choose one of transformer, recurrent
+ema_decay=1.0: at least 0 and below 1
+optimizer.learning_rate=inf: it must be at most 3.40282e\+38
+model.num_heads=3 & model.d_model=15 is odd
+model.random_positions=64: .*at least model.max_length=512
+optimizer.name=adm: .*did you mean adam
+model.attention_backend=xla & model.d_v=4 .*einsum
+model.cell=lstn: .*did you mean lstm\?
+model.position_encoding=rotary & model.d_k=3 is odd: rotary
+accumulation_steps=3 does not divide batch_size=
+data.task=revrse: choose one of .*did you mean reverse\?
+model.kernel_init=glorot: .*did you mean glorot_
+model.norm=batch & accumulation_steps=2: model.norm=batch needs
+data.size=big: choose one of tiny, small
+max_skipped_steps=2147483648: .* at most 2,147,483,646
+label_smoothing=1.0: at least 0 and below 1
+model.dtype=float16: choose one of float32, bfloat16
+optimizer.warmup_steps=8 is not below steps=8
+optimizer.learning_rate=-1.0: it must be at least 0
+model.num_kv_heads=3 does not divide model.num_heads=2
+model.num_layers=1000000000: it must be at most 1,000
+model.remat=half: choose one of none, dots, full
+model.position_encoding=learnt: .*did you mean learned\?
+model.feed_forward=relux: .*did you mean relu\?
+optimizer.schedule=cos: .*did you mean cosine\?
+model.norm=rmsnorm: choose one of layer, rms
+model.norm_epsilon=1e-60: it must be above 0
+optimizer.epsilon=1e-300: it must be above 0
+steps=1000000000 .* passes 2\*\*32 examples
+data.pack_length=1099511627776: it must be at most
+model.window=0: it must be at least 1$
+steps=0: it must be at least 1
+model.num_layers=0
+seed=-1: it must be at least 0
+optimizer.learning_rate=nan
 """
 
 
 def mistakes():
     knobs = flat_knobs(config_of({}))
-    for each in MISTAKES.strip().replace("\n", " | ").split(" | "):
+    for each in MISTAKES.strip().replace("&\n ", "&").split("\n"):
         pairs = [re.match(r"([\w.]+)=([^:\s]+)", part).groups() for part in each.split(" & ")]
         read = {knob: {str: str, float: float}.get(type(knobs[knob]), int) for knob, _ in pairs}
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]

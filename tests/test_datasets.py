@@ -208,7 +208,8 @@ def test_a_dataset_kept_for_tensorflow_alone_as_is_usual_is_refused(wmt, tmp_pat
 def test_wmt14_from_training_to_bleu(wmt, tmp_path):
     """By the commands that configs/wmt14_ende.py names; BLEU is sacrebleu's, of what is written."""
     tiny = (
-        "steps=40 batch_size=4 eval_every=20 save_every=20 optimizer.warmup_steps=2 model.num_layers=1 "
+        "steps=40 batch_size=4 eval_every=20 save_every=20 optimizer.warmup_steps=2 "
+        "model.num_layers=1 "
         "model.d_model=16 model.num_heads=2 model.d_ff=32 model.dtype=float32 data.vocab_size=300 "
         "data.pack_length=64 data.max_length=64"
     )

@@ -89,7 +89,9 @@ config = toy_reverse.get_config()
 config.update_from_flattened_dict({"data.size": "tiny", "steps": 800})
 state = train.run(config, workdir, data_dir=None)
 """,
-    '"model.num_layers": 4, ': '"model.num_layers": 1, "steps": 60, "eval_every": 20, "save_every": 20, ',
+    '"model.num_layers": 4, ': (
+        '"model.num_layers": 1, "steps": 60, "eval_every": 20, "save_every": 20, '
+    ),
     '["layer", "rms", "none"]': '["layer", "rms"]',
     '["hello", "attention", "transformer"]': '["cab", "hello", "notes"]',
 }

@@ -149,12 +149,14 @@ class RunConfig:
             )
         if self.batch_size % self.accumulation_steps:
             raise UserError(
-                f"accumulation_steps={self.accumulation_steps} does not divide batch_size={self.batch_size}; "
+                f"accumulation_steps={self.accumulation_steps} does not divide "
+                f"batch_size={self.batch_size}; "
                 "choose one that does"
             )
         if self.accumulation_steps > 1 and self.model.norm == "batch":
             raise UserError(
-                f"accumulation_steps={self.accumulation_steps}: model.norm=batch needs the whole batch at once; "
+                f"accumulation_steps={self.accumulation_steps}: model.norm=batch needs the whole "
+                "batch at once; "
                 "set it to 1, or choose another norm"
             )
         if self.model.tie_embeddings and self.data.target_tokenizer is not None:
@@ -164,7 +166,8 @@ class RunConfig:
             )
         if self.data.pack_length and self.model.architecture == "recurrent":
             raise UserError(
-                f"data.pack_length={self.data.pack_length}: model.architecture=recurrent reads one example a "
+                f"data.pack_length={self.data.pack_length}: model.architecture=recurrent reads "
+                "one example a "
                 "row; set it to 0"
             )
         inside = self.mesh.fsdp, self.mesh.tensor, self.mesh.context

@@ -81,9 +81,9 @@ def pack(rows: Rows, length: int) -> Rows:
     """
     if max(rows.widths) > length:
         raise UserError(
-            f"data.pack_length={length}: the longest example has {max(rows.widths)} tokens, its end "
-            "included; raise it to that, or to 0 for an example a row; data.max_length leaves "
-            "longer ones out"
+            f"data.pack_length={length}: the longest example has {max(rows.widths)} tokens, its "
+            "end included; raise it to that, or to 0 for an example a row; data.max_length "
+            "leaves longer ones out"
         )
     pairs = rows.members.values
     order = np.random.default_rng(len(rows)).permutation(len(rows))
@@ -177,7 +177,8 @@ def learnable(pairs: Pairs, longest: int) -> tuple[Int[np.ndarray, "kept"], dict
     (kept,) = np.nonzero(~(empty | long))
     if not kept.size:
         raise UserError(
-            f"data.max_length={longest}: no example is left, {said(counts)} being left out; raise it, "
+            f"data.max_length={longest}: no example is left, {said(counts)} being left out; "
+            "raise it, "
             "or set it to 0"
         )
     return kept, counts

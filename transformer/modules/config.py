@@ -139,14 +139,16 @@ class ModelConfig:
             )
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise UserError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}; "
                 "choose one that does"
             )
         if self.attention_dropout_rate > 0.0 and (
             self.attention_backend not in FLEXIBLE_BACKENDS or self.architecture == "recurrent"
         ):
             raise UserError(
-                f"model.attention_dropout_rate={self.attention_dropout_rate}: only the Transformer with "
+                f"model.attention_dropout_rate={self.attention_dropout_rate}: only the "
+                "Transformer with "
                 f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} drops attention "
                 "weights; choose it, or set the rate to 0"
             )
@@ -180,7 +182,8 @@ class ModelConfig:
         ):
             raise UserError(
                 f"model.random_positions={self.random_positions}: positions are drawn from so "
-                f"many, at least model.max_length={self.max_length}, and need a model.position_encoding "
+                f"many, at least model.max_length={self.max_length}, and need a "
+                "model.position_encoding "
                 "other than none; 0 draws none"
             )
 
@@ -219,6 +222,7 @@ class ModelConfig:
         """Raises a UserError if positions do not reach to `length` tokens."""
         if self.reach(length) < length:
             raise UserError(
-                f"{what}: {length} tokens, and model.position_encoding={self.position_encoding} reaches to "
+                f"{what}: {length} tokens, and model.position_encoding={self.position_encoding} "
+                "reaches to "
                 f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
             )

@@ -164,7 +164,8 @@ def check_memory(state: Any) -> None:
     if needed > there:
         raise UserError(
             f"the parameters and the optimizer's state take {needed / 2**30:,.1f} GiB of a device "
-            f"that has {there / 2**30:,.1f}; lower model.d_model, model.d_ff or model.num_layers, or "
+            f"that has {there / 2**30:,.1f}; lower model.d_model, model.d_ff or "
+            "model.num_layers, or "
             "split them over more devices by mesh.fsdp or mesh.tensor (scripts/plan.py)"
         )
 
