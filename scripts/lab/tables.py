@@ -1,0 +1,21 @@
+"""Markdown tables, and repeated measurements as text."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *rows)) + "\n"
+
+
+def spread(values: Sequence[float], write: Callable[[float], str] = "{:,.0f}".format) -> str:
+    """The median of the values with the lowest and the highest: `12 [10, 15]`."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{write(middle)} [{write(low)}, {write(high)}]"
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Ours over theirs, round by round, so that what slows a whole round cancels."""
+    return [own / other for own, other in zip(ours, theirs, strict=True)]
