@@ -1,4 +1,4 @@
-"""What `scripts/compare.py` and `scripts/torture.py` call alike."""
+"""What `scripts/compare.py` calls alike."""
 
 import json
 

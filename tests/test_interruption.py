@@ -57,20 +57,6 @@ def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
 
 
 @pytest.mark.slow
-def test_torture_finds_no_difference(tmp_path, data_dir):
-    command = " ".join(("train.py", *TINY, "--config.steps=200"))
-    flags = (f"--command={command}", f"--workdir={tmp_path}", f"--data_dir={data_dir}")
-    out = finish(start("scripts/torture.py", "--kills=1", *flags))
-    assert "1 kills" in out
-    # How many there are is for chance to say: a run may end before its turn to be killed.
-    assert re.search(r"\n[1-9]\d* runs? ended as the one left alone, bit for bit\n", out)
-    runs = (f"--run={tmp_path / 'whole'}", f"--other={tmp_path / 'killed'}")
-    out = finish(start("scripts/compare.py", *runs))
-    assert out.endswith("\nalike to the last bit\n")
-    assert "validation/sequence_accuracy" in out
-
-
-@pytest.mark.slow
 def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, data_dir):
     """Twice, at any step. Its data may be made by processes; the other's lie on the devices."""
     flags = (*TINY, "--config.steps=300", f"--data_dir={data_dir}", "--config.replicas=2")

@@ -127,6 +127,9 @@ def test_train_kill_resume_evaluate(tmp_path, data_dir):
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     assert results(tmp_path / "whole") == results(killed)
+    out = finish(start("scripts/compare.py", f"--run={tmp_path / 'whole'}", f"--other={killed}"))
+    assert out.endswith("\nalike to the last bit\n")
+    assert "validation/sequence_accuracy" in out
 
     words = (f"--workdir={killed}", f"--data_dir={data_dir}")
     out = finish(start("-c", UNPICKLING_NOTHING, *words, devices=8))
