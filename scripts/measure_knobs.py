@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from lab.claims.measuring import interleaved
+from lab.timing import interleaved
 from ml_collections import ConfigDict, config_flags
 
 from transformer import cli

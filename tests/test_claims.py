@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import timing
 from lab.claims import attention, complexity, judging, measuring, norms, page, recurrence, sweeps
 from lab.claims.page import Check, Claim
 from lab.sweeps.report import Record
@@ -268,7 +269,7 @@ def test_what_a_step_takes_is_measured_in_processes_of_their_own(data_dir):
     assert {name: len(each) for name, each in found.items()} == dict.fromkeys(variants, 1)
     assert all(0.0 < each < 10.0 for (each,) in found.values())
     mine = os.sched_getaffinity(0)
-    found = [measuring.in_a_process(number, os.sched_getaffinity, 0) for number in (1, None)]
+    found = [timing.in_process(number, os.sched_getaffinity, 0) for number in (1, None)]
     assert found == [{min(mine)}, mine]
 
 
@@ -325,7 +326,7 @@ def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setti
 def test_loops_are_as_long_as_the_text_says(setting, monkeypatch):
     """XLA's older code generators would make a loop of each lookup too."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    claim = measuring.in_a_process(None, partial(recurrence.sequential, setting, lengths=(4, 6)))
+    claim = timing.in_process(None, partial(recurrence.sequential, setting, lengths=(4, 6)))
     assert page.verdict(claim.checks) == "holds"
 
 
@@ -364,7 +365,7 @@ def test_times_and_gains_from_cores_are_measured_in_turns_and_compared(setting, 
 
     rng, asked = np.random.default_rng(0), []
     gains = {"transformer": (1, 1.9, 3.5), "lstm": (1, 1.2, 1.3), "gru": (1, 2.5, 4.5)}
-    monkeypatch.setattr(recurrence, "in_a_process", process)
+    monkeypatch.setattr(recurrence, "in_process", process)
     monkeypatch.setattr(recurrence, "cores", lambda: 5)
     found = recurrence.parallel(setting, length=4, processes=5)
     assert asked == [1, 2, 4] * 5

@@ -1,12 +1,17 @@
 """Interleaved timing: what slows the machine for a while slows every contender alike."""
 
+import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
+
+from transformer import cli
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -52,3 +57,20 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
     for _ in range(repeats):
         jax.block_until_ready(call())
     return (time.perf_counter() - started) / repeats
+
+
+def in_process(cores: int | None, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a fresh process on so many CPU cores; None: on all of them.
+
+    `function` and its arguments are pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_initialize, initargs=(cores,)) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _initialize(cores: int | None) -> None:
+    """Keeps this process on its first `cores` cores, before JAX starts its threads."""
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    cli.set_up_jax()

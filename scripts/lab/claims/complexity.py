@@ -11,9 +11,10 @@ from flax import nnx
 
 from lab.claims import pictures
 from lab.claims.judging import above_zero, shown, times
-from lab.claims.measuring import crossing, interleaved, slope, trip_counts
+from lab.claims.measuring import crossing, slope, trip_counts
 from lab.claims.page import Check, Claim, Setting, table
 from lab.sweeps.statistics import mean_interval
+from lab.timing import interleaved
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import einsum_attention
 from transformer.modules.layers import INITIALIZERS

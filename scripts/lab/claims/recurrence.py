@@ -20,13 +20,7 @@ from lab.claims.judging import (
     shown,
     times,
 )
-from lab.claims.measuring import (
-    in_a_process,
-    instructions,
-    interleaved,
-    slope,
-    trip_counts,
-)
+from lab.claims.measuring import instructions, slope, trip_counts
 from lab.claims.page import Check, Claim, Setting, table
 from lab.claims.sweeps import (
     curves,
@@ -39,6 +33,7 @@ from lab.claims.sweeps import (
 from lab.sweeps.report import Record
 from lab.sweeps.statistics import mean_interval
 from lab.sweeps.sweep import load_sweep
+from lab.timing import in_process, interleaved
 from transformer.config import load_config
 from transformer.data.batches import make_batch
 from transformer.modules.config import ModelConfig
@@ -218,7 +213,7 @@ def wall_time(
     setting: Setting, *, lengths: Sequence[int] = (8, 16, 32, 64, 128, 256), processes: int = 5
 ) -> Claim:
     """Time of a training gradient against the length."""
-    rounds = [in_a_process(None, gradient_seconds, KINDS, lengths, 5) for _ in range(processes)]
+    rounds = [in_process(None, gradient_seconds, KINDS, lengths, 5) for _ in range(processes)]
     found = {each: [one[each] for one in rounds] for each in rounds[0]}
     return judge_wall_time(setting, lengths, found)
 
@@ -268,7 +263,7 @@ def parallel(setting: Setting, *, length: int = 64, processes: int = 5) -> Claim
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(processes):  # in turns: what slows the machine slows all numbers of cores
         for number in numbers:
-            seconds = in_a_process(number, gradient_seconds, KINDS, (length,), 5)
+            seconds = in_process(number, gradient_seconds, KINDS, (length,), 5)
             for kind in KINDS:
                 found.setdefault((kind, number), []).append(seconds[kind, length])
     return judge_parallel(setting, length, numbers, found)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lab.claims.measuring import in_a_process, interleaved
 from lab.claims.page import Setting
 from lab.sweeps import report, runner
 from lab.sweeps.report import Record
 from lab.sweeps.sweep import Program, Run, Sweep, all_runs, load_sweep, plan
+from lab.timing import in_process, interleaved
 from transformer.config import RunConfig
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
@@ -102,7 +102,7 @@ def step_times(
     name: str, variants: Sequence[str], data_dir: str | None, processes: int
 ) -> dict[str, list[float]]:
     """`seconds_a_step` in each of several fresh processes."""
-    found = [in_a_process(None, seconds_a_step, name, variants, data_dir) for _ in range(processes)]
+    found = [in_process(None, seconds_a_step, name, variants, data_dir) for _ in range(processes)]
     return {variant: [each[variant] for each in found] for variant in variants}
 
 
