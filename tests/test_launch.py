@@ -57,8 +57,8 @@ def test_gke_gets_a_pod_for_each_host(capsys):
 
 def test_what_cannot_be_started_is_explained(capsys):
     for name, flags, message in (
-        ("gke", (*GKE, "--topology=4x4", "--hosts=2", COMMAND), "has 16 chips, and --hosts=2"),
-        ("gke", (*GKE, "--topology=big", "--hosts=2", COMMAND), "written like 4x4"),
+        ("gke", (*GKE, "--topology=4x4", "--hosts=2", COMMAND), "has 16 chips, but --hosts=2"),
+        ("gke", (*GKE, "--topology=big", "--hosts=2", COMMAND), "write it like 4x4"),
         ("slurm", ("--command=ls",), "it begins with train.py or eval.py"),
         ("slurm", ("--cluster_parameters=a", COMMAND), "'a' is not of the form name=value"),
     ):

@@ -1,8 +1,8 @@
-"""Submits a program to SLURM through submitit, as one process of many in each task.
+"""Submits a program to SLURM through submitit, one process per task.
 
-The processes find each other by themselves. A job that is preempted, requeued, or at the end of its
-time goes back into the queue and then on from its last checkpoint. The repository, the environment
-and the run's folder must be where all nodes see them. It needs `pip install -e '.[cluster]'`.
+The processes find each other. SLURM requeues a job that is preempted or reaches its time limit,
+and the program resumes from its last checkpoint. All nodes must see the repository, the
+environment and the run's folder. Needs `pip install -e '.[cluster]'`.
 
 Usage:
     python scripts/launch/slurm.py --nodes=4 --tasks_per_node=8 \\
@@ -25,29 +25,29 @@ from transformer import cli
 from transformer.console import facts
 from transformer.errors import UserError
 
-NODES = flags.DEFINE_integer("nodes", 1, "How many nodes.", lower_bound=1)
-TASKS = flags.DEFINE_integer("tasks_per_node", 1, "Processes a node; one a GPU.", lower_bound=1)
+NODES = flags.DEFINE_integer("nodes", 1, "Number of nodes.", lower_bound=1)
+TASKS = flags.DEFINE_integer("tasks_per_node", 1, "Processes per node; one per GPU.", lower_bound=1)
 PARAMETERS = flags.DEFINE_list(
-    "cluster_parameters", [], "name=value, … for submitit's executor, such as timeout_min=60."
+    "cluster_parameters", [], "Parameters of submitit's executor: timeout_min=60,…"
 )
 COMMAND = flags.DEFINE_string("command", None, "train.py or eval.py, and its flags.", required=True)
-LOGS = flags.DEFINE_string("logs", "runs/slurm", "The folder of what the jobs print.")
+LOGS = flags.DEFINE_string("logs", "runs/slurm", "Folder for the output of the jobs.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be submitted, and stop.")
 
 
 class Command:
-    """A command line that submitit puts back into the queue as it is: it finds where it was."""
+    """A command line that submitit requeues unchanged; the program itself finds its checkpoint."""
 
     def __init__(self, words: list[str]):
         self.words = words
 
     def __call__(self) -> None:
-        # SLURM announces the end of a job to all its processes; submitit's answers for them.
+        # SLURM signals every process of the job before its end; submitit handles it for them.
         ignore = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
         subprocess.run(self.words, cwd=ROOT, check=True, preexec_fn=ignore)
 
     def checkpoint(self) -> Any:
-        """What is to be submitted when the job must end."""
+        """The submission that replaces the job when it must end."""
         from submitit.helpers import DelayedSubmission  # pyright: ignore[reportMissingImports]
 
         return DelayedSubmission(self)
@@ -76,7 +76,7 @@ def main() -> None:
     except ImportError as error:
         raise UserError("submitit is not installed; pip install -e '.[cluster]'") from error
     except (RuntimeError, ValueError, TypeError, OSError, NameError) as error:
-        raise UserError(f"SLURM took no job: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"SLURM refused the job: {' '.join(str(error).split())[:200]}") from error
     facts({"job": job.job_id, "output": str(job.paths.stdout)})
 
 

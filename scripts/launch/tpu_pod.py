@@ -1,8 +1,8 @@
-"""Runs a program on all hosts of a Cloud TPU slice, one process each, over gcloud's ssh.
+"""Runs a program on every host of a Cloud TPU slice, one process each, through gcloud's ssh.
 
-The slice must be there (`gcloud compute tpus tpu-vm create`), and on each of its hosts the
-repository, its environment and the run's folder, on a disk that all of them see. The program ends
-with the connection; the same command goes on from the last checkpoint.
+Create the slice first (`gcloud compute tpus tpu-vm create`). Every host needs the repository, its
+environment, and the run's folder on a disk that all hosts share. The program ends when the
+connection does; the same command resumes from the last checkpoint.
 
 Usage:
     python scripts/launch/tpu_pod.py --name=my-slice --zone=us-east5-b --directory=/mnt/code \\
@@ -17,19 +17,19 @@ from absl import flags
 from transformer import cli
 from transformer.errors import UserError
 
-NAME = flags.DEFINE_string("name", None, "Of the slice.", required=True)
-ZONE = flags.DEFINE_string("zone", None, "Where it is.", required=True)
-DIRECTORY = flags.DEFINE_string("directory", None, "Of the repository, there.", required=True)
+NAME = flags.DEFINE_string("name", None, "Name of the slice.", required=True)
+ZONE = flags.DEFINE_string("zone", None, "Its zone.", required=True)
+DIRECTORY = flags.DEFINE_string("directory", None, "The repository on its hosts.", required=True)
 COMMAND = flags.DEFINE_string("command", None, "train.py or eval.py, and its flags.", required=True)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the call of gcloud, and stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the gcloud command, and stop.")
 
 
 def main() -> None:
     """Calls gcloud, or prints the call."""
     words = [*cli.host_command(COMMAND.value), "--coordinator=auto"]
-    there = f"cd {shlex.quote(DIRECTORY.value)} && python {shlex.join(words)}"
+    remote = f"cd {shlex.quote(DIRECTORY.value)} && python {shlex.join(words)}"
     call = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", NAME.value]
-    call += [f"--zone={ZONE.value}", "--worker=all", f"--command={there}"]
+    call += [f"--zone={ZONE.value}", "--worker=all", f"--command={remote}"]
     if DRY_RUN.value:
         print(shlex.join(call))
         return
@@ -38,7 +38,7 @@ def main() -> None:
     except FileNotFoundError as error:
         raise UserError("gcloud is not installed; install the Google Cloud CLI") from error
     if status:
-        raise UserError(f"gcloud ended with status {status}; what it printed says why")
+        raise UserError(f"gcloud exited with status {status}; see its output above")
 
 
 if __name__ == "__main__":
