@@ -1,6 +1,14 @@
-"""What earlier versions called things, so that the runs that they saved still load."""
+"""Names of earlier versions → the names of today, so that saved runs still load.
 
-# Knobs, as `section.name`: the name in a saved config.json → the name today.
+The tables are applied where config.json, a checkpoint or metrics.jsonl is read, and nowhere else.
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import jax
+
+# Knobs, as `section.name` in config.json.
 KNOBS = {
     "accumulate": "accumulation_steps",
     "data.longest": "data.max_length",
@@ -21,3 +29,44 @@ KNOBS = {
     "per_replica.attention_dropout": "per_replica.attention_dropout_rate",
     "per_replica.dropout": "per_replica.dropout_rate",
 }
+
+# Components of a parameter's name, such as `encoder/final_norm/gain`.
+PARAMETERS = {
+    "gain": "scale",
+    "key_norm": "key_ln",
+    "query_norm": "query_ln",
+    "table": "embedding",
+    "variance": "var",
+}
+
+# Fields of the train state, and of its hyperparameters.
+STATE = {
+    "attention_dropout": "attention_dropout_rate",
+    "average": "ema_params",
+    "dropout": "dropout_rate",
+    "moments": "opt_state",
+    "numbers": "hparams",
+    "statistics": "batch_stats",
+}
+
+# Metrics, as in metrics.jsonl.
+METRICS: dict[str, str] = {}
+
+
+def array_name(path: tuple[Any, ...], known: Container[str] = ()) -> str:
+    """Returns today's name of an array of a train state, such as `params/encoder/…/scale`.
+
+    Args:
+      path: the key path of the array, as of `jax.tree_util.tree_flatten_with_path`.
+      known: names that are not changed.
+    """
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name in known:
+        return name
+    renamed = PARAMETERS | STATE
+    return "/".join(renamed.get(component, component) for component in name.split("/"))
+
+
+def metrics(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl with today's names."""
+    return {METRICS.get(name, name): value for name, value in row.items()}

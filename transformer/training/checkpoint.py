@@ -14,7 +14,7 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from transformer import renamed
 from transformer.console import console, quiet
 from transformer.errors import UserError
 from transformer.files import checksum
@@ -104,7 +105,9 @@ class Checkpoints:
                 create=keep is not None,
                 read_only=keep is None,
             )
-            self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            self.manager = ocp.CheckpointManager(
+                directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
 
         # It would ask JAX with the number of a step; `interruption` does with that of a dispatch.
         self.manager.reached_preemption = lambda step: False
@@ -145,7 +148,7 @@ class Checkpoints:
                 clear_trash(self.directory)
             if step in self.manager.all_steps():  # of a run that stopped before it was validated
                 self.manager.delete(step)
-            self.sealing = step, {"arrays": shapes_of(state), "interval": dict(interval or {})}
+            self.sealing = step, {"interval": dict(interval or {})}
             self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
 
     def wait(self) -> None:
@@ -200,20 +203,24 @@ class Checkpoints:
           UserError: the checkpoint is damaged or of another model.
         """
         folder = self.directory / str(step)
-        saved = hosts.once(partial(self.verified, step))["arrays"]
-        wanted = shapes_of(like)
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
-                raise UserError(
-                    f"checkpoint {folder} is of another config: {name} is {saved.get(name)} there "
-                    f"and {wanted.get(name)} here; choose another --workdir"
-                )
+        hosts.once(partial(self.verified, step))
+        wanted, structure = by_name(like)
         try:
-            state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
+            # The saved tree, whose names may be those of an earlier version.
+            saved: Any = self.manager.item_metadata(step)
+            there = by_name(saved, wanted)[0]
+            check_arrays(folder, there, wanted)
+            target = jax.tree_util.tree_map_with_path(
+                lambda path, _: wanted[renamed.array_name(path, wanted)], dict(saved)
+            )
+            state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(target))
+        except UserError:
+            raise
         except Exception as error:  # Orbax, TensorStore and JSON each have their own
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
-        return state
+        restored = by_name(state, wanted)[0]
+        return jax.tree.unflatten(structure, [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:
         """What had been added up at `step` since the last line of metrics; see `save`."""
@@ -321,10 +328,26 @@ def check_metrics(directory: Path) -> None:
             ) from fault
 
 
-def shapes_of(state: TrainState) -> dict[str, str]:
-    """`.params['…/kernel']` → `float32[64, 4, 16]` for each array of a state."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+def by_name(tree: Any, known: Container[str] = ()) -> tuple[dict[str, Any], Any]:
+    """Returns the arrays of a tree by `renamed.array_name`, in its order, and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return {renamed.array_name(path, known): leaf for path, leaf in leaves}, structure
+
+
+def check_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a UserError unless the names, shapes and dtypes of two states agree."""
+
+    def described(arrays: Mapping[str, Any], name: str) -> str | None:
+        array = arrays.get(name)
+        return None if array is None else f"{np.dtype(array.dtype)}{list(array.shape)}"
+
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = described(saved, name), described(wanted, name)
+        if there != here:
+            raise UserError(
+                f"checkpoint {folder} is of another config: {name} is {there} there and {here} "
+                "here; choose another --workdir"
+            )
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
@@ -343,7 +366,6 @@ class DamageError(Exception):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a checkpoint's manifest says.
 
-    arrays: name → dtype and shape.
     interval: what had been added up since the last line of metrics.
     files: path → bytes and CRC-32.
 

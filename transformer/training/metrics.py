@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transformer import renamed
 from transformer.errors import UserError
 from transformer.parallel import hosts
 from transformer.strict_json import dumps, numbers
@@ -185,7 +186,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(numbers(json.loads(line)))
+            rows.append(renamed.metrics(numbers(json.loads(line))))
         except ValueError as error:
             raise UserError(f"{path}, line {number} is damaged; delete or mend the line") from error
     return rows
