@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from transformer import cli
 from transformer.config import RunConfig
-from transformer.console import facts, figure, percent, perplexity, table
+from transformer.console import facts, table
 from transformer.data import datasets
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
@@ -34,10 +34,11 @@ from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import Beams
 from transformer.inference.generation import Decoding
-from transformer.inference.text_metrics import METRICS, bleu
+from transformer.inference.text_metrics import TEXT_METRICS, bleu
+from transformer.metrics import figure, finalize, mean_over, near_one, percent
 from transformer.modules.model import Model, Params
 from transformer.parallel import hosts, sharding
-from transformer.training.metrics import by_replica, mean_over
+from transformer.training.metrics import by_replica
 from transformer.training.step import each_replica
 from transformer.training.trained import load
 from transformer.training.workdir import Workdir, write_json
@@ -136,7 +137,7 @@ def make_room(out: Path) -> None:
 
 def computed(
     cfg: RunConfig, decode: Callable[..., Beams], model: Model, variables: Params, data: Dataset
-) -> tuple[evaluation.Scores, Beams]:
+) -> tuple[evaluation.Totals, Beams]:
     """Scores and outputs of all examples, of all replicas."""
     everywhere = sharding.replicated(jax.sharding.get_mesh())
     data = sharding.place(data, everywhere)
@@ -181,13 +182,13 @@ def name_of(split: str, decoding: Decoding, checkpoint: str, data: str | None, d
     return "_".join([split, *said])
 
 
-def results(split: str, data: Dataset, scores: evaluation.Scores, found: Beams) -> dict[str, Any]:
+def results(split: str, data: Dataset, scores: evaluation.Totals, found: Beams) -> dict[str, Any]:
     """What one replica came to, on the whole split and for each length."""
     outputs = np.asarray(found.tokens)[:, 0]
     exact = evaluation.exact_match(outputs, np.asarray(data.target))
     return {
         "outputs_cut": int((outputs != EOS).all(1).sum()),
-        "metrics": scores.metrics(split) | {f"{split}/sequence_accuracy": float(exact.mean())},
+        "metrics": finalize(scores, split) | {f"{split}/sequence_accuracy": float(exact.mean())},
         "by_source_length": accuracy_by_length(np.asarray(data.source), scores, exact),
     }
 
@@ -202,7 +203,7 @@ def scores_of_text(
     own: DataConfig, outputs: list[str], references: list[list[str]]
 ) -> dict[str, Any]:
     """The metrics that a run names; where references are several, also against the first alone."""
-    metrics = METRICS | {"bleu": partial(bleu, tokenizer=own.bleu_tokenizer)}
+    metrics = TEXT_METRICS | {"bleu": partial(bleu, tokenizer=own.bleu_tokenizer)}
     against = {"": references}
     if any(len(own) > 1 for own in references):
         against = {", any reference": references, ", first reference": [r[:1] for r in references]}
@@ -256,7 +257,7 @@ def evaluation_mesh(cfg: RunConfig) -> Mesh:
 
 
 def accuracy_by_length(
-    source: np.ndarray, scores: evaluation.Scores, exact: np.ndarray
+    source: np.ndarray, scores: evaluation.Totals, exact: np.ndarray
 ) -> list[dict[str, Any]]:
     """For each source length (without EOS): how many sequences, and how well they went.
 
@@ -268,8 +269,7 @@ def accuracy_by_length(
     rows = []
     for length in np.unique(lengths):
         chosen = lengths == length
-        part = evaluation.Scores(*(each[chosen] for each in scores))
-        metrics = part.metrics("length")
+        metrics = finalize({name: each[chosen] for name, each in scores.items()}, "length")
         rows.append(
             {
                 "length": int(length),
@@ -306,7 +306,7 @@ def show(
                 row["length"] if row["length"] == "all" else f"{row['length']:.0f}",
                 f"{row['sequences']:,.0f}",
                 figure(row["loss"]),
-                perplexity(np.exp(row["loss"])),
+                near_one(np.exp(row["loss"])),
                 percent(row["token_accuracy"]),
                 percent(row["sequence_accuracy"]),
             )

@@ -18,13 +18,14 @@ from ml_collections import ConfigDict, config_flags
 
 from transformer import cli
 from transformer.config import RunConfig, continued
-from transformer.console import console, facts, figure, percent, perplexity, table
+from transformer.console import console, facts, table
 from transformer.data.batches import Dataset
 from transformer.data.load import Corpus, Tokenizers, open_corpus
 from transformer.data.rows import Rows, alone, learnable, pack, said
 from transformer.data.streaming import Resident, Stream
 from transformer.errors import UserError
 from transformer.inference import evaluation
+from transformer.metrics import figure, finalize, near_one, percent
 from transformer.modules.model import Model
 from transformer.parallel import hosts, sharding
 from transformer.training import costs
@@ -386,7 +387,7 @@ def evaluate(
         scores = evaluation.in_parts(programs.score, state.variables(), data[name], place)
         scores = by_replica(scores, cfg.replicas)
         metrics = [
-            one.metrics(name, smoothing)
+            finalize(one, name, smoothing)
             for one, smoothing in zip(scores, cfg.smoothings(), strict=True)
         ]
         metrics = watchman.without_stopped(metrics)
@@ -408,7 +409,7 @@ def show_results(cfg: RunConfig, results: list[dict[str, Any]]) -> None:
             (
                 f"{split} {word}".strip(),
                 figure(over_all("loss")),
-                perplexity(over_all("perplexity")),
+                near_one(over_all("perplexity")),
                 percent(over_all("token_accuracy")),
                 percent(over_all("sequence_accuracy")),
             )

@@ -22,8 +22,9 @@ from pathlib import Path
 from absl import flags
 
 from transformer import cli
-from transformer.console import console, percent, table
+from transformer.console import console, table
 from transformer.errors import UserError
+from transformer.metrics import percent
 
 CONFIG = flags.DEFINE_string("config", None, "The config file.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 5, "How many seeds, from 0.", lower_bound=1)

@@ -23,8 +23,9 @@ from ml_collections import config_flags
 
 from transformer import cli
 from transformer.config import RunConfig
-from transformer.console import console, facts, figure, percent, table
+from transformer.console import console, facts, table
 from transformer.errors import UserError
+from transformer.metrics import figure, percent
 
 CONFIG = config_flags.DEFINE_config_file("config")
 TOPOLOGY = flags.DEFINE_list("topology", None, "Such as v5e:4x4, v5p:4x4x4, cpu:2x4; several.")

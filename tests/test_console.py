@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from transformer.console import TrainingBar, console, doing, facts, figure, over_replicas, table
+from transformer.console import TrainingBar, console, doing, facts, over_replicas, table
+from transformer.metrics import figure
 
 PROGRAM = """
 import sys

@@ -14,7 +14,6 @@ from tests.test_average import files_of, make_run
 from transformer.data.load import open_corpus
 from transformer.inference import plots
 from transformer.inference.decoding import Beams
-from transformer.inference.evaluation import Scores
 from transformer.inference.generation import Decoding
 
 # A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
@@ -114,7 +113,7 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     tokens = np.stack([tokens, target], axis=1)  # the second hypothesis is not looked at
     found = Beams(tokens=tokens, scores=np.zeros((3, 2), np.float32))
     right = np.array([3.0, 3.0, 2.0])
-    scores = Scores(nll=right, uniform=right, correct=right, tokens=right)
+    scores = dict.fromkeys(("nll", "uniform", "correct", "tokens"), right)
     with program("eval.py", "--workdir=none") as evaluate:
         data = evaluate.Dataset(np.array(batch.source), target, 1)
         record = evaluate.results("test", data, scores, found)

@@ -10,8 +10,9 @@ from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference import evaluation
 from transformer.inference.decoding import beam_search, greedy
+from transformer.loss import cross_entropy
+from transformer.metrics import METRICS, Predictions, finalize, token_sums
 from transformer.modules.model import Model
-from transformer.training.loss import cross_entropy
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
@@ -22,13 +23,15 @@ PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
 decode = partial(evaluation.decode, MODEL, PARAMS, length=9)
 dataset = partial(Dataset, BATCH.source, BATCH.target_out)
+LOGITS = logits_of(MODEL, PARAMS, BATCH)
+PREDICTIONS = Predictions(LOGITS, BATCH.target_out, cross_entropy(LOGITS, BATCH.target_out))
 
 
 def test_scores_do_not_depend_on_the_batch_size():
-    losses = cross_entropy(logits_of(MODEL, PARAMS, BATCH), BATCH.target_out).nll * BATCH.weights
+    losses = PREDICTIONS.losses.nll * BATCH.weights
     for scores in map(score, map(dataset, (1, 3, 100))):
-        np.testing.assert_allclose(scores.nll, losses.sum(-1), rtol=1e-4)
-        np.testing.assert_array_equal(scores.tokens, [len(text) + 1 for text in TEXTS])
+        np.testing.assert_allclose(scores["nll"], losses.sum(-1), rtol=1e-4)
+        np.testing.assert_array_equal(scores["tokens"], [len(text) + 1 for text in TEXTS])
 
 
 def test_scores_in_parts_are_those_of_the_whole():
@@ -46,14 +49,17 @@ def test_scores_in_parts_are_those_of_the_whole():
 
 
 def test_metrics_are_ratios_of_totals():
-    totals = [2.0, 4.0], [6.0, 6.0], [1.0, 4.0], [2.0, 4.0]
-    scores = evaluation.Scores(*map(np.array, totals))
-    wanted = {"test/loss": 1.0, "test/token_accuracy": 5 / 6, "test/sequence_accuracy": 0.5}
-    wanted |= {"test/perplexity": pytest.approx(np.e)}
-    assert scores.metrics("test") == wanted
-    wanted |= {"test/objective": pytest.approx(0.75 * 1.0 + 0.25 * 2.0)}
-    assert scores.metrics("test", smoothing=0.25) == wanted
-    assert wanted.keys() == {f"test/{name}" for name in evaluation.BETTER}
+    totals = {"nll": [2.0, 4.0], "uniform": [6.0, 6.0], "correct": [1.0, 4.0], "tokens": [2.0, 4.0]}
+    totals = dict.fromkeys(token_sums(PREDICTIONS), np.zeros(2)) | jax.tree.map(
+        np.array, totals, is_leaf=lambda x: isinstance(x, list)
+    )
+    wanted = {"loss": 1.0, "objective": 1.0, "perplexity": np.e}
+    wanted |= {"token_accuracy": 5 / 6, "sequence_accuracy": 0.5}
+    found = finalize(totals, "test")
+    assert found.keys() == {f"test/{name}" for name in METRICS}
+    assert {name: found[f"test/{name}"] for name in wanted} == pytest.approx(wanted)
+    smoothed = finalize(totals, "test", label_smoothing=0.25)
+    assert smoothed["test/objective"] == pytest.approx(0.75 * 1.0 + 0.25 * 2.0)
 
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
@@ -65,7 +71,7 @@ def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decodin
         target[row, place] = EOS + 1 + target[row, place] % 5
     scores = score(Dataset(BATCH.source, jnp.asarray(target), 3))
     exact = evaluation.exact_match(outputs, target)
-    np.testing.assert_array_equal(scores.correct == scores.tokens, exact)
+    np.testing.assert_array_equal(scores["correct"] == scores["tokens"], exact)
     np.testing.assert_array_equal(exact, np.arange(len(target)) % 2 == 0)
 
 

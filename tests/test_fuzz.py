@@ -15,7 +15,7 @@ from transformer.config import default_config, flat_knobs
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
-from transformer.inference.evaluation import BETTER
+from transformer.metrics import METRICS
 from transformer.modules.config import ARCHITECTURES, DTYPES, REMATS
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
 from transformer.modules.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
@@ -48,7 +48,7 @@ ENTRIES = {
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
     **{"data.tokenizer": TOKENIZERS, "data.target_tokenizer": TOKENIZERS, "data.task": TASKS},
     "data.bleu_tokenizer": ["13a", "zh"],
-    **{"best_metric": BETTER, "data.bleu_tokenizer": ["13a", "zh", "char"]},
+    **{"best_metric": METRICS, "data.bleu_tokenizer": ["13a", "zh", "char"]},
     "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
     **{"data.size": ["tiny"], "data.train": ["train", "train[:10%]"]},
     **{"data.validation": ["validation", "test"], "data.test": ["test_longer", "train[:100]"]},

@@ -12,13 +12,13 @@ from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training_of
 from transformer.errors import UserError
+from transformer.loss import cross_entropy
 from transformer.modules import masking
 from transformer.modules.attention import Relations
 from transformer.modules.config import REMATS
 from transformer.modules.model import flatten
 from transformer.modules.normalization import Statistic
 from transformer.modules.stacks import Encoder
-from transformer.training.loss import cross_entropy
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 DEEP = {"num_layers": 2, "dropout_rate": 0.3, "attention_dropout_rate": 0.2}

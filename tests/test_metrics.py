@@ -10,11 +10,11 @@ import pytest
 
 from tests.test_programs import ROOT
 from transformer.errors import UserError
+from transformer.metrics import mean_over
 from transformer.strict_json import dumps
 from transformer.training.metrics import (
     MetricsWriter,
     by_replica,
-    mean_over,
     read_metrics,
     train_metrics,
 )

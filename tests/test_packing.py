@@ -11,7 +11,7 @@ from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone, pack
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.errors import UserError
-from transformer.training.loss import cross_entropy
+from transformer.loss import cross_entropy
 
 
 def row(*pairs, source_length=16, target_length=14):

@@ -14,8 +14,8 @@ from lab.planning.plan import CHIPS, Chip, make_plan, meshes, open_topology, ran
 from tests.helpers import program
 from tests.test_programs import complaint, finish, start
 from transformer.config import RunConfig
-from transformer.console import figure
 from transformer.errors import UserError
+from transformer.metrics import figure
 from transformer.modules.model import Model
 
 CONFIGS = [

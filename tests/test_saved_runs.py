@@ -28,6 +28,7 @@ from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.generation import Decoding, Generator
+from transformer.metrics import finalize
 from transformer.parallel import sharding
 from transformer.training import trained
 from transformer.training.metrics import by_replica
@@ -69,7 +70,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
     parts = by_replica(variables, cfg.replicas)
     for variables, wanted in zip(parts, expected["evaluated"], strict=True):
         scores = jax.jit(evaluation.score, static_argnums=0)(model, variables, data)
-        metrics = scores.metrics(corpus.split(cfg.data.test))
+        metrics = finalize(scores, corpus.split(cfg.data.test))
         assert metrics | wanted == pytest.approx(metrics, rel=1e-4)
         assert metrics.keys() >= wanted.keys()
 

@@ -88,7 +88,7 @@ def train(run, sizes=(1, 1, 1), context=1):
         if sizes[1] == 1 or run == "plain":
             data = jax.device_put(DATA, replicated(mesh))  # one example a row, in any case
             outputs = jax.jit(partial(decode, model))(state.variables(), data)
-    return losses, state, float(scores.nll.sum()), outputs
+    return losses, state, float(scores["nll"].sum()), outputs
 
 
 def decode(model, *variables_and_data):  # greedily, and by beam search

@@ -9,7 +9,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, METRICS, bleu, edit_distance
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, bleu, edit_distance
 
 approx = pytest.approx
 OUTPUTS = ["the cat sat on the mat", "there is no place like home .", ""]
@@ -19,9 +19,9 @@ ONE += [["at night a dog barks in the yard"], ["kein Wort"]]
 SEVERAL = [[*own, f"{own[0]} indeed", "so be it then"] for own in ONE]
 UNEQUAL = [own[: 1 + k % 3] for k, own in enumerate(SEVERAL)]
 SACREBLEU = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}
-WORST = {name: 100.0 if name.endswith("error_rate") else 0.0 for name in METRICS}
+WORST = {name: 100.0 if name.endswith("error_rate") else 0.0 for name in TEXT_METRICS}
 PROPORTIONS = ("exact_match", "sequence_error_rate")
-each_metric = pytest.mark.parametrize("name", METRICS)
+each_metric = pytest.mark.parametrize("name", TEXT_METRICS)
 
 
 @cache
@@ -42,7 +42,7 @@ def test_edit_distance_is_that_of_its_definition(one, other):
 
 
 def value(name, outputs, references):
-    return METRICS[name](outputs, references).value
+    return TEXT_METRICS[name](outputs, references).value
 
 
 def test_rates_by_hand():
@@ -64,7 +64,7 @@ def test_rates_by_hand():
     assert value("unit_error_rate", ["A B C D"], [["A B C", "A B C D E"]]) == approx(20)
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name not in SACREBLEU])
+@pytest.mark.parametrize("name", [name for name in TEXT_METRICS if name not in SACREBLEU])
 def test_no_order_changes_a_value(name):
     """Of the examples, and of the references of one: two may be equally near."""
     found = value(name, OUTPUTS[::-1], [own[::-1] for own in UNEQUAL[::-1]])
@@ -77,21 +77,21 @@ def test_the_interval_of_a_rate_is_that_of_a_ratio_of_sums():
     lengths = rng.integers(1, 20, 500)
     edits = rng.binomial(lengths, lengths / 40)
     outputs = [" ".join(["x"] * e + ["a"] * (n - e)) for e, n in zip(edits, lengths, strict=True)]
-    score = METRICS["unit_error_rate"](outputs, [[" ".join(["a"] * n)] for n in lengths])
+    score = TEXT_METRICS["unit_error_rate"](outputs, [[" ".join(["a"] * n)] for n in lengths])
     rate = edits.sum() / lengths.sum()
     assert score.value == approx(100 * rate)
     half = 1.96 * 100 * (edits - rate * lengths).std() / lengths.mean() / 500**0.5
     assert score.high - score.value == approx(half, rel=0.15)
     assert score.value - score.low == approx(half, rel=0.15)
     case = outputs[:30], [["a"]] * 30
-    wrong, right = METRICS["sequence_error_rate"](*case), METRICS["exact_match"](*case)
+    wrong, right = TEXT_METRICS["sequence_error_rate"](*case), TEXT_METRICS["exact_match"](*case)
     assert (100 - wrong.value, 100 - wrong.high, 100 - wrong.low) == approx(right[:3])
 
 
 @pytest.mark.parametrize("name", SACREBLEU)
 @pytest.mark.parametrize("references", [ONE, SEVERAL, UNEQUAL], ids=["one", "several", "unequal"])
 def test_values_are_sacrebleus(name, references):
-    score = METRICS[name](OUTPUTS, references)
+    score = TEXT_METRICS[name](OUTPUTS, references)
     streams = [list(each) for each in itertools.zip_longest(*references)]
     theirs = SACREBLEU[name]().corpus_score(OUTPUTS, streams, n_bootstrap=1_000)
     assert score.value == theirs.score
@@ -106,8 +106,8 @@ def test_values_are_sacrebleus(name, references):
 
 @each_metric
 def test_empty_outputs_are_as_wrong_as_can_be_and_right_ones_are_right(name):
-    empty = METRICS[name]([""] * 5, UNEQUAL)
-    right = METRICS[name]([own[-1] for own in SEVERAL], SEVERAL)
+    empty = TEXT_METRICS[name]([""] * 5, UNEQUAL)
+    right = TEXT_METRICS[name]([own[-1] for own in SEVERAL], SEVERAL)
     assert (empty.value, right.value) == approx((WORST[name], 100 - WORST[name]))
     for score in (empty, right):  # Wilson: z² / (n + z²), of 5 all or none
         width = 100 * 1.96**2 / (5 + 1.96**2) if name in PROPORTIONS else 0
@@ -118,7 +118,7 @@ def test_empty_outputs_are_as_wrong_as_can_be_and_right_ones_are_right(name):
 @each_metric
 def test_one_good_output_among_bad_ones_has_an_interval(name):
     """Then some of what is drawn scores nothing at all."""
-    score = METRICS[name](["", "", "", "so be it then"], [["so be it then"]] * 4)
+    score = TEXT_METRICS[name](["", "", "", "so be it then"], [["so be it then"]] * 4)
     worst = [score.low, score.high][WORST[name] > 0]
     assert (worst == WORST[name]) == (name not in PROPORTIONS)
     assert score.low < score.value < score.high

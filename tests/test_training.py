@@ -11,9 +11,9 @@ from tests.helpers import logits_of, small_model, strings
 from transformer.config import default_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.inference import evaluation
+from transformer.loss import cross_entropy
 from transformer.training import step as training
 from transformer.training.health import batch_of
-from transformer.training.loss import cross_entropy
 from transformer.training.optimizer import OptimizerConfig
 from transformer.training.step import init_state, make_train_step, make_train_steps, zero_sums
 
@@ -169,9 +169,9 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
     assert after.variables() == after.params | after.statistics
 
     score = jax.jit(partial(evaluation.score, model))
-    nll = score(after.variables(), DATA).nll
-    assert nll.sum() < score(after.params | before.statistics, DATA).nll.sum()
-    np.testing.assert_allclose(score(after.variables(), DATA.head(1)).nll, nll[:1], rtol=1e-5)
+    nll = score(after.variables(), DATA)["nll"]
+    assert nll.sum() < score(after.params | before.statistics, DATA)["nll"].sum()
+    np.testing.assert_allclose(score(after.variables(), DATA.head(1))["nll"], nll[:1], rtol=1e-5)
 
     # After one step, by hand: the encoder's first norm reads the embedded tokens.
     batch, seen = batch_of(before, DATA, 0), run(before, 1)[0].statistics

@@ -15,8 +15,8 @@ from transformer.data.config import DataConfig
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
 from transformer.errors import UserError, choose, nearest, within
-from transformer.inference.evaluation import BETTER
-from transformer.inference.text_metrics import METRICS
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
+from transformer.metrics import METRICS
 from transformer.modules.config import TABLES, ModelConfig
 from transformer.parallel.sharding import MeshConfig
 from transformer.renamed import KNOBS
@@ -69,7 +69,7 @@ BEFORE: dict[str, Any] = {
 BUILT_IN = {
     **{f"model.{name}": frozenset(entries) for name, entries in TABLES.items()},
     **{"optimizer.name": frozenset(OPTIMIZERS), "optimizer.schedule": frozenset(SCHEDULES)},
-    **{"data.task": frozenset(TASKS), "data.metrics": frozenset(METRICS)},
+    **{"data.task": frozenset(TASKS), "data.metrics": frozenset(TEXT_METRICS)},
     **dict.fromkeys(("data.tokenizer", "data.target_tokenizer"), frozenset(TOKENIZERS)),
 }
 
@@ -127,7 +127,7 @@ class RunConfig:
     label_smoothing: float = 0.0  # ε of the smoothed targets; the paper's is 0.1
     ema_decay: float = 0.0  # of a moving average of parameters, to evaluate with; 0: there is none
     decode_margin: int = 50  # an output may be so many tokens longer than its source
-    best_metric: str = "sequence_accuracy"  # of validation, names the best; evaluation.py: BETTER
+    best_metric: str = "sequence_accuracy"  # of validation, names the best; metrics.py: METRICS
     plugins: Sequence[str] = ()  # modules that add to the tables; imported before all else
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
@@ -138,7 +138,10 @@ class RunConfig:
     def __post_init__(self):
         for name, (least, most) in RANGES.items():
             within(name, getattr(self, name), least, most)
-        choose(BETTER, self.best_metric, "best_metric")
+        choose(METRICS, self.best_metric, "best_metric")
+        for name in self.data.metrics:
+            choose(TEXT_METRICS, str(name), "data.metrics")
+        choose(dict.fromkeys(BLEU_TOKENIZERS), self.data.bleu_tokenizer, "data.bleu_tokenizer")
         for name in ("label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")

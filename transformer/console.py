@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from transformer.training.metrics import mean_over
+from transformer.metrics import mean_over, percent
 
 Part = TypeVar("Part")
 
@@ -132,21 +132,6 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         tries.setLevel(tries_before)
-
-
-def figure(value: float) -> str:
-    """Four significant digits; large whole numbers with commas."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def perplexity(value: float) -> str:
-    """As many digits as tell it from 1."""
-    return f"{value:.4f}" if value < 10 else figure(value)
-
-
-def percent(value: float) -> str:
-    """0.9990 → 99.90%"""
-    return f"{value:.2%}"
 
 
 def over_replicas(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from transformer.data import toy
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.errors import UserError, choose, within
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class DataConfig:
     target_tokenizer: str | None = None  # None: one for both languages
     vocab_size: int = 8_000  # pieces to learn, at most, for bpe and unigram
     max_length: int = 0  # tokens; longer examples are left out of training; 0: none is
-    metrics: Sequence[str] = ()  # of decoded text; transformer/inference/text_metrics.py: METRICS
+    metrics: Sequence[str] = ()  # of decoded text; transformer/inference/text_metrics.py
     bleu_tokenizer: str = "13a"  # sacrebleu's; of Chinese zh, of Japanese ja-mecab or char
     num_workers: int = 0  # processes that make batches on the host; 0: all rows lie on devices
     pack_length: int = 0  # tokens a row of training, with as many examples as fit; 0: one a row
@@ -39,9 +38,6 @@ class DataConfig:
         if not isinstance(self.metrics, tuple | list):
             raise UserError(f"data.metrics={self.metrics}: names, such as ('bleu','chrf')")
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
-        for name in self.metrics:
-            choose(METRICS, str(name), "data.metrics")
-        choose(dict.fromkeys(BLEU_TOKENIZERS), self.bleu_tokenizer, "data.bleu_tokenizer")
         within("data.vocab_size", self.vocab_size, 264, 2**20)
         within("data.max_length", self.max_length, 0, 2**20)
         within("data.num_workers", self.num_workers, 0, 1_000)

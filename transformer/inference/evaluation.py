@@ -2,67 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import PAD
 from transformer.inference.decoding import greedy
+from transformer.loss import cross_entropy
+from transformer.metrics import Predictions, token_sums
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Maps
 from transformer.parallel.sharding import constrain, each_part, parts
-from transformer.training.loss import cross_entropy
-
-# What `Scores.metrics` gives: 1 where more is better, -1 where less is.
-BETTER = {
-    "loss": -1,
-    "objective": -1,
-    "perplexity": -1,
-    "token_accuracy": 1,
-    "sequence_accuracy": 1,
-}
-
-
-class Scores(NamedTuple):
-    """Totals over the target tokens of each example, the true target being fed in.
-
-    nll: Σ -log p(token), in nats, without label smoothing.
-    uniform: Σ of the cross-entropy against the uniform distribution; see `loss.TokenLosses`.
-    correct: how many tokens were the likeliest at their place.
-    tokens: how many there are, EOS included.
-    """
-
-    nll: Float[Array, "examples"]
-    uniform: Float[Array, "examples"]
-    correct: Float[Array, "examples"]
-    tokens: Float[Array, "examples"]
-
-    def metrics(self, prefix: str, smoothing: float | None = None) -> dict[str, float]:
-        """`loss` (nats a token), `perplexity`, `token_accuracy`, `sequence_accuracy`.
-
-        With the smoothing of training also `objective`, what training minimises.
-
-        A sequence counts as right when each of its tokens is. That is the same as an
-        exact match under greedy decoding: while the output agrees with the target, the
-        decoder has read the target.
-        """
-        tokens = float(self.tokens.sum())
-        loss = float(self.nll.sum()) / tokens
-        objective = {}
-        if smoothing is not None:
-            uniform = float(self.uniform.sum()) / tokens
-            smoothed = (1.0 - smoothing) * loss + smoothing * uniform
-            objective = {f"{prefix}/objective": smoothed}
-        return objective | {
-            f"{prefix}/loss": loss,
-            f"{prefix}/perplexity": float(np.exp(loss)),
-            f"{prefix}/token_accuracy": float(self.correct.sum()) / tokens,
-            f"{prefix}/sequence_accuracy": float((self.correct == self.tokens).mean()),
-        }
 
 
 def map_batches(function: Callable, data: Dataset) -> Any:
@@ -84,30 +38,32 @@ def map_batches(function: Callable, data: Dataset) -> Any:
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
 
 
-def score(model: Model, params: Params, data: Dataset) -> Scores:
-    """Scores of every example of `data`; a pure function to be jitted with `model` static."""
+# Totals over the target tokens of each example, [examples] float32: `token_sums`, and `tokens`.
+Totals = dict[str, Any]
+
+
+def score(model: Model, params: Params, data: Dataset) -> Totals:
+    """The totals of every example under teacher forcing, for `metrics.finalize`."""
     module = model.bind(params)
 
     def score_batch(source, target):
         batch = make_batch(source, target)
         logits = module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
-        nll, uniform = cross_entropy(logits, batch.target_out)
-        correct = jnp.where(logits.argmax(-1) == batch.target_out, 1.0, 0.0)
-        return Scores(
-            *((each * batch.weights).sum(-1) for each in (nll, uniform, correct)),
-            tokens=batch.weights.sum(-1),
-        )
+        losses = cross_entropy(logits, batch.target_out)
+        sums = token_sums(Predictions(logits, batch.target_out, losses))
+        totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
+        return totals | {"tokens": batch.weights.sum(-1)}
 
     return map_batches(score_batch, data)
 
 
 def in_parts(
-    score: Callable[[Params, Dataset], Scores],
+    score: Callable[[Params, Dataset], Totals],
     params: Params,
     data: Dataset,
     place: Callable[[Dataset], Dataset],
     between: Callable[[], None] = lambda: None,
-) -> Scores:
+) -> Totals:
     """Scores of every example as NumPy's arrays, a batch in a dispatch, of which one waits.
 
     Args:

@@ -162,7 +162,7 @@ def interval(value: Callable[[np.ndarray], float], examples: int) -> tuple[float
     return float(low), float(high)
 
 
-METRICS: dict[str, Callable[[Sequence[str], References], Score]] = {
+TEXT_METRICS: dict[str, Callable[[Sequence[str], References], Score]] = {
     "bleu": bleu,
     "chrf": chrf,
     "exact_match": exact_match,

@@ -29,7 +29,7 @@ from transformer import renamed
 from transformer.console import console, quiet
 from transformer.errors import UserError
 from transformer.files import checksum
-from transformer.inference.evaluation import BETTER
+from transformer.metrics import METRICS
 from transformer.parallel import hosts
 from transformer.training.step import TrainState
 
@@ -50,9 +50,9 @@ def merit(metrics: Any, best: str) -> Any:
 
     Args:
       metrics: of the checkpoint; empty where it was written between two evaluations.
-      best: one of `evaluation.BETTER`.
+      best: one of `metrics.METRICS`.
     """
-    value = BETTER[best] * (metrics or {}).get(f"validation/{best}", np.nan)
+    value = METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
     return (-np.inf, 0.0) if np.isnan(value) else (value, -metrics["validation/loss"])
 
 
@@ -83,7 +83,7 @@ class Checkpoints:
       directory: where they are.
       keep: the latest so many are kept, and the best by validation. None: they are
         only read, and nothing there is touched, be it of a run that is still training.
-      best: the metric of validation that tells it, one of `evaluation.BETTER`.
+      best: the metric of validation that tells it, one of `metrics.METRICS`.
     """
 
     def __init__(self, directory: Path, keep: int | None, best: str):

@@ -15,12 +15,13 @@ from transformer.console import TrainingBar, doing
 from transformer.data.batches import Dataset, Window
 from transformer.data.streaming import Resident, Stream
 from transformer.inference import evaluation
+from transformer.metrics import finalize, mean_over
 from transformer.modules.model import Model
 from transformer.parallel import hosts, sharding
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import Watchman
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.metrics import MetricsWriter, by_replica, mean_over, train_metrics
+from transformer.training.metrics import MetricsWriter, by_replica, train_metrics
 from transformer.training.step import (
     Sums,
     TrainState,
@@ -203,7 +204,7 @@ class Loop:
         stop = (lambda: None) if hosts.several() else self.leave_if_asked
         scores = evaluation.in_parts(score, variables, self.validation, self.place, stop)
         metrics = [
-            one.metrics("validation", smoothing)
+            finalize(one, "validation", smoothing)
             for one, smoothing in zip(
                 by_replica(scores, self.cfg.replicas), self.cfg.smoothings(), strict=True
             )

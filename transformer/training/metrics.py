@@ -63,11 +63,6 @@ def by_replica(tree: Any, replicas: int) -> list[Any]:
     return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
 
 
-def mean_over(metrics: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
-    """The mean of each metric over the replicas."""
-    return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
-
-
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, an object a line, and to TensorBoard events.
 

@@ -14,11 +14,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from transformer.data.batches import Batch, Dataset, Window
+from transformer.loss import cross_entropy
 from transformer.modules.dropout import Training, streams
 from transformer.modules.model import Model, Params, flatten
 from transformer.modules.normalization import Statistic
 from transformer.parallel import sharding
-from transformer.training.loss import cross_entropy
 from transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 Sums = dict[str, Float[Array, "*R"]]

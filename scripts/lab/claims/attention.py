@@ -21,6 +21,7 @@ from transformer.data.batches import Dataset
 from transformer.data.load import open_corpus
 from transformer.data.tokenizer import PAD
 from transformer.inference import evaluation
+from transformer.metrics import finalize
 from transformer.modules import masking
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
@@ -186,7 +187,7 @@ def without_head(variables: Params, kind: str, head: int) -> Params:
 def right(model: Model, variables: Params, data: Dataset) -> float:
     """The share of sequences that the model gets right."""
     scores = jax.jit(partial(evaluation.score, model))(variables, data)
-    return scores.metrics("test")["test/sequence_accuracy"]
+    return finalize(scores, "test")["test/sequence_accuracy"]
 
 
 def heads(setting: Setting, *, examples: int = 1_000) -> Claim:

@@ -36,10 +36,10 @@ from lab.sweeps.sweep import load_sweep
 from lab.timing import in_process, interleaved
 from transformer.config import load_config
 from transformer.data.batches import make_batch
+from transformer.loss import cross_entropy
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
 from transformer.parallel.sharding import cores
-from transformer.training.loss import cross_entropy
 
 SWEEP = "recurrence"
 KINDS = ("transformer", "lstm", "gru")
