@@ -37,7 +37,8 @@ from transformer.inference.generation import Decoding
 from transformer.inference.text_metrics import TEXT_METRICS, bleu
 from transformer.metrics import figure, finalize, mean_over, near_one, percent
 from transformer.modules.model import Model, Params
-from transformer.parallel import hosts, sharding
+from transformer.parallel import hosts
+from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh, place, replicated
 from transformer.training.metrics import by_replica
 from transformer.training.step import each_replica
 from transformer.training.trained import load
@@ -139,8 +140,8 @@ def computed(
     cfg: RunConfig, decode: Callable[..., Beams], model: Model, variables: Params, data: Dataset
 ) -> tuple[evaluation.Totals, Beams]:
     """Scores and outputs of all examples, of all replicas."""
-    everywhere = sharding.replicated(jax.sharding.get_mesh())
-    data = sharding.place(data, everywhere)
+    everywhere = replicated(jax.sharding.get_mesh())
+    data = place(data, everywhere)
 
     def run(function: Callable[..., Any], **options) -> Any:
         of_each = each_replica(partial(function, model), cfg.replicas, in_axes=(0, None))
@@ -247,12 +248,12 @@ def evaluation_mesh(cfg: RunConfig) -> Mesh:
     Several processes must have the mesh: each has a part in it.
     """
     try:
-        mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
-        sharding.check_batch(mesh, cfg.batch_size)
+        mesh = make_mesh(cfg.mesh, cfg.replicas)
+        check_batch(mesh, cfg.batch_size)
     except UserError:
         if hosts.several():
             raise
-        mesh = sharding.one_device()
+        mesh = one_device_mesh()
     return mesh
 
 

@@ -27,7 +27,9 @@ from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.metrics import figure, finalize, near_one, percent
 from transformer.modules.model import Model
-from transformer.parallel import hosts, sharding
+from transformer.parallel import hosts
+from transformer.parallel.devices import check_memory, describe_mesh
+from transformer.parallel.mesh import check_batch, make_mesh, place, replicated
 from transformer.training import costs
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import NonfiniteError, Watchman, dump_batch, find_operation
@@ -144,7 +146,7 @@ def run(
             workdir.write_results(
                 {
                     "step": cfg.steps,
-                    "devices": sharding.describe(mesh),
+                    "devices": describe_mesh(mesh),
                     "parameters": model.count_parameters(),
                     "flops_per_step": flops,
                     "replicas": results,
@@ -191,8 +193,8 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
     Raises:
       UserError: something is.
     """
-    mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
-    sharding.check_batch(mesh, cfg.batch_size, cfg.accumulation_steps)
+    mesh = make_mesh(cfg.mesh, cfg.replicas)
+    check_batch(mesh, cfg.batch_size, cfg.accumulation_steps)
     corpus = open_corpus(cfg.data, data_dir, saved)
     pairs = corpus.tokens(cfg.data.train)
     kept, excluded = learnable(pairs, cfg.data.max_length)
@@ -206,7 +208,7 @@ def prepare(cfg: RunConfig, data_dir: str | None, saved: Path | None = None) -> 
         rows = pack(rows, cfg.data.pack_length)
     model = Model.of(cfg.model, *corpus.tokenizers)
     like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
-    sharding.check_memory(like)
+    check_memory(like)
     return Prepared(mesh, corpus, excluded, len(kept), rows, data, model, like)
 
 
@@ -215,7 +217,7 @@ def make_feed(cfg: RunConfig, prepared: Prepared) -> Resident | Stream:
     rows, mesh = prepared.rows, prepared.mesh
     if not cfg.data.num_workers:
         data = Dataset.of(rows, cfg.batch_size)
-        return Resident(sharding.place(data, sharding.replicated(mesh)))
+        return Resident(place(data, replicated(mesh)))
     return Stream(
         rows,
         cfg.batch_size,
@@ -239,7 +241,7 @@ def show_facts(cfg: RunConfig, prepared: Prepared, workdir: Workdir) -> None:
             + "".join(f", {len(data):,} of {name}" for name, data in prepared.data.items()),
             **({"left out": left_out} if left_out else {}),
             **({"unknown": unknown} if unknown else {}),
-            "devices": sharding.describe(prepared.mesh),
+            "devices": describe_mesh(prepared.mesh),
             "parameters": f"{model.count_parameters():,}"
             + (f", times {cfg.replicas} replicas" if cfg.replicas > 1 else ""),
             **(
@@ -266,7 +268,7 @@ def trace(programs: Programs, cfg: RunConfig, prepared: Prepared, feed: Resident
       UserError: a choice cannot be computed as it is here, such as an attention backend.
     """
     small = (jax.device_get(zero_sums(cfg.replicas)), np.array(0, np.int32))
-    sums, steps = sharding.place(small, sharding.replicated(prepared.mesh))
+    sums, steps = place(small, replicated(prepared.mesh))
     # Each is where it will be: the compiler then takes this trace, and makes none of its own.
     programs.train_steps.trace(prepared.like, sums, feed.blank(), steps)
 
@@ -299,7 +301,7 @@ def begin(
     facts({"resuming": f"at step {step:,} of {cfg.steps:,}"})
     # Not the checkpoint's: --allow_changes may have brought others.
     where = {name: leaf.sharding for name, leaf in prepared.like.numbers.items()}
-    return state._replace(numbers=sharding.place(numbers, where)), checkpoints.interval(step)
+    return state._replace(numbers=place(numbers, where)), checkpoints.interval(step)
 
 
 def say_jump(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:
@@ -382,9 +384,9 @@ def evaluate(
     """Each replica's seed and final metrics on the validation and test splits."""
     watchman = Watchman(state, cfg.max_skipped_steps)
     results: list[dict[str, Any]] = [{"seed": int(seed)} for seed in np.atleast_1d(cfg.seeds())]
-    place = partial(sharding.place, where=sharding.replicated(jax.sharding.get_mesh()))
+    put = partial(place, where=replicated(jax.sharding.get_mesh()))
     for name in ("validation", "test"):
-        scores = evaluation.in_parts(programs.score, state.variables(), data[name], place)
+        scores = evaluation.in_parts(programs.score, state.variables(), data[name], put)
         scores = by_replica(scores, cfg.replicas)
         metrics = [
             finalize(one, name, smoothing)

@@ -152,12 +152,12 @@ from functools import partial
 from transformer.data.batches import Dataset
 from transformer.data.rows import alone
 from transformer.inference import evaluation, plots
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training import trained
 
 WORDS = ["hello", "attention", "transformer"]
 
-_, tokenizers, model, _, variables, _ = trained.load(workdir, sharding.one_device())
+_, tokenizers, model, _, variables, _ = trained.load(workdir, one_device_mesh())
 pairs = tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
 examples = Dataset.of(alone(pairs), batch_size=len(WORDS))
 decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))

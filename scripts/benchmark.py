@@ -27,7 +27,7 @@ from lab.benchmark.rotation import ContenderError
 from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import UserError, choose
-from transformer.parallel import sharding
+from transformer.parallel.devices import cpu_cores, cpu_name
 from transformer.training.workdir import commit, versions, write_json
 
 DEVICE = flags.DEFINE_enum("device", "cpu", list(task.SIZES), "What all of them run on.")
@@ -36,7 +36,7 @@ WHAT = flags.DEFINE_list(
     "what", ["start", "training", "time_to_accuracy", "decoding"], "Which parts; see measure.PARTS."
 )
 ONLY = flags.DEFINE_list("contenders", list(CONTENDERS), "Who takes part.")
-THREADS = flags.DEFINE_integer("threads", sharding.cores(), "Of a CPU.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", cpu_cores(), "Of a CPU.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each contender.", lower_bound=1)
 STARTS = flags.DEFINE_integer("starts", 3, "Starts of each contender.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 5, "Of training to the target.", lower_bound=1)
@@ -155,7 +155,7 @@ def about(bench: measure.Bench) -> dict:
     shown = ("width", "heads", "ff_width", "layers", "vocabulary", "longest", "batch", "pack")
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "device": sharding.processor() if DEVICE.value == "cpu" else gpu(),
+        "device": cpu_name() if DEVICE.value == "cpu" else gpu(),
         "threads": THREADS.value,
         "size": {each: size[each] for each in shown},
         "versions": versions() | {each: metadata.version(each) for each in sorted(needs)},

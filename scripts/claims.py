@@ -15,7 +15,8 @@ from lab.claims import attention, complexity, norms, page, recurrence
 from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import choose
-from transformer.parallel import sharding
+from transformer.parallel.devices import describe_mesh
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.workdir import commit
 
 # In the order of the page.
@@ -50,7 +51,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     setting = page.Setting(Path(WORKDIR.value), DATA_DIR.value, JOBS.value, folder)
     about = {
-        "devices": sharding.describe(sharding.one_device()),
+        "devices": describe_mesh(one_device_mesh()),
         "commit": commit(),
         "jax": jax.__version__,
     }

@@ -32,7 +32,8 @@ from transformer.errors import UserError
 from transformer.modules.config import REMATS
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
 from transformer.modules.model import Model
-from transformer.parallel import sharding
+from transformer.parallel.devices import describe_mesh
+from transformer.parallel.mesh import make_mesh, replicated
 from transformer.training.step import (
     abstract_state,
     init_state,
@@ -80,7 +81,7 @@ def main() -> None:
         except UserError as error:
             console.print(f"{name}: left out: {error}")
     console.print(f"{len(programs)} programs are built")
-    facts({"devices": sharding.describe(next(iter(programs.values())).mesh)})
+    facts({"devices": describe_mesh(next(iter(programs.values())).mesh)})
     seconds = interleaved(
         {name: program.run for name, program in programs.items()}, ROUNDS.value, 0.0
     )
@@ -129,7 +130,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     cfg = RunConfig.resolve(config)
-    mesh = sharding.make_mesh(cfg.mesh, cfg.replicas)
+    mesh = make_mesh(cfg.mesh, cfg.replicas)
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     rows, batch_size = alone(corpus.tokens(cfg.data.train)), cfg.batch_size
     if cfg.data.pack_length:
@@ -142,7 +143,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
     data = Dataset.of(rows, batch_size)
     model, recipe = Model.of(cfg.model, *corpus.tokenizers), cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
-    everywhere = sharding.replicated(mesh)
+    everywhere = replicated(mesh)
     with jax.set_mesh(mesh):
         data = jax.device_put(data, everywhere)
         init = jax.jit(partial(init_state, model, recipe), out_shardings=where)

@@ -19,7 +19,13 @@ from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference.decoding import beam_search, greedy, scores_of
 from transformer.modules.model import Model, Params
-from transformer.parallel.sharding import RULES, MeshConfig, make_mesh, parameter_shardings, spec
+from transformer.parallel.mesh import (
+    RULES,
+    MeshConfig,
+    make_mesh,
+    parameter_shardings,
+    partition_spec,
+)
 
 # No two axes are alike: rows, source, target. Each target position has a row of its own.
 B, S, T = 8, 9, 6
@@ -243,7 +249,7 @@ def sharding(model: Model, outputs, params: Params) -> None:
     batch, weights = rows([LONG], [SHORT], [], [SINGLE]), noise(model)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parameter_shardings(mesh, model.shapes, model.axes))
-        split = jax.device_put(batch, NamedSharding(mesh, spec(("batch",))))
+        split = jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
         found = outputs(placed, split, weights)
     expected = outputs(params, batch, weights)
     np.testing.assert_allclose(found.logits, expected.logits, **CLOSE)

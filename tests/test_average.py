@@ -11,7 +11,7 @@ from tests.test_training import equal
 from transformer.config import default_config
 from transformer.data.load import Tokenizers
 from transformer.errors import UserError
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.averaging import average, in_a_row, mean
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.trained import load, outline
@@ -43,7 +43,7 @@ def make_run(path, rng, steps=(10, 20, 30), tokenizer=TOKENIZER, drawn=drawn, **
     tokenizers = Tokenizers(tokenizer, tokenizer)
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, {"dataset": "toy"} | tokenizers.digests())
-    *_, model, like = outline(workdir, sharding.one_device())
+    *_, model, like = outline(workdir, one_device_mesh())
     states = [drawn(model, like, step, rng) for step in steps]
     with Checkpoints(workdir.checkpoints, keep=len(steps), best="sequence_accuracy") as checkpoints:
         for state in states:
@@ -88,7 +88,7 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
     assert bool(state.statistics) == ("model.norm" in changes)
 
     # What evaluates and predicts finds what it needs.
-    trained = load(into, sharding.one_device())
+    trained = load(into, one_device_mesh())
     assert equal(trained.variables, state.variables())
     assert trained.step == 33
     assert into.plots.is_dir()

@@ -20,7 +20,7 @@ from transformer.errors import UserError
 from transformer.inference import plots
 from transformer.inference.decoding import Decoded
 from transformer.modules.model import Model
-from transformer.parallel import sharding
+from transformer.parallel.mesh import place
 from transformer.training import loop
 from transformer.training.step import init_state, make_train_step, make_train_steps
 from transformer.training.workdir import Workdir
@@ -182,7 +182,7 @@ class Dispatches:
         self.calls.append(("init", np.asarray(seeds).tolist()))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.like)
         state = zeros._replace(seed=np.asarray(seeds), numbers=numbers)
-        return sharding.place(state, jax.tree.map(lambda leaf: leaf.sharding, self.like))
+        return place(state, jax.tree.map(lambda leaf: leaf.sharding, self.like))
 
     def __call__(self, state, sums, data, n):
         with jax.transfer_guard("allow"):
@@ -192,7 +192,7 @@ class Dispatches:
             steps = np.full(state.step.shape, self.step, np.int32)
             added = {"loss": sum(range(first + 1, first + n + 1)), "tokens": n, "steps": n}
             sums = {k: jnp.asarray(np.asarray(v) + added.get(k, 0)) for k, v in sums.items()}
-            return state._replace(step=sharding.place(steps, state.step.sharding)), sums
+            return state._replace(step=place(steps, state.step.sharding)), sums
 
     def score(self, variables, data):
         self.calls.append(("score", digest(data)))

@@ -12,7 +12,7 @@ from tests.helpers import small_model, strings
 from tests.test_training import small_recipe
 from transformer.data.batches import Dataset
 from transformer.modules.config import ARCHITECTURES
-from transformer.parallel.sharding import MeshConfig, make_mesh, one_device
+from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh
 from transformer.training.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
 from transformer.training.metrics import train_metrics
 from transformer.training.step import init_state, make_train_step
@@ -111,7 +111,7 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products():
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
     sums = dict.fromkeys(("loss", "nll", "correct", "tokens", "gradient_norm"), 1.0)
     sums |= {"steps": 10.0, "skipped": 0.0, "learning_rate": 1.0}
-    assert share_of_peak(1, one_device()) is None  # nobody says what a CPU's is
+    assert share_of_peak(1, one_device_mesh()) is None  # nobody says what a CPU's is
     assert "train/mfu" not in train_metrics(sums, 5.0, None)
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)
     mesh = make_mesh(MeshConfig(replica=1, data=4, fsdp=1, tensor=2, context=1))

@@ -27,7 +27,7 @@ from transformer.inference import evaluation
 from transformer.inference.decoding import beam_search, greedy
 from transformer.inference.generation import Decoding, Generator, Output, roomy
 from transformer.modules.model import Model
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.step import TrainState
 from transformer.training.workdir import Workdir
 
@@ -80,7 +80,7 @@ def run(tmp_path_factory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def generator(run) -> Generator:
-    return Generator(run.path, mesh=sharding.one_device())
+    return Generator(run.path, mesh=one_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +229,10 @@ def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, fou
 
 def test_a_replica_of_a_population_has_its_own_parameters(tmp_path):
     folder = make_run(tmp_path / "population", replicas=2).path
-    one = Generator(folder, replica=1, mesh=sharding.one_device())
+    one = Generator(folder, replica=1, mesh=one_device_mesh())
     jax.tree.map(np.testing.assert_array_equal, dict(one.params), params_of(one.model, 1))
     with pytest.raises(UserError, match="replica=2: it must be at most 1"):
-        Generator(folder, replica=2, mesh=sharding.one_device())
+        Generator(folder, replica=2, mesh=one_device_mesh())
     with pytest.raises(UserError, match="holds no run"):
         Generator(tmp_path)
 

@@ -12,7 +12,9 @@ import pytest
 
 from tests.test_programs import TINY, finish, results, start
 from transformer.errors import UserError
-from transformer.parallel import hosts, sharding
+from transformer.parallel import hosts
+from transformer.parallel.devices import find_devices
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.interruption import RESUME
 from transformer.training.workdir import write_json
 
@@ -228,10 +230,10 @@ def test_processes_left_out_are_explained_and_of_several_the_first_alone_writes(
 ):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"one of 4 of a TPU slice; .* --coordinator=auto"):
-        sharding.find_devices()
+        find_devices()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="takes 1 of the 8 devices of 4 processes"):
-        sharding.one_device()
+        one_device_mesh()
     for process, writes in ((1, False), (0, True)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert hosts.several()

@@ -15,7 +15,7 @@ from tests.test_training import equal
 from transformer.config import RunConfig, default_config
 from transformer.inference import evaluation
 from transformer.modules.model import Model
-from transformer.parallel.sharding import RULES, replicated
+from transformer.parallel.mesh import RULES, replicated
 from transformer.training import step as training
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import by_replica

@@ -29,7 +29,7 @@ from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.generation import Decoding, Generator
 from transformer.metrics import finalize
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training import trained
 from transformer.training.metrics import by_replica
 from transformer.training.workdir import Workdir
@@ -51,7 +51,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
     old, data_dir, caplog
 ):
     workdir, expected = old
-    generator = Generator(workdir.path, mesh=sharding.one_device())
+    generator = Generator(workdir.path, mesh=one_device_mesh())
     assert not caplog.records  # no library has anything to warn of
     for name, beams in (("greedy", 1), ("beam", 3)):
         found = generator.generate(TEXTS, Decoding(beam_size=beams))
@@ -61,7 +61,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
         np.testing.assert_allclose([own[0].score for own in found], scores, atol=1e-3)
 
     config = workdir.read_config()
-    mesh, cfg = sharding.one_device(), RunConfig.resolve(config)
+    mesh, cfg = one_device_mesh(), RunConfig.resolve(config)
     _, _, model, step, variables, _ = trained.load(workdir, mesh)
     assert step == 200
     corpus = open_corpus(cfg.data, data_dir, workdir.tokenizers)
@@ -104,7 +104,7 @@ def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, m
         Generator(workdir.path)
     with pytest.raises(UserError, match="plugins: none_such cannot be imported"):
         plugins.load(["none_such"])
-    assert Generator(workdir.path, plugins=["wave"], mesh=sharding.one_device()).step == 200
+    assert Generator(workdir.path, plugins=["wave"], mesh=one_device_mesh()).step == 200
 
 
 def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):

@@ -21,8 +21,18 @@ from transformer.inference.decoding import beam_search
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.masking import Mask
-from transformer.parallel import sharding
-from transformer.parallel.sharding import RULES, MeshConfig, each_shard, make_mesh, replicated
+from transformer.parallel import devices
+from transformer.parallel.devices import check_memory, cpu_cores, cpu_name, describe_mesh
+from transformer.parallel.mesh import (
+    RULES,
+    MeshConfig,
+    check_batch,
+    constrain,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    shard_by_rules,
+)
 from transformer.training.optimizer import OPTIMIZERS
 from transformer.training.step import abstract_state, make_train_step, make_train_steps, zero_sums
 
@@ -205,14 +215,14 @@ def test_context_divides_what_a_long_sequence_holds_on_a_device():
 
 def test_minus_one_takes_what_is_left_and_the_batch_is_split_over_data_and_fsdp():
     mesh = mesh_of(-1, 2, 1)
-    kind = f"cpu ({sharding.processor()}, {sharding.cores()} cores)"
-    assert sharding.describe(mesh) == f"8 × {kind}, mesh data 4, fsdp 2"
+    kind = f"cpu ({cpu_name()}, {cpu_cores()} cores)"
+    assert describe_mesh(mesh) == f"8 × {kind}, mesh data 4, fsdp 2"
     with jax.set_mesh(mesh):
         data = jax.device_put(DATA, replicated(mesh))
         batch = jax.jit(lambda data: data.batch(jax.random.key(0), jnp.int32(0)))(data)
     for tokens in (batch.source, batch.target_out):
         assert tokens.sharding.shard_shape(tokens.shape) == (1, tokens.shape[1])
-    assert sharding.constrain(batch.source, "batch", "length") is batch.source  # without a mesh
+    assert constrain(batch.source, "batch", "length") is batch.source  # without a mesh
 
 
 def test_replicas_take_as_many_ways_as_divide_them_and_the_devices():
@@ -244,25 +254,25 @@ def test_what_a_mesh_does_not_divide_is_explained():
     with pytest.raises(UserError, match=message):
         abstract_state(small_model(), small_recipe(), mesh_of(1, 1, 8))
     shapes, both = {"table": jax.ShapeDtypeStruct((6, 3), "float32")}, {"table": ("batch", "head")}
-    found = sharding.parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
+    found = parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
     assert found.shard_shape((6, 3)) == (3, 3)
     with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp=4 does not divide the 6 of axis"):
-        sharding.parameter_shardings(mesh_of(2, 2, 1), shapes, both)
-    sharding.check_batch(mesh_of(2, 4, 1), 16)
-    sharding.check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
+        parameter_shardings(mesh_of(2, 2, 1), shapes, both)
+    check_batch(mesh_of(2, 4, 1), 16)
+    check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
     with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):
-        sharding.check_batch(mesh_of(2, 4, 1), 12)
+        check_batch(mesh_of(2, 4, 1), 12)
 
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):
     state = abstract_state(small_model(), small_recipe(), mesh_of(1, 8, 1))
     size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
-    sharding.check_memory(state)
-    monkeypatch.setattr(sharding, "memory", lambda: size / 2)  # most is split over 8
-    sharding.check_memory(state)
-    monkeypatch.setattr(sharding, "memory", lambda: size / 9)
+    check_memory(state)
+    monkeypatch.setattr(devices, "device_memory", lambda: size / 2)  # most is split over 8
+    check_memory(state)
+    monkeypatch.setattr(devices, "device_memory", lambda: size / 9)
     with pytest.raises(UserError, match=r"take 0\.0 GiB of a device .* mesh.fsdp"):
-        sharding.check_memory(state)
+        check_memory(state)
 
 
 @pytest.mark.parametrize("replica", [1, 2])
@@ -276,6 +286,6 @@ def test_a_kernel_is_given_parts_that_no_axis_splits_further(replica):
 
     x = jnp.arange(2.0 * 4 * 4 * 3 * 5).reshape(2, 4, 4, 3, 5)
     with jax.set_mesh(mesh_of(2, 1, 2, replica=replica, replicas=replica)):
-        call = jax.vmap(each_shard(kernel, (axes,), axes), spmd_axis_name="replica")
+        call = jax.vmap(shard_by_rules(kernel, (axes,), axes), spmd_axis_name="replica")
         np.testing.assert_array_equal(jax.jit(call)(x), 2.0 * x)
     assert set(seen) == {((2, 2, 3, 5), ())}

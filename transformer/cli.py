@@ -25,7 +25,7 @@ from transformer.errors import UserError, nearest
 from transformer.files import home
 from transformer.inference.generation import Decoding
 from transformer.parallel import hosts
-from transformer.parallel.sharding import cores, find_devices
+from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
@@ -161,7 +161,7 @@ def set_up_jax(config: RunConfig | None = None) -> None:
                 if config.model.d_model <= SMALL
                 else 1
             )
-        number = max(n for n in range(1, cores() + 1) if parts % n == 0)
+        number = max(n for n in range(1, cpu_cores() + 1) if parts % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))

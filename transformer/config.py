@@ -18,7 +18,7 @@ from transformer.errors import UserError, choose, nearest, within
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
 from transformer.metrics import METRICS
 from transformer.modules.config import TABLES, ModelConfig
-from transformer.parallel.sharding import MeshConfig
+from transformer.parallel.mesh import MeshConfig
 from transformer.renamed import KNOBS
 from transformer.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from transformer.training.step import Hyperparameters, Recipe

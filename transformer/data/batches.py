@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from transformer.data.feistel import ROUNDS, half_width, network
 from transformer.data.rows import Rows
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.parallel.sharding import constrain
+from transformer.parallel.mesh import constrain
 
 
 class Batch(NamedTuple):

@@ -27,7 +27,7 @@ from jaxtyping import Array, UInt32
 from transformer.data.batches import Dataset, Window, epoch_key, round_keys
 from transformer.data.rows import Batches, Rows
 from transformer.errors import UserError, needs
-from transformer.parallel import sharding
+from transformer.parallel.mesh import partition_spec, place
 from transformer.training.step import stream
 
 WINDOW_BYTES = 2**26  # of a window's batches, at most
@@ -128,12 +128,12 @@ class Stream:
 
     def place(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         """An array [replicas, *axes] on the devices; of a single run its one row."""
-        where = sharding.spec(axes)
+        where = partition_spec(axes)
         if np.ndim(self.seeds):
             where = PartitionSpec("replica", *where)
         else:
             array = array[0, ...]
-        return sharding.place(array, NamedSharding(self.mesh, where))
+        return place(array, NamedSharding(self.mesh, where))
 
     @contextlib.contextmanager
     def running(self, begin: int) -> Iterator[None]:

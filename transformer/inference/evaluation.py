@@ -16,7 +16,7 @@ from transformer.loss import cross_entropy
 from transformer.metrics import Predictions, token_sums
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Maps
-from transformer.parallel.sharding import constrain, each_part, parts
+from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
 
 def map_batches(function: Callable, data: Dataset) -> Any:
@@ -110,7 +110,7 @@ def decode(
     Returns:
       What `search` returns, with the examples in their order: Decoded, or Beams.
     """
-    source, ways = jnp.asarray(data.source), parts()
+    source, ways = jnp.asarray(data.source), row_shards()
     order = jnp.argsort((source != PAD).sum(1))
     order = jnp.pad(order, (0, -len(data) % ways), constant_values=len(data))
     order = order.reshape(-1, ways).T.reshape(-1)
@@ -129,7 +129,7 @@ def decode(
         return rows.at[order].get(mode="fill", fill_value=PAD)
 
     numbers = source if keys is None else jax.random.key_data(keys)
-    found = each_part(decode_part, ways)(params, (dealt(source), dealt(numbers)))
+    found = shard_rows(decode_part, ways)(params, (dealt(source), dealt(numbers)))
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
 

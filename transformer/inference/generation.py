@@ -21,7 +21,7 @@ from transformer.errors import UserError, within
 from transformer.inference import evaluation
 from transformer.inference.decoding import Beams, beam_search, greedy, sample
 from transformer.modules.model import Model, Params
-from transformer.parallel import sharding
+from transformer.parallel.mesh import data_parallel_mesh
 from transformer.plugins import load as load_plugins
 from transformer.training import trained
 from transformer.training.metrics import by_replica
@@ -195,7 +195,7 @@ class Generator:
         plugins: Sequence[str] = (),
     ):
         load_plugins(plugins)
-        self.mesh = mesh or sharding.all_devices()
+        self.mesh = mesh or data_parallel_mesh()
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             loaded = trained.load(Workdir(str(workdir)), self.mesh, checkpoint)
         within("replica", replica, 0, loaded.cfg.replicas - 1)

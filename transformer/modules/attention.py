@@ -17,7 +17,7 @@ from transformer.modules.dropout import Training, dropout
 from transformer.modules.layers import Linear, add_bias
 from transformer.modules.masking import Mask, written_out
 from transformer.modules.normalization import RMSNorm
-from transformer.parallel.sharding import constrain
+from transformer.parallel.mesh import constrain
 
 
 class Relations(NamedTuple):

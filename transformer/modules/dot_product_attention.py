@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
 from transformer.modules.masking import Mask, written_out
-from transformer.parallel.sharding import each_shard, ways
+from transformer.parallel.mesh import axis_shards, shard_by_rules
 
 Query = Float[Array, "B N T H"]
 Key = Float[Array, "B K S H"]
@@ -179,10 +179,10 @@ def splash_attention(
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
         return einsum_attention(query, key, value, mask, bias)
     # A device that has some of the query heads needs the keys and values that those share.
-    shared = math.lcm(key.shape[1], ways("heads"))
+    shared = math.lcm(key.shape[1], axis_shards("heads"))
     key, value = share(key, shared), share(value, shared)
     heads, segments = ("batch", "heads", None, None), ("batch", None)
-    attend = each_shard(
+    attend = shard_by_rules(
         partial(splash_kernel, causal=mask.causal, window=mask.window),
         (*(heads,) * 3, *(segments,) * 2),
         heads,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.modules.dropout import Training, drop
 from transformer.modules.normalization import NORMS
-from transformer.parallel.sharding import constrain
+from transformer.parallel.mesh import constrain
 
 # How the matrices of attention and feed-forward begin.
 INITIALIZERS = {

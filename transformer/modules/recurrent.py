@@ -16,7 +16,7 @@ from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
 from transformer.modules.dropout import Training, drop
 from transformer.modules.layers import INITIALIZERS, Embedding, Linear
-from transformer.parallel.sharding import constrain
+from transformer.parallel.mesh import constrain
 
 # What a cell hands on from step to step, each [B, D]; the first is its output.
 State = tuple[Array, ...]

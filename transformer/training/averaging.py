@@ -12,7 +12,7 @@ import numpy as np
 
 from transformer.errors import UserError, within
 from transformer.modules.model import Params
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh, place
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import TrainState
 from transformer.training.trained import outline
@@ -37,7 +37,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     """
     within("last", last, 1, 2**31 - 1)
     check_place(workdir, into)
-    cfg, tokenizers, _, like = outline(workdir, sharding.one_device())
+    cfg, tokenizers, _, like = outline(workdir, one_device_mesh())
     with Checkpoints(workdir.checkpoints, None, cfg.best_metric) as checkpoints:
         checkpoints.find("latest")  # says so, if there is none
         saved = sorted(checkpoints.manager.all_steps())
@@ -105,7 +105,7 @@ def mean(states: Iterable[TrainState]) -> TrainState:
         count += 1
 
     def rounded(total: np.ndarray, leaf: jax.Array) -> jax.Array:
-        return sharding.place((total / count).astype(leaf.dtype), leaf.sharding)
+        return place((total / count).astype(leaf.dtype), leaf.sharding)
 
     return state._replace(**jax.tree.map(rounded, totals, evaluated(state)))
 

@@ -17,7 +17,8 @@ from transformer.data.streaming import Resident, Stream
 from transformer.inference import evaluation
 from transformer.metrics import finalize, mean_over
 from transformer.modules.model import Model
-from transformer.parallel import hosts, sharding
+from transformer.parallel import hosts
+from transformer.parallel.mesh import place, replicated
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import Watchman
 from transformer.training.interruption import Interrupted, StopRequests
@@ -56,7 +57,7 @@ def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:
     """
     recipe = cfg.recipe()
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    everywhere = sharding.replicated(jax.sharding.get_mesh())
+    everywhere = replicated(jax.sharding.get_mesh())
     train_steps = make_train_steps(make_train_step(model, recipe))
 
     def each(function: Callable, *in_axes: int | None) -> Callable:
@@ -247,7 +248,7 @@ class Loop:
 
     def place(self, tree: Any) -> Any:
         """Arrays on every device."""
-        return sharding.place(tree, sharding.replicated(jax.sharding.get_mesh()))
+        return place(tree, replicated(jax.sharding.get_mesh()))
 
 
 class Pace:

@@ -18,7 +18,7 @@ from transformer.loss import cross_entropy
 from transformer.modules.dropout import Training, streams
 from transformer.modules.model import Model, Params, flatten
 from transformer.modules.normalization import Statistic
-from transformer.parallel import sharding
+from transformer.parallel.mesh import add_replica_axis, parameter_shardings, replicated
 from transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 Sums = dict[str, Float[Array, "*R"]]
@@ -154,9 +154,9 @@ def abstract_state(
     Raises:
       UserError: the mesh does not divide a parameter.
     """
-    where = sharding.parameter_shardings(mesh, model.shapes, model.axes)
+    where = parameter_shardings(mesh, model.shapes, model.axes)
     params, statistics = model.split(where)
-    everywhere = sharding.replicated(mesh)
+    everywhere = replicated(mesh)
     own = dict.fromkeys(numbers, np.float32(0))
     state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), own)
 
@@ -182,7 +182,7 @@ def abstract_state(
         state,
         places,
     )
-    return abstract if replicas == 1 else sharding.stacked(abstract, replicas)
+    return abstract if replicas == 1 else add_replica_axis(abstract, replicas)
 
 
 def each_replica(function: Callable, replicas: int, in_axes: tuple[int | None, ...]) -> Callable:

@@ -20,7 +20,8 @@ from transformer.data.rows import Pairs, alone, pack
 from transformer.data.tokenizer import PAD
 from transformer.inference import decoding, evaluation
 from transformer.modules.model import Model, Params
-from transformer.parallel import sharding
+from transformer.parallel.devices import cpu_cores
+from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh, replicated
 from transformer.training import costs
 from transformer.training.step import (
     abstract_state,
@@ -73,12 +74,12 @@ class Ours(Contender):
         # number that the cores divide.
         rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
         if setting.device == "cpu":
-            rows = -(-rows // sharding.cores()) * sharding.cores()
+            rows = -(-rows // cpu_cores()) * cpu_cores()
         schedule = Schedule(learning_rate=1e-3, warmup_steps=1, name="constant", steps=2)
         cli.set_up_jax(run_config(self.size, self.device, schedule, rows))
-        whole = sharding.MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
-        self.mesh = sharding.make_mesh(whole)
-        self.everywhere = sharding.replicated(self.mesh)
+        whole = MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
+        self.mesh = make_mesh(whole)
+        self.everywhere = replicated(self.mesh)
         self.data = jax.device_put(Dataset.of(packed, rows), self.everywhere)
         self.schedule: Schedule | None = None
         self.decoders: dict[tuple[Any, ...], Callable] = {}
@@ -116,7 +117,7 @@ class Ours(Contender):
         if beams > 1:
             search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
-        mesh = sharding.one_device() if batch == 1 else self.mesh
+        mesh = one_device_mesh() if batch == 1 else self.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
             decode = partial(evaluation.decode, self.model, length=length, search=search)
@@ -126,7 +127,7 @@ class Ours(Contender):
             if self.placed.get("from") is not self.variables:
                 self.placed = {"from": self.variables}
             if mesh not in self.placed:
-                self.placed[mesh] = jax.device_put(self.variables, sharding.replicated(mesh))
+                self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))
             variables = self.placed[mesh]
             parts = [without_padding(row) for row in source] if batch == 1 else [source]
             decode = self.decoders[key]

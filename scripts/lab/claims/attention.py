@@ -26,7 +26,7 @@ from transformer.modules import masking
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.modules.model import Model, Params
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.metrics import by_replica
 from transformer.training.step import stream
 from transformer.training.trained import load
@@ -213,7 +213,7 @@ class Heads(NamedTuple):
 
 def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
     """Of the population whose folder that is, on so many test strings."""
-    run = load(Workdir(str(folder)), sharding.one_device())
+    run = load(Workdir(str(folder)), one_device_mesh())
     corpus = open_corpus(run.cfg.data, data_dir)
     data = corpus.load(run.cfg.data.test, run.cfg.batch_size).head(examples)
     half = examples // 2

@@ -39,7 +39,7 @@ from transformer.data.batches import make_batch
 from transformer.loss import cross_entropy
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
-from transformer.parallel.sharding import cores
+from transformer.parallel.devices import cpu_cores
 
 SWEEP = "recurrence"
 KINDS = ("transformer", "lstm", "gru")
@@ -258,7 +258,7 @@ def judge_wall_time(
 def parallel(setting: Setting, *, length: int = 64, processes: int = 5) -> Claim:
     """What more cores give to each kind."""
     # Where a process cannot be kept on some cores, there is nothing to compare.
-    available = cores() if hasattr(os, "sched_setaffinity") else 0
+    available = cpu_cores() if hasattr(os, "sched_setaffinity") else 0
     numbers = [each for each in (1, 2, 4, 8, 16) if each <= available]
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(processes):  # in turns: what slows the machine slows all numbers of cores

@@ -17,7 +17,7 @@ from transformer.config import RunConfig
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.modules.model import Model, Params
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.training.metrics import by_replica
 from transformer.training.step import init_state, make_train_step, make_train_steps, zero_sums
 from transformer.training.trained import load
@@ -68,7 +68,7 @@ def trained(setting: Setting, name: str, variant: str) -> list[tuple[Model, Para
         if run.variant == variant:
             if program.name not in loaded:
                 workdir = Workdir(str(setting.root / name / program.name))
-                loaded[program.name] = load(workdir, sharding.one_device())
+                loaded[program.name] = load(workdir, one_device_mesh())
             one = loaded[program.name]
             variables = by_replica(one.variables, one.cfg.replicas)[replica]
             found.append((one.model, jax.tree.map(jnp.asarray, variables)))

@@ -25,7 +25,7 @@ from transformer.config import RunConfig
 from transformer.data.batches import Batch, Dataset
 from transformer.errors import UserError, nearest
 from transformer.modules.model import Model
-from transformer.parallel import sharding
+from transformer.parallel.mesh import check_batch, make_mesh, partition_spec, replicated
 from transformer.training.costs import step_flops
 from transformer.training.step import TrainState, abstract_state, make_train_step
 
@@ -196,8 +196,8 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
             f"replicas={cfg.replicas}: a plan is of a single run; set it to 1, and count the "
             "devices of each replica"
         )
-    mesh = sharding.make_mesh(cfg.mesh, 1, topology.devices)
-    sharding.check_batch(mesh, cfg.batch_size)
+    mesh = make_mesh(cfg.mesh, 1, topology.devices)
+    check_batch(mesh, cfg.batch_size)
     cfg.model.check_length(length, f"--length={length}")
     model, recipe = Model(cfg.model, vocab_size), cfg.recipe()
     state = abstract_state(model, recipe, mesh)
@@ -209,7 +209,7 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, state),
-            sharding.replicated(mesh),
+            replicated(mesh),
         ),
     )
     flops, memory, moves, refusal = 0.0, {}, hlo.Traffic(), ""
@@ -241,7 +241,7 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
 def abstract_batch(data: Dataset, mesh: Mesh) -> Batch:
     """The shapes of a batch, and how it is split."""
     shapes = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
-    where = NamedSharding(mesh, sharding.spec(("batch", "length")))
+    where = NamedSharding(mesh, partition_spec(("batch", "length")))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
     )

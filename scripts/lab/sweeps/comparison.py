@@ -12,7 +12,7 @@ from transformer.config import RunConfig
 from transformer.data.load import saved_tokenizers
 from transformer.errors import UserError
 from transformer.modules.model import Model
-from transformer.parallel import sharding
+from transformer.parallel.mesh import one_device_mesh
 from transformer.strict_json import numbers
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import abstract_state
@@ -45,7 +45,7 @@ def read(workdir: Path) -> Finished:
     folder = Workdir(str(workdir))
     cfg = RunConfig.resolve(folder.read_config())
     model = Model.of(cfg.model, *saved_tokenizers(cfg.data, folder.tokenizers))
-    like = abstract_state(model, cfg.recipe(), sharding.one_device(), cfg.replicas, cfg.numbers())
+    like = abstract_state(model, cfg.recipe(), one_device_mesh(), cfg.replicas, cfg.numbers())
     arrays = {}
     with Checkpoints(workdir / "checkpoints", None, cfg.best_metric) as checkpoints:
         steps, best = sorted(checkpoints.manager.all_steps()), checkpoints.find("best")

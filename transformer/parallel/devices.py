@@ -1,0 +1,87 @@
+"""The devices of this program: what they are, and what they can hold."""
+
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from transformer.errors import UserError
+
+
+def find_devices() -> list[Any]:
+    """Returns the devices of all hosts.
+
+    Raises:
+      UserError: the platform of JAX_PLATFORMS is missing, or this is one of several hosts, and
+        `hosts.join` was not called.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a backend
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        raise UserError(
+            f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
+        ) from error
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this host is one of {jax.process_count()} of a TPU slice; start the same program on "
+            "all of them with --coordinator=auto (docs/clusters.md)"
+        )
+    return devices
+
+
+def check_memory(state: Any) -> None:
+    """Raises a UserError if the arrays of `state`, shapes and shardings, do not fit in memory."""
+    needed = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    if needed > (available := device_memory()):
+        raise UserError(
+            f"parameters and optimizer state take {needed / 2**30:,.1f} GiB of a device with "
+            f"{available / 2**30:,.1f} GiB; lower model.d_model, model.d_ff or model.num_layers, "
+            "or shard them over more devices by mesh.fsdp or mesh.tensor (scripts/plan.py)"
+        )
+
+
+def device_memory() -> float:
+    """Returns the bytes of memory of a device; simulated devices share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return math.inf
+    return machine / jax.local_device_count()
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns `8 × TPU v5 lite, mesh data 4, fsdp 2`; of a CPU, its name and usable cores."""
+    kind = mesh.devices.flat[0].device_kind
+    if kind == "cpu":
+        kind += f" ({cpu_name()}, {cpu_cores()} core{'s' * (cpu_cores() > 1)})"
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} × {kind}" + (f", mesh {axes}" if axes else "")
+
+
+def cpu_name() -> str:
+    """Returns the name of the processor, if the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

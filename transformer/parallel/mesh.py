@@ -1,0 +1,264 @@
+"""The device mesh, and the rules by which arrays are sharded over it.
+
+Parameters and activations name their axes logically ("embed", "heads", "batch"). `RULES` maps each
+name to the mesh axes that it is sharded over. Where parameters and optimizer state live, how
+batches are split and what the compiler is told inside the model all follow from this table.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer.errors import UserError
+from transformer.parallel.devices import find_devices
+
+# Logical axis → the mesh axes that it is sharded over. None: replicated.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "keys": None,  # of attention: a query may attend to any key
+    "width": None,
+    # parameters; heads, mlp and vocab are axes of activations too
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": None,
+    "head": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "position": None,
+    "norm": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1, once at most beside `replica`: all devices that are left."""
+
+    replica: int = -1  # replicas of a population side by side; -1: as many as fit
+    data: int = -1  # data-parallel copies of the model
+    fsdp: int = 1  # shards the batch, and every matrix along the model width
+    tensor: int = 1  # shards heads, feed-forward and vocabulary
+    context: int = 1  # shards the positions of a sequence; attention gathers keys and values
+
+
+def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh over the first devices.
+
+    Args:
+      config: the sizes of its axes.
+      replicas: of the population, of which the axis `replica` takes a divisor.
+      devices: to take them from, also those of an ahead-of-time topology; None: all.
+
+    Raises:
+      UserError: a size is not positive, or the mesh does not fit the devices or the replicas.
+    """
+    devices = devices or find_devices()
+    sizes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
+    taken = math.prod(size for size in sizes.values() if size > 0)
+    replica = config.replica
+    if replica == -1:
+        replica = math.gcd(replicas, max(len(devices) // taken, 1))
+    if replica < 1 or replicas % replica:
+        raise UserError(
+            f"mesh.replica={replica} does not divide replicas={replicas}; choose one that does, or "
+            "-1: as many as fit"
+        )
+    sizes = {"replica": replica} | sizes
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)"
+        )
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free and taken <= len(devices):
+        if len(devices) % taken:
+            raise UserError(
+                f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
+                f"set mesh.{free[0]} to a number"
+            )
+        sizes[free[0]] = len(devices) // taken
+    needed = math.prod(abs(size) for size in sizes.values())
+    if needed > len(devices):
+        raise UserError(
+            f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
+            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor, mesh.context or "
+            "mesh.replica"
+        )
+    if needed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh {sizes} takes {needed} of the {len(devices)} devices of {jax.process_count()} "
+            "processes, and each process must have its part; set mesh.data=-1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[:needed],
+    )
+
+
+def one_device_mesh() -> Mesh:
+    """Returns a mesh of the first device alone."""
+    return make_mesh(MeshConfig(replica=1, data=1))
+
+
+def data_parallel_mesh() -> Mesh:
+    """Returns a mesh of all devices, over which only the batch is sharded."""
+    return make_mesh(MeshConfig(replica=1))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
+    """Raises a UserError if the mesh does not divide the batch of each accumulation step."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
+    if batch_size % shards:
+        among = f"mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}"
+        among += f" × accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
+        raise UserError(
+            f"batch_size={batch_size} does not divide among {among}; choose a multiple of {shards}"
+        )
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Returns the mesh axes of an array with these logical axes."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def axis_shards(axis: str, mesh: Any = None) -> int:
+    """Returns over how many devices a logical axis is sharded; by default on the current mesh."""
+    mesh, rule = mesh or jax.sharding.get_abstract_mesh(), RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def is_unsharded(mesh: Any) -> bool:
+    """Whether there is no mesh, or no axis of it is left to shard over."""
+    return mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Returns `x` with a sharding constraint by its logical axes; `x` itself without a mesh.
+
+    A dimension that its shards do not divide, such as a length that depends on the data, is padded
+    by the compiler, which changes no result. One that is smaller than the number of shards, such as
+    the single position of a decoding step, stays whole.
+    """
+    if is_unsharded(jax.sharding.get_abstract_mesh()):
+        return x
+    spec = [
+        part if axis is None or size >= axis_shards(axis) else None
+        for size, axis, part in zip(x.shape, axes, partition_spec(axes), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def shard_rows(function: Callable, shards: int) -> Callable:
+    """Returns `function(replicated, rows)` with the rows sharded over the mesh axis `data`.
+
+    Each device runs it on its own rows without communication, so that a loop ends as soon as the
+    device's own rows are done, and gathers stay within the device.
+    """
+    if shards == 1:
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def row_shards() -> int:
+    """Returns how many shards `shard_rows` may make: the mesh's, if only `data` is above 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.shape["data"] < mesh.size else mesh.size
+
+
+def shard_by_rules(function: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
+    """Returns `function` run by each device on its own shards of the arguments.
+
+    For what XLA cannot shard by itself, such as a Pallas kernel. Shards must be independent.
+
+    Args:
+      function: of arrays; returns one array.
+      in_axes: the logical axes of each argument.
+      out_axes: those of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if is_unsharded(mesh):
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=tuple(map(partition_spec, in_axes)),
+        out_specs=partition_spec(out_axes),
+        axis_names=set(mesh.auto_axes),
+        check_vma=False,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Puts NumPy arrays, the same on every host, on the devices.
+
+    Args:
+      tree: the arrays.
+      where: a sharding, or one for each array.
+    """
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    if isinstance(where, NamedSharding):
+        return jax.tree.map(lambda x: put(x, where), tree)
+    return jax.tree.map(put, tree, where)
+
+
+def add_replica_axis(state: Any, replicas: int) -> Any:
+    """Returns the shapes and shardings of a run's arrays as those of a population's."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (replicas, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(
+                leaf.sharding.mesh, PartitionSpec("replica", *leaf.sharding.spec)
+            ),
+        ),
+        state,
+    )
+
+
+def parameter_shardings(
+    mesh: Mesh, params: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
+) -> dict[str, NamedSharding]:
+    """Returns a sharding for each parameter.
+
+    Args:
+      mesh: the devices.
+      params: name → anything with a shape.
+      axes: name → logical axes, one for each dimension.
+
+    Raises:
+      UserError: a mesh axis does not divide the dimension that it shards.
+    """
+    shardings = {}
+    for name, param in params.items():
+        spec = partition_spec(axes[name])
+        for size, part, axis in zip(param.shape, spec, axes[name], strict=True):
+            if size % axis_shards(axis, mesh):
+                knobs = " × ".join(f"mesh.{each}" for each in np.atleast_1d(part))
+                raise UserError(
+                    f"{knobs}={axis_shards(axis, mesh)} does not divide the {size} of axis "
+                    f"{axis!r} in {name} {tuple(param.shape)}; choose a {knobs} that does"
+                )
+        shardings[name] = NamedSharding(mesh, spec)
+    return shardings
