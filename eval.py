@@ -69,7 +69,7 @@ STEPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # of t
 def main() -> None:
     """Restores, scores, decodes, writes, shows, draws."""
     workdir, decoding = Workdir(WORKDIR.value), cli.decoding()
-    cfg = RunConfig.resolve(workdir.read_config())
+    cfg = RunConfig.from_config_dict(workdir.read_config())
     own = replace(cfg.data, bleu_tokenizer=BLEU_TOKENIZER.value or cfg.data.bleu_tokenizer)
     split = SPLIT.value or ("test" if DATA.value else own.test)
     margin = cfg.decode_margin if decoding.decode_margin is None else decoding.decode_margin

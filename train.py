@@ -54,7 +54,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Reads the flags and runs."""
-    cli.set_up_jax(RunConfig.resolve(CONFIG.value))
+    cli.set_up_jax(RunConfig.from_config_dict(CONFIG.value))
     cli.join_hosts(interruptible=True)
     flag = flags.FLAGS["config"]
     file = Path(config_flags.get_config_filename(flag))
@@ -91,11 +91,11 @@ def run(
       exits: whether a request to stop may end the process, where there is nothing to save.
     """
     with StopRequests(exits) as requests:
-        cfg = RunConfig.resolve(config)
+        cfg = RunConfig.from_config_dict(config)
         workdir.claim(config, allow_changes=allow_changes)
         if workdir.trained():
             config = continued(config, workdir.known_config())
-            cfg = RunConfig.resolve(config)
+            cfg = RunConfig.from_config_dict(config)
         prepared = prepare(cfg, data_dir, workdir.tokenizers if workdir.trained() else None)
         identity = prepared.corpus.identity()
         if workdir.trained() and not allow_changes:
@@ -306,7 +306,7 @@ def begin(
 
 def say_jump(cfg: RunConfig, state: TrainState, workdir: Workdir) -> None:
     """Says so if changes of the config have the learning rate jump, as `steps` of a schedule do."""
-    old, updates = RunConfig.resolve(workdir.read_config()), state.step - state.skipped
+    old, updates = RunConfig.from_config_dict(workdir.read_config()), state.step - state.skipped
     for k, done in enumerate(np.atleast_1d(hosts.fetch(updates))):
         before, now = (
             float(recipe.learning_rate(recipe.numbers, jnp.int32(done)))

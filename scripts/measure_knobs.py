@@ -66,7 +66,7 @@ KNOBS: list[dict[str, Any]] = [
 def main() -> None:
     """Builds a program for each, then lets them take turns."""
     config = CONFIG.value
-    cli.set_up_jax(RunConfig.resolve(config))
+    cli.set_up_jax(RunConfig.from_config_dict(config))
     jax.config.update("jax_enable_compilation_cache", False)
     programs: dict[str, Program] = {}
     for changes in KNOBS:
@@ -129,7 +129,7 @@ def build(config: ConfigDict, changes: dict[str, Any]) -> Program:
     """
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
-    cfg = RunConfig.resolve(config)
+    cfg = RunConfig.from_config_dict(config)
     mesh = make_mesh(cfg.mesh, cfg.replicas)
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     rows, batch_size = alone(corpus.tokens(cfg.data.train)), cfg.batch_size

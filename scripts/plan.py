@@ -60,7 +60,7 @@ def plans_for(name: str) -> list[Plan]:
     topology = planning.open_topology(name)
     devices, config = len(topology.devices), CONFIG.value.copy_and_resolve_references()
     config.batch_size = ROWS.value * devices if ROWS.value else config.batch_size
-    cfg = RunConfig.resolve(config)
+    cfg = RunConfig.from_config_dict(config)
     plans = []
     for each in planning.meshes(cfg, devices) if SWEEP.value else [cfg]:
         try:

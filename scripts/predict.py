@@ -91,7 +91,7 @@ class Report:
 def main() -> None:
     """Reads, decodes, writes."""
     decoding = cli.decoding()
-    cfg = RunConfig.resolve(Workdir(WORKDIR.value).read_config())
+    cfg = RunConfig.from_config_dict(Workdir(WORKDIR.value).read_config())
     cli.set_up_jax(cfg)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # as what is read
     report = Report()

@@ -106,7 +106,7 @@ def show(sweep: Sweep, programs: list[Program], root: Path) -> None:
 
 def flops(program: Program) -> float:
     """Of the matrix products in all the steps of one run."""
-    cfg = RunConfig.resolve(program.resolved())
+    cfg = RunConfig.from_config_dict(program.resolved())
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     data = corpus.load(cfg.data.train, cfg.batch_size)
     model = Model.of(cfg.model, *corpus.tokenizers)

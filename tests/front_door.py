@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
 def begin(data_dir):
     """What `train.run` does before it compiles, but for its folder."""
-    cfg = RunConfig.resolve(train.CONFIG.value)
+    cfg = RunConfig.from_config_dict(train.CONFIG.value)
     prepared = train.prepare(cfg, data_dir)
     with jax.set_mesh(prepared.mesh), jax.numpy_dtype_promotion("standard"):
         programs = make_programs(cfg, prepared.model, prepared.like)

@@ -110,7 +110,7 @@ def config_of(changes):
 
 
 def resolved(changes):
-    return RunConfig.resolve(config_of(changes))
+    return RunConfig.from_config_dict(config_of(changes))
 
 
 model_of = cache(Model)
@@ -293,7 +293,7 @@ def test_every_config_names_itself_has_all_knobs_and_builds():
         config = module.get_config()
         assert flat_knobs(config).keys() == OTHER.keys()
         config.model.num_layers = 1
-        model_of(RunConfig.resolve(config).model, TOKENIZER.vocab_size)
+        model_of(RunConfig.from_config_dict(config).model, TOKENIZER.vocab_size)
 
 
 # Like base or vaswani_base but for few knobs.
@@ -305,7 +305,7 @@ def test_every_config_takes_a_step_at_reduced_size(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.model.update({"num_layers": 1, "d_model": 16, "num_heads": 2, "d_ff": 32})
     config.data = default_config().data  # the toy configs are then one program
-    cfg, batch = RunConfig.resolve(config), strings(("abc", "cba"), ("de", "ed"))
+    cfg, batch = RunConfig.from_config_dict(config), strings(("abc", "cba"), ("de", "ed"))
     state, sums = first_step(cfg)(cfg.seeds(), cfg.numbers(), batch)
     assert state.step == 1
     assert 1.0 < sums["loss"] / sums["tokens"] < 10.0
@@ -413,9 +413,9 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config.unlock()
     config.model.nrm = "rms"
     with pytest.raises(UserError, match=r"model.nrm, which is no knob \(did you mean norm\?\)"):
-        RunConfig.resolve(config)
+        RunConfig.from_config_dict(config)
     del config.model.nrm, config.mesh.fsdp
-    assert RunConfig.resolve(config).mesh.fsdp == 1  # as it is by default
+    assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default
 
 
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():

@@ -41,7 +41,7 @@ def load(name="toy_reverse", **changes):
     """A shipped config, with other knobs: `model__d_model=32`."""
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return RunConfig.resolve(config)
+    return RunConfig.from_config_dict(config)
 
 
 @cache

@@ -36,7 +36,7 @@ ONE, APART, MIXED = (1, 1, 1, 1), (1, 1, 1, 4), (2, 1, 2, 2)
 def run_config(replicas, changes):
     config = default_config()
     config.update_from_flattened_dict(KNOBS | {"replicas": replicas} | changes)
-    return RunConfig.resolve(config)
+    return RunConfig.from_config_dict(config)
 
 
 @cache

@@ -61,7 +61,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
         np.testing.assert_allclose([own[0].score for own in found], scores, atol=1e-3)
 
     config = workdir.read_config()
-    mesh, cfg = one_device_mesh(), RunConfig.resolve(config)
+    mesh, cfg = one_device_mesh(), RunConfig.from_config_dict(config)
     _, _, model, step, variables, _ = trained.load(workdir, mesh)
     assert step == 200
     corpus = open_corpus(cfg.data, data_dir, workdir.tokenizers)
@@ -114,6 +114,6 @@ def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):
     config = default_config()
     config.model.norm = "mine"
     with pytest.raises(UserError, match=r"model\.norm=mine: .*config\.plugins"):
-        RunConfig.resolve(config)
+        RunConfig.from_config_dict(config)
     config.plugins = ("wave",)
-    assert RunConfig.resolve(config).model.norm == "mine"
+    assert RunConfig.from_config_dict(config).model.norm == "mine"

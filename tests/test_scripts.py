@@ -85,7 +85,7 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
         asked.clear()
         with monkeypatch.context() as chosen:
             chosen.setenv(name, value)
-            cli.set_up_jax(RunConfig.resolve(config))
+            cli.set_up_jax(RunConfig.from_config_dict(config))
         assert asked.get("jax_num_cpu_devices") == expected
 
 

@@ -54,7 +54,7 @@ def test_runs_that_differ_in_numbers_alone_share_a_program():
     assert dict(alone.overrides) == rms | {"replicas": 2, "per_replica.seed": (0, 1)}
     assert [len(program.members) for program in (shared, alone)] == [6, 2]
     # Each replica is the run that the sweep asked for.
-    cfg = RunConfig.resolve(shared.resolved())
+    cfg = RunConfig.from_config_dict(shared.resolved())
     for k, run in enumerate(shared.members):
         single = cfg.replica(k)
         assert single.seed == run.seed

@@ -195,7 +195,7 @@ class RunConfig:
             self.replica(k)  # each is a run that must stand by itself
 
     @classmethod
-    def resolve(cls, config: ConfigDict) -> "RunConfig":
+    def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
         """Splats each section into its class, once the plugins are there that it names.
 
         Raises:

@@ -54,7 +54,7 @@ def outline(workdir: Workdir, mesh: Mesh) -> tuple[RunConfig, Tokenizers, Model,
     Raises:
       UserError: the folder holds no run.
     """
-    cfg = RunConfig.resolve(workdir.read_config())
+    cfg = RunConfig.from_config_dict(workdir.read_config())
     tokenizers = saved_tokenizers(cfg.data, workdir.tokenizers)
     workdir.check_corpus(tokenizers.digests())
     model = Model.of(cfg.model, *tokenizers)

@@ -53,7 +53,7 @@ def run_config(size: Size, device: str, schedule: Schedule, rows: int) -> RunCon
             "schedule": schedule.name,
         }
     )
-    return RunConfig.resolve(config)
+    return RunConfig.from_config_dict(config)
 
 
 def without_padding(row: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None, steps: int) -> Cal
     """A call that takes so many training steps of a variant, as `train.py` does."""
     overrides = {**sweep.overrides, **sweep.variants[variant]}
     alone = Program(variant, sweep.config, overrides, (Run(variant, 0),), ())
-    cfg = RunConfig.resolve(alone.resolved())
+    cfg = RunConfig.from_config_dict(alone.resolved())
     corpus = open_corpus(cfg.data, data_dir)
     data = jax.device_put(corpus.load(cfg.data.train, cfg.batch_size))
     model, recipe = Model.of(cfg.model, *corpus.tokenizers), cfg.recipe()

@@ -43,7 +43,7 @@ def read(workdir: Path) -> Finished:
       UserError: it is no run's, or something in it is damaged or there twice.
     """
     folder = Workdir(str(workdir))
-    cfg = RunConfig.resolve(folder.read_config())
+    cfg = RunConfig.from_config_dict(folder.read_config())
     model = Model.of(cfg.model, *saved_tokenizers(cfg.data, folder.tokenizers))
     like = abstract_state(model, cfg.recipe(), one_device_mesh(), cfg.replicas, cfg.numbers())
     arrays = {}

@@ -109,7 +109,7 @@ def run_all(
             f"{len(programs) - len(waiting)} of {len(programs)} programs are done already"
         )
     # Once, and not by every program that starts: they would be in each other's way.
-    for data in {RunConfig.resolve(each.resolved()).data for each in waiting}:
+    for data in {RunConfig.from_config_dict(each.resolved()).data for each in waiting}:
         open_corpus(data, data_dir)
     for each in waiting:  # a result that is there will be that of this run
         folder = Workdir(str(root / each.name))

@@ -14,7 +14,7 @@ def count(path: str, overrides: Overrides) -> int:
     """The parameters of a config file's model with some overrides."""
     config = load_config(path)
     config.update_from_flattened_dict(dict(overrides))
-    return Model(RunConfig.resolve(config).model, VOCABULARY).count_parameters()
+    return Model(RunConfig.from_config_dict(config).model, VOCABULARY).count_parameters()
 
 
 def match_width(path: str, overrides: Overrides) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Program:
         config = load_config(self.config)
         try:
             config.update_from_flattened_dict(dict(self.overrides))
-            RunConfig.resolve(config)
+            RunConfig.from_config_dict(config)
         except (UserError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the sweep's variant {self.members[0].variant!r}: {reason}") from error
