@@ -117,17 +117,18 @@ from absl import logging
 import transformer
 
 ROOT = Path(transformer.__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # train.py is beside the package and not in it
+sys.path.insert(0, str(ROOT))  # configs/ is beside the package and not in it
 
-import train
 from configs import toy_reverse
 from transformer import cli
+from transformer.config import RunConfig
 from transformer.training.workdir import Workdir
 
 logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
 cli.set_up_jax()
 workdir = Workdir("runs/toy_reverse")
-state = train.run(toy_reverse.get_config(), workdir, data_dir=None)
+run = transformer.Run(RunConfig.from_config_dict(toy_reverse.get_config()), workdir.path)
+run.train()
 
 # %% [markdown]
 # ## The learning curve
@@ -215,7 +216,9 @@ programs = plan(sweep, most=sweep.seeds)
 for program in programs:
     print(f"training {program.name}: {len(program.members)} seeds")
     with capture_output():  # it would say what it said above
-        train.run(program.resolved(), Workdir(f"runs/norms/{program.name}"), data_dir=None)
+        transformer.Run(
+            RunConfig.from_config_dict(program.resolved()), f"runs/norms/{program.name}"
+        ).train()
 
 # %% [markdown]
 # The lines are means over seeds, the bands reach from the worst seed to the best. In the table,

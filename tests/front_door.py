@@ -14,7 +14,7 @@ from absl import flags
 import train
 from transformer import cli
 from transformer.config import RunConfig
-from transformer.training.loop import make_programs
+from transformer.run import Run
 
 
 class Answer(NamedTuple):
@@ -25,12 +25,11 @@ class Answer(NamedTuple):
 
 
 def begin(data_dir):
-    """What `train.run` does before it compiles, but for its folder."""
-    cfg = RunConfig.from_config_dict(train.CONFIG.value)
-    prepared = train.prepare(cfg, data_dir)
-    with jax.set_mesh(prepared.mesh), jax.numpy_dtype_promotion("standard"):
-        programs = make_programs(cfg, prepared.model, prepared.like)
-        train.trace(programs, cfg, prepared, train.make_feed(cfg, prepared))
+    """What `Run.train` does before it compiles, but for its folder."""
+    run = Run(RunConfig.from_config_dict(train.CONFIG.value), data_dir=data_dir)
+    run.check()
+    with jax.set_mesh(run.mesh), jax.numpy_dtype_promotion("standard"):
+        run.trace()
 
 
 def answer(words, data_dir):

@@ -3,7 +3,7 @@
 import importlib
 import itertools
 import re
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,12 +17,13 @@ from tests.helpers import TOKENIZER, strings
 from tests.test_programs import results
 from transformer.config import RunConfig, default_config, differences, flat_knobs
 from transformer.errors import UserError
-from transformer.inference import plots
+from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Decoded
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place
+from transformer.run import Run
 from transformer.training import loop
-from transformer.training.step import init_state, make_train_step, make_train_steps
+from transformer.training.step import abstract_state, init_state, make_train_step, make_train_steps
 from transformer.training.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
@@ -168,15 +169,21 @@ class Dispatches:
     def __init__(self, monkeypatch):
         self.calls, self.step = [], 0
         monkeypatch.setattr(loop.Pace, "seconds", 1e9)  # or the calls depend on how long they take
-        monkeypatch.setattr(train, "make_programs", self.make_programs)
-        monkeypatch.setattr(train.Model, "of", cache(Model.of))
-        monkeypatch.setattr(train.evaluation, "decode", self.decode)
-        monkeypatch.setattr(train.costs, "step_flops", lambda *_: 1)
+        for name, program in (("init", self.init), ("train_steps", self), ("score", self.score)):
+            monkeypatch.setattr(Run, name, program)
+        state = cached_property(self.abstract_state)
+        state.__set_name__(Run, "abstract_state")
+        monkeypatch.setattr(Run, "abstract_state", state)
+        monkeypatch.setattr(Model, "of", cache(Model.of))
+        monkeypatch.setattr(evaluation, "decode", self.decode)
+        monkeypatch.setattr(Run, "step_flops", 1)
         monkeypatch.setattr(plots, "learning_curve", lambda *_: None)
 
-    def make_programs(self, cfg, model, like):
-        self.like = like
-        return loop.Programs(self.init, self, self.score)
+    def abstract_state(self, run):
+        self.like = abstract_state(
+            run.model, run.config.recipe(), run.mesh, run.config.replicas, run.config.numbers()
+        )
+        return self.like
 
     def init(self, seeds, numbers):
         self.calls.append(("init", np.asarray(seeds).tolist()))
@@ -221,12 +228,19 @@ def fingerprint(data_dir, monkeypatch, capsys):
         capsys.readouterr()
         with monkeypatch.context() as patch:
             dispatches = Dispatches(patch)
-            state = train.run(config_of(changes), workdir, data_dir)
+            state = trained(changes, workdir, data_dir)
         shown = capsys.readouterr().out
         end = shown[shown.index(f"\nafter {dispatches.step} steps") :]
         return {"calls": dispatches.calls, "results": end} | left(workdir, state)
 
     return made
+
+
+def trained(changes, workdir, data_dir):
+    """The last state of a run that is trained and reported as `train.py` does."""
+    run = Run(resolved(changes), workdir.path, data_dir=data_dir)
+    train.report(run, run.train())
+    return run.state
 
 
 def left(workdir, state):
@@ -276,9 +290,9 @@ def test_the_step_is_traced_but_once_and_a_real_run_leaves_what_the_fingerprint_
     expected, workdir = fingerprint({}, tmp_path / "fake"), Workdir(str(tmp_path / "real"))
     traced = Mock(side_effect=lambda steps, *given: steps(*given))
     counted = lambda step: partial(traced, make_train_steps(step))  # noqa: E731
-    monkeypatch.setattr(loop, "make_train_steps", counted)
+    monkeypatch.setattr("transformer.run.make_train_steps", counted)
     with jax.numpy_dtype_promotion("standard"):
-        found = left(workdir, train.run(config_of({}), workdir, data_dir))
+        found = left(workdir, trained({}, workdir, data_dir))
     assert traced.call_count == 1
     for each in (found, expected):  # the values are made up
         each["metrics"] = [(row["step"], *row) for row in each["metrics"]]

@@ -84,10 +84,10 @@ def test_an_old_package_asks_for_a_new_runtime(monkeypatch):
 
 # What takes minutes in the notebook, and seconds here.
 SMALLER = {
-    "state = train.run(toy_reverse.get_config(), workdir, data_dir=None)": """
+    "run = transformer.Run(RunConfig.from_config_dict(toy_reverse.get_config()), workdir.path)": """
 config = toy_reverse.get_config()
 config.update_from_flattened_dict({"data.size": "tiny", "steps": 800})
-state = train.run(config, workdir, data_dir=None)
+run = transformer.Run(RunConfig.from_config_dict(config), workdir.path)
 """,
     '"model.num_layers": 4, ': (
         '"model.num_layers": 1, "steps": 60, "eval_every": 20, "save_every": 20, '

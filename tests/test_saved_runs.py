@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from tests.test_programs import ROOT
 from transformer import plugins
 from transformer.config import (
@@ -30,6 +29,7 @@ from transformer.inference import evaluation
 from transformer.inference.generation import Decoding, Generator
 from transformer.metrics import finalize
 from transformer.parallel.mesh import one_device_mesh
+from transformer.run import Run
 from transformer.training import trained
 from transformer.training.metrics import by_replica
 from transformer.training.workdir import Workdir
@@ -78,7 +78,9 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
     usual = flat_knobs(default_config())  # as a config file has it, which knows nothing of then
     config.update_from_flattened_dict({knob: usual[knob] for knob in BEFORE})
     with jax.numpy_dtype_promotion("standard"):
-        assert train.run(config, workdir, data_dir).taken() == 220
+        run = Run(RunConfig.from_config_dict(config), workdir.path, data_dir=data_dir)
+        run.train()
+    assert run.state.taken() == 220
     results = json.loads(workdir.results.read_text())["replicas"]
     for found, wanted in zip(results, expected["resumed"], strict=True):
         assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)

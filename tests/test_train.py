@@ -1,4 +1,4 @@
-"""`train.run` in this process: what it logs and saves, and how it goes on."""
+"""`Run.train` in this process: what it logs and saves, and how it goes on."""
 
 import json
 import shutil
@@ -7,15 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from tests.test_programs import results
 from transformer import cli
-from transformer.config import default_config
+from transformer.config import RunConfig, default_config
 from transformer.errors import UserError
+from transformer.run import Run
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.workdir import Workdir
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
 KNOBS = {
@@ -41,7 +40,9 @@ def run(workdir, data_dir, allow_changes=False, **changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(KNOBS | changes)
     with jax.numpy_dtype_promotion("standard"):  # what a user has
-        return train.run(config, Workdir(str(workdir)), data_dir, allow_changes=allow_changes)
+        found = Run(RunConfig.from_config_dict(config), workdir, data_dir=data_dir)
+        found.train(allow_changes=allow_changes)
+        return found.state
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -25,9 +25,20 @@ Nouns, with their shapes and dtypes:
     metrics                          ratios of sums, on the host
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformer.run import Run as Run
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Run":  # imported when asked for: it needs everything else
+        from transformer.run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(workdir: str, **options: Any) -> Any:

@@ -252,6 +252,12 @@ class RunConfig:
             numbers=numbers,
         )
 
+    def recipes(self) -> list[Recipe]:
+        """How each replica is trained; of a single run one."""
+        if self.replicas == 1:
+            return [self.recipe()]
+        return [self.replica(k).recipe() for k in range(self.replicas)]
+
     def smoothings(self) -> list[float]:
         """The label smoothing of each replica."""
         if self.replicas == 1:

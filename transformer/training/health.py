@@ -156,3 +156,30 @@ def find_operation(
 def first_line(text: str) -> str:
     """What comes before a traceback."""
     return text.strip().splitlines()[0].rstrip(".")
+
+
+def explain_failure(
+    failure: NonfiniteError,
+    data: Dataset | Window,
+    folder: Path,
+    model: Model,
+    recipe: Recipe | None,
+) -> str:
+    """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do.
+
+    Args:
+      failure: it.
+      data: what the failed step reads.
+      folder: takes the batch of that step.
+      model: the run's.
+      recipe: to find the operation with; None: it is not looked for.
+    """
+    step, state = failure.step, failure.state
+    file = dump_batch(folder / f"batch_of_step_{step}.npz", state, data, step)
+    remedy = "--config.debug_nans=true says which operation made it"
+    if recipe is not None:
+        remedy = f"it comes from {find_operation(model, recipe, state, data, step)}"
+    return (
+        f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
+        "lower optimizer.learning_rate, or let --config.max_skipped_steps=N leave such steps out"
+    )

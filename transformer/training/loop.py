@@ -3,76 +3,40 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from transformer.config import RunConfig
-from transformer.console import TrainingBar, doing
+from transformer.console import TrainingBar, doing, facts
 from transformer.data.batches import Dataset, Window
 from transformer.data.streaming import Resident, Stream
 from transformer.inference import evaluation
 from transformer.metrics import finalize, mean_over
-from transformer.modules.model import Model
 from transformer.parallel import hosts
 from transformer.parallel.mesh import place, replicated
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import Watchman
 from transformer.training.interruption import Interrupted, StopRequests
 from transformer.training.metrics import MetricsWriter, by_replica, train_metrics
-from transformer.training.step import (
-    Sums,
-    TrainState,
-    each_replica,
-    init_state,
-    make_train_step,
-    make_train_steps,
-    zero_sums,
-)
+from transformer.training.step import Sums, TrainState, zero_sums
 
 
-class Programs(NamedTuple):
-    """What a run has its devices do, jit-compiled when first called; of all replicas at once.
-
-    init: (seeds, numbers) → state.
-    train_steps: (state, sums, data, n) → (state, sums), n steps on; the state is given away.
-    score: (variables, data) → `evaluation.Scores`.
-    """
-
-    init: jax.stages.Wrapped
-    train_steps: jax.stages.Wrapped
-    score: jax.stages.Wrapped
-
-
-def make_programs(cfg: RunConfig, model: Model, like: TrainState) -> Programs:
-    """The programs of a run, on the mesh that is set.
-
-    Args:
-      cfg: the run's.
-      model: its model.
-      like: the state's shapes and shardings.
-    """
-    recipe = cfg.recipe()
-    where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    everywhere = replicated(jax.sharding.get_mesh())
-    train_steps = make_train_steps(make_train_step(model, recipe))
-
-    def each(function: Callable, *in_axes: int | None) -> Callable:
-        return each_replica(function, cfg.replicas, in_axes)
-
-    return Programs(
-        init=jax.jit(each(partial(init_state, model, recipe), 0, 0), out_shardings=where),
-        train_steps=jax.jit(
-            # Batches that come from the host are each replica's own.
-            each(train_steps, 0, 0, 0 if cfg.data.num_workers else None, None),
-            donate_argnums=0,
-            out_shardings=(where, everywhere),
-        ),
-        score=jax.jit(each(partial(evaluation.score, model), 0, None), out_shardings=everywhere),
-    )
+def write_profile(
+    train_steps: Callable, state: TrainState, feed: Any, replicas: int, steps: int, folder: Path
+) -> None:
+    """Writes a trace of `steps` steps for TensorBoard or xprof; they train nothing."""
+    data = feed.blank()  # of a stream rows of padding, which take as long as any
+    copy = jax.tree.map(jnp.copy, state)  # the steps take their argument's place
+    sums = zero_sums(replicas)
+    copy, sums = jax.block_until_ready(train_steps(copy, sums, data, jnp.int32(0)))
+    with jax.profiler.trace(str(folder)):
+        jax.block_until_ready(train_steps(copy, sums, data, jnp.int32(steps)))
+    facts({"profile": f"{steps} steps in {folder}"})
 
 
 class Loop:
@@ -84,12 +48,13 @@ class Loop:
 
     Args:
       cfg: the run's.
-      programs: the run's.
-      feed: says what the steps of training read.
-      validation: its rows, on the host.
-      state: that it goes on from; given away.
+      state: that it goes on from; donated.
       begun: what an interrupted run had of the interval in which it stopped; see
         `Checkpoints.interval`.
+      train_steps: `Run.train_steps`.
+      score: `Run.score`.
+      feed: says what the steps of training read.
+      validation: its rows, on the host.
       checkpoints: take the state.
       writer: takes the metrics.
       requests: say when to stop before the end.
@@ -99,18 +64,20 @@ class Loop:
     def __init__(
         self,
         cfg: RunConfig,
-        programs: Programs,
-        feed: Resident | Stream,
-        validation: Dataset,
         state: TrainState,
         begun: Mapping[str, Any],
         *,
+        train_steps: Callable,
+        score: Callable,
+        feed: Resident | Stream,
+        validation: Dataset,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         requests: StopRequests,
         flop_share: float | None,
     ):
-        self.cfg, self.programs, self.state = cfg, programs, state
+        self.cfg, self.state = cfg, state
+        self.train_steps, self.score = train_steps, score
         self.feed, self.validation = feed, validation
         self.checkpoints, self.writer, self.requests = checkpoints, writer, requests
         self.flop_share = flop_share
@@ -183,7 +150,7 @@ class Loop:
 
     def dispatch(self, data: Dataset | Window, steps: Int[Array, ""]) -> None:
         """Gives the devices so many steps to take, and does not wait for them."""
-        self.state, self.sums = self.programs.train_steps(self.state, self.sums, data, steps)
+        self.state, self.sums = self.train_steps(self.state, self.sums, data, steps)
 
     def read(self) -> None:
         """Waits for the end of the interval that is not read yet, if any, and logs it."""
@@ -200,7 +167,7 @@ class Loop:
 
     def validate(self, saves: bool) -> None:
         """Scores the validation split, and saves the state if that is due too."""
-        score, variables = self.programs.score, self.state.variables()
+        score, variables = self.score, self.state.variables()
         # Several processes must stop at one dispatch of training, and none stops here.
         stop = (lambda: None) if hosts.several() else self.leave_if_asked
         scores = evaluation.in_parts(score, variables, self.validation, self.place, stop)

@@ -1,0 +1,457 @@
+"""A run: everything that a config needs to train, evaluate, predict or be measured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from transformer.config import RunConfig, continued
+from transformer.console import facts
+from transformer.data.batches import Dataset
+from transformer.data.load import Corpus, Tokenizers, open_corpus, saved_tokenizers
+from transformer.data.rows import Rows, alone, learnable, pack, said
+from transformer.data.streaming import Resident, Stream
+from transformer.errors import UserError
+from transformer.inference import evaluation
+from transformer.metrics import finalize, mean_over
+from transformer.modules.model import Model
+from transformer.parallel import hosts
+from transformer.parallel.devices import check_memory, describe_mesh
+from transformer.parallel.mesh import check_batch, make_mesh, place, replicated
+from transformer.training import costs
+from transformer.training.checkpoint import Checkpoints
+from transformer.training.health import NonfiniteError, Watchman, explain_failure
+from transformer.training.interruption import StopRequests
+from transformer.training.loop import Loop, write_profile
+from transformer.training.metrics import MetricsWriter, by_replica, read_metrics
+from transformer.training.resume import check_same_run, check_stopped, report_jump
+from transformer.training.step import (
+    TrainState,
+    abstract_state,
+    each_replica,
+    init_state,
+    make_train_step,
+    make_train_steps,
+    zero_sums,
+)
+from transformer.training.workdir import Workdir
+
+
+class Run:
+    """Everything that a config needs, assembled in one place, each part when first used.
+
+        run = Run(RunConfig(steps=500), "runs/mine")
+        run.train()
+        run.evaluate("test")
+
+    The compiled programs `init`, `train_steps` and `score` are called on the mesh, inside of
+    `with jax.set_mesh(run.mesh)`.
+
+    Args:
+      config: the run's typed config.
+      workdir: its folder; None: it cannot be trained, saved or restored.
+      data_dir: where TFDS keeps datasets; None: its default.
+      mesh: the devices; None: as `config.mesh` says.
+      model: None: of the sizes of the tokenizers' vocabularies.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: str | Path | None = None,
+        *,
+        data_dir: str | None = None,
+        mesh: Mesh | None = None,
+        model: Model | None = None,
+    ):
+        self.config, self.data_dir = config, data_dir
+        self._workdir = None if workdir is None else Workdir(str(workdir))
+        self._mesh, self._model = mesh, model
+        self.allow_changes = False
+        self.state: TrainState | None = None  # the newest, once there is one in memory
+
+    @classmethod
+    def saved(cls, workdir: str | Path, **options: Any) -> "Run":
+        """The run that was trained in a folder, by its own saved config.
+
+        Raises:
+          UserError: the folder holds no run.
+        """
+        return cls(
+            RunConfig.from_config_dict(Workdir(str(workdir)).read_config()), workdir, **options
+        )
+
+    @property
+    def workdir(self) -> Workdir:
+        """The run's folder.
+
+        Raises:
+          UserError: it has none.
+        """
+        if self._workdir is None:
+            raise UserError("this run has no folder: give one, Run(config, workdir)")
+        return self._workdir
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the folder holds checkpoints."""
+        return self._workdir is not None and self._workdir.trained()
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices.
+
+        Raises:
+          UserError: they do not fit the config.
+        """
+        return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
+
+    # --- Data -------------------------------------------------------------------------------
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The dataset, prepared now if it never was, with the tokenizers.
+
+        Raises:
+          UserError: it cannot be prepared, or is not the one that the run was trained on.
+        """
+        saved = self.workdir.tokenizers if self.is_trained else None
+        corpus = open_corpus(self.config.data, self.data_dir, saved)
+        if self.is_trained and not self.allow_changes:
+            self.workdir.check_corpus(corpus.identity())
+        return corpus
+
+    @cached_property
+    def tokenizers(self) -> Tokenizers:
+        """Those of a trained run are in its folder, and its dataset need not be there."""
+        if self.is_trained:
+            tokenizers = saved_tokenizers(self.config.data, self.workdir.tokenizers)
+            self.workdir.check_corpus(tokenizers.digests())
+            return tokenizers
+        return self.corpus.tokenizers
+
+    @cached_property
+    def _examples(self) -> tuple[Rows, dict[str, int]]:
+        """One training example a row, and how many were filtered out, by reason."""
+        pairs = self.corpus.tokens(self.config.data.train)
+        kept, excluded = learnable(pairs, self.config.data.max_length)
+        rows = alone(pairs, kept)
+        self.config.model.check_length(max(rows.widths), "the longest example of data.train")
+        return rows, excluded
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of training, packed if the config says so."""
+        rows, length = self._examples[0], self.config.data.pack_length
+        return pack(rows, length) if length else rows
+
+    @cached_property
+    def data(self) -> dict[str, Dataset]:
+        """`validation` and `test` → their examples, on the host."""
+        splits = {"validation": self.config.data.validation, "test": self.config.data.test}
+        data = {k: self.corpus.load(split, self.config.batch_size) for k, split in splits.items()}
+        for name, each in data.items():
+            where = f"the longest example of data.{name}"
+            self.config.model.check_length(each.longest(), where)
+        return data
+
+    @cached_property
+    def feed(self) -> Resident | Stream:
+        """What the steps read: rows on the devices, or batches that worker processes make."""
+        config = self.config
+        if not config.data.num_workers:
+            data = Dataset.of(self.rows, config.batch_size)
+            return Resident(place(data, self.replicated))
+        return Stream(
+            self.rows,
+            config.batch_size,
+            config.seeds(),
+            steps=config.steps,
+            workers=config.data.num_workers,
+            mesh=self.mesh,
+        )
+
+    # --- Model, state and compiled programs -------------------------------------------------
+
+    @cached_property
+    def model(self) -> Model:
+        """The model as pure functions of its variables."""
+        return self._model or Model.of(self.config.model, *self.tokenizers)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """The shapes, dtypes and shardings of the train state.
+
+        Raises:
+          UserError: the mesh does not divide a parameter.
+        """
+        config = self.config
+        return abstract_state(
+            self.model, config.recipe(), self.mesh, config.replicas, config.numbers()
+        )
+
+    @property
+    def replicated(self) -> Any:
+        """The sharding of what is the same on every device."""
+        return replicated(self.mesh)
+
+    def _each_replica(self, function: Callable, *in_axes: int | None) -> Callable:
+        return each_replica(function, self.config.replicas, in_axes)
+
+    @cached_property
+    def init(self) -> Any:
+        """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
+        init = self._each_replica(partial(init_state, self.model, self.config.recipe()), 0, 0)
+        return jax.jit(init, out_shardings=self._state_shardings)
+
+    @cached_property
+    def train_steps(self) -> Any:
+        """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
+        steps = make_train_steps(make_train_step(self.model, self.config.recipe()))
+        # Batches that come from the host are each replica's own.
+        data_axis = 0 if self.config.data.num_workers else None
+        return jax.jit(
+            self._each_replica(steps, 0, 0, data_axis, None),
+            donate_argnums=0,
+            out_shardings=(self._state_shardings, self.replicated),
+        )
+
+    @cached_property
+    def score(self) -> Any:
+        """jit-compiled (variables, data) → totals of each example under teacher forcing."""
+        score = self._each_replica(partial(evaluation.score, self.model), 0, None)
+        return jax.jit(score, out_shardings=self.replicated)
+
+    @property
+    def _state_shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        return self.init(self.config.seeds(), self.config.numbers())
+
+    def zero_sums(self) -> Any:
+        """Sums over no steps, on the host: what `train_steps` adds to."""
+        return jax.device_get(zero_sums(self.config.replicas))
+
+    def place(self, tree: Any) -> Any:
+        """Arrays of the host on every device."""
+        return place(tree, self.replicated)
+
+    @cached_property
+    def step_flops(self) -> int:
+        """Floating-point operations of the matrix products in one step of one replica."""
+        sides = self.rows.take(np.zeros(1, int))
+        batch = Dataset(*sides, self.config.batch_size, self.rows.packed)
+        return costs.step_flops(self.model, self.config.recipe(), batch)
+
+    # --- What a run does --------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Finds what can be wrong with the config and its data before anything is compiled.
+
+        Raises:
+          UserError: something is.
+        """
+        check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
+        _ = self._examples, self.data, self.rows
+        check_memory(self.abstract_state)
+
+    def trace(self) -> None:
+        """Traces the train step, which finds what is wrong with it before it is compiled.
+
+        Raises:
+          UserError: a choice cannot be computed here, such as an attention backend.
+        """
+        sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
+        # Each is where it will be: the compiler then takes this trace, and makes none of its own.
+        self.train_steps.trace(self.abstract_state, sums, self.feed.blank(), steps)
+
+    def facts(self) -> dict[str, str]:
+        """What is about to be trained, on what, as `console.facts` prints it."""
+        config, corpus, (examples, excluded) = self.config, self.corpus, self._examples
+        unknown = corpus.unknown(config.data.train, config.data.validation, config.data.test)
+        left_out = "; ".join(filter(None, (corpus.left_out(), said(excluded))))
+        backend = self.model.config.backend_at(max(self.rows.widths))
+        found = {
+            "data": f"{corpus.name}, {len(examples):,} training examples"
+            + (f" in {len(self.rows):,} rows" if config.data.pack_length else "")
+            + "".join(f", {len(data):,} of {name}" for name, data in self.data.items()),
+            "left out": left_out,
+            "unknown": unknown,
+            "devices": describe_mesh(self.mesh),
+            "parameters": f"{self.model.count_parameters():,}"
+            + (f", times {config.replicas} replicas" if config.replicas > 1 else ""),
+            "attention": f"{backend}, as auto picked"
+            if config.model.attention_backend == "auto"
+            else "",
+            "best": f"by validation/{config.best_metric}",
+            "workdir": str(self.workdir.path),
+        }
+        return {name: value for name, value in found.items() if value}
+
+    def train(
+        self, *, allow_changes: bool = False, profile: int = 0, exits: bool = False
+    ) -> list[dict[str, Any]]:
+        """Trains, from the newest checkpoint if there is one; evaluates; writes `results.json`.
+
+        Args:
+          allow_changes: whether the checkpoint may be of another config.
+          profile: steps to write a trace of before training; 0: none.
+          exits: whether a request to stop may end the process where there is nothing to save.
+
+        Returns:
+          Each replica's seed and final metrics; of a single run one. `state` is the last state.
+
+        Raises:
+          UserError: the config, the data or the folder is wrong, or the loss became NaN or Inf.
+          Interrupted: somebody asked for it; the state is saved.
+        """
+        with StopRequests(exits) as requests:
+            self._claim(allow_changes)
+            self.check()
+            facts(self.facts())
+            directory, keep = self.workdir.checkpoints, self.config.keep_checkpoints
+            with (
+                self.workdir.locked(),
+                jax.set_mesh(self.mesh),
+                Checkpoints(directory, keep, self.config.best_metric) as checkpoints,
+            ):
+                self.trace()
+                state, begun = self._start(checkpoints)
+                self._begin()
+                self.state = self._loop(state, begun, checkpoints, requests, profile)
+                return self._finish()
+
+    def _claim(self, allow_changes: bool) -> None:
+        """Takes the folder, and the knobs of the run that it may hold already."""
+        config = ConfigDict(asdict(self.config))
+        self.allow_changes = allow_changes
+        self.workdir.claim(config, allow_changes=allow_changes)
+        if self.is_trained:
+            self.config = RunConfig.from_config_dict(continued(config, self.workdir.known_config()))
+
+    def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+        """The state to train from, new or the newest saved, and what it has of an interval.
+
+        Raises:
+          UserError: the newest checkpoint is another run's, or damaged.
+        """
+        step, config = checkpoints.latest(), self.config
+        if step is None:
+            return self.initial_state(), {}
+        state = checkpoints.restore(step, self.abstract_state)
+        check_same_run(state, config.seeds(), config.steps, self.workdir.path)
+        old = RunConfig.from_config_dict(self.workdir.read_config())
+        check_stopped(state, old.max_skipped_steps, config.max_skipped_steps)
+        report_jump(state, old.recipes(), config.recipes())
+        facts({"resuming": f"at step {step:,} of {config.steps:,}"})
+        # Not the checkpoint's: --allow_changes may have brought others.
+        where = {name: leaf.sharding for name, leaf in self.abstract_state.numbers.items()}
+        numbers = place(config.numbers(), where)
+        return state._replace(numbers=numbers), checkpoints.interval(step)
+
+    def _begin(self) -> None:
+        """Writes what tells which run this is: nothing stands in the way of training any more."""
+        hosts.once(partial(self.corpus.tokenizers.save, self.workdir.tokenizers))
+        self.workdir.write_config(ConfigDict(asdict(self.config)), self.corpus.identity())
+
+    def _loop(
+        self,
+        state: TrainState,
+        begun: Mapping[str, Any],
+        checkpoints: Checkpoints,
+        requests: StopRequests,
+        profile: int,
+    ) -> TrainState:
+        """The state after the last step."""
+        config = self.config
+        with MetricsWriter(self.workdir.path, state.taken(), config.replicas) as writer:
+            if profile:
+                folder = self.workdir.path / "profile"
+                write_profile(self.train_steps, state, self.feed, config.replicas, profile, folder)
+            try:
+                loop = Loop(
+                    config,
+                    state,
+                    begun,
+                    train_steps=self.train_steps,
+                    score=self.score,
+                    feed=self.feed,
+                    validation=self.data["validation"],
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    requests=requests,
+                    flop_share=costs.share_of_peak(self.step_flops * config.replicas, self.mesh),
+                )
+                state = loop.run()
+                checkpoints.wait()
+                requests.all_is_saved(config.steps)
+            except NonfiniteError as failure:
+                data = self.feed.at(failure.step, failure.state.seed)
+                recipe = config.recipe() if config.debug_nans else None
+                explained = explain_failure(failure, data, self.workdir.path, self.model, recipe)
+                raise UserError(explained) from failure
+        return state
+
+    def _finish(self) -> list[dict[str, Any]]:
+        """Draws the learning curve, evaluates the last state, writes `results.json`."""
+        if hosts.first():
+            from transformer.inference import plots  # matplotlib is not needed before
+
+            curve = self.workdir.plots / "learning_curve.png"
+            plots.learning_curve(read_metrics(self.workdir.metrics), curve)
+        seeds = np.atleast_1d(self.config.seeds()).tolist()
+        results: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+        for split in self.data:
+            for result, metrics in zip(results, self.evaluate_replicas(split), strict=True):
+                result |= metrics
+        self.workdir.write_results(
+            {
+                "step": self.config.steps,
+                "devices": describe_mesh(self.mesh),
+                "parameters": self.model.count_parameters(),
+                "flops_per_step": self.step_flops,
+                "replicas": results,
+            }
+        )
+        return results
+
+    def restore(self, checkpoint: str = "latest") -> TrainState:
+        """The state saved as `latest`, `best` or at the step of that number, on the mesh.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is damaged.
+        """
+        directory, best = self.workdir.checkpoints, self.config.best_metric
+        with Checkpoints(directory, None, best) as checkpoints:
+            self.state = checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
+        return self.state
+
+    def evaluate(self, split: str = "validation") -> dict[str, float]:
+        """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
+
+        They are of the newest state in memory, else of the latest checkpoint.
+        """
+        with jax.set_mesh(self.mesh):
+            return mean_over(self.evaluate_replicas(split))
+
+    def evaluate_replicas(self, split: str) -> list[dict[str, float]]:
+        """The metrics of each replica; NaN of one that has stopped for a NaN or Inf."""
+        state = self.state or self.restore()
+        watchman = Watchman(state, self.config.max_skipped_steps)
+        data = self.data[split]
+        scores = evaluation.in_parts(self.score, state.variables(), data, self.place)
+        metrics = [
+            finalize(one, split, smoothing)
+            for one, smoothing in zip(
+                by_replica(scores, self.config.replicas), self.config.smoothings(), strict=True
+            )
+        ]
+        return watchman.without_stopped(metrics)

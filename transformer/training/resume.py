@@ -1,0 +1,61 @@
+"""What is checked and said when training goes on from a checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.console import console
+from transformer.errors import UserError
+from transformer.parallel import hosts
+from transformer.training.step import Recipe, TrainState
+
+
+def check_same_run(state: TrainState, seeds: Any, steps: int, folder: Any) -> None:
+    """Raises a UserError if the seeds differ, or the state is past the last step."""
+    seed, step = hosts.fetch(state.seed).tolist(), state.taken()
+    if seed != seeds.tolist() or step > steps:
+        raise UserError(
+            f"the checkpoint in {folder} has seed {seed} and step {step}, "
+            f"the config seed={seeds.tolist()} and steps={steps}: another run; "
+            "choose another --workdir"
+        )
+
+
+def check_stopped(state: TrainState, before: int, now: int) -> None:
+    """Raises a UserError if a replica that stopped for a NaN or Inf would resume.
+
+    It has missed the steps that the others have taken since.
+
+    Args:
+      state: the restored state.
+      before: `max_skipped_steps` when the replica stopped.
+      now: `max_skipped_steps` of the config.
+    """
+    skipped = np.atleast_1d(hosts.fetch(state.skipped))
+    resumed = np.flatnonzero((skipped > before) & (skipped <= now))
+    if resumed.size:
+        raise UserError(
+            f"max_skipped_steps={now}: replica {resumed[0]} stopped when it was {before}, and has "
+            f"missed steps since; leave it at {before}, or choose another --workdir"
+        )
+
+
+def report_jump(state: TrainState, old: Sequence[Recipe], new: Sequence[Recipe]) -> None:
+    """Prints if a changed config makes the learning rate jump, as `steps` of a schedule does.
+
+    Args:
+      state: the restored state.
+      old: of each replica, as the folder has it.
+      new: of each replica, as the config has it.
+    """
+    updates = np.atleast_1d(hosts.fetch(state.step - state.skipped))
+    for k, (done, *recipes) in enumerate(zip(updates, old, new, strict=True)):
+        before, now = (float(r.learning_rate(r.numbers, jnp.int32(done))) for r in recipes)
+        if abs(now - before) > 0.01 * max(now, before):
+            console.print(
+                f"the learning rate jumps after {done:,} updates, from {before:.3g} to {now:.3g}, "
+                "for the config has changed; with optimizer.schedule=constant or inverse_sqrt it "
+                "does not depend on steps" + (f" (replica {k})" if len(updates) > 1 else "")
+            )
