@@ -110,7 +110,7 @@ def flops(program: Program) -> float:
     corpus = open_corpus(cfg.data, DATA_DIR.value)
     data = corpus.load(cfg.data.train, cfg.batch_size)
     model = Model.of(cfg.model, *corpus.tokenizers)
-    return float(cfg.steps * costs.step_flops(model, cfg.recipe(), data))
+    return float(cfg.steps * costs.step_flops(model, cfg.step_config(), data))
 
 
 def publish(root: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ from transformer.training.workdir import Workdir
 
 KNOBS = {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32, "save_every": 10}
 KNOBS["optimizer.warmup_steps"] = 2
-EVALUATED = ("params", "statistics", "average")
+EVALUATED = ("params", "batch_stats", "ema_params")
 BATCH_NORM = {"model.norm": "batch", "ema_decay": 0.9}
 POPULATION = {"replicas": 2, "per_replica.learning_rate": (1e-3, 2e-3), "ema_decay": 0.9}
 
@@ -84,8 +84,8 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
             np.testing.assert_array_equal(array, wanted, err_msg=name)
     rest = set(state._fields) - set(EVALUATED)
     assert all(equal(getattr(state, name), getattr(states[-1], name)) for name in rest)
-    assert bool(state.average) == ("ema_decay" in changes)
-    assert bool(state.statistics) == ("model.norm" in changes)
+    assert bool(state.ema_params) == ("ema_decay" in changes)
+    assert bool(state.batch_stats) == ("model.norm" in changes)
 
     # What evaluates and predicts finds what it needs.
     trained = load(into, one_device_mesh())
@@ -103,9 +103,9 @@ def test_the_mean_of_equal_states_is_one_of_them_bit_for_bit(tmp_path, rng):
     limits = np.finfo(np.float32)
     odd = np.array([0.0, -0.0, limits.smallest_subnormal, limits.max, 1 / 3, -np.inf, np.nan])
     odd = np.resize(odd.astype(np.float32), 16)
-    name = next(iter(state.statistics))
-    array = jax.device_put(odd, state.statistics[name].sharding)
-    state = state._replace(statistics=state.statistics | {name: array})
+    name = next(iter(state.batch_stats))
+    array = jax.device_put(odd, state.batch_stats[name].sharding)
+    state = state._replace(batch_stats=state.batch_stats | {name: array})
     for count in (1, 3, 7, 10):
         for one, other in zip(*map(jax.tree.leaves, (state, mean([state] * count))), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

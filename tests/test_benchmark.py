@@ -63,7 +63,7 @@ def test_needed_flops_are_those_of_the_program_where_nothing_is_padded():
     rows = np.full((7, 6), EOS, np.int32)
     model, data = Model(cfg.model, size.vocabulary), Dataset(rows, rows, batch_size=5)
     needed = task.useful_flops(size, np.full(5, 6), np.full(5, 6))
-    assert needed == costs.step_flops(model, cfg.recipe(), data)
+    assert needed == costs.step_flops(model, cfg.step_config(), data)
 
 
 def test_an_epoch_has_each_string_once_and_buckets_hold_those_of_about_one_length(rng):

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import data_config, small_model
 from tests.test_programs import TINY, finish, start
 from tests.test_sharding import mesh_of
-from tests.test_training import equal, small_recipe
+from tests.test_training import equal, small_config
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
 from transformer.training.checkpoint import MANIFEST, UNSEALED, Checkpoints
@@ -22,8 +22,8 @@ from transformer.training.step import abstract_state
 
 @cache
 def likeness(sizes=(1, 1, 1), name="adam", ema_decay=0.0, **changes):
-    recipe = small_recipe(name=name, ema_decay=ema_decay)
-    return abstract_state(small_model(**changes), recipe, mesh_of(*sizes))
+    config = small_config(name=name, ema_decay=ema_decay)
+    return abstract_state(small_model(**changes), config, mesh_of(*sizes))
 
 
 def filled(like):
@@ -54,8 +54,8 @@ def test_all_that_training_carries_comes_back_bit_for_bit_on_any_mesh(tmp_path):
         how = {"name": name, "norm": "batch", "ema_decay": 0.9}
         state = at(filled(likeness(saved, **how)), step)
         pairs.append((likeness(restored, **how), state))
-        assert len(jax.tree.leaves(state.moments)) >= len(state.params) == len(state.average)
-        assert state.statistics
+        assert len(jax.tree.leaves(state.opt_state)) >= len(state.params) == len(state.ema_params)
+        assert state.batch_stats
     with Checkpoints(tmp_path, keep=len(pairs), best="sequence_accuracy") as checkpoints:
         for _, state in pairs:
             checkpoints.save(state, metrics(0.5))

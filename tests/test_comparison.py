@@ -49,8 +49,8 @@ def test_distances_are_relative():
 
 
 def test_arrays_are_told_by_the_field_of_the_state():
-    names = [".params['a/kernel']", ".moments[0].mu['a']", ".step"]
-    assert list(map(comparison.kind_of, names)) == ["params", "moments", "step"]
+    names = [".params['a/kernel']", ".opt_state[0].mu['a']", ".step"]
+    assert list(map(comparison.kind_of, names)) == ["params", "opt_state", "step"]
 
 
 def test_metrics_are_read_but_for_speeds_and_refused_where_no_run_leaves_them(tmp_path):

@@ -119,23 +119,23 @@ model_of = cache(Model)
 
 def arguments(cfg):
     """What a run's program is called with: seeds, hyperparameters, and parameters by shape."""
-    numbers = {name: np.asarray(values).tolist() for name, values in cfg.numbers().items()}
+    hparams = {name: np.asarray(values).tolist() for name, values in cfg.hparams().items()}
     shapes = {n: leaf.shape for n, leaf in model_of(cfg.model, TOKENIZER.vocab_size).shapes.items()}
-    return np.asarray(cfg.seeds()).tolist(), numbers, shapes
+    return np.asarray(cfg.seeds()).tolist(), hparams, shapes
 
 
 @cache
 def first_step(cfg):
     """A run from the seed to the first step, jitted."""
-    model, recipe = model_of(cfg.model, TOKENIZER.vocab_size), cfg.recipe()
-    train_step, init = make_train_step(model, recipe), partial(init_state, model, recipe)
-    return jax.jit(lambda seed, numbers, batch: train_step(init(seed, numbers), batch))
+    model, step_config = model_of(cfg.model, TOKENIZER.vocab_size), cfg.step_config()
+    train_step, init = make_train_step(model, step_config), partial(init_state, model, step_config)
+    return jax.jit(lambda seed, hparams, batch: train_step(init(seed, hparams), batch))
 
 
 @cache
 def program(cfg):
     """The jaxpr of `first_step`."""
-    one = {name: np.float32(np.ravel(values)[0]) for name, values in cfg.numbers().items()}
+    one = {name: np.float32(np.ravel(values)[0]) for name, values in cfg.hparams().items()}
     with jax.numpy_dtype_promotion("standard"):  # what a user has; jax.nn relies on it
         batch = strings(("ab", "ba"), ("cd", "dc"))
         return str(jax.make_jaxpr(first_step.__wrapped__(cfg))(np.uint32(0), one, batch))
@@ -181,14 +181,14 @@ class Dispatches:
 
     def abstract_state(self, run):
         self.like = abstract_state(
-            run.model, run.config.recipe(), run.mesh, run.config.replicas, run.config.numbers()
+            run.model, run.config.step_config(), run.mesh, run.config.replicas, run.config.hparams()
         )
         return self.like
 
-    def init(self, seeds, numbers):
+    def init(self, seeds, hparams):
         self.calls.append(("init", np.asarray(seeds).tolist()))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.like)
-        state = zeros._replace(seed=np.asarray(seeds), numbers=numbers)
+        state = zeros._replace(seed=np.asarray(seeds), hparams=hparams)
         return place(state, jax.tree.map(lambda leaf: leaf.sharding, self.like))
 
     def __call__(self, state, sums, data, n):
@@ -320,7 +320,7 @@ def test_every_config_takes_a_step_at_reduced_size(name):
     config.model.update({"num_layers": 1, "d_model": 16, "num_heads": 2, "d_ff": 32})
     config.data = default_config().data  # the toy configs are then one program
     cfg, batch = RunConfig.from_config_dict(config), strings(("abc", "cba"), ("de", "ed"))
-    state, sums = first_step(cfg)(cfg.seeds(), cfg.numbers(), batch)
+    state, sums = first_step(cfg)(cfg.seeds(), cfg.hparams(), batch)
     assert state.step == 1
     assert 1.0 < sums["loss"] / sums["tokens"] < 10.0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, strings
-from tests.test_training import small_recipe
+from tests.test_training import small_config
 from transformer.data.batches import Dataset
 from transformer.modules.config import ARCHITECTURES
 from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh
@@ -58,10 +58,10 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_two_branches_the_dearer_one():
             matmul_flops(loop(body), SQUARE)
 
 
-def step_of(recipe=(), **changes):  # and its arguments
-    model, recipe = small_model(**changes), small_recipe(**dict(recipe))
-    state = jax.eval_shape(lambda seed: init_state(model, recipe, seed, {}), np.uint32(0))
-    return make_train_step(model, recipe), state, BATCH
+def step_of(config=(), **changes):  # and its arguments
+    model, config = small_model(**changes), small_config(**dict(config))
+    state = jax.eval_shape(lambda seed: init_state(model, config, seed, {}), np.uint32(0))
+    return make_train_step(model, config), state, BATCH
 
 
 # No two are alike.
@@ -122,7 +122,7 @@ def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatc
 def test_the_count_is_that_of_the_model_whatever_the_backend():
     data = Dataset(BATCH.source, BATCH.target_out, len(BATCH.source))
     knobs = ({}, {"attention_backend": "splash"}, {"attention_backend": "einsum", "remat": "full"})
-    assert len({step_flops(small_model(**each), small_recipe(), data) for each in knobs}) == 1
+    assert len({step_flops(small_model(**each), small_config(), data) for each in knobs}) == 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,9 +15,9 @@ from transformer.training.health import NonfiniteError, Watchman, batch_of, find
 from transformer.training.step import zero_sums
 
 MOST = 2  # steps that may be skipped
-MODEL, RECIPE, INIT = pieces({"ema_decay": 0.9, "dropout_rate": 0.1, "max_skipped": MOST})
+MODEL, STEP_CONFIG, INIT = pieces({"ema_decay": 0.9, "dropout_rate": 0.1, "max_skipped": MOST})
 BAD = Dataset(DATA.source, DATA.target.at[0, 0].set(999), DATA.batch_size)  # no such token
-run = runner(MODEL, RECIPE)
+run = runner(MODEL, STEP_CONFIG)
 
 
 def bad_steps(state):  # of the first 12: they meet the token, which makes their loss NaN
@@ -44,9 +44,9 @@ def test_a_bad_step_changes_nothing_and_is_counted(most):
 
 
 def test_the_operation_is_found_that_makes_a_nan():
-    model, recipe, init = pieces({"name": "sgd"}, norm="rms", position_encoding="none", num_heads=1)
+    model, config, init = pieces({"name": "sgd"}, norm="rms", position_encoding="none", num_heads=1)
     start = init(np.uint32(0))
-    said = find_operation(model, recipe, start, BAD, bad_steps(start)[0])
+    said = find_operation(model, config, start, BAD, bad_steps(start)[0])
     assert re.fullmatch(".*nan.*", said)
 
 

@@ -58,19 +58,19 @@ def on(chip):
 def test_memory_by_kind_is_that_of_the_arrays():
     plan, parameters = toy(), 4 * Model(load().model, 96).count_parameters()
     assert plan.memory["parameters"] == parameters
-    assert plan.memory["moments"] == 2 * parameters + 2 * 4  # Adam's, and two counts
+    assert plan.memory["opt_state"] == 2 * parameters + 2 * 4  # Adam's, and two counts
     assert plan.memory["batch"] == 8 * 4 * (128 // 4) * 16  # eight arrays, a quarter of the rows
     assert plan.memory["other arguments, padding"] == 16  # step, seed, and two counts of bad steps
     assert plan.memory["activations, gradients, temporaries"] > 0
-    assert "average" not in plan.memory
-    assert toy(ema_decay=0.9).memory["average"] == parameters
+    assert "ema_params" not in plan.memory
+    assert toy(ema_decay=0.9).memory["ema_params"] == parameters
 
 
 def test_fsdp_splits_all_but_norms_and_biases_which_are_small():
     whole, split = toy(), toy(mesh__data=1, mesh__fsdp=4)
     assert whole.mesh == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
     assert split.mesh == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
-    for kind in ("parameters", "moments"):
+    for kind in ("parameters", "opt_state"):
         assert 0.25 < split.memory[kind] / whole.memory[kind] < 0.28
     assert split.memory["batch"] == whole.memory["batch"]
     assert "all-gather" in split.traffic.sent

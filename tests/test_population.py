@@ -43,12 +43,12 @@ def run_config(replicas, changes):
 def programs(cfg, sizes):
     """The mesh, abstract state, initial state, steps and scores, as `train.py` makes them."""
     model, mesh = Model(cfg.model, TOKENIZER.vocab_size), mesh_of(*sizes, cfg.replicas)
-    like = training.abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    like = training.abstract_state(model, cfg.step_config(), mesh, cfg.replicas, cfg.hparams())
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
     each = partial(each_replica, replicas=cfg.replicas)
-    steps = training.make_train_steps(training.make_train_step(model, cfg.recipe()))
+    steps = training.make_train_steps(training.make_train_step(model, cfg.step_config()))
     with jax.set_mesh(mesh):
-        init = each(partial(training.init_state, model, cfg.recipe()), in_axes=(0, 0))
+        init = each(partial(training.init_state, model, cfg.step_config()), in_axes=(0, 0))
         steps = each(steps, in_axes=(0, 0, None, None))
         score = jax.jit(each(partial(evaluation.score, model), in_axes=(0, None)))
     steps = jax.jit(steps, out_shardings=(where, replicated(mesh)))
@@ -60,7 +60,7 @@ def train(cfg, sizes=ONE):
     structure = replace(cfg, seed=0, per_replica=replace(cfg.per_replica, seed=()))
     mesh, _, init, train_steps, score = programs(structure, sizes)
     with jax.set_mesh(mesh):
-        state = init(cfg.seeds(), cfg.numbers())
+        state = init(cfg.seeds(), cfg.hparams())
         data = jax.device_put(DATA, replicated(mesh))
         state, sums = train_steps(state, training.zero_sums(cfg.replicas), data, jnp.int32(5))
         scores = score(state.variables(), data)
@@ -75,7 +75,7 @@ def check(population, cfg, k):
     """
     state, sums, scores = population[k]
     ((alone, alone_sums, alone_scores),) = train(cfg.replica(k))
-    state = state._replace(numbers={})  # a single run has its own inside its program
+    state = state._replace(hparams={})  # a single run has its own inside its program
     for name, value in alone.params.items():
         np.testing.assert_allclose(state.params[name], value, rtol=1e-5, atol=5e-5, err_msg=name)
     close, rest = np.testing.assert_allclose, [s._replace(params={}) for s in (state, alone)]
@@ -93,8 +93,8 @@ def test_replica_k_is_the_single_run_with_its_seed(sizes):
         check(population, cfg, k)
     assert [int(state.seed) for state, _, _ in population] == [7, 8, 9, 10]
     assert len({float(sums["loss"]) for _, sums, _ in population}) == 4
-    for name, value in population[0][0].statistics.items():
-        assert (value != population[1][0].statistics[name]).any(), name
+    for name, value in population[0][0].batch_stats.items():
+        assert (value != population[1][0].batch_stats[name]).any(), name
 
 
 def test_replicas_may_differ_in_every_number_inside_the_step():
@@ -111,7 +111,7 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
         single = cfg.replica(k)
         knobs = vars(single) | vars(single.optimizer) | vars(single.model)
         assert {name: knobs[name] for name in own} == {name: own[name][k] for name in own}
-    assert not equal(population[0][0].average, population[0][0].params)
+    assert not equal(population[0][0].ema_params, population[0][0].params)
 
 
 def test_each_replica_decodes_with_its_own_parameters():
@@ -137,7 +137,7 @@ def test_a_population_comes_back_from_its_checkpoint_on_any_mesh(saved, restored
     with Checkpoints(tmp_path, keep=1, best="sequence_accuracy") as checkpoints:
         back = checkpoints.restore(checkpoints.find("latest"), like)
     assert equal(back, state)
-    assert back.numbers.keys() == {"learning_rate"}
+    assert back.hparams.keys() == {"learning_rate"}
     for array, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like), strict=True):
         assert array.sharding == wanted.sharding
         assert (len(array), array.sharding.spec[0]) == (4, "replica")

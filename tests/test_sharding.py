@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import logits_of, small_model, strings
-from tests.test_training import initial, small_recipe
+from tests.test_training import initial, small_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.ragged import Ragged
 from transformer.data.rows import Pairs, alone, pack
@@ -41,7 +41,7 @@ BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
 PAIRS = Pairs(*(Ragged.unpadded(np.asarray(side)) for side in (DATA.source, DATA.target)))
 CHANGES = {"num_heads": 8, "d_k": 4, "attention_bias": True}
-RECIPE = {
+STEP_CONFIG = {
     "warmup_steps": 2,
     "dropout_rate": 0.2,
     "attention_dropout_rate": 0.1,
@@ -81,13 +81,13 @@ def mesh_of(data, fsdp, tensor, replica=1, replicas=1, context=1):
 def train(run, sizes=(1, 1, 1), context=1):
     """The losses of each step, the final state, the validation loss and outputs, on a mesh."""
     changes, knobs, data = RUNS[run]
-    model, recipe = small_model(**CHANGES | changes), small_recipe(**RECIPE | knobs)
+    model, config = small_model(**CHANGES | changes), small_config(**STEP_CONFIG | knobs)
     mesh = mesh_of(*sizes, context=context)
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, recipe, mesh))
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
     with jax.set_mesh(mesh):
         data = jax.device_put(data, replicated(mesh))
-        init = jax.jit(initial(model, recipe), out_shardings=where)
-        steps = make_train_steps(make_train_step(model, recipe))
+        init = jax.jit(initial(model, config), out_shardings=where)
+        steps = make_train_steps(make_train_step(model, config))
         step = jax.jit(steps, out_shardings=(where, replicated(mesh)))
         state, losses, outputs = init(np.uint32(0)), [], ()
         for _ in range(5):
@@ -171,7 +171,7 @@ def test_attention_on_a_mesh_is_the_reference_on_one_device(backend, split, kv, 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_dimension_that_a_rule_names_is_split(sizes):
     mesh, model = mesh_of(*sizes), small_model(**CHANGES)
-    params, split = abstract_state(model, small_recipe(), mesh).params, 0
+    params, split = abstract_state(model, small_config(), mesh).params, 0
     for name, axes in model.axes.items():
         ways = [mesh.shape[RULES[axis]] if RULES[axis] else 1 for axis in axes]
         whole, part = params[name].shape, params[name].sharding.shard_shape(params[name].shape)
@@ -185,9 +185,9 @@ def test_every_dimension_that_a_rule_names_is_split(sizes):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_live_where_their_parameters_do(name):
-    like = abstract_state(small_model(**CHANGES), small_recipe(name=name), mesh_of(1, 2, 2, 2, 2))
+    like = abstract_state(small_model(**CHANGES), small_config(name=name), mesh_of(1, 2, 2, 2, 2))
     beside = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like.moments):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like.opt_state):
         param = like.params.get(getattr(path[-1], "key", None))
         if param is not None and leaf.shape == param.shape:
             assert leaf.sharding == param.sharding, path
@@ -252,7 +252,7 @@ def test_a_mesh_that_does_not_fit_is_explained(sizes):
 def test_what_a_mesh_does_not_divide_is_explained():
     message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
     with pytest.raises(UserError, match=message):
-        abstract_state(small_model(), small_recipe(), mesh_of(1, 1, 8))
+        abstract_state(small_model(), small_config(), mesh_of(1, 1, 8))
     shapes, both = {"table": jax.ShapeDtypeStruct((6, 3), "float32")}, {"table": ("batch", "head")}
     found = parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
     assert found.shard_shape((6, 3)) == (3, 3)
@@ -265,7 +265,7 @@ def test_what_a_mesh_does_not_divide_is_explained():
 
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):
-    state = abstract_state(small_model(), small_recipe(), mesh_of(1, 8, 1))
+    state = abstract_state(small_model(), small_config(), mesh_of(1, 8, 1))
     size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
     check_memory(state)
     monkeypatch.setattr(devices, "device_memory", lambda: size / 2)  # most is split over 8

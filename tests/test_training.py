@@ -22,28 +22,28 @@ BATCH = strings(*((text, text[::-1]) for text in TEXTS), source_length=8, target
 DATA = Dataset(BATCH.source, BATCH.target_out, 3)
 
 
-def small_recipe(**changes):
-    """The default recipe with changes by name."""
+def small_config(**changes):
+    """The default config with changes by name."""
     knobs: Any = default_config().optimizer
-    numbers = {"label_smoothing": 0.0, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    hparams = {"label_smoothing": 0.0, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
     own = {"steps": 100, "ema_decay": 0.0, "accumulation_steps": 1, "max_skipped": 0}
     for name, value in changes.items():
-        next(each for each in (numbers, own, knobs) if name in each)[name] = value
-    numbers |= {name: knobs[name] for name in ("learning_rate", "warmup_steps", "weight_decay")}
-    optimizer, numbers = OptimizerConfig(**knobs), training.Hyperparameters(**numbers)
-    return training.Recipe(optimizer=optimizer, numbers=numbers, **own)
+        next(each for each in (hparams, own, knobs) if name in each)[name] = value
+    hparams |= {name: knobs[name] for name in ("learning_rate", "warmup_steps", "weight_decay")}
+    optimizer, hparams = OptimizerConfig(**knobs), training.HParams(**hparams)
+    return training.StepConfig(optimizer=optimizer, hparams=hparams, **own)
 
 
-def initial(model, recipe):
+def initial(model, config):
     """Seed → initial state, compiled."""
-    return jax.jit(lambda seed: init_state(model, recipe, seed, {}))
+    return jax.jit(lambda seed: init_state(model, config, seed, {}))
 
 
-def pieces(recipe=(), **changes):
-    """A small model, a recipe by which it learns fast, and its initial state by seed."""
+def pieces(config=(), **changes):
+    """A small model, a config by which it learns fast, and its initial state by seed."""
     model = small_model(**changes)
-    recipe = small_recipe(**{"warmup_steps": 2, "learning_rate": 1e-2, **dict(recipe)})
-    return model, recipe, initial(model, recipe)
+    config = small_config(**{"warmup_steps": 2, "learning_rate": 1e-2, **dict(config)})
+    return model, config, initial(model, config)
 
 
 def equal(one, other):
@@ -52,24 +52,24 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in leaves)
 
 
-def runner(model, recipe):
+def runner(model, config):
     """(state, number of steps) → state, sums."""
-    steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
+    steps = jax.jit(make_train_steps(make_train_step(model, config)))
     return lambda state, n, sums=None, data=DATA: steps(state, sums or zero_sums(), data, n)
 
 
 # One program for all rates of dropout and smoothing. Gradients are not clipped, so that Adam's
 # first moment after one step is a tenth of them.
 DECAY = 0.15
-MODEL, RECIPE, _ = pieces({"ema_decay": DECAY, "clip_norm": 0.0})
-INIT, run = jax.jit(partial(init_state, MODEL, RECIPE)), runner(MODEL, RECIPE)
+MODEL, STEP_CONFIG, _ = pieces({"ema_decay": DECAY, "clip_norm": 0.0})
+INIT, run = jax.jit(partial(init_state, MODEL, STEP_CONFIG)), runner(MODEL, STEP_CONFIG)
 SMOOTHING = 0.1
 
 
 def start(seed=0, dropout_rate=0.2, attention_dropout_rate=0.1, label_smoothing=SMOOTHING):
-    numbers = {"dropout_rate": dropout, "attention_dropout_rate": attention_dropout}
-    numbers = jax.tree.map(jnp.float32, numbers | {"label_smoothing": label_smoothing})
-    return INIT(jnp.uint32(seed), numbers)
+    hparams = {"dropout_rate": dropout_rate, "attention_dropout_rate": attention_dropout_rate}
+    hparams = jax.tree.map(jnp.float32, hparams | {"label_smoothing": label_smoothing})
+    return INIT(jnp.uint32(seed), hparams)
 
 
 def test_the_division_of_steps_among_calls_changes_no_bit():
@@ -91,7 +91,7 @@ def test_a_seed_decides_everything():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+@pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
 def test_dropout_differs_from_step_to_step(rate):
     """The losses of the same parameters and batch."""
     state = start(**{"dropout_rate": 0.0, "attention_dropout_rate": 0.0, rate: 0.5})
@@ -103,7 +103,7 @@ def test_dropout_differs_from_step_to_step(rate):
 def test_the_gradient_is_of_the_mean_over_real_tokens():
     """By hand, of the batch without its padding, which changes nothing."""
     state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
-    state = state._replace(average=jax.tree.map(jnp.zeros_like, state.params))  # it is not taken
+    state = state._replace(ema_params=jax.tree.map(jnp.zeros_like, state.params))  # it is not taken
     batch = batch_of(state, DATA, 0)
     source, target = (int(side.sum(1).max()) for side in (batch.source_segments, batch.weights))
     assert source < DATA.source.shape[1]
@@ -119,7 +119,7 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
     (value, nll), expected = jax.value_and_grad(loss, has_aux=True)(state.params)
     after, sums = run(state, 1)
     for name, gradient in expected.items():
-        found = after.moments[0].mu[name] / 0.1
+        found = after.opt_state[0].mu[name] / 0.1
         np.testing.assert_allclose(found, gradient, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(sums["loss"] / sums["tokens"], value, rtol=1e-5)
     np.testing.assert_allclose(sums["nll"] / sums["tokens"], nll, rtol=1e-5)
@@ -142,39 +142,39 @@ def test_the_average_follows_its_formula_and_evaluation_uses_it():
         state, _ = run(state, 1)
         for name, value in state.params.items():
             expected[name] = kept * expected[name] + (1 - kept) * np.asarray(value)
-            np.testing.assert_allclose(state.average[name], expected[name], rtol=1e-5, atol=1e-7)
-    assert equal(state.variables(), state.average)  # what evaluation is given
+            np.testing.assert_allclose(state.ema_params[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert equal(state.variables(), state.ema_params)  # what evaluation is given
     for number, kept in ((0, 0.1), (1, 2 / 11), (80, 0.9), (10**6, 0.99)):
         found = training.averaged({"w": jnp.ones(1)}, {"w": jnp.zeros(1)}, jnp.int32(number), 0.99)
         np.testing.assert_allclose(found["w"], kept, rtol=1e-5)
 
 
 def test_batch_norm_gathers_statistics_and_validation_uses_them():
-    model, recipe, init = pieces(norm="batch", position_encoding="none")
-    before, run = init(jnp.uint32(0)), runner(model, recipe)
+    model, config, init = pieces(norm="batch", position_encoding="none")
+    before, run = init(jnp.uint32(0)), runner(model, config)
     after = run(before, 5)[0]
     # One norm before each of 5 sublayers, one at the end of each stack; mean and variance.
-    assert len(before.statistics) == 2 * (5 + 2)
-    assert before.statistics.keys() == model.statistics == after.statistics.keys()
-    for name, value in before.statistics.items():
+    assert len(before.batch_stats) == 2 * (5 + 2)
+    assert before.batch_stats.keys() == model.statistics == after.batch_stats.keys()
+    for name, value in before.batch_stats.items():
         np.testing.assert_array_equal(value, float(name.endswith("variance")))
-        assert (after.statistics[name] != value).any(), name
+        assert (after.batch_stats[name] != value).any(), name
     # They are neither counted nor trained.
-    assert not before.params.keys() & before.statistics.keys()
+    assert not before.params.keys() & before.batch_stats.keys()
     assert model.count_parameters() == sum(value.size for value in before.params.values())
     assert model.count_parameters() == small_model(norm="layer").count_parameters()
-    moments = jax.tree.leaves(after.moments, is_leaf=lambda leaf: isinstance(leaf, dict))
+    moments = jax.tree.leaves(after.opt_state, is_leaf=lambda leaf: isinstance(leaf, dict))
     assert all(m.keys() == before.params.keys() for m in moments if isinstance(m, dict))
-    assert after.average == {}
-    assert after.variables() == after.params | after.statistics
+    assert after.ema_params == {}
+    assert after.variables() == after.params | after.batch_stats
 
     score = jax.jit(partial(evaluation.score, model))
     nll = score(after.variables(), DATA)["nll"]
-    assert nll.sum() < score(after.params | before.statistics, DATA)["nll"].sum()
+    assert nll.sum() < score(after.params | before.batch_stats, DATA)["nll"].sum()
     np.testing.assert_allclose(score(after.variables(), DATA.head(1))["nll"], nll[:1], rtol=1e-5)
 
     # After one step, by hand: the encoder's first norm reads the embedded tokens.
-    batch, seen = batch_of(before, DATA, 0), run(before, 1)[0].statistics
+    batch, seen = batch_of(before, DATA, 0), run(before, 1)[0].batch_stats
     embedded = np.asarray(before.params["embedding/table"])[batch.source] * 16**0.5
     real = embedded[np.asarray(batch.source_segments) > 0]
     mean, variance = (seen[f"encoder/layers/0/residuals/0/norm/{k}"] for k in ("mean", "variance"))
@@ -183,8 +183,8 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
 
 
 def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own():
-    """Parts have different numbers of tokens, and weigh accordingly."""
-    in_parts = jax.jit(make_train_step(MODEL, replace(RECIPE, accumulation_steps=3)))
+    """Parts have different hparams of tokens, and weigh accordingly."""
+    in_parts = jax.jit(make_train_step(MODEL, replace(STEP_CONFIG, accumulation_steps=3)))
     state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
     batch = batch_of(state, DATA, 0)
     assert len(set(batch.weights.sum(1).tolist())) > 1
@@ -192,8 +192,8 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
     parts, sums = in_parts(state, batch)
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
-    for name, value in whole.moments[0].mu.items():
-        np.testing.assert_allclose(parts.moments[0].mu[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in whole.opt_state[0].mu.items():
+        np.testing.assert_allclose(parts.opt_state[0].mu[name], value, rtol=1e-4, atol=1e-6)
 
     state = start(dropout_rate=0.5, attention_dropout_rate=0.0, label_smoothing=0.0)
     single = jax.tree.map(lambda x: x[:1], BATCH)
@@ -210,9 +210,9 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
 
 def test_parts_take_less_memory():
     def taken(accumulate):
-        model, recipe, init = pieces({"accumulation_steps": accumulate, "name": "sgd"})
+        model, config, init = pieces({"accumulation_steps": accumulate, "name": "sgd"})
         batch = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), BATCH)
-        step = jax.jit(make_train_step(model, recipe))
+        step = jax.jit(make_train_step(model, config))
         compiled = step.lower(jax.eval_shape(init, jnp.uint32(0)), batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

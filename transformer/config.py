@@ -21,7 +21,7 @@ from transformer.modules.config import TABLES, ModelConfig
 from transformer.parallel.mesh import MeshConfig
 from transformer.renamed import KNOBS
 from transformer.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
-from transformer.training.step import Hyperparameters, Recipe
+from transformer.training.step import HParams, StepConfig
 
 Section = TypeVar("Section")
 
@@ -233,9 +233,9 @@ class RunConfig:
         }
         return replace(self, replicas=1, per_replica=PerReplica(), **inside, **own)
 
-    def recipe(self) -> Recipe:
+    def step_config(self) -> StepConfig:
         """How the model is trained."""
-        numbers = Hyperparameters(
+        hparams = HParams(
             learning_rate=self.optimizer.learning_rate,
             warmup_steps=self.optimizer.warmup_steps,
             weight_decay=self.optimizer.weight_decay,
@@ -243,20 +243,20 @@ class RunConfig:
             dropout_rate=self.model.dropout_rate,
             attention_dropout_rate=self.model.attention_dropout_rate,
         )
-        return Recipe(
+        return StepConfig(
             optimizer=self.optimizer,
             steps=self.steps,
             ema_decay=self.ema_decay,
             accumulation_steps=self.accumulation_steps,
             max_skipped=self.max_skipped_steps,
-            numbers=numbers,
+            hparams=hparams,
         )
 
-    def recipes(self) -> list[Recipe]:
+    def step_configs(self) -> list[StepConfig]:
         """How each replica is trained; of a single run one."""
         if self.replicas == 1:
-            return [self.recipe()]
-        return [self.replica(k).recipe() for k in range(self.replicas)]
+            return [self.step_config()]
+        return [self.replica(k).step_config() for k in range(self.replicas)]
 
     def smoothings(self) -> list[float]:
         """The label smoothing of each replica."""
@@ -270,7 +270,7 @@ class RunConfig:
             return np.uint32(self.seed)
         return np.array([self.replica(k).seed for k in range(self.replicas)], np.uint32)
 
-    def numbers(self) -> dict[str, np.ndarray]:
+    def hparams(self) -> dict[str, np.ndarray]:
         """The hyperparameters in which the replicas differ: name → [R] float32."""
         return {
             name: np.array(values, np.float32)

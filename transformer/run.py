@@ -193,7 +193,7 @@ class Run:
         """
         config = self.config
         return abstract_state(
-            self.model, config.recipe(), self.mesh, config.replicas, config.numbers()
+            self.model, config.step_config(), self.mesh, config.replicas, config.hparams()
         )
 
     @property
@@ -207,13 +207,13 @@ class Run:
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
-        init = self._each_replica(partial(init_state, self.model, self.config.recipe()), 0, 0)
+        init = self._each_replica(partial(init_state, self.model, self.config.step_config()), 0, 0)
         return jax.jit(init, out_shardings=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
-        steps = make_train_steps(make_train_step(self.model, self.config.recipe()))
+        steps = make_train_steps(make_train_step(self.model, self.config.step_config()))
         # Batches that come from the host are each replica's own.
         data_axis = 0 if self.config.data.num_workers else None
         return jax.jit(
@@ -234,7 +234,7 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return self.init(self.config.seeds(), self.config.numbers())
+        return self.init(self.config.seeds(), self.config.hparams())
 
     def zero_sums(self) -> Any:
         """Sums over no steps, on the host: what `train_steps` adds to."""
@@ -249,7 +249,7 @@ class Run:
         """Floating-point operations of the matrix products in one step of one replica."""
         sides = self.rows.take(np.zeros(1, int))
         batch = Dataset(*sides, self.config.batch_size, self.rows.packed)
-        return costs.step_flops(self.model, self.config.recipe(), batch)
+        return costs.step_flops(self.model, self.config.step_config(), batch)
 
     # --- What a run does --------------------------------------------------------------------
 
@@ -350,12 +350,12 @@ class Run:
         check_same_run(state, config.seeds(), config.steps, self.workdir.path)
         old = RunConfig.from_config_dict(self.workdir.read_config())
         check_stopped(state, old.max_skipped_steps, config.max_skipped_steps)
-        report_jump(state, old.recipes(), config.recipes())
+        report_jump(state, old.step_configs(), config.step_configs())
         facts({"resuming": f"at step {step:,} of {config.steps:,}"})
         # Not the checkpoint's: --allow_changes may have brought others.
-        where = {name: leaf.sharding for name, leaf in self.abstract_state.numbers.items()}
-        numbers = place(config.numbers(), where)
-        return state._replace(numbers=numbers), checkpoints.interval(step)
+        where = {name: leaf.sharding for name, leaf in self.abstract_state.hparams.items()}
+        numbers = place(config.hparams(), where)
+        return state._replace(hparams=numbers), checkpoints.interval(step)
 
     def _begin(self) -> None:
         """Writes what tells which run this is: nothing stands in the way of training any more."""
@@ -395,8 +395,10 @@ class Run:
                 requests.all_is_saved(config.steps)
             except NonfiniteError as failure:
                 data = self.feed.at(failure.step, failure.state.seed)
-                recipe = config.recipe() if config.debug_nans else None
-                explained = explain_failure(failure, data, self.workdir.path, self.model, recipe)
+                step_config = config.step_config() if config.debug_nans else None
+                explained = explain_failure(
+                    failure, data, self.workdir.path, self.model, step_config
+                )
                 raise UserError(explained) from failure
         return state
 

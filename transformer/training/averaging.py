@@ -90,12 +90,12 @@ def mean(states: Iterable[TrainState]) -> TrainState:
     population each replica has its own mean. What is taken the mean of:
 
     params: the parameters.
-    average: their moving averages, which are evaluated in their place where a run has them.
-    statistics: the means and variances that batch norm has seen. Those that the mean of the
+    ema_params: their moving averages, which are evaluated in their place where a run has them.
+    batch_stats: the means and variances that batch norm has seen. Those that the mean of the
       parameters would see are others, as variances are not linear in it; to measure them takes a
       pass over the training data (Izmailov et al. 2018, section 3.2), which is not made.
 
-    The rest, such as moments, and which replica had stopped, is the last state's.
+    The rest, such as the optimizer state, and which replica had stopped, is the last state's.
     """
     states = iter(states)
     state, count = next(states), 1
@@ -112,7 +112,11 @@ def mean(states: Iterable[TrainState]) -> TrainState:
 
 def evaluated(state: TrainState) -> dict[str, Params]:
     """What `TrainState.variables` is made of."""
-    return {"params": state.params, "average": state.average, "statistics": state.statistics}
+    return {
+        "params": state.params,
+        "ema_params": state.ema_params,
+        "batch_stats": state.batch_stats,
+    }
 
 
 def wide(state: TrainState) -> Any:

@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 
 from transformer.data.batches import Dataset
 from transformer.modules.model import Model
-from transformer.training.step import Recipe, init_state, make_train_step
+from transformer.training.step import StepConfig, init_state, make_train_step
 
 
-def step_flops(model: Model, recipe: Recipe, data: Dataset) -> int:
+def step_flops(model: Model, config: StepConfig, data: Dataset) -> int:
     """Floating-point operations of the matrix products in one step of one run.
 
     Those of the model, which are the same whatever an attention backend or `remat` computes twice.
     """
     plain = replace(model.config, attention_backend="einsum", remat="none")
     model = Model(plain, model.vocab_size, model.target_vocab_size)
-    state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), {})
+    state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), {})
     batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
-    return matmul_flops(make_train_step(model, recipe), state, batch)
+    return matmul_flops(make_train_step(model, config), state, batch)
 
 
 # Dense bfloat16 operations a second of one device, by what JAX calls it; from the makers' data

@@ -18,7 +18,7 @@ from transformer.console import console
 from transformer.data.batches import Batch, Dataset, Window
 from transformer.modules.model import Model
 from transformer.parallel import hosts
-from transformer.training.step import Recipe, TrainState, make_train_step, stream
+from transformer.training.step import StepConfig, TrainState, make_train_step, stream
 
 REMEMBERED = 20  # intervals whose losses a spike is told from
 SPIKE = 2.0  # times their median
@@ -140,13 +140,13 @@ def dump_batch(path: Path, state: TrainState, data: Dataset | Window, step: int)
 
 
 def find_operation(
-    model: Model, recipe: Recipe, state: TrainState, data: Dataset | Window, step: int
+    model: Model, config: StepConfig, state: TrainState, data: Dataset | Window, step: int
 ) -> str:
     """The first operation of a step that makes a NaN, or divides by zero, and where it is written.
 
     The step is taken again from the state before it, with every operation checked.
     """
-    take = checkify.checkify(make_train_step(model, recipe), errors=checkify.float_checks)
+    take = checkify.checkify(make_train_step(model, config), errors=checkify.float_checks)
     state = state._replace(step=np.int32(step), skipped=np.int32(0))
     error, _ = jax.jit(take)(state, batch_of(state, data, step))
     said = error.get()
@@ -163,7 +163,7 @@ def explain_failure(
     data: Dataset | Window,
     folder: Path,
     model: Model,
-    recipe: Recipe | None,
+    config: StepConfig | None,
 ) -> str:
     """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do.
 
@@ -172,13 +172,13 @@ def explain_failure(
       data: what the failed step reads.
       folder: takes the batch of that step.
       model: the run's.
-      recipe: to find the operation with; None: it is not looked for.
+      config: to find the operation with; None: it is not looked for.
     """
     step, state = failure.step, failure.state
     file = dump_batch(folder / f"batch_of_step_{step}.npz", state, data, step)
     remedy = "--config.debug_nans=true says which operation made it"
-    if recipe is not None:
-        remedy = f"it comes from {find_operation(model, recipe, state, data, step)}"
+    if config is not None:
+        remedy = f"it comes from {find_operation(model, config, state, data, step)}"
     return (
         f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
         "lower optimizer.learning_rate, or let --config.max_skipped_steps=N leave such steps out"

@@ -9,7 +9,7 @@ import numpy as np
 from transformer.console import console
 from transformer.errors import UserError
 from transformer.parallel import hosts
-from transformer.training.step import Recipe, TrainState
+from transformer.training.step import StepConfig, TrainState
 
 
 def check_same_run(state: TrainState, seeds: Any, steps: int, folder: Any) -> None:
@@ -42,7 +42,7 @@ def check_stopped(state: TrainState, before: int, now: int) -> None:
         )
 
 
-def report_jump(state: TrainState, old: Sequence[Recipe], new: Sequence[Recipe]) -> None:
+def report_jump(state: TrainState, old: Sequence[StepConfig], new: Sequence[StepConfig]) -> None:
     """Prints if a changed config makes the learning rate jump, as `steps` of a schedule does.
 
     Args:
@@ -51,8 +51,8 @@ def report_jump(state: TrainState, old: Sequence[Recipe], new: Sequence[Recipe])
       new: of each replica, as the config has it.
     """
     updates = np.atleast_1d(hosts.fetch(state.step - state.skipped))
-    for k, (done, *recipes) in enumerate(zip(updates, old, new, strict=True)):
-        before, now = (float(r.learning_rate(r.numbers, jnp.int32(done))) for r in recipes)
+    for k, (done, *step_configs) in enumerate(zip(updates, old, new, strict=True)):
+        before, now = (float(r.learning_rate(r.hparams, jnp.int32(done))) for r in step_configs)
         if abs(now - before) > 0.01 * max(now, before):
             console.print(
                 f"the learning rate jumps after {done:,} updates, from {before:.3g} to {now:.3g}, "

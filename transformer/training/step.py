@@ -32,8 +32,8 @@ def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
-class Hyperparameters(NamedTuple):
-    """The knobs that are numbers inside the step, in which replicas of one program may differ.
+class HParams(NamedTuple):
+    """The knobs that are hparams inside the step, in which replicas of one program may differ.
 
     Each is a Python number, or a traced scalar in its place.
     """
@@ -47,7 +47,7 @@ class Hyperparameters(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class StepConfig:
     """How a model is trained.
 
     optimizer: its structure.
@@ -55,7 +55,7 @@ class Recipe:
     ema_decay: of the moving average of the parameters; 0.0: there is none.
     accumulation_steps: parts that a batch is taken in, one after another.
     max_skipped: steps that a run may leave out because a number in them is not finite.
-    numbers: the run's, of which a replica may have others.
+    hparams: the run's, of which a replica may have others.
     """
 
     optimizer: OptimizerConfig
@@ -63,21 +63,21 @@ class Recipe:
     ema_decay: float
     accumulation_steps: int
     max_skipped: int
-    numbers: Hyperparameters
+    hparams: HParams
 
-    def learning_rate(self, numbers: Hyperparameters, updates: Int[Array, ""]) -> Float[Array, ""]:
+    def learning_rate(self, hparams: HParams, updates: Int[Array, ""]) -> Float[Array, ""]:
         """That of the update after so many."""
-        peak, warmup = numbers.learning_rate, numbers.warmup_steps
+        peak, warmup = hparams.learning_rate, hparams.warmup_steps
         return make_schedule(self.optimizer.schedule, self.steps, peak, warmup)(updates)
 
-    def make_optimizer(self, numbers: Hyperparameters) -> optax.GradientTransformation:
-        """The optimizer with these numbers in it."""
+    def make_optimizer(self, hparams: HParams) -> optax.GradientTransformation:
+        """The optimizer with these hparams in it."""
         return make_optimizer(
             self.optimizer,
             self.steps,
-            learning_rate=numbers.learning_rate,
-            warmup_steps=numbers.warmup_steps,
-            weight_decay=numbers.weight_decay,
+            learning_rate=hparams.learning_rate,
+            warmup_steps=hparams.warmup_steps,
+            weight_decay=hparams.weight_decay,
         )
 
 
@@ -91,22 +91,22 @@ class TrainState(NamedTuple):
     skipped: int32 scalar, how many were left out; see `guarded`.
     failed: int32 scalar, the last of these; -1: none was.
     seed: uint32 scalar, the source of all randomness; see `stream`.
-    numbers: name → float32 scalar, the `Hyperparameters` that this replica has to itself.
+    hparams: name → float32 scalar, the `HParams` that are not the config's.
     params: name → parameter, float32.
-    statistics: name → what batch norm has seen, float32.
-    moments: the optimizer's state.
-    average: name → moving average of the parameter; empty without one.
+    batch_stats: name → running average of batch norm, float32.
+    opt_state: the optimizer's state, such as Adam's moments.
+    ema_params: name → moving average of the parameter; empty without one.
     """
 
     step: Any
     skipped: Any
     failed: Any
     seed: Any
-    numbers: dict[str, Any]
+    hparams: dict[str, Any]
     params: Params
-    statistics: Params
-    moments: Any
-    average: Params
+    batch_stats: Params
+    opt_state: Any
+    ema_params: Params
 
     def taken(self) -> int:
         """How many updates have been made; all replicas keep step."""
@@ -114,29 +114,36 @@ class TrainState(NamedTuple):
 
     def variables(self) -> Params:
         """What the model is evaluated with."""
-        return (self.average or self.params) | self.statistics
+        return (self.ema_params or self.params) | self.batch_stats
 
 
 def init_state(
-    model: Model, recipe: Recipe, seed: UInt32[Array, ""], numbers: dict[str, Float[Array, ""]]
+    model: Model,
+    config: StepConfig,
+    seed: UInt32[Array, ""],
+    hparams: dict[str, Float[Array, ""]],
 ) -> TrainState:
     """The state before the first step."""
-    params, statistics = model.split(model.init(stream(seed, "init")))
+    params, batch_stats = model.split(model.init(stream(seed, "init")))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         failed=jnp.full((), -1, jnp.int32),
         seed=seed,
-        numbers=numbers,
+        hparams=hparams,
         params=params,
-        statistics=statistics,
-        moments=recipe.make_optimizer(recipe.numbers).init(params),
-        average=params if recipe.ema_decay else {},
+        batch_stats=batch_stats,
+        opt_state=config.make_optimizer(config.hparams).init(params),
+        ema_params=params if config.ema_decay else {},
     )
 
 
 def abstract_state(
-    model: Model, recipe: Recipe, mesh: Mesh, replicas: int = 1, numbers: Iterable[str] = ()
+    model: Model,
+    config: StepConfig,
+    mesh: Mesh,
+    replicas: int = 1,
+    hparams: Iterable[str] = (),
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without its arrays.
 
@@ -146,36 +153,36 @@ def abstract_state(
 
     Args:
       model: the model.
-      recipe: how it is trained.
+      config: how it is trained.
       mesh: the devices.
       replicas: R of a population; 1: a single run, whose arrays have no such axis.
-      numbers: the names in `TrainState.numbers`.
+      hparams: the names in `TrainState.hparams`.
 
     Raises:
       UserError: the mesh does not divide a parameter.
     """
     where = parameter_shardings(mesh, model.shapes, model.axes)
-    params, statistics = model.split(where)
+    params, batch_stats = model.split(where)
     everywhere = replicated(mesh)
-    own = dict.fromkeys(numbers, np.float32(0))
-    state = jax.eval_shape(partial(init_state, model, recipe), np.uint32(0), own)
+    own = dict.fromkeys(hparams, np.float32(0))
+    state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), own)
 
     def place(path, leaf):  # a moment has its parameter's name, at the end of its path
         param = state.params.get(getattr(path[-1], "key", None))
         beside = param is not None and param.shape == leaf.shape
         return params[path[-1].key] if beside else everywhere
 
-    moments = jax.tree_util.tree_map_with_path(place, state.moments)
+    opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
     places = TrainState(
         step=everywhere,
         skipped=everywhere,
         failed=everywhere,
         seed=everywhere,
-        numbers=dict.fromkeys(own, everywhere),
+        hparams=dict.fromkeys(own, everywhere),
         params=params,
-        statistics=statistics,
-        moments=moments,
-        average=params if recipe.ema_decay else {},
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema_params=params if config.ema_decay else {},
     )
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -215,7 +222,7 @@ def each_replica(function: Callable, replicas: int, in_axes: tuple[int | None, .
 
 
 def make_train_step(
-    model: Model, recipe: Recipe
+    model: Model, config: StepConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The step: a pure function (state, batch) → (state, sums).
 
@@ -228,12 +235,12 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        numbers = recipe.numbers._replace(**state.numbers)
+        hparams = config.hparams._replace(**state.hparams)
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
         total = jnp.maximum(batch.weights.sum(), 1.0)
 
         def loss_of(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
-            module = model.bind(params | state.statistics)
+            module = model.bind(params | state.batch_stats)
             logits = module(
                 part.source,
                 part.source_segments,
@@ -242,11 +249,11 @@ def make_train_step(
                 source_positions=part.source_positions,
                 target_positions=part.target_positions,
                 training=Training(
-                    streams(key), numbers.dropout_rate, numbers.attention_dropout_rate
+                    streams(key), hparams.dropout_rate, hparams.attention_dropout_rate
                 ),
             )
             losses = cross_entropy(logits, part.target_out)
-            loss = losses.smoothed(numbers.label_smoothing)
+            loss = losses.smoothed(hparams.label_smoothing)
             correct = jnp.where(logits.argmax(-1) == part.target_out, part.weights, 0.0)
             sums = {
                 "loss": (loss * part.weights).sum(),
@@ -260,25 +267,25 @@ def make_train_step(
         def gradients_of(part: Batch, key: Array) -> tuple[Params, tuple[Sums, Params]]:
             return jax.grad(loss_of, has_aux=True)(state.params, part, key)
 
-        if recipe.accumulation_steps == 1:
-            gradients, (sums, statistics) = gradients_of(batch, key)
-        else:  # there are no statistics then, see `config.RunConfig`
-            gradients, (sums, statistics) = accumulated(
-                gradients_of, batch, key, recipe.accumulation_steps
+        if config.accumulation_steps == 1:
+            gradients, (sums, batch_stats) = gradients_of(batch, key)
+        else:  # there are no batch statistics then, see `config.RunConfig`
+            gradients, (sums, batch_stats) = accumulated(
+                gradients_of, batch, key, config.accumulation_steps
             )
-        optimizer = recipe.make_optimizer(numbers)
-        updates, moments = optimizer.update(gradients, state.moments, state.params)
+        optimizer = config.make_optimizer(hparams)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         sums["gradient_norm"] = optax.tree.norm(gradients)
-        sums["learning_rate"] = recipe.learning_rate(numbers, state.step - state.skipped)
+        sums["learning_rate"] = config.learning_rate(hparams, state.step - state.skipped)
         fresh = state._replace(
             step=state.step + 1,
             params=params,
-            statistics=statistics,
-            moments=moments,
-            average=averaged(state.average, params, state.step, recipe.ema_decay),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema_params=averaged(state.ema_params, params, state.step, config.ema_decay),
         )
-        return guarded(state, fresh, sums, recipe.max_skipped)
+        return guarded(state, fresh, sums, config.max_skipped)
 
     return train_step
 

@@ -58,5 +58,5 @@ def outline(workdir: Workdir, mesh: Mesh) -> tuple[RunConfig, Tokenizers, Model,
     tokenizers = saved_tokenizers(cfg.data, workdir.tokenizers)
     workdir.check_corpus(tokenizers.digests())
     model = Model.of(cfg.model, *tokenizers)
-    like = abstract_state(model, cfg.recipe(), mesh, cfg.replicas, cfg.numbers())
+    like = abstract_state(model, cfg.step_config(), mesh, cfg.replicas, cfg.hparams())
     return cfg, tokenizers, model, like

@@ -89,11 +89,13 @@ class Ours(Contender):
         if schedule != self.schedule:
             self.schedule = schedule
             cfg = run_config(self.size, self.device, schedule, self.data.batch_size)
-            self.model, self.recipe = Model(cfg.model, self.size.vocabulary), cfg.recipe()
-            like = abstract_state(self.model, self.recipe, self.mesh)
+            self.model, self.step_config = Model(cfg.model, self.size.vocabulary), cfg.step_config()
+            like = abstract_state(self.model, self.step_config, self.mesh)
             where = jax.tree.map(lambda leaf: leaf.sharding, like)
-            self.init = jax.jit(partial(init_state, self.model, self.recipe), out_shardings=where)
-            steps = make_train_steps(make_train_step(self.model, self.recipe))
+            self.init = jax.jit(
+                partial(init_state, self.model, self.step_config), out_shardings=where
+            )
+            steps = make_train_steps(make_train_step(self.model, self.step_config))
             self.train_steps = jax.jit(
                 steps, donate_argnums=(0, 1), out_shardings=(where, self.everywhere)
             )
@@ -149,7 +151,7 @@ class Ours(Contender):
         return statistics and statistics["peak_bytes_in_use"]
 
     def flops(self) -> int | None:
-        return costs.step_flops(self.model, self.recipe, self.data)
+        return costs.step_flops(self.model, self.step_config, self.data)
 
     def save(self, path: Path) -> None:
         arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}

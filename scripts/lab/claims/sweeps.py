@@ -82,9 +82,9 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None, steps: int) -> Cal
     cfg = RunConfig.from_config_dict(alone.resolved())
     corpus = open_corpus(cfg.data, data_dir)
     data = jax.device_put(corpus.load(cfg.data.train, cfg.batch_size))
-    model, recipe = Model.of(cfg.model, *corpus.tokenizers), cfg.recipe()
-    state = jax.jit(partial(init_state, model, recipe))(np.uint32(0), {})
-    train_steps = jax.jit(make_train_steps(make_train_step(model, recipe)))
+    model, step_config = Model.of(cfg.model, *corpus.tokenizers), cfg.step_config()
+    state = jax.jit(partial(init_state, model, step_config))(np.uint32(0), {})
+    train_steps = jax.jit(make_train_steps(make_train_step(model, step_config)))
     return lambda: train_steps(state, zero_sums(), data, jnp.int32(steps))
 
 

@@ -199,13 +199,13 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     mesh = make_mesh(cfg.mesh, 1, topology.devices)
     check_batch(mesh, cfg.batch_size)
     cfg.model.check_length(length, f"--length={length}")
-    model, recipe = Model(cfg.model, vocab_size), cfg.recipe()
-    state = abstract_state(model, recipe, mesh)
+    model, step_config = Model(cfg.model, vocab_size), cfg.step_config()
+    state = abstract_state(model, step_config, mesh)
     tokens = np.broadcast_to(np.int32(0), (cfg.batch_size, length))  # takes no memory
     data = Dataset(tokens, tokens, cfg.batch_size, packed=cfg.model.architecture != "recurrent")
     batch = abstract_batch(data, mesh)
     step = jax.jit(
-        make_train_step(model, recipe),
+        make_train_step(model, step_config),
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, state),
@@ -230,7 +230,7 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
         mesh={name: size for name, size in mesh.shape.items() if name != "replica"},
         steps=cfg.steps,
         tokens=cfg.batch_size * length,
-        model_flops=step_flops(model, recipe, data),
+        model_flops=step_flops(model, step_config, data),
         flops=flops,
         memory=memory,
         traffic=moves,
@@ -251,8 +251,8 @@ def memory_by_kind(state: TrainState, batch: Batch, analysis: Any) -> dict[str, 
     """The bytes of each kind on one device, from shapes and from the compiler's analysis."""
     kinds = {
         "parameters": state.params,
-        "moments": state.moments,
-        "average": state.average,
+        "opt_state": state.opt_state,
+        "ema_params": state.ema_params,
         "batch": batch,
     }
     memory = {kind: device_bytes(tree) for kind, tree in kinds.items()}

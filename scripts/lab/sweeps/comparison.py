@@ -45,7 +45,7 @@ def read(workdir: Path) -> Finished:
     folder = Workdir(str(workdir))
     cfg = RunConfig.from_config_dict(folder.read_config())
     model = Model.of(cfg.model, *saved_tokenizers(cfg.data, folder.tokenizers))
-    like = abstract_state(model, cfg.recipe(), one_device_mesh(), cfg.replicas, cfg.numbers())
+    like = abstract_state(model, cfg.step_config(), one_device_mesh(), cfg.replicas, cfg.hparams())
     arrays = {}
     with Checkpoints(workdir / "checkpoints", None, cfg.best_metric) as checkpoints:
         steps, best = sorted(checkpoints.manager.all_steps()), checkpoints.find("best")
