@@ -347,7 +347,7 @@ model.attention_dropout_rate=1.0
 model.attention_backend=flash: choose one of auto, einsum, xla
 replicas=0: it must be at least 1
 model.architecture=rnn: choose one of transformer, recurrent
-ema_decay=1.0: at least 0 and below 1
+ema_decay=1.0: it must be at least 0 and below 1
 optimizer.learning_rate=inf: it must be at most 3.40282e\+38
 model.num_heads=3 & model.d_model=15 is odd
 model.random_positions=64: .*at least model.max_length=512
@@ -361,7 +361,7 @@ model.kernel_init=glorot: .*did you mean glorot_
 model.norm=batch & accumulation_steps=2: model.norm=batch needs
 data.size=big: choose one of tiny, small
 max_skipped_steps=2147483648: .* at most 2,147,483,646
-label_smoothing=1.0: at least 0 and below 1
+label_smoothing=1.0: it must be at least 0 and below 1
 model.dtype=float16: choose one of float32, bfloat16
 optimizer.warmup_steps=8 is not below steps=8
 optimizer.learning_rate=-1.0: it must be at least 0
@@ -372,8 +372,8 @@ model.position_encoding=learnt: .*did you mean learned\?
 model.feed_forward=relux: .*did you mean relu\?
 optimizer.schedule=cos: .*did you mean cosine\?
 model.norm=rmsnorm: choose one of layer, rms
-model.norm_epsilon=1e-60: it must be above 0
-optimizer.epsilon=1e-300: it must be above 0
+model.norm_epsilon=1e-60: it must be at least 1.17549e-38
+optimizer.epsilon=1e-300: it must be at least 1.17549e-38
 steps=1000000000 .* passes 2\*\*32 examples
 data.pack_length=1099511627776: it must be at most
 model.window=0: it must be at least 1$
@@ -392,7 +392,7 @@ def mistakes():
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
-ONLY_DATA = r"model.architecture=recurrent is split over the batch alone; set all"
+ONLY_DATA = r"model.architecture=recurrent is sharded over the batch alone; set all"
 RATES, SEEDS, WHOLE = (
     "per_replica.dropout_rate",
     "per_replica.seed",
@@ -426,7 +426,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config = default_config()
     config.unlock()
     config.model.nrm = "rms"
-    with pytest.raises(UserError, match=r"model.nrm, which is no knob \(did you mean norm\?\)"):
+    with pytest.raises(UserError, match=r"model.nrm is not a knob \(did you mean norm\?\)"):
         RunConfig.from_config_dict(config)
     del config.model.nrm, config.mesh.fsdp
     assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default

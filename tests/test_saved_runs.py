@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from tests.test_programs import ROOT
-from transformer import plugins
+from transformer import plugins, renamed
 from transformer.config import (
-    BEFORE,
     RunConfig,
     default_config,
     differences,
@@ -76,7 +75,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
 
     config.mesh.data = config.mesh.replica = 1
     usual = flat_knobs(default_config())  # as a config file has it, which knows nothing of then
-    config.update_from_flattened_dict({knob: usual[knob] for knob in BEFORE})
+    config.update_from_flattened_dict({knob: usual[knob] for knob in renamed.BEFORE})
     with jax.numpy_dtype_promotion("standard"):
         run = Run(RunConfig.from_config_dict(config), workdir.path, data_dir=data_dir)
         run.train()
@@ -115,7 +114,7 @@ def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):
     monkeypatch.setitem(NORMS, "mine", NORMS["rms"])
     config = default_config()
     config.model.norm = "mine"
-    with pytest.raises(UserError, match=r"model\.norm=mine: .*config\.plugins"):
+    with pytest.raises(UserError, match=r"model\.norm=mine is defined .*config\.plugins"):
         RunConfig.from_config_dict(config)
     config.plugins = ("wave",)
     assert RunConfig.from_config_dict(config).model.norm == "mine"

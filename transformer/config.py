@@ -1,48 +1,35 @@
-"""From a ConfigDict to typed, checked configs: nothing past this door sees the ConfigDict."""
+"""The typed config of a run, and how it is made from a ConfigDict.
+
+Only programs and config files see a ConfigDict; the library takes a `RunConfig`. Each section is a
+dataclass whose fields hold the default, type, constraint and comment of a knob.
+"""
 
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
-from transformer import plugins
+from transformer import plugins, renamed
 from transformer.data.config import DataConfig
-from transformer.data.tokenizer import TOKENIZERS
-from transformer.data.toy import TASKS
-from transformer.errors import UserError, choose, nearest, within
+from transformer.errors import UserError, nearest
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
+from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
 from transformer.metrics import METRICS
-from transformer.modules.config import TABLES, ModelConfig
+from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import MeshConfig
-from transformer.renamed import KNOBS
-from transformer.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from transformer.training.optimizer import OptimizerConfig
 from transformer.training.step import HParams, StepConfig
 
 Section = TypeVar("Section")
 
-# The least and the most of whole numbers. What is above is a slip of the finger: it would take
-# hours to trace, or pass the 32 bits that steps are counted in.
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    "replicas": (1, 10_000),
-    "steps": (1, 2**31 - 1),
-    "batch_size": (1, 2**20),
-    "accumulation_steps": (1, 2**20),
-    "max_skipped_steps": (0, 2**31 - 2),
-    "log_every": (1, 2**31 - 1),
-    "eval_every": (1, 2**31 - 1),
-    "save_every": (1, 2**31 - 1),
-    "keep_checkpoints": (1, 2**31 - 1),
-    "decode_margin": (0, 2**16),
-}
+TEXT_METRIC = Choice(TEXT_METRICS)
 
-# Knobs that change how a run is carried out or watched, and not its result.
-FREE_KNOBS = {
+# Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
+FREE_KNOBS = (
     "log_every",
     "eval_every",
     "save_every",
@@ -52,83 +39,61 @@ FREE_KNOBS = {
     "data.metrics",
     "data.bleu_tokenizer",
     "data.num_workers",
-}
-FREE_SECTIONS = {"mesh"}
-
-# Knobs of saved runs that are no more.
-GONE = {"steps_per_call"}
-
-# What runs did that were saved before a knob existed, where that is not its default.
-BEFORE: dict[str, Any] = {
-    "model.separate_vocabularies": False,
-    "model.qk_norm_epsilon": 1e-6,
-}
-
-
-# What the tables hold without plugins.
-BUILT_IN = {
-    **{f"model.{name}": frozenset(entries) for name, entries in TABLES.items()},
-    **{"optimizer.name": frozenset(OPTIMIZERS), "optimizer.schedule": frozenset(SCHEDULES)},
-    **{"data.task": frozenset(TASKS), "data.metrics": frozenset(TEXT_METRICS)},
-    **dict.fromkeys(("data.tokenizer", "data.target_tokenizer"), frozenset(TOKENIZERS)),
-}
+    "mesh.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerReplica:
-    """Where the replicas of a population differ: a value each, or () where they do not.
+    """Where the replicas of a population differ: a value for each, or () for the run's."""
 
-    By default they differ in their seeds alone.
-    """
-
-    seed: Sequence[Any] = ()
-    learning_rate: Sequence[Any] = ()
-    warmup_steps: Sequence[Any] = ()
-    weight_decay: Sequence[Any] = ()
+    seed: Sequence[Any] = ()  # by default seed, seed + 1, …
+    learning_rate: Sequence[Any] = ()  # optimizer.learning_rate
+    warmup_steps: Sequence[Any] = ()  # optimizer.warmup_steps
+    weight_decay: Sequence[Any] = ()  # optimizer.weight_decay
     label_smoothing: Sequence[Any] = ()
-    dropout_rate: Sequence[Any] = ()
-    attention_dropout_rate: Sequence[Any] = ()
+    dropout_rate: Sequence[Any] = ()  # model.dropout_rate
+    attention_dropout_rate: Sequence[Any] = ()  # model.attention_dropout_rate
 
     def __post_init__(self):
-        for each in fields(self):
-            values = getattr(self, each.name)
-            whole = each.name in ("seed", "warmup_steps")
+        for name, values in vars(self).items():
+            whole = name in ("seed", "warmup_steps")
             if not isinstance(values, tuple | list) or not all(
                 isinstance(value, int if whole else int | float) and not isinstance(value, bool)
                 for value in values
             ):
                 raise UserError(
-                    f"per_replica.{each.name}={values}: it takes a {'whole ' if whole else ''}"
+                    f"per_replica.{name}={values}: it takes a {'whole ' if whole else ''}"
                     "number for each replica, such as (1,2,3)"
                 )
-            if not whole:  # 0 means 0.0, as it does for the knob of a single run
-                object.__setattr__(self, each.name, tuple(map(float, values)))
+            if not whole:
+                object.__setattr__(self, name, tuple(map(float, values)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run: its knobs with their defaults, some of them in sections of their own.
+    """All knobs of a run.
 
     Raises:
-      UserError: a number is out of its range.
+      UserError: a knob is out of its range or contradicts another.
     """
 
-    seed: int = 0  # of initialisation, dropout and the order of the data
-    replicas: int = 1  # runs trained at once in one program, with seeds seed, seed + 1, …
-    steps: int = 1_800  # updates in all; schedules end here
-    batch_size: int = 128  # rows a step, over all devices
-    accumulation_steps: int = 1  # parts of a batch, taken one after another to save memory
-    max_skipped_steps: int = 0  # left out, for a NaN or Inf in them, before the run stops
-    debug_nans: bool = False  # a run that stops for a NaN or Inf says which operation made it
-    log_every: int = 100  # steps
-    eval_every: int = 250  # steps; the validation split
-    save_every: int = 500  # steps
-    keep_checkpoints: int = 2  # the latest so many, and the best
-    label_smoothing: float = 0.0  # ε of the smoothed targets; the paper's is 0.1
-    ema_decay: float = 0.0  # of a moving average of parameters, to evaluate with; 0: there is none
-    decode_margin: int = 50  # an output may be so many tokens longer than its source
-    best_metric: str = "sequence_accuracy"  # of validation, names the best; metrics.py: METRICS
-    plugins: Sequence[str] = ()  # modules that add to the tables; imported before all else
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of initialisation, dropout and data order
+    replicas: Annotated[int, Range(1, 10_000)] = 1  # runs trained at once, with seeds seed, seed+1…
+    steps: Count = 1_800  # updates; schedules end here
+    batch_size: Size = 128  # rows of a step, over all devices
+    accumulation_steps: Size = 1  # gradients of so many parts of a batch are added, to save memory
+    max_skipped_steps: Annotated[int, Range(0, 2**31 - 2)] = 0  # non-finite updates before an error
+    debug_nans: bool = False  # that error names the operation that made the NaN or Inf
+    log_every: Count = 100  # steps
+    eval_every: Count = 250  # steps; on the validation split
+    save_every: Count = 500  # steps
+    keep_checkpoints: Count = 2  # the latest, besides the best
+    label_smoothing: Rate = 0.0  # the paper's is 0.1
+    ema_decay: Rate = 0.0  # of an average of the parameters, used in evaluation; 0: none
+    decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens of an output beyond its source's
+    best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # tells the best checkpoint
+    plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,100 +101,103 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        for name, (least, most) in RANGES.items():
-            within(name, getattr(self, name), least, most)
-        choose(METRICS, self.best_metric, "best_metric")
-        for name in self.data.metrics:
-            choose(TEXT_METRICS, str(name), "data.metrics")
-        choose(dict.fromkeys(BLEU_TOKENIZERS), self.data.bleu_tokenizer, "data.bleu_tokenizer")
-        for name in ("label_smoothing", "ema_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name}={getattr(self, name)}: at least 0 and below 1")
-        if self.steps * self.batch_size >= 2**32:
-            raise UserError(
-                f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
-                "where the order of the data would repeat; lower one of them"
-            )
-        if self.batch_size % self.accumulation_steps:
-            raise UserError(
-                f"accumulation_steps={self.accumulation_steps} does not divide "
-                f"batch_size={self.batch_size}; "
-                "choose one that does"
-            )
-        if self.accumulation_steps > 1 and self.model.norm == "batch":
-            raise UserError(
-                f"accumulation_steps={self.accumulation_steps}: model.norm=batch needs the whole "
-                "batch at once; "
-                "set it to 1, or choose another norm"
-            )
-        if self.model.tie_embeddings and self.data.target_tokenizer is not None:
-            raise UserError(
-                f"data.target_tokenizer={self.data.target_tokenizer}: model.tie_embeddings=True "
-                "needs one vocabulary for source, target and logits; set it to False"
-            )
-        if self.data.pack_length and self.model.architecture == "recurrent":
-            raise UserError(
-                f"data.pack_length={self.data.pack_length}: model.architecture=recurrent reads "
-                "one example a "
-                "row; set it to 0"
-            )
-        inside = self.mesh.fsdp, self.mesh.tensor, self.mesh.context
-        if self.model.architecture == "recurrent" and inside != (1, 1, 1):
-            # XLA's partitioner (jaxlib 0.10.2) gives wrong numbers in the decoder's loop.
-            raise UserError(
-                f"mesh.fsdp={inside[0]}, mesh.tensor={inside[1]}, mesh.context={inside[2]}: "
-                "model.architecture=recurrent is split over the batch alone; set all three to 1"
-            )
-        if self.optimizer.warmup_steps >= self.steps:
-            raise UserError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
-                f"steps={self.steps}; lower it or train longer"
-            )
-        for name, values in vars(self.per_replica).items():
-            if values and (len(values) != self.replicas or self.replicas == 1):
-                raise UserError(
-                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
-                    "give as many as there are replicas, two or more"
-                )
+        for knob, value, constraint in self.constrained():
+            constraint.check(knob, value)
+        for is_wrong, message in self.contradictions():
+            if is_wrong:
+                raise UserError(message)
         for k in range(self.replicas if self.replicas > 1 else 0):
-            self.replica(k)  # each is a run that must stand by itself
+            self.replica(k)  # each must be a valid run by itself
+
+    def constrained(self) -> Iterator[tuple[str, Any, Range | Choice]]:
+        """Yields the knob, value and constraint of each value, those of the sections included."""
+        yield from constrained(self, "")
+        for name in sections(type(self)):
+            yield from constrained(getattr(self, name), f"{name}.")
+        # Not in DataConfig: the data do not import inference.
+        for name in self.data.metrics:
+            yield "data.metrics", str(name), TEXT_METRIC
+        yield "data.bleu_tokenizer", self.data.bleu_tokenizer, Choice(BLEU_TOKENIZERS)
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        """Returns whether knobs contradict each other, and the message if they do."""
+        data, model, mesh, steps = self.data, self.model, self.mesh, self.accumulation_steps
+        recurrent = model.architecture == "recurrent"
+        return [
+            (
+                self.steps * self.batch_size >= 2**32,
+                f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
+                "where the order of the data would repeat; lower one of them",
+            ),
+            (
+                self.batch_size % steps > 0,
+                f"accumulation_steps={steps} does not divide batch_size={self.batch_size}; choose "
+                "one that does",
+            ),
+            (
+                steps > 1 and model.norm == "batch",
+                f"accumulation_steps={steps}: model.norm=batch needs the whole batch at once; set "
+                "it to 1, or choose another norm",
+            ),
+            (
+                model.tie_embeddings and data.target_tokenizer is not None,
+                f"data.target_tokenizer={data.target_tokenizer}: model.tie_embeddings=True needs "
+                "one vocabulary for source, target and logits; set it to False",
+            ),
+            (
+                recurrent and data.pack_length > 0,
+                f"data.pack_length={data.pack_length}: model.architecture=recurrent reads one "
+                "example a row; set it to 0",
+            ),
+            (
+                # XLA's partitioner (jaxlib 0.10.2) gives wrong numbers in the decoder's loop.
+                recurrent and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1),
+                f"mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}, mesh.context={mesh.context}: "
+                "model.architecture=recurrent is sharded over the batch alone; set all three to 1",
+            ),
+            (
+                self.optimizer.warmup_steps >= self.steps,
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
+                f"steps={self.steps}; lower it or train longer",
+            ),
+            *(
+                (
+                    len(values) > 0 and (len(values) != self.replicas or self.replicas == 1),
+                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
+                    "give as many as there are replicas, two or more",
+                )
+                for name, values in vars(self.per_replica).items()
+            ),
+        ]
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
-        """Splats each section into its class, once the plugins are there that it names.
+        """Imports the plugins that `config` names, and returns the typed config.
 
         Raises:
-          UserError: a knob is unknown, or does not fit the others.
+          UserError: a knob is unknown, out of its range or contradicts another.
         """
         values: dict[str, Any] = dict(config)
         plugins.load(values.get("plugins", ()))
         for name, section in sections(cls).items():
             if name in values:
-                values[name] = splat(section, dict(values[name]), f"{name}.")
-        cfg = splat(cls, values, "")
-        for knob, names in BUILT_IN.items():
-            chosen = attrgetter(knob)(cfg)
-            for name in chosen if isinstance(chosen, tuple) else (chosen,):
-                if name is not None and name not in names and not cfg.plugins:
-                    raise UserError(
-                        f"{knob}={name}: only this process knows it, and no other could load the "
-                        "run; put it into a module, and name that by config.plugins"
-                    )
-        return cfg
+                values[name] = build(section, dict(values[name]), f"{name}.")
+        run = build(cls, values, "")
+        for knob, value, constraint in () if run.plugins else run.constrained():
+            if isinstance(constraint, Choice) and value not in constraint.built_in:
+                raise UserError(
+                    f"{knob}={value} is defined in this process only, and no other could load the "
+                    "run; put it into a module, and name that by config.plugins"
+                )
+        return run
 
     def replica(self, k: int) -> "RunConfig":
-        """The single run that replica `k` of this population is."""
+        """Returns the config of the single run that replica `k` of this population is."""
         own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
         own = {"seed": self.seed + k} | own
         inside = {
-            section: replace(
-                getattr(self, section),
-                **{name: own.pop(name) for name in names if name in own},
-            )
-            for section, names in {
-                "optimizer": ("learning_rate", "warmup_steps", "weight_decay"),
-                "model": ("dropout_rate", "attention_dropout_rate"),
-            }.items()
+            name: replace(part, **{each: own.pop(each) for each in own.keys() & vars(part).keys()})
+            for name, part in (("optimizer", self.optimizer), ("model", self.model))
         }
         return replace(self, replicas=1, per_replica=PerReplica(), **inside, **own)
 
@@ -280,29 +248,27 @@ class RunConfig:
 
 
 def sections(config: type) -> dict[str, Any]:
-    """The fields of a config that are configs themselves: name → class."""
+    """Returns the fields of a config that are configs themselves: name → class."""
     return {name: kind for name, kind in get_type_hints(config).items() if is_dataclass(kind)}
 
 
-def splat(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    """`section(**values)`, with an error that names the knob that is too many."""
+def build(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+    """Returns `section(**values)`, or raises a UserError that names an unknown knob."""
     known = [knob.name for knob in fields(section)]  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
-            raise UserError(
-                f"the config has {prefix}{name}, which is no knob{nearest(name, known)}"
-            )
+            raise UserError(f"{prefix}{name} is not a knob{nearest(name, known)}")
     return section(**values)
 
 
 def default_config() -> Any:
-    """Every knob with its default, as a ConfigDict for a config file to change."""
+    """Returns a ConfigDict of every knob at its default, for a config file to change."""
 
     def of(section: Any) -> ConfigDict:
         config, types = ConfigDict(), get_type_hints(section)
         for knob in fields(section):
             kind = types[knob.name]
-            if knob.name in sections(section):
+            if is_dataclass(kind):
                 config[knob.name] = of(kind)
             elif knob.default is None:  # `int | None`
                 config[knob.name] = config_dict.placeholder(get_args(kind)[0])
@@ -314,7 +280,7 @@ def default_config() -> Any:
 
 
 def load_config(path: str | Path, function: str = "get_config") -> Any:
-    """What the `get_config` of a config file gives, or another function of a Python file.
+    """Returns what a function of a Python file returns, by default the config of a config file.
 
     Raises:
       UserError: there is no such file, or it fails.
@@ -325,63 +291,64 @@ def load_config(path: str | Path, function: str = "get_config") -> Any:
         raise UserError(f"{path}: there is no such file; see configs/") from error
     except UserError:
         raise
-    except Exception as error:  # whatever a person's file may raise
+    except Exception as error:  # anything that the user's code may raise
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
 
 
 def saved_config(saved: Mapping[str, Any]) -> Any:
-    """The config of a saved run, whatever knobs there were when it was saved.
+    """Returns the config of a saved run, with today's names and the defaults of newer knobs.
 
     Raises:
       UserError: it has a knob that this version does not know.
     """
     config = default_config()
-    old = flat_knobs(ConfigDict(saved))
-    knobs = {KNOBS.get(name, name): value for name, value in old.items() if name not in GONE}
-    known = flat_knobs(config)
+    knobs, known = renamed.knobs(flat_knobs(ConfigDict(saved))), flat_knobs(config)
     for name in knobs:
         if name not in known:
             raise UserError(
                 f"the run has the knob {name}, which this version does not know"
                 f"{nearest(name, known)}; use the version that the run was saved by"
             )
-    config.update_from_flattened_dict(BEFORE | knobs)
+    config.update_from_flattened_dict(renamed.BEFORE | knobs)
     return config
 
 
 def continued(config: Any, saved: ConfigDict) -> Any:
-    """`config` as one that goes on with a saved run, which may be older than some of its knobs."""
-    usual, before, now = map(flat_knobs, (default_config(), saved, config))
-    older = {k: v for k, v in BEFORE.items() if (before[k], now[k]) == (v, usual[k])}
+    """Returns `config` with what a saved run, older than some knobs, was trained with."""
+    default, before, now = map(flat_knobs, (default_config(), saved, config))
+    older = {
+        name: value
+        for name, value in renamed.BEFORE.items()
+        if before[name] == value and now[name] == default[name]
+    }
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(older)
     return config
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """`model.norm: layer → rms` for each knob that changes a result and differs."""
+    """Returns `model.norm: layer → rms` for each knob that differs and changes a result."""
     before, after = flat_knobs(old), flat_knobs(new)
     return [
         f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
         for name in sorted(before | after)
         if before.get(name, "absent") != after.get(name, "absent")
-        and name not in FREE_KNOBS
-        and name.split(".")[0] not in FREE_SECTIONS
+        and not name.startswith(FREE_KNOBS)
     ]
 
 
-def kept_knobs(config: Any) -> set[str]:
-    """The knobs that a run keeps to its end, for what it has learned is in their terms."""
+def fixed_knobs(config: Any) -> set[str]:
+    """Returns the knobs that a run can never change, as its vocabulary depends on them."""
     kinds = {config.data.tokenizer, config.data.target_tokenizer}
-    kept = {"data.tokenizer", "data.target_tokenizer"}
+    fixed = {"data.tokenizer", "data.target_tokenizer"}
     if config.data.target_tokenizer is not None:
-        kept.add("model.separate_vocabularies")
-    return kept | ({"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set())
+        fixed.add("model.separate_vocabularies")
+    return fixed | ({"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set())
 
 
 def flat_knobs(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """`model.norm` → value for every knob."""
+    """Returns `model.norm` → value for every knob."""
     knobs = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):

@@ -1,30 +1,35 @@
-"""The one kind of error that a person can cause."""
+"""`UserError`, the exception for what a user can mend, and helpers that raise it."""
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard, or a fault of their disk or devices.
+    """A mistake of the user, or a fault of their disk or devices.
 
-    Its message is one line that names the cause and the remedy. The command
-    lines print it and exit with status 2 (`transformer.cli.run`).
+    The message is one line with the cause and the remedy. Programs print it and exit with status 2
+    (`transformer.cli.run`).
     """
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows of it in a notebook, instead of a traceback."""
+        """Returns what IPython shows in a notebook in place of a traceback."""
         return [f"error: {self}"]
 
 
+def check_choice(table: Collection[str], name: str, knob: str) -> None:
+    """Raises a UserError that lists the names of `table` unless `name` is one of them."""
+    if name not in table:
+        raise UserError(f"{knob}={name}: choose one of {', '.join(table)}{nearest(name, table)}")
+
+
 def choose(table: Mapping[str, Entry], name: str, knob: str) -> Entry:
-    """The entry of `table` called `name`; otherwise an error that lists the names."""
-    if name in table:
-        return table[name]
-    raise UserError(f"{knob}={name}: choose one of {', '.join(table)}{nearest(name, table)}")
+    """Returns the entry of `table` called `name`; see `check_choice`."""
+    check_choice(table, name, knob)
+    return table[name]
 
 
 def within(knob: str, value: int | float, least: int | float, most: int | float) -> None:
@@ -36,19 +41,23 @@ def within(knob: str, value: int | float, least: int | float, most: int | float)
 
 
 def shown(number: int | float) -> str:
-    """A bound as a person reads it: 1,048,576 or 3.40282e+38."""
+    """Returns a bound as text: 1,048,576 or 3.40282e+38."""
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean X?)` for the one of `names` most like `name`, or nothing."""
+    """Returns ` (did you mean X?)` for the most similar of `names`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Turns the absence of a package that is imported inside into a UserError."""
+    """Raises a UserError for a package that is imported inside and not installed.
+
+    Args:
+      extra: the extra of this package that installs it.
+    """
     try:
         yield
     except ImportError as error:

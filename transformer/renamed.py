@@ -30,6 +30,15 @@ KNOBS = {
     "per_replica.dropout": "per_replica.dropout_rate",
 }
 
+# Knobs that are no more.
+REMOVED = {"steps_per_call"}
+
+# What runs did before a knob existed, if that is not its default.
+BEFORE: dict[str, Any] = {
+    "model.separate_vocabularies": False,
+    "model.qk_norm_epsilon": 1e-6,
+}
+
 # Components of a parameter's name, such as `encoder/final_norm/gain`.
 PARAMETERS = {
     "gain": "scale",
@@ -51,6 +60,11 @@ STATE = {
 
 # Metrics, as in metrics.jsonl.
 METRICS: dict[str, str] = {}
+
+
+def knobs(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the knobs of a saved config, as `section.name`, with today's names."""
+    return {KNOBS.get(name, name): value for name, value in saved.items() if name not in REMOVED}
 
 
 def array_name(path: tuple[Any, ...], known: Container[str] = ()) -> str:

@@ -1,13 +1,14 @@
 """The model's knobs: what they may be, and what contradicts itself."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.errors import UserError, choose, within
+from transformer.errors import UserError
+from transformer.knobs import Choice, Range, Rate, Size, SizeOrZero, validate
 from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
@@ -27,19 +28,6 @@ ARCHITECTURES = ("transformer", "recurrent")  # transformer/modules/model.py: MO
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
-# The most that a size may be: what is above is a slip of the finger.
-SIZES = {
-    "num_layers": 1_000,
-    "d_model": 2**20,
-    "num_heads": 2**20,
-    "d_k": 2**20,
-    "d_v": 2**20,
-    "num_kv_heads": 2**20,
-    "d_ff": 2**20,
-    "max_length": 2**20,
-    "window": 2**20,
-}
-
 # What a layer keeps for its gradient; all else is computed anew there.
 REMATS: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -48,19 +36,8 @@ REMATS: dict[str, Any] = {
 }
 
 
-# The tables that knobs name an entry of.
-TABLES: dict[str, dict[str, Any]] = {
-    "architecture": {name: name for name in ARCHITECTURES},
-    "feed_forward": FEED_FORWARDS,
-    "cell": CELLS,
-    "kernel_init": INITIALIZERS,
-    "norm": NORMS,
-    "norm_placement": {name: name for name in NORM_PLACEMENTS},
-    "position_encoding": POSITIONS,
-    "attention_backend": ATTENTION_BACKENDS,
-    "remat": REMATS,
-    "dtype": DTYPES,
-}
+# In float32, which the norms compute in.
+Epsilon = Annotated[float, Range(float(np.finfo(np.float32).tiny), 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,52 +48,39 @@ class ModelConfig:
       UserError: a name is unknown, or the numbers contradict each other.
     """
 
-    architecture: str = "transformer"  # transformer/modules/config.py: ARCHITECTURES
-    num_layers: int = 1  # L, of the encoder and of the decoder
-    d_model: int = 64  # D
-    num_heads: int = 4  # N
-    d_k: int | None = None  # H, d_k; None: d_model / num_heads
-    d_v: int | None = None  # E, d_v; None: d_k
-    num_kv_heads: int | None = None  # K, of keys and values; None: num_heads
-    d_ff: int = 256  # F; the gated kinds have 2/3 of it, and as many parameters
-    feed_forward: str = "relu"  # transformer/modules/layers.py: FEED_FORWARDS
-    cell: str = "lstm"  # of the recurrent architecture; transformer/modules/recurrent.py: CELLS
-    kernel_init: str = "glorot_uniform"  # transformer/modules/layers.py: INITIALIZERS
-    dropout_rate: float = 0.0  # on each sublayer's output and on the embedded tokens
-    attention_dropout_rate: float = 0.0  # on the attention weights
-    norm: str = "layer"  # transformer/modules/normalization.py: NORMS
-    norm_placement: str = "pre"  # pre (Xiong 2020), post (Vaswani 2017) or both
-    norm_epsilon: float = 1e-6  # added to the variance
-    position_encoding: str = "sinusoidal"  # transformer/modules/positions.py: POSITIONS
-    max_length: int = 512  # tokens, where positions are learned or random
-    random_positions: int = 0  # draw them from so many in training (Ruoss 2023); 0: do not
-    window: int | None = None  # self-attention reaches less far; None: all
+    architecture: Annotated[str, Choice(ARCHITECTURES)] = "transformer"  # or recurrent
+    num_layers: Annotated[int, Range(1, 1_000)] = 1  # L, of the encoder and of the decoder
+    d_model: Size = 64  # D
+    num_heads: Size = 4  # N
+    d_k: Size | None = None  # H, d_k; None: d_model / num_heads
+    d_v: Size | None = None  # E, d_v; None: d_k
+    num_kv_heads: Size | None = None  # K, of keys and values; None: num_heads
+    d_ff: Size = 256  # F; the gated kinds have 2/3 of it, and as many parameters
+    feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # in layers.py
+    cell: Annotated[str, Choice(CELLS)] = "lstm"  # of architecture=recurrent
+    kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # of kernels
+    dropout_rate: Rate = 0.0  # on each sublayer's output and on the embedded tokens
+    attention_dropout_rate: Rate = 0.0  # on the attention weights
+    norm: Annotated[str, Choice(NORMS)] = "layer"  # in normalization.py
+    norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # post: the paper
+    norm_epsilon: Epsilon = 1e-6  # added to the variance
+    position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # in positions.py
+    max_length: Size = 512  # tokens, where positions are learned or random
+    random_positions: SizeOrZero = 0  # draw them from so many in training (Ruoss 2023); 0: do not
+    window: Size | None = None  # self-attention reaches less far; None: all
     tie_embeddings: bool = True  # one table for source, target and logits
     separate_vocabularies: bool = True  # each side's table has its own size; False: the larger
     attention_bias: bool = False  # on the four projections of attention
     normalize_qk: bool = False  # RMS norm of queries and keys, head by head
-    qk_norm_epsilon: float | None = None  # of that norm; None: norm_epsilon
+    qk_norm_epsilon: Epsilon | None = None  # of that norm; None: norm_epsilon
     fused_qkv: bool = False  # queries, keys and values of a sequence in one product
-    attention_backend: str = "einsum"  # in transformer/modules/dot_product_attention.py
+    attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = "einsum"  # how it is computed
     scan_layers: bool = False  # compiled once for all layers of a stack
-    remat: str = "none"  # computed anew in the gradient; REMATS there
-    dtype: str = "float32"  # of the computation; parameters are always float32
+    remat: Annotated[str, Choice(REMATS)] = "none"  # what is recomputed in the backward pass
+    dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of computation; parameters: float32
 
     def __post_init__(self):
-        for name, entries in TABLES.items():
-            choose(entries, getattr(self, name), f"model.{name}")
-        for name, most in SIZES.items():
-            if getattr(self, name) is not None:
-                within(f"model.{name}", getattr(self, name), 1, most)
-        within("model.random_positions", self.random_positions, 0, 2**20)
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            rate = getattr(self, name)
-            self.require(name, 0.0 <= rate < 1.0, "it must be at least 0 and below 1")
-        # In float32, which the norms compute in.
-        for name in ("norm_epsilon", "qk_norm_epsilon"):
-            value = getattr(self, name)
-            normal = value is None or float(np.finfo(np.float32).tiny) <= value <= 1.0
-            self.require(name, normal, "it must be above 0, as a float32 too, and at most 1")
+        validate(self, "model.")
         self.check_attention()
         self.check_positions()
         if self.architecture == "recurrent":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,46 +10,11 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from transformer.errors import UserError, choose, within
+from transformer.errors import UserError
+from transformer.knobs import Choice, Range, Rate, validate
 
-LARGEST = float(np.finfo(np.float32).max)  # the step computes in float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The update rule.
-
-    Raises:
-      UserError: a name is unknown or a number out of its range.
-    """
-
-    name: str = "adam"  # transformer/training/optimizer.py: OPTIMIZERS
-    learning_rate: float = 4e-3  # its highest value
-    schedule: str = "linear"  # after the warm-up; transformer/training/optimizer.py: SCHEDULES
-    warmup_steps: int = 50
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-9
-    weight_decay: float = 0.0  # transformer/training/optimizer.py: DECAYING
-    clip_norm: float = 1.0  # of all gradients together; 0: they are not clipped
-
-    def __post_init__(self):
-        choose(OPTIMIZERS, self.name, "optimizer.name")
-        choose(SCHEDULES, self.schedule, "optimizer.schedule")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)}: at least 0 and below 1")
-        for name in ("learning_rate", "warmup_steps", "epsilon", "weight_decay", "clip_norm"):
-            within(f"optimizer.{name}", getattr(self, name), 0, LARGEST)
-        if np.float32(self.epsilon) == 0:  # a parameter without gradient would become 0 / 0
-            raise UserError(
-                f"optimizer.epsilon={self.epsilon}: it must be above 0, as a float32 too"
-            )
-        if self.weight_decay and self.name not in DECAYING:
-            raise UserError(
-                f"optimizer.weight_decay is for {', '.join(DECAYING)}; "
-                "choose one of them as optimizer.name, or set it to 0"
-            )
+# Bounds of float32, in which the step computes.
+TINY, LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 # What follows the warm-up: (steps since its end, its steps, steps from there to the last) →
@@ -95,19 +60,19 @@ def is_decayed(params: Any) -> Any:
     )
 
 
-def adam(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+def adam(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
     """Kingma and Ba 2015."""
     return optax.adam(schedule, config.beta1, config.beta2, config.epsilon)
 
 
-def adamw(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+def adamw(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), but of biases and gains."""
     return optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
     )
 
 
-def adafactor(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+def adafactor(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
     """Second moments by row and column (Shazeer and Stern 2018), where both are at least 128.
 
     The learning rate is relative to the scale of each parameter; the decay rate and the
@@ -116,17 +81,17 @@ def adafactor(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.Gradi
     return optax.adafactor(schedule)
 
 
-def lion(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+def lion(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
     """The sign of a momentum (Chen et al. 2023): wants a tenth of Adam's learning rate or less."""
     return optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=is_decayed)
 
 
-def sgd(config: OptimizerConfig, schedule: Any, decay: Any) -> optax.GradientTransformation:
+def sgd(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
     """Gradient descent with momentum `beta1`."""
     return optax.sgd(schedule, momentum=config.beta1)
 
 
-def orthogonalised(config: OptimizerConfig, schedule: Any, decay: Any) -> Any:
+def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
     """Muon (Jordan et al. 2024): the momentum of each matrix made orthogonal; Adam for the rest.
 
     The rest is embeddings and vectors, and does not decay. Both kinds of momentum, `beta1`,
@@ -168,6 +133,32 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 # Those that weight decay acts in.
 DECAYING = ("adamw", "lion", "muon")
+
+
+NonNegative = Annotated[float, Range(0, LARGEST)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule."""
+
+    name: Annotated[str, Choice(OPTIMIZERS)] = "adam"  # in training/optimizer.py
+    learning_rate: NonNegative = 4e-3  # the peak
+    schedule: Annotated[str, Choice(SCHEDULES)] = "linear"  # after the warm-up
+    warmup_steps: Annotated[int, Range(0, LARGEST)] = 50  # of linear warm-up
+    beta1: Rate = 0.9  # of Adam; momentum of sgd and muon
+    beta2: Rate = 0.98  # of Adam
+    epsilon: Annotated[float, Range(TINY, LARGEST)] = 1e-9  # of Adam
+    weight_decay: NonNegative = 0.0  # decoupled; of adamw, lion and muon
+    clip_norm: NonNegative = 1.0  # of all gradients together; 0: no clipping
+
+    def __post_init__(self):
+        validate(self, "optimizer.")
+        if self.weight_decay and self.name not in DECAYING:
+            raise UserError(
+                f"optimizer.weight_decay is for {', '.join(DECAYING)}; "
+                "choose one of them as optimizer.name, or set it to 0"
+            )
 
 
 def make_optimizer(

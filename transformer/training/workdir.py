@@ -14,7 +14,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from transformer import plugins
-from transformer.config import continued, differences, kept_knobs, saved_config
+from transformer.config import continued, differences, fixed_knobs, saved_config
 from transformer.console import console
 from transformer.errors import UserError
 from transformer.parallel import hosts
@@ -118,7 +118,7 @@ class Workdir:
         if self.trained():
             before = self.known_config()
             changes = differences(before, continued(config, before))
-            kept = [each for each in changes if each.partition(":")[0] in kept_knobs(config)]
+            kept = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
             if kept:
                 raise UserError(
                     f"{self.path} holds a run with other tokens ({'; '.join(kept)}), which it "

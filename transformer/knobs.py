@@ -1,0 +1,74 @@
+"""Constraints on knobs, declared in the annotations of their dataclass fields.
+
+steps: Annotated[int, Range(1, 2**31 - 1)] = 1_800
+norm: Annotated[str, Choice(NORMS)] = "layer"
+"""
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+from transformer.errors import UserError, check_choice, shown, within
+
+
+@dataclass(frozen=True)
+class Range:
+    """At least `least` and at most `most`, or below it."""
+
+    least: int | float
+    most: int | float = math.inf
+    exclusive: bool = False
+
+    def check(self, knob: str, value: int | float) -> None:
+        """Raises a UserError for a value that is out of range, or NaN."""
+        if self.exclusive and not self.least <= value < self.most:
+            least, most = shown(self.least), shown(self.most)
+            raise UserError(f"{knob}={value}: it must be at least {least} and below {most}")
+        within(knob, value, self.least, self.most)
+
+
+class Choice:
+    """A name in a table, which plugins may extend.
+
+    built_in: the names without plugins.
+    """
+
+    def __init__(self, table: Collection[str]):
+        self.table, self.built_in = table, frozenset(table)
+
+    def check(self, knob: str, value: str) -> None:
+        """Raises a UserError for a name that is not in the table."""
+        check_choice(self.table, value, knob)
+
+
+# Upper limits catch typing errors, which would take hours to trace.
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Size = Annotated[int, Range(1, 2**20)]
+SizeOrZero = Annotated[int, Range(0, 2**20)]
+Rate = Annotated[float, Range(0, 1, exclusive=True)]
+
+
+def constrained(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range | Choice]]:
+    """Yields the knob, the value and the constraint of each value of a config.
+
+    None satisfies every constraint, and each entry of a sequence is a value.
+
+    Args:
+      config: an instance of a dataclass.
+      prefix: of the names of knobs, such as `model.`.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple | list) else (value,)
+        for part in (hint, *get_args(hint)):  # `Size | None` and `Sequence[…]` hold theirs inside
+            for constraint in getattr(part, "__metadata__", ()):
+                for each in values:
+                    if each is not None:
+                        yield prefix + name, each, constraint
+
+
+def validate(config: Any, prefix: str) -> None:
+    """Raises a UserError for the first value that violates its constraint."""
+    for knob, value, constraint in constrained(config, prefix):
+        constraint.check(knob, value)
