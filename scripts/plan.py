@@ -1,11 +1,11 @@
-"""Compiles a config's train step for chips that are not there, and says what a run would take.
+"""Compiles the train step of a config for a topology, and estimates what a run would take there.
 
-Of each topology or, with --sweep, of each mesh that divides it: the memory of a device by kind
-and whether it fits; the operations, and the bytes to memory and to other devices; the time of a
-step at the roofline, which no run can beat; and what follows from it for the whole run.
+For each topology, or with --sweep for each mesh that divides it: memory of a device by kind and
+whether it fits; operations; bytes to memory and to other devices; the roofline estimate of a step,
+which is a lower bound; and what it means for the whole run.
 
-Topologies of TPUs need their compiler (pip install -e '.[plan]') and no TPU; cpu:2x4 stands for
-eight simulated CPUs and needs nothing.
+TPU topologies need the TPU compiler (pip install -e '.[plan]') and no TPU; cpu:2x4 simulates eight
+CPUs and needs nothing.
 
 Usage:
     python scripts/plan.py --config=configs/vaswani_big.py --topology=v5e:4x4 [--sweep]
@@ -29,10 +29,10 @@ from transformer.metrics import figure, percent
 
 CONFIG = config_flags.DEFINE_config_file("config")
 TOPOLOGY = flags.DEFINE_list("topology", None, "Such as v5e:4x4, v5p:4x4x4, cpu:2x4; several.")
-LENGTH = flags.DEFINE_integer("length", 32, "Tokens a row, of source and of target.", 1)
-VOCAB = flags.DEFINE_integer("vocab", 37_000, "Pieces of the vocabulary.", 1)
-ROWS = flags.DEFINE_integer("rows_per_chip", None, "Of a batch, in place of its batch_size.", 1)
-PRICE = flags.DEFINE_float("price", None, "Dollars for an hour of a chip.", 0.0)
+LENGTH = flags.DEFINE_integer("length", 32, "Tokens per row, of source and of target.", 1)
+VOCAB = flags.DEFINE_integer("vocab", 37_000, "Vocabulary size.", 1)
+ROWS = flags.DEFINE_integer("rows_per_chip", None, "Rows per chip, instead of batch_size.", 1)
+PRICE = flags.DEFINE_float("price", None, "Dollars per chip-hour.", 0.0)
 SWEEP = flags.DEFINE_bool("sweep", False, "Try every mesh, and rank them.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -40,18 +40,15 @@ flags.mark_flags_as_required(["config", "topology"])
 def main() -> None:
     """Compiles, and prints."""
     names = TOPOLOGY.value or []
-    simulated = [planning.count(name) for name in names if re.fullmatch(r"cpu:\d+(x\d+)*", name)]
+    cpus = [planning.device_count(name) for name in names if re.fullmatch(r"cpu:\d+(x\d+)*", name)]
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max([1, *simulated]))
+    jax.config.update("jax_num_cpu_devices", max([1, *cpus]))
     plans = [plan for name in names for plan in plans_for(name)]
-    if len(plans) == 1:
-        show(plans[0])
-    else:
-        compare(plans)
+    show(plans)
     console.print(
-        f"Assumed: {VOCAB.value:,} pieces; rows of {LENGTH.value} tokens on each side, none of "
-        "them padding; the split that batches come from takes memory besides; every unit of a "
-        "chip at its published speed, and none waits for another: a run takes longer."
+        f"Assumptions: vocabulary {VOCAB.value:,}; rows of {LENGTH.value} tokens on each side "
+        "without padding; the training split takes memory on top; every unit of a chip runs at its "
+        "published speed and never waits, so that a real run takes longer."
     )
 
 
@@ -68,9 +65,9 @@ def plans_for(name: str) -> list[Plan]:
         except UserError as error:
             if not SWEEP.value:
                 raise
-            console.print(f"left out: {error}")
+            console.print(f"skipped: {error}")
             continue
-        console.print(f"{name}, {mesh(plan)}: {outcome(plan)}")
+        console.print(f"{label(plan)}: {summary(plan)}")
         plans.append(plan)
     if not plans:
         raise UserError(
@@ -80,81 +77,54 @@ def plans_for(name: str) -> list[Plan]:
     return planning.rank(plans)
 
 
-def show(plan: Plan) -> None:
-    """One plan at length."""
-    chip, seconds = plan.topology.chip, plan.seconds()
-    if plan.memory:
-        sizes = plan.memory | {"all": sum(plan.memory.values())}
-        rows = [(kind, f"{size / 2**20:,.2f}") for kind, size in sizes.items()]
-        table("memory of a device", ("kind", "MiB"), rows)
-    if plan.traffic.sent:
-        rows = [
-            (kind, f"{plan.traffic.collectives[kind]:,}", f"{sent / 2**20:,.2f}")
-            for kind, sent in plan.traffic.sent.items()
-        ]
-        table("sent by a device in a step", ("collective", "count", "MiB"), rows)
-    facts(
-        {
-            "topology": f"{plan.topology.name}, {mesh(plan)}",
-            "batch": f"{plan.tokens:,} target tokens",
-            "FLOPs": f"{plan.model_flops:.4g} of matrix products in a step, on all devices",
-        }
-    )
-    if plan.refusal:
-        facts({"fits": f"no: {plan.refusal}"})
-        return
-    facts(
-        {
-            "a device": f"{plan.model_flops / plan.chips:.4g} of them; {plan.flops:.4g} FLOPs by "
-            f"the compiler's count; {plan.traffic.memory / GIB:,.3g} GiB to and from memory"
-        }
-    )
-    if plan.traffic.endless:
-        facts({"loops": f"{plan.traffic.endless} of unknown length, counted once"})
-    if chip:
-        units = ", ".join(f"{unit} {1e3 * time:.3g} ms" for unit, time in seconds.items())
-        facts(
-            {
-                "fits": f"yes, into {chip.memory / GIB:.0f} GiB",
-                "at least": units,
-                "roofline": f"{1e3 * plan.step_seconds():.3g} ms a step, by {plan.bound()}; "
-                f"{figure(plan.tokens / plan.step_seconds())} target tokens/s; "
-                f"MFU {percent(plan.mfu())}",
-                "run": f"{plan.steps:,} steps in {figure(plan.hours() / 24)} days, "
-                f"{figure(plan.hours() * plan.chips)} chip-hours{dollars(plan)}",
-            }
-        )
-
-
-def compare(plans: list[Plan]) -> None:
-    """Two tables with a row for each plan; the last column is of a billion target tokens."""
+def show(plans: list[Plan]) -> None:
+    """A row per plan; of one alone also the memory by kind and the collectives."""
+    if len(plans) == 1:
+        details(plans[0])
     steps, runs = [], []
     for plan in plans:
-        name = f"{plan.topology.name} {mesh(plan)}"
+        name, tokens = label(plan), f"{plan.tokens:,}"
         memory = f"{sum(plan.memory.values()) / GIB:.2f}" if plan.memory else "too much"
         times = [f"{1e3 * seconds:.3g} ms" for seconds in plan.seconds().values()]
-        steps.append((name, f"{plan.tokens:,}", memory, *(times or [""] * 3)))
+        steps.append((name, tokens, memory, *(times or [""] * 3), plan.bound()))
         if times:
             chip_hours = plan.hours() * plan.chips
-            runs.append(
-                (
-                    name,
-                    figure(plan.tokens / plan.step_seconds()),
-                    f"{plan.mfu():.0%}",
-                    figure(plan.hours() / 24),
-                    figure(chip_hours) + dollars(plan),
-                    figure(chip_hours * 1e9 / (plan.tokens * plan.steps)),
-                )
+            cost = "" if PRICE.value is None else f", ${figure(chip_hours * PRICE.value)}"
+            run = (
+                figure(plan.tokens / plan.step_seconds()),
+                percent(plan.mfu()),
+                figure(plan.hours() / 24),
+                f"{figure(chip_hours)} chip-hours{cost}",
+                figure(chip_hours * 1e9 / (plan.tokens * plan.steps)),
             )
-    columns = ("", "tokens", "GiB", "compute", "memory", "network")
-    table("a step, at the roofline", columns, steps)
+            runs.append((name, *run))
+    columns = ("", "tokens", "GiB a device", "compute", "memory", "interconnect", "bound by")
+    table("a step, roofline estimate", columns, steps)
     if runs:
-        columns = ("", "tokens/s", "MFU", "days", "chip-hours", "a billion")
-        table("the run, at the roofline", columns, runs)
+        columns = ("", "tokens/s", "MFU", "days", "cost", "chip-hours per billion tokens")
+        table("the run, roofline estimate", columns, runs)
 
 
-def outcome(plan: Plan) -> str:
-    """What came of a plan, in a few words."""
+def details(plan: Plan) -> None:
+    """Memory by kind, collectives and operations of one plan."""
+    traffic = plan.traffic
+    rows = [(kind, f"{size / 2**20:,.2f}") for kind, size in plan.memory.items()]
+    table("memory of a device", ("kind", "MiB"), rows)
+    sent = traffic.sent.items()
+    rows = [(kind, f"{traffic.counts[kind]:,}", f"{size / 2**20:,.2f}") for kind, size in sent]
+    table("sent by a device in a step", ("collective", "count", "MiB"), rows)
+    facts(
+        {
+            "FLOPs": f"{plan.model_flops / plan.chips:.4g} of matrix products in a step, per "
+            f"device; {plan.flops:.4g} by the compiler's count",
+            "HBM": f"{traffic.memory / GIB:,.3g} GiB read and written in a step, per device",
+            "loops": f"{traffic.unknown_loops} of unknown length, counted once",
+        }
+    )
+
+
+def summary(plan: Plan) -> str:
+    """The outcome of a plan in a few words."""
     if plan.refusal:
         return f"does not fit: {plan.refusal}"
     memory = f"{sum(plan.memory.values()) / GIB:.2f} GiB"
@@ -162,17 +132,10 @@ def outcome(plan: Plan) -> str:
     return memory if math.isinf(time) else f"{memory}, {1e3 * time:.3g} ms by {plan.bound()}"
 
 
-def mesh(plan: Plan) -> str:
-    """`data 4, fsdp 2`."""
+def label(plan: Plan) -> str:
+    """`v5e:2x4, data 4, fsdp 2`."""
     axes = [f"{name} {size}" for name, size in plan.mesh.items() if size > 1]
-    return ", ".join(axes) or "one device"
-
-
-def dollars(plan: Plan) -> str:
-    """`, $12` if there is a price."""
-    if PRICE.value is None:
-        return ""
-    return f", ${figure(plan.hours() * plan.chips * PRICE.value)}"
+    return ", ".join([plan.topology.name, *(axes or ["one device"])])
 
 
 if __name__ == "__main__":

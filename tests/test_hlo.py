@@ -1,4 +1,4 @@
-"""What is read from a program, against what can be counted by hand."""
+"""Traffic read from optimized HLO, against counts by hand."""
 
 from functools import partial
 
@@ -41,16 +41,16 @@ RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
 )
 def test_a_collective_over_four_devices(kind, function, sent):
     found = traffic_of(function)
-    assert (found.sent, found.collectives) == ({kind: sent}, {kind: 1})
+    assert (found.sent, found.counts) == ({kind: sent}, {kind: 1})
 
 
 @pytest.mark.parametrize(("axis", "devices"), [("a", 2), ("b", 4)])
-def test_a_group_is_part_of_the_devices(axis, devices):
+def test_a_group_is_a_subset_of_the_devices(axis, devices):
     found = traffic_of(over("psum", axis), (2, 4))
     assert found.sent == {"all-reduce": 2 * (devices - 1) / devices * BYTES}
 
 
-def test_a_loop_sends_as_often_as_it_runs_and_one_of_unknown_length_counts_once_and_is_told():
+def test_a_loop_counts_once_per_iteration_and_once_if_their_number_is_unknown():
     def loop(x):
         body = lambda x, _: (jnp.sin(jax.lax.psum(x, "a")), None)  # noqa: E731
         return jax.lax.scan(body, x, length=7)[0]
@@ -59,10 +59,10 @@ def test_a_loop_sends_as_often_as_it_runs_and_one_of_unknown_length_counts_once_
         return jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: jax.lax.psum(x, "a"), x)
 
     found, other = traffic_of(loop), traffic_of(unknown)
-    assert (found.collectives, found.endless) == ({"all-reduce": 7}, 0)
+    assert (found.counts, found.unknown_loops) == ({"all-reduce": 7}, 0)
     assert found.sent == {"all-reduce": 7 * 2 * 3 / 4 * BYTES}
     assert found.memory >= 7 * 4 * BYTES  # the sum and the sine each read and write it
-    assert (other.collectives, other.endless) == ({"all-reduce": 1}, 1)
+    assert (other.counts, other.unknown_loops) == ({"all-reduce": 1}, 1)
 
 
 def test_an_addition_reads_and_writes():
@@ -71,7 +71,7 @@ def test_an_addition_reads_and_writes():
     assert traffic(text, 1).memory == 3 * 4000
 
 
-# What the TPU's compiler writes and the CPU's does not, cut down to what is read of it.
+# Programs of the TPU compiler, reduced to what is read.
 TPU = """HloModule step
 %all-reduce-scatter.1 (input: f32[8,128]) -> f32[2,128] {
   %input = f32[8,128]{1,0} parameter(0)
@@ -115,13 +115,13 @@ ENTRY %main (a: f32[8,128], b: bf16[4,128]) -> f32[2,128] {
 """
 
 
-def test_the_programs_of_a_tpu():
+def test_programs_of_the_tpu_compiler():
     found = traffic(TPU, 4)
     scattered, permuted = {"reduce-scatter": 3 / 4 * 4096}, {"collective-permute": 5 * 1024}
     assert found.sent == {"all-gather": 1024} | scattered | permuted
-    assert found.collectives == {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 5}
+    assert found.counts == {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 5}
     # The copy's source, the slice's, %b twice, what the loop compares; all else is on the chip.
-    assert (found.memory, found.endless) == (4096 + 512 + 2 * 1024 + 5 * 8, 0)
+    assert (found.memory, found.unknown_loops) == (4096 + 512 + 2 * 1024 + 5 * 8, 0)
 
 
 def test_asynchronous_forms_count_once():
@@ -130,7 +130,7 @@ def test_asynchronous_forms_count_once():
   %start = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
   ROOT %done = f32[32,128]{1,0} all-gather-done(%start)
 }""", 4)  # fmt: skip
-    assert (found.sent, found.collectives) == ({"all-gather": 3 * 4096}, {"all-gather": 1})
+    assert (found.sent, found.counts) == ({"all-gather": 3 * 4096}, {"all-gather": 1})
 
 
 # How a program writes groups, and how many of 8 devices are in each.
@@ -148,6 +148,6 @@ mesh['axis_0'=8] {'axis_0':(2)4} = 4
 
 
 @pytest.mark.parametrize("line", GROUPS.strip().splitlines())
-def test_every_way_to_write_groups(line):
+def test_every_notation_of_groups(line):
     groups, size = line.rsplit(" = ")
     assert group_size(f", replica_groups={groups}, use_global=true", 8) == int(size)

@@ -15,6 +15,7 @@ Usage:
 import json
 import math
 import re
+from typing import Any
 
 from absl import flags
 
@@ -71,7 +72,7 @@ FIELDS = ("name", "restarts", "hosts", "accelerator", "topology", "image", "chip
 
 def main() -> None:
     """Prints the manifest."""
-    given = {name: flags.FLAGS[name].value for name in FIELDS}
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in FIELDS}
     if not re.fullmatch(r"\d+(x\d+)+", given["topology"]):
         raise UserError(f"--topology={given['topology']}: write it like 4x4 or 2x2x4")
     chips = math.prod(map(int, given["topology"].split("x")))

@@ -1,100 +1,68 @@
-"""What takes part in the benchmark, and what each of them can be asked to do."""
+"""The contenders, and the one interface that all of them implement."""
 
 import importlib
 import importlib.util
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lab.benchmark.task import Size
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Setting:
-    """What a contender's process is told when it starts.
+    """What the process of a contender is started with.
 
-    size: of the model and its task.
-    data: the file with the strings; see `task.save`.
-    device: cpu or gpu. On a CPU all is float32; on a GPU products are bfloat16.
+    folder: where `task.save` has written the strings.
+    device: cpu or gpu. On a CPU everything is float32; on a GPU matrix products are bfloat16.
     threads: of a CPU.
     """
 
     size: Size
-    data: Path
+    folder: Path
     device: str
     threads: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Schedule:
-    """How a model is trained: Adam (0.9, 0.98, 1e-9), gradients clipped to norm 1.
-
-    learning_rate: its highest value.
-    warmup_steps: in which it climbs in a straight line.
-    name: what follows, one of `SCHEDULES`.
-    steps: where it ends.
-    """
+    """Adam (0.9, 0.98, 1e-9), gradients clipped to norm 1, linear warmup, linear decay to 0."""
 
     learning_rate: float
     warmup_steps: int
-    name: str
     steps: int
 
     def factor(self, step: int) -> float:
-        """What the learning rate is times at the update after `step` others."""
+        """The learning rate of the update after `step` others, as a fraction of its peak."""
         if step + 1 < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        since = (step + 1 - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return SCHEDULES[self.name](min(since, 1.0))
-
-
-# As `transformer.training.optimizer` has them, of the part that is over; the peers do without JAX.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda since: 1.0 - since,
-    "cosine": lambda since: (1.0 + math.cos(math.pi * since)) / 2.0,
-    "constant": lambda since: 1.0,
-}
+        return max(self.steps - step - 1, 0) / max(self.steps - self.warmup_steps, 1)
 
 
 class Contender:
-    """A model with its optimizer, in one framework; it has of these what its `Entry` says."""
+    """A model with its optimizer in one framework. Its `Entry` says what of this it supports."""
 
     def start(self, seed: int, schedule: Schedule) -> None:
-        """Draws fresh parameters; the next step is the first."""
+        """Initialises parameters and optimizer; the next step is the first."""
 
-    def train(self, steps: int, batching: str) -> int:
-        """Takes the next steps and waits for them; the useful target tokens in them."""
-        raise NotImplementedError
-
-    def loss(self) -> float:
-        """Nats a token: the mean over the steps of the last call of `train`."""
+    def train(self, steps: int, batching: str) -> tuple[int, float]:
+        """Takes steps and waits for them; their useful target tokens, and mean loss (nats)."""
         raise NotImplementedError
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        """The outputs [n, length] for the sources [n, S], in their order, padded at their end.
+        """The outputs [n, length] for sources [n, S], in their order.
 
         Args:
-          source: ends with EOS, then padding.
+          source: symbols, EOS, then padding.
           batch: sources at a time.
-          beams: 1: greedy.
+          beams: beam size; 1: greedy.
           length: tokens of an output at most, EOS included.
         """
         raise NotImplementedError
 
-    def product(self, n: int) -> Callable[[], Any]:
-        """A call that multiplies two n × n matrices and waits for the result."""
-        raise NotImplementedError
-
     def memory(self) -> int | None:
-        """The most bytes held on the device so far; None on a CPU."""
-        return None
-
-    def flops(self) -> int | None:
-        """Of the matrix products that a training step carries out; None: not known."""
+        """Peak bytes on the device; None on a CPU."""
         return None
 
     def save(self, path: Path) -> None:
@@ -102,23 +70,21 @@ class Contender:
         raise NotImplementedError
 
     def load(self, path: Path) -> None:
-        """After `start`: reads parameters that `save` wrote, its own or `Entry.weights`'s."""
+        """Reads parameters that `save` of this contender, or of `Entry.weights`, has written."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Entry:
-    """How a contender is found and what it can do.
+    """Where a contender is found, and what it supports.
 
-    title: as tables show it.
-    where: its module and class in this package.
-    needs: packages.
-    batchings: how its batches can be made; none: it is not trained. The last one serves where
-      it is trained to its end.
-    beams: how wide its decoding can be; 1: greedy.
-    learns: whether it is trained to its end.
-    weights: whose parameters it decodes with; empty: its own.
-    products: whether it also multiplies matrices, for the rate that the device can reach.
+    title: its name in tables.
+    where: its module in this package, and its class.
+    needs: the packages that it imports.
+    batchings: ways to make its batches; (): it is not trained. Training to the target uses that
+      of `TUNED`, or else the last one.
+    beams: beam sizes of decoding; 1: greedy.
+    weights: the contender whose parameters it decodes with; "": its own.
     """
 
     title: str
@@ -126,15 +92,12 @@ class Entry:
     needs: tuple[str, ...] = ()
     batchings: tuple[str, ...] = ("padded", "bucketed")
     beams: tuple[int, ...] = ()
-    learns: bool = True
     weights: str = ""
-    products: bool = False
 
     def make(self, setting: Setting) -> Contender:
-        """The contender, its packages imported and its model built, without parameters yet."""
+        """The contender."""
         module, name = self.where.split(":")
-        package = importlib.import_module(f"lab.benchmark.{module}")
-        return getattr(package, name)(setting)
+        return getattr(importlib.import_module(f"lab.benchmark.{module}"), name)(setting)
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
@@ -142,56 +105,24 @@ class Entry:
 
 
 OURS = "ours"
-
-CONTENDERS: dict[str, Entry] = {
-    OURS: Entry(
-        title="this code",
-        where="ours:Ours",
-        batchings=("packed",),
-        beams=(1, 4),
-        products=True,
-    ),
-    "pytorch": Entry(
-        title="PyTorch",
-        where="pytorch:PyTorch",
-        needs=("torch",),
-        beams=(1,),
-        products=True,
-    ),
-    "pytorch_compiled": Entry(
-        title="PyTorch, compiled",
-        where="pytorch:Compiled",
-        needs=("torch",),
-        learns=False,
-    ),
+CT2 = ("torch", "transformers", "ctranslate2"), (), (1, 4), "marian"
+CONTENDERS = {
+    OURS: Entry("this library", "ours:Ours", (), ("packed",), (1, 4)),
+    "pytorch": Entry("PyTorch", "torch_peers:PyTorch", ("torch",), beams=(1,)),
+    "pytorch_compiled": Entry("PyTorch, compiled", "torch_peers:Compiled", ("torch",)),
     "marian": Entry(
-        title="Hugging Face Marian",
-        where="marian:Marian",
-        needs=("torch", "transformers"),
-        beams=(1, 4),
+        "Hugging Face Marian", "torch_peers:Marian", ("torch", "transformers"), beams=(1, 4)
     ),
     "x_transformers": Entry(
-        title="x-transformers",
-        where="x_transformers:XTransformers",
-        needs=("torch", "x_transformers"),
-        beams=(1,),
+        "x-transformers", "torch_peers:XTransformers", ("torch", "x_transformers"), beams=(1,)
     ),
-    "ctranslate2": Entry(
-        title="CTranslate2, all threads on a batch",
-        where="ctranslate2:OneWorker",
-        needs=("torch", "transformers", "ctranslate2"),
-        batchings=(),
-        beams=(1, 4),
-        learns=False,
-        weights="marian",
-    ),
+    "ctranslate2": Entry("CTranslate2, all threads on a batch", "ctranslate2:OneWorker", *CT2),
     "ctranslate2_workers": Entry(
-        title="CTranslate2, a worker a thread",
-        where="ctranslate2:WorkerAThread",
-        needs=("torch", "transformers", "ctranslate2"),
-        batchings=(),
-        beams=(1, 4),
-        learns=False,
-        weights="marian",
+        "CTranslate2, a worker a thread", "ctranslate2:WorkerPerThread", *CT2
     ),
 }
+
+# size → contender → (batching, peak learning rate) where they are not the default: the best of a
+# grid, the same for all contenders, by `scripts/benchmark.py --what=search` of commit 71c91fa
+# (docs/results/benchmark_settings.json).
+TUNED = {"tiny": {"pytorch": ("padded", 4e-3), "marian": ("padded", 2e-3)}}

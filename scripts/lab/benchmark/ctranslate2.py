@@ -1,4 +1,4 @@
-"""CTranslate2, which decodes with a trained Marian's parameters."""
+"""CTranslate2, which decodes with the parameters of a trained Marian."""
 
 import importlib
 import tempfile
@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 
 from lab.benchmark.contender import Contender, Setting
-from lab.benchmark.marian import Network
-from lab.benchmark.torch_peer import torch
-from transformer.data.tokenizer import BOS, EOS, PAD
+from lab.benchmark.task import BOS, EOS, PAD
+from lab.benchmark.torch_peers import MarianNetwork, torch
 
 ctranslate2: Any = importlib.import_module("ctranslate2")
-converting: Any = importlib.import_module("ctranslate2.converters.transformers")
+loaders: Any = importlib.import_module("ctranslate2.converters.transformers")
 
 
-class Numbers:
-    """The tokens' numbers in the place of a tokenizer, as far as the converter asks for one."""
+class IdTokenizer:
+    """Token ids as words, in place of a tokenizer, as far as the converter needs one."""
 
     bos_token, eos_token, unk_token = str(BOS), str(EOS), str(PAD)
 
@@ -32,10 +31,10 @@ class Numbers:
 
 
 class Converter(ctranslate2.converters.Converter):
-    """From a Marian that was trained here.
+    """Converts a Marian trained here.
 
-    The loader is Bart's, of which Marian's is a special case for the models of Helsinki: with
-    their padding at the end of the vocabulary, as the first token of every target.
+    By the loader of Bart: that of Marian expects padding at the end of the vocabulary, and as
+    the first token of every target, as in the models of Helsinki-NLP.
     """
 
     def __init__(self, model: Any):
@@ -45,20 +44,19 @@ class Converter(ctranslate2.converters.Converter):
         config = self.model.config
         config.normalize_before = config.normalize_embedding = False
         with torch.no_grad():
-            return converting.BartLoader()(self.model, Numbers(config.vocab_size))
+            return loaders.BartLoader()(self.model, IdTokenizer(config.vocab_size))
 
 
 class OneWorker(Contender):
-    """One batch at a time, each on all threads."""
+    """One batch at a time, on all threads."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
-
-    def threading(self) -> dict[str, int]:
-        return {"inter_threads": 1, "intra_threads": self.setting.threads}
+        self.threads = {"inter_threads": 1, "intra_threads": setting.threads}
+        self.workers = 1
 
     def load(self, path: Path) -> None:
-        network = Network(self.setting.size)
+        network = MarianNetwork(self.setting.size)
         network.load_state_dict(torch.load(path, map_location="cpu"))
         gpu = self.setting.device == "gpu"
         with tempfile.TemporaryDirectory() as folder:
@@ -67,40 +65,34 @@ class OneWorker(Contender):
                 folder,
                 device="cuda" if gpu else "cpu",
                 compute_type="bfloat16" if gpu else "float32",
-                **self.threading(),
+                **self.threads,
             )
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         words = [[str(token) for token in row[row != PAD]] for row in source]
-        decoded = np.full((len(source), length), PAD, source.dtype)
-        # One after another where the batch is 1; otherwise it sorts by length and divides itself.
-        calls = [[each] for each in words] if batch == 1 else [words]
+        # In a batch CTranslate2 itself sorts by length and divides the work.
         results = [
             result
-            for call in calls
+            for part in ([[each] for each in words] if batch == 1 else [words])
             for result in self.translator.translate_batch(
-                call,
+                part,
                 beam_size=beams,
-                max_batch_size=self.share(batch),
+                max_batch_size=max(1, batch // self.workers),
                 max_decoding_length=length,
                 return_end_token=True,
             )
         ]
+        decoded = np.full((len(source), length), PAD, source.dtype)
         for row, result in zip(decoded, results, strict=True):
             tokens = [int(token) for token in result.hypotheses[0]]
             row[: len(tokens)] = tokens
         return decoded
 
-    def share(self, batch: int) -> int:
-        """How many sources a worker gets of a batch."""
-        return batch
 
+class WorkerPerThread(OneWorker):
+    """A worker on each thread, among which a batch is divided."""
 
-class WorkerAThread(OneWorker):
-    """A worker on each thread, among which the batch is divided."""
-
-    def threading(self) -> dict[str, int]:
-        return {"inter_threads": self.setting.threads, "intra_threads": 1}
-
-    def share(self, batch: int) -> int:
-        return max(1, batch // self.setting.threads)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.threads = {"inter_threads": setting.threads, "intra_threads": 1}
+        self.workers = setting.threads

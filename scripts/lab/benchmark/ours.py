@@ -1,4 +1,4 @@
-"""This code as a contender: packed rows, many steps a dispatch, everything on the device."""
+"""This library as a contender: packed rows, many steps per dispatch, all data on the device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,152 +6,113 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lab.benchmark import task
 from lab.benchmark.contender import Contender, Schedule, Setting
-from lab.benchmark.task import Size
-from transformer import cli
-from transformer.config import RunConfig, default_config
+from transformer import Run, cli
+from transformer.config import RunConfig
 from transformer.data.batches import Dataset
-from transformer.data.ragged import Ragged
-from transformer.data.rows import Pairs, alone, pack
+from transformer.data.config import DataConfig
 from transformer.data.tokenizer import PAD
+from transformer.errors import UserError
 from transformer.inference import decoding, evaluation
-from transformer.modules.model import Model, Params
+from transformer.modules.config import ModelConfig
 from transformer.parallel.devices import cpu_cores
-from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh, replicated
-from transformer.training import costs
-from transformer.training.step import (
-    abstract_state,
-    init_state,
-    make_train_step,
-    make_train_steps,
-    zero_sums,
-)
+from transformer.parallel.mesh import one_device_mesh, replicated
+from transformer.training.optimizer import OptimizerConfig
 
 
-def run_config(size: Size, device: str, schedule: Schedule, rows: int) -> RunConfig:
-    """The shipped config but for sizes and schedule."""
-    config = default_config()
-    config.steps, config.batch_size = schedule.steps, rows
-    config.data.pack_length = size.pack
-    config.model.update(
-        {
-            "num_layers": size.layers,
-            "d_model": size.width,
-            "num_heads": size.heads,
-            "d_ff": size.ff_width,
-            "dtype": "float32" if device == "cpu" else "bfloat16",
-        }
+def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:
+    """The default config with the size, the strings and the schedule of the benchmark."""
+    size, folder = setting.size, setting.folder
+    return RunConfig(
+        steps=schedule.steps,
+        batch_size=rows,
+        data=DataConfig(
+            dataset="files",
+            train=str(folder / "train.tsv"),
+            validation=str(folder / "validation.tsv"),
+            test=str(folder / "test.tsv"),
+            pack_length=size.pack,
+        ),
+        model=ModelConfig(
+            num_layers=size.num_layers,
+            d_model=size.d_model,
+            num_heads=size.num_heads,
+            d_ff=size.d_ff,
+            dtype="float32" if setting.device == "cpu" else "bfloat16",
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=schedule.learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            schedule="linear",
+        ),
     )
-    config.optimizer.update(
-        {
-            "learning_rate": schedule.learning_rate,
-            "warmup_steps": schedule.warmup_steps,
-            "schedule": schedule.name,
-        }
-    )
-    return RunConfig.from_config_dict(config)
-
-
-def without_padding(row: np.ndarray) -> np.ndarray:
-    """One source [1, S], S a multiple of 8, so that few programs serve every length."""
-    length = int((row != PAD).sum())
-    return row[None, : -(-length // 8) * 8]
 
 
 class Ours(Contender):
-    """As `train.py` trains, but for what it writes."""
+    """Trains as `train.py` does, and decodes as `eval.py` does."""
 
     def __init__(self, setting: Setting):
-        self.size, self.device = setting.size, setting.device
-        strings = task.load(setting.data, "train")
-        pairs = Pairs(Ragged.unpadded(strings.source), Ragged.unpadded(strings.target))
-        packed = pack(alone(pairs), setting.size.pack)
-        # As many rows a step as hold, on average, the strings that a step of the peers has, in a
-        # number that the cores divide.
-        rows = max(1, round(setting.size.batch * len(packed) / len(strings)))
-        if setting.device == "cpu":
-            rows = -(-rows // cpu_cores()) * cpu_cores()
-        schedule = Schedule(learning_rate=1e-3, warmup_steps=1, name="constant", steps=2)
-        cli.set_up_jax(run_config(self.size, self.device, schedule, rows))
-        whole = MeshConfig(replica=1, data=-1, fsdp=1, tensor=1, context=1)
-        self.mesh = make_mesh(whole)
-        self.everywhere = replicated(self.mesh)
-        self.data = jax.device_put(Dataset.of(packed, rows), self.everywhere)
-        self.schedule: Schedule | None = None
-        self.decoders: dict[tuple[Any, ...], Callable] = {}
-        self.placed: dict[Any, Params] = {}  # mesh → the variables there, which came `from` these
+        self.setting, self.schedule = setting, Schedule(1e-3, 1, 2)
+        parts = cpu_cores() if setting.device == "cpu" else 1
+        first = run_config(setting, self.schedule, parts)
+        cli.set_up_jax(first)
+        if jax.default_backend() != setting.device:
+            raise UserError(f"--device={setting.device}: JAX runs on {jax.default_backend()}")
+        # As many rows per step as hold on average the strings of a step of the peers, in a number
+        # that the devices divide.
+        packed = len(self.make_run(first).rows)
+        rows = round(setting.size.batch * packed / setting.size.examples)
+        self.batch_size = max(1, -(-rows // parts)) * parts
+        self.run = self.make_run(run_config(setting, self.schedule, self.batch_size))
+        self.decoders: dict[Any, Callable] = {}
+        self.placed: dict[Any, Any] = {}  # mesh → the variables there
+
+    def make_run(self, config: RunConfig) -> Run:
+        return Run(config, data_dir=str(self.setting.folder / "datasets"))
 
     def start(self, seed: int, schedule: Schedule) -> None:
         if schedule != self.schedule:
             self.schedule = schedule
-            cfg = run_config(self.size, self.device, schedule, self.data.batch_size)
-            self.model, self.step_config = Model(cfg.model, self.size.vocabulary), cfg.step_config()
-            like = abstract_state(self.model, self.step_config, self.mesh)
-            where = jax.tree.map(lambda leaf: leaf.sharding, like)
-            self.init = jax.jit(
-                partial(init_state, self.model, self.step_config), out_shardings=where
-            )
-            steps = make_train_steps(make_train_step(self.model, self.step_config))
-            self.train_steps = jax.jit(
-                steps, donate_argnums=(0, 1), out_shardings=(where, self.everywhere)
-            )
-        with jax.set_mesh(self.mesh):
-            self.state = self.init(np.uint32(seed), {})
-        self.variables: Params = self.state.variables()
+            self.run = self.make_run(run_config(self.setting, schedule, self.batch_size))
+        with jax.set_mesh(self.run.mesh):
+            self.state = self.run.init(np.uint32(seed), {})
+        self.variables, self.placed = self.state.variables(), {}
 
-    def train(self, steps: int, batching: str) -> int:
-        with jax.set_mesh(self.mesh):
-            self.state, self.sums = self.train_steps(
-                self.state, zero_sums(), self.data, jnp.int32(steps)
-            )
-        self.variables = self.state.variables()
-        return int(self.sums["tokens"])  # waits
-
-    def loss(self) -> float:
-        return float(self.sums["loss"] / self.sums["tokens"])
+    def train(self, steps: int, batching: str) -> tuple[int, float]:
+        run = self.run
+        with jax.set_mesh(run.mesh):
+            data, _ = run.feed.following(0)
+            sums, n = run.place((run.zero_sums(), np.array(steps, np.int32)))
+            self.state, sums = run.train_steps(self.state, sums, data, n)
+        self.variables, self.placed = self.state.variables(), {}
+        tokens = int(sums["tokens"])  # waits
+        return tokens, float(sums["loss"]) / tokens
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         search = decoding.greedy
         if beams > 1:
             search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
-        mesh = one_device_mesh() if batch == 1 else self.mesh
+        mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
-            decode = partial(evaluation.decode, self.model, length=length, search=search)
+            decode = partial(evaluation.decode, self.run.model, length=length, search=search)
             options = evaluation.compiler_options()
             self.decoders[key] = jax.jit(decode, compiler_options=options)
+        parts = [without_padding(row) for row in source] if batch == 1 else [source]
         with jax.set_mesh(mesh):
-            if self.placed.get("from") is not self.variables:
-                self.placed = {"from": self.variables}
             if mesh not in self.placed:
                 self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))
-            variables = self.placed[mesh]
-            parts = [without_padding(row) for row in source] if batch == 1 else [source]
-            decode = self.decoders[key]
-            found = [
-                jax.block_until_ready(decode(variables, Dataset(part, part, batch)))
-                for part in parts
-            ]
+            call = partial(self.decoders[key], self.placed[mesh])
+            found = [jax.block_until_ready(call(Dataset(part, part, batch))) for part in parts]
         tokens = np.concatenate([np.asarray(each.tokens) for each in found])
         return tokens if beams == 1 else tokens[:, 0]
-
-    def product(self, n: int) -> Callable[[], Any]:
-        dtype = jnp.float32 if self.device == "cpu" else jnp.bfloat16
-        left, right = (jax.random.normal(jax.random.key(k), (n, n), dtype) for k in range(2))
-        multiply = jax.jit(jnp.matmul)
-        return lambda: jax.block_until_ready(multiply(left, right))
 
     def memory(self) -> int | None:
         statistics = jax.devices()[0].memory_stats()  # None on a CPU
         return statistics and statistics["peak_bytes_in_use"]
-
-    def flops(self) -> int | None:
-        return costs.step_flops(self.model, self.step_config, self.data)
 
     def save(self, path: Path) -> None:
         arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}
@@ -160,4 +121,10 @@ class Ours(Contender):
 
     def load(self, path: Path) -> None:
         with np.load(path) as arrays:
-            self.variables = {name: jnp.asarray(array) for name, array in arrays.items()}
+            self.variables, self.placed = dict(arrays), {}
+
+
+def without_padding(row: np.ndarray) -> np.ndarray:
+    """One source [1, S], S a multiple of 8, so that few programs serve every length."""
+    length = int((row != PAD).sum())
+    return row[None, : -(-length // 8) * 8]

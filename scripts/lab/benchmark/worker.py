@@ -1,18 +1,19 @@
-"""The process of one contender: it reads a request a line and writes a reply a line.
+"""The process of one contender, and the connection to it: one JSON request or reply per line.
 
     python -m lab.benchmark.worker '{"contender": "marian", …}'
 
-Only its turn makes it work; in between it waits for the next line. What the libraries print goes
-to standard error.
+A worker is idle between requests. What its libraries print goes to standard error.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import resource
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +21,50 @@ import numpy as np
 
 from lab.benchmark import task
 from lab.benchmark.contender import CONTENDERS, Contender, Schedule, Setting
-from lab.benchmark.task import Size
-from transformer.data.tokenizer import EOS, PAD
+from lab.benchmark.task import EOS, PAD, Size
 
-SHORTEST = 0.5  # seconds that a timing takes at least, by repeating the call
+ROOT = Path(__file__).parents[3]
+SHORTEST = 0.5  # seconds that a timing of decoding takes at least, by repeating it
+
+
+class ContenderError(Exception):
+    """A contender failed, or its process ended."""
 
 
 class Worker:
-    """The requests that a contender is sent, each a method; what they return is JSON's.
-
-    Args:
-      contender: one that `Entry.make` made.
-      setting: what it was made with.
-    """
+    """The requests that a contender answers, each a method; arguments and results are JSON."""
 
     def __init__(self, contender: Contender, setting: Setting):
         self.contender, self.setting = contender, setting
-        self.held_out = task.load(setting.data, "held_out")
+        self.held_out = task.load(setting.folder, "test")
 
     def start(self, seed: int, schedule: dict[str, Any]) -> None:
         self.contender.start(seed, Schedule(**schedule))
 
     def train(self, steps: int, batching: str) -> dict[str, Any]:
-        """Seconds that so many steps take, and the useful target tokens in them."""
+        """Takes steps: their seconds, useful target tokens and loss."""
         started = time.perf_counter()
-        tokens = self.contender.train(steps, batching)
+        tokens, loss = self.contender.train(steps, batching)
         seconds = time.perf_counter() - started
-        return {"steps": steps, "tokens": tokens, "seconds": seconds, "loss": self.contender.loss()}
+        return {"steps": steps, "tokens": tokens, "seconds": seconds, "loss": loss}
 
     def decode(self, strings: int, batch: int, beams: int, shortest: float = SHORTEST) -> Any:
-        """Seconds that decoding the first of the held-out strings takes, and how many are right."""
-        held_out = self.held_out.head(strings)
-        room = self.setting.size.room()
-        passes, started, seconds = 0, time.perf_counter(), 0.0
-        decoded = np.zeros((0, 0))
+        """Decodes the first held-out strings: seconds, exact match, tokens per output."""
+        source, target = (side[:strings] for side in vars(self.held_out).values())
+        passes, started, seconds, decoded = 0, time.perf_counter(), 0.0, source
         while not passes or seconds < shortest:
-            decoded = self.contender.decode(held_out.source, batch, beams, room)
+            decoded = self.contender.decode(source, batch, beams, self.setting.size.room)
             passes, seconds = passes + 1, time.perf_counter() - started
-        decoded = ended(decoded)
+        decoded = until_eos(decoded)
         return {
             "sequences": strings,
             "seconds": seconds / passes,
-            "exact": exact(decoded, held_out.target),
+            "exact": exact_match(decoded, target),
             "tokens": float((decoded != PAD).sum(1).mean()),
         }
 
     def learn(
         self,
-        *,
         seed: int,
         schedule: dict[str, Any],
         batching: str,
@@ -75,17 +72,17 @@ class Worker:
         target: float,
         limit: float,
     ) -> dict[str, Any]:
-        """Trains until so large a share of the held-out strings comes out right, greedily.
+        """Trains until the exact match of greedy decoding reaches the target.
 
-        Compilation is over when the clock starts, and it stands still during the checks.
+        Neither compilation nor evaluation counts as training time.
 
         Args:
           seed: of everything.
-          schedule: the fields of `Schedule`, at whose end training ends.
-          batching: see `Entry`.
-          every: steps between checks.
-          target: the share of strings that are right in every token.
-          limit: seconds of training after which it is given up.
+          schedule: the fields of `Schedule`; training ends where it ends.
+          batching: one of `Entry.batchings`.
+          every: steps between evaluations.
+          target: exact match on the held-out strings.
+          limit: seconds of training after which it gives up.
         """
         self.start(seed, schedule)
         self.train(1, batching)  # compiles
@@ -98,23 +95,11 @@ class Worker:
             curve.append([step, seconds, right, done["loss"]])
         return {"reached": right >= target, "steps": step, "seconds": seconds, "curve": curve}
 
-    def product(self, size: int) -> float:
-        """FLOP/s of multiplying two square matrices."""
-        call = self.contender.product(size)
-        call()
-        calls, started, seconds = 0, time.perf_counter(), 0.0
-        while seconds < SHORTEST:
-            call()
-            calls, seconds = calls + 1, time.perf_counter() - started
-        return 2.0 * size**3 * calls / seconds
-
     def memory(self) -> int:
-        """The most bytes held so far: on the device, or on a CPU by this whole process."""
+        """Peak bytes: on the device, or on a CPU of this process."""
         held = self.contender.memory()
-        return peak_resident() if held is None else held
-
-    def flops(self) -> int | None:
-        return self.contender.flops()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if held is None else held
 
     def save(self, path: str) -> None:
         self.contender.save(Path(path))
@@ -123,65 +108,101 @@ class Worker:
         self.contender.load(Path(path))
 
 
-def peak_resident() -> int:
-    """The most bytes of memory that this process has held."""
-    import resource  # not on every system, and only needed here
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def ended(decoded: np.ndarray) -> np.ndarray:
-    """Outputs with padding after their EOS, where some fill up with more of it."""
+def until_eos(decoded: np.ndarray) -> np.ndarray:
+    """Outputs with padding after their first EOS, where some contenders repeat it."""
     before = np.cumsum(decoded == EOS, axis=1) - (decoded == EOS)
     return np.where(before > 0, PAD, decoded)
 
 
-def exact(decoded: np.ndarray, target: np.ndarray) -> float:
-    """The share of outputs that are their target, token for token, EOS included."""
-    room = decoded.shape[1] - target.shape[1]
-    target = np.pad(target, ((0, 0), (0, room)), constant_values=PAD)
-    return float((decoded == target).all(1).mean())
+def exact_match(decoded: np.ndarray, target: np.ndarray) -> float:
+    """The fraction of outputs that equal their target, EOS included."""
+    padding = decoded.shape[1] - target.shape[1]
+    return float((decoded == np.pad(target, ((0, 0), (0, padding)))).all(1).mean())
 
 
-def serve(requests: Any, reply: Callable[[Any], None], make: Callable[[], Worker]) -> None:
-    """Answers each request, a JSON object of a method's name and its arguments, in order."""
-    worker = make()
-    for line in requests:
-        request = json.loads(line)
+class Remote:
+    """The other end: a context manager that starts a contender's process and sends requests.
+
+    Args:
+      contender: its name in `CONTENDERS`.
+      setting: what it is started with.
+      log: the file for what it prints.
+    """
+
+    def __init__(self, contender: str, setting: Setting, log: Path):
+        self.contender, self.log = contender, log
+        folder = str(setting.folder.resolve())
+        words = dataclasses.asdict(setting) | {"folder": folder, "contender": contender}
+        environment = {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *sys.path]),
+            "OMP_NUM_THREADS": str(setting.threads),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other processes need memory too
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if setting.device == "cpu":
+            environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        with log.open("a", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lab.benchmark.worker", json.dumps(words)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | environment,
+            )
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """The result of a method of `Worker`.
+
+        Raises:
+          ContenderError: it failed, or the process has ended.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
-            reply({"result": getattr(worker, request.pop("do"))(**request)})
-        except Exception as error:  # whatever a framework may raise
-            traceback.print_exc()
-            reply({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+            print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = self.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            status = self.process.wait()
+            raise ContenderError(f"exited with status {status}: {' '.join(last)[:300]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ContenderError(answer["error"])
+        return answer["result"]
+
+    def __enter__(self) -> "Remote":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.process.kill()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self.process.__exit__(kind, error, trace)  # without requests it ends
 
 
 def main() -> None:
-    """Takes its setting from the command line."""
+    """Answers requests from standard input until it is closed."""
     words = json.loads(sys.argv[1])
-    setting = Setting(
-        size=Size(**words["size"]),
-        data=Path(words["data"]),
-        device=words["device"],
-        threads=words["threads"],
-    )
+    entry = CONTENDERS[words.pop("contender")]
+    size, folder = Size(**words.pop("size")), Path(words.pop("folder"))
+    setting = Setting(size=size, folder=folder, **words)
     if setting.device == "cpu" and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[: setting.threads])
-    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what is printed must not be taken for a reply
-    entry = CONTENDERS[words["contender"]]
-    serve(
-        sys.stdin,
-        lambda answer: print(json.dumps(answer), file=channel),
-        lambda: Worker(entry.make(setting), setting),
-    )
-
-
-def command(contender: str, setting: Setting) -> list[str]:
-    """The words that start such a process."""
-    words = {**dataclasses.asdict(setting), "data": str(setting.data), "contender": contender}
-    return [sys.executable, "-m", "lab.benchmark.worker", json.dumps(words)]
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.threads])
+    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not be taken for a reply
+    worker = Worker(entry.make(setting), setting)
+    for line in sys.stdin:
+        method, arguments = json.loads(line)
+        try:
+            reply = {"result": getattr(worker, method)(**arguments)}
+        except Exception as error:  # whatever a framework raises
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps(reply), file=replies)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What a compiled program moves, read from its text: over the interconnect, and to and from memory.
+"""Bytes that a compiled program sends between devices and moves to and from memory.
 
-XLA tells floating-point operations and memory of a program, but not what its collectives
-send; and its count of bytes has on-chip memory in it. So both are counted here, instruction
-by instruction, from `jax.stages.Compiled.as_text()`.
+XLA does not report what collectives send, and its bytes accessed include on-chip memory. Both are
+therefore counted here, per instruction, in the text of the optimized HLO
+(`jax.stages.Compiled.as_text()`).
 """
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# Kind → bytes that a device sends for each byte of its operand, in a group of n: of ring
-# algorithms, which no other can better on a ring (Patarasuk and Yuan 2009).
+# Collective → bytes that a device sends per byte of its operand, in a group of n devices: those of
+# ring algorithms, which are optimal on a ring (Patarasuk and Yuan 2009).
 RING = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: n - 1,
@@ -21,8 +20,8 @@ RING = {
     "collective-broadcast": lambda n: 1,
 }
 
-# Instructions that move nothing themselves: names for what is there, ends of what was counted
-# at its start, and those whose bodies are counted in their stead.
+# Instructions that move nothing themselves: names for existing arrays, ends of operations that are
+# counted at their start, and calls, whose bodies are counted instead.
 FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|replica-id"
     r"|opt-barrier|domain|while|conditional|call|iota|.*-done|.*-update|async-start"
@@ -58,26 +57,21 @@ class Instruction:
 class Traffic:
     """What one device moves in one execution of a program.
 
-    sent: collective's kind → bytes sent to other devices.
-    collectives: its kind → how many of them.
-    memory: bytes read from and written to memory, on-chip memory left out; an upper bound
-      where a fusion reads only some rows of an operand.
-    endless: loops whose length the compiler does not know; their bodies count once.
+    sent: collective → bytes sent to other devices.
+    counts: collective → how many of them.
+    memory: bytes read from and written to main memory; an upper bound where a fusion reads only
+      some rows of an operand.
+    unknown_loops: loops of unknown trip count, whose bodies are counted once.
     """
 
     sent: dict[str, float] = field(default_factory=dict)
-    collectives: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     memory: float = 0.0
-    endless: int = 0
+    unknown_loops: int = 0
 
 
 def traffic(text: str, devices: int) -> Traffic:
-    """What a device moves when the program runs once.
-
-    Args:
-      text: the optimised program of one device.
-      devices: how many run it.
-    """
+    """What one of so many devices moves in one execution of an optimized program."""
     program, entry = computations(text)
     total, chains = Traffic(), set()
 
@@ -85,39 +79,37 @@ def traffic(text: str, devices: int) -> Traffic:
         shapes = {each.name: each.shape for each in program[name]}
         for each in program[name]:
             kind = each.opcode.removesuffix("-start")
-            # The TPU's compiler spreads a collective over several fusions, a link of one chain
-            # in each; and writes a reduce-scatter as an all-reduce in a fusion of that name.
+            # The TPU compiler splits a collective into a chain of fusions, and writes a
+            # reduce-scatter as an all-reduce in a fusion of that name.
             chain = re.search(r'chain_id="(\d+)"', each.attributes)
             if kind in RING and not (chain and chain[1] in chains):
                 chains.update([chain[1]] if chain else [])
-                size = sum(nbytes(shapes[operand]) for operand in each.operands)
+                size = sum(bytes_ for op in each.operands for bytes_, _ in arrays(shapes[op]))
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scatters else kind
                 sent = size * RING[kind](group_size(each.attributes, devices))
                 total.sent[kind] = total.sent.get(kind, 0.0) + times * sent
-                total.collectives[kind] = total.collectives.get(kind, 0) + times
+                total.counts[kind] = total.counts.get(kind, 0) + times
             if not fused:
-                total.memory += times * moved(each, shapes)
+                total.memory += times * bytes_moved(each, shapes)
+            roles = ["branch_computations", "true_computation", "false_computation"]
+            trips = 1
             if each.opcode == "while":
                 trips = trip_count(each, program)
-                total.endless += trips is None
-                for body in each.called("body", "condition"):
-                    visit(body, times * (trips or 1), fused)
-            for body in each.called("branch_computations", "true_computation", "false_computation"):
-                visit(body, times, fused)
+                total.unknown_loops += trips is None
+                roles += ["body", "condition"]
             if each.opcode in ("call", "async-start"):
-                for body in each.called("to_apply", "calls"):
-                    visit(body, times, fused)
-            elif each.opcode == "fusion":
-                for body in each.called("calls"):
-                    visit(body, times, True)
+                roles += ["to_apply", "calls"]
+            fusion = each.opcode == "fusion"
+            for body in each.called(*roles, *(["calls"] if fusion else [])):
+                visit(body, times * (trips or 1), fused or fusion)
 
     visit(entry, 1, False)
     return total
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """A program's computations by name, and the name of the one that is run."""
+    """The computations of a program by name, and the name of its entry."""
     program: dict[str, list[Instruction]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -131,26 +123,23 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return program, entry
 
 
-def arrays(shape: str) -> Iterator[tuple[int, bool]]:
-    """The bytes of each array in a shape, and whether it is in the device's main memory."""
+def arrays(shape: str) -> list[tuple[int, bool]]:
+    """The bytes of each array in a shape, and whether it is in main memory."""
+    found = []
     for dtype, sizes, layout in ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
         elements = math.prod(int(size) for size in sizes.split(",") if size)
-        yield math.ceil(elements * bits / 8), not re.search(r"S\([1-9]", layout)
+        found.append((math.ceil(elements * bits / 8), not re.search(r"S\([1-9]", layout)))
+    return found
 
 
-def nbytes(shape: str) -> int:
-    """The bytes of all arrays in a shape."""
-    return sum(size for size, _ in arrays(shape))
-
-
-def moved(each: Instruction, shapes: dict[str, str]) -> int:
+def bytes_moved(each: Instruction, shapes: dict[str, str]) -> int:
     """The bytes that an instruction reads from main memory and writes to it."""
     if FREE.fullmatch(each.opcode) or 'target="ConcatBitcast"' in each.attributes:
         return 0
-    written = list(arrays(each.shape))
+    written = arrays(each.shape)
     if each.opcode in ("copy-start", "slice-start"):
-        # A tuple of what is copied and what it becomes; only the smaller of the two is moved.
+        # A tuple of the source and the result; only the smaller of the two is moved.
         (one, here), (other, there), *_ = written
         return min(one, other) * (here + there)
     read = [array for operand in each.operands for array in arrays(shapes[operand])]
@@ -162,10 +151,10 @@ def moved(each: Instruction, shapes: dict[str, str]) -> int:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """How many devices take part in each group of a collective.
+    """The devices in each group of a collective.
 
-    XLA writes the groups as lists, {{0,2},{1,3}}; as their number and size, [2,2]<=[4]; or as
-    axes of a mesh, mesh['a'=2,'b'=2] {'a'}. Without any, all devices are one group.
+    XLA writes groups as lists, {{0,2},{1,3}}; as their number and size, [2,2]<=[4]; or as axes of a
+    mesh, mesh['a'=2,'b'=2] {'a'}. Without any, all devices are one group.
     """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return match[1].count(",") + 1
@@ -179,7 +168,7 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def trip_count(loop: Instruction, program: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop runs, as far as the program says: a count from 0 to a constant."""
+    """The iterations of a loop, if the program states them or counts from 0 to a constant."""
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(match[1])
     condition = [each for name in loop.called("condition") for each in program[name]]

@@ -1,9 +1,8 @@
-"""What a run would need and how fast it could be on chips that are not there.
+"""Compiles the train step of a config for a topology, ahead of time, and estimates a run there.
 
-The real train step is compiled for them. What it takes of memory, the compiler says; what it
-moves is read from the program (`hlo`); from both and a chip's published figures follows the
-roofline: the time below which a step cannot come, if every unit were always as busy as can be
-and none waited for another (Williams, Waterman and Patterson 2009).
+Memory comes from the compiler, and traffic from the optimized program (`hlo`). With the published
+figures of a chip they give the roofline estimate, a lower bound: the time of a step if every unit
+always ran at its peak and none waited for another (Williams, Waterman and Patterson 2009).
 """
 
 import importlib.util
@@ -21,27 +20,28 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from lab.planning import hlo
+from transformer import Run
 from transformer.config import RunConfig
 from transformer.data.batches import Batch, Dataset
 from transformer.errors import UserError, nearest
 from transformer.modules.model import Model
 from transformer.parallel.mesh import check_batch, make_mesh, partition_spec, replicated
 from transformer.training.costs import step_flops
-from transformer.training.step import TrainState, abstract_state, make_train_step
+from transformer.training.step import TrainState, make_train_step
 
 GIB = 2.0**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip's published figures, and the shapes in which it can be had.
+    """The published figures of a chip.
 
-    flops: bfloat16 operations a second.
-    memory: bytes of HBM; of which the compiler keeps a little to itself.
-    bandwidth: bytes a second to and from HBM.
-    interconnect: bytes a second that it sends to its neighbours, over all links together:
-      half of the published figure, which has both directions in it.
-    topologies: the shapes of a slice.
+    flops: bfloat16 operations per second.
+    memory: bytes of HBM, of which the compiler reserves a little.
+    bandwidth: bytes per second to and from HBM.
+    interconnect: bytes per second sent to neighbours over all links: half of the published figure,
+      which counts both directions.
+    topologies: the shapes of its slices.
     """
 
     flops: float
@@ -57,8 +57,8 @@ CUBES = (
     *("8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
 )
 
-# docs.cloud.google.com/tpu/docs/v5e, v6e and v5p, as of 2025. (1x1x1 of v5p cannot be rented:
-# one of a host's four chips, to compare with.)
+# docs.cloud.google.com/tpu/docs/v5e, v6e and v5p, as of 2025. (v5p:1x1x1, one of the four chips of
+# a host, cannot be rented; it is there for comparison.)
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2, FLAT),
     "v6e": Chip(918e12, 32 * GIB, 1600e9, 800e9 / 2, FLAT),
@@ -68,7 +68,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to compile for. `chip` is None for simulated CPUs, whose figures nobody publishes."""
+    """Devices to compile for; `chip` is None for simulated CPUs."""
 
     name: str
     chip: Chip | None
@@ -76,20 +76,20 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of `v5e:4x4`, of which none is there; or of `cpu:2x4`, simulated ones.
+    """The abstract devices of `v5e:4x4`, or the simulated CPUs of `cpu:2x4`.
 
     Raises:
-      UserError: there is no such topology, no compiler for it, or too few simulated CPUs.
+      UserError: the topology is unknown, its compiler is missing, or there are too few CPUs.
     """
     known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies]
     if re.fullmatch(r"cpu:[1-9]\d*(x[1-9]\d*)*", name):
-        devices = jax.devices("cpu")[: count(name)]
-        if len(devices) < count(name):
+        devices, size = jax.devices("cpu"), device_count(name)
+        if len(devices) < size:
             raise UserError(
                 f"--topology={name}: JAX simulates {len(devices)} CPUs; set "
-                f"JAX_NUM_CPU_DEVICES={count(name)}"
+                f"JAX_NUM_CPU_DEVICES={size}"
             )
-        return Topology(name, None, devices)
+        return Topology(name, None, devices[:size])
     if name not in known:
         raise UserError(
             f"--topology={name}: choose one of {', '.join(known)}, or simulated CPUs such as "
@@ -97,21 +97,21 @@ def open_topology(name: str) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={name} needs the TPU's compiler: pip install -e '.[plan]'; or plan for "
+            f"--topology={name} needs the TPU compiler: pip install -e '.[plan]'; or plan for "
             "simulated CPUs, such as --topology=cpu:2x4"
         )
-    # The compiler looks for a TPU, which it does not need, and for others that do.
+    # Without these the compiler looks for a TPU and for other hosts.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if count(name) == 1 else {}
-    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == 1 else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     return Topology(name, CHIPS[name.partition(":")[0]], described.devices)
 
 
-def count(name: str) -> int:
-    """How many devices a topology has by its name."""
+def device_count(name: str) -> int:
+    """The number of devices of a topology, by its name."""
     return math.prod(map(int, name.partition(":")[2].split("x")))
 
 
@@ -119,15 +119,14 @@ def count(name: str) -> int:
 class Plan:
     """What one train step takes on a mesh.
 
-    topology: the devices.
-    mesh: the sizes of its axes that split something.
+    mesh: axis → size, without `replica`.
     steps: of the whole run.
-    tokens: target tokens of a step.
-    model_flops: of the step's matrix products, on all devices together (`costs.step_flops`).
-    flops: as the compiler counts them, on one device, the bodies of loops once.
-    memory: kind → bytes on one device; empty if the compiler found no room.
+    tokens: target tokens per step.
+    model_flops: of the matrix products of a step, on all devices (`costs.step_flops`).
+    flops: by the compiler's count, on one device, with the bodies of loops once.
+    memory: kind → bytes on one device; empty if the step does not fit.
     traffic: what one device moves.
-    refusal: the compiler's words if the step does not fit into memory, or "".
+    refusal: why the step does not fit, in the compiler's words; or "".
     """
 
     topology: Topology
@@ -142,11 +141,11 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        """How many devices the mesh has."""
+        """The number of devices."""
         return math.prod(self.mesh.values())
 
     def seconds(self) -> dict[str, float]:
-        """The time that each unit of a chip needs for a step at its published speed."""
+        """Seconds that each unit of a chip needs for a step at its published speed."""
         chip = self.topology.chip
         if chip is None or self.refusal:
             return {}
@@ -157,62 +156,50 @@ class Plan:
         }
 
     def step_seconds(self) -> float:
-        """The roofline; infinite where a step does not fit."""
+        """The roofline estimate; infinite if the step does not fit."""
         return max(self.seconds().values(), default=math.inf)
 
     def bound(self) -> str:
-        """Which unit sets the pace."""
+        """The unit that limits the step."""
         return max(self.seconds().items(), key=lambda item: item[1], default=("", 0))[0]
 
     def mfu(self) -> float:
-        """Model FLOPs utilisation at the roofline: the most that can be reached."""
+        """Model FLOPs utilization at the roofline, which is an upper bound."""
         peak = self.topology.chip.flops if self.topology.chip else math.inf
         return self.model_flops / (self.step_seconds() * self.chips * peak)
 
     def hours(self) -> float:
-        """The whole run at the roofline."""
+        """Hours of the whole run at the roofline."""
         return self.step_seconds() * self.steps / 3600
 
 
 def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: int) -> Plan:
-    """Compiles one train step of `cfg` for `topology`.
+    """Compiles one train step of a single run for a topology.
 
-    The batch is there already: `cfg.batch_size` rows, each full on both sides; packed where the
-    architecture can read that. The split it comes from, which `train.py` keeps on every device,
-    takes memory besides.
-
-    Args:
-      cfg: the run, a single one.
-      topology: the devices.
-      vocab_size: V.
-      length: tokens a row, of source and of target.
+    The batch has `cfg.batch_size` rows of `length` tokens on each side, packed where the
+    architecture supports it. The training split, which `train.py` keeps on every device, comes on
+    top of the memory.
 
     Raises:
       UserError: the mesh does not divide the devices, the batch or a parameter, or a row is
-        longer than positions reach.
+        longer than the positions allow.
     """
     if cfg.replicas > 1:
         raise UserError(
-            f"replicas={cfg.replicas}: a plan is of a single run; set it to 1, and count the "
-            "devices of each replica"
+            f"replicas={cfg.replicas}: plan a single run, replicas=1, for the devices of a replica"
         )
     mesh = make_mesh(cfg.mesh, 1, topology.devices)
     check_batch(mesh, cfg.batch_size)
     cfg.model.check_length(length, f"--length={length}")
-    model, step_config = Model(cfg.model, vocab_size), cfg.step_config()
-    state = abstract_state(model, step_config, mesh)
+    run = Run(cfg, mesh=mesh, model=Model(cfg.model, vocab_size))
+    state = run.abstract_state
     tokens = np.broadcast_to(np.int32(0), (cfg.batch_size, length))  # takes no memory
     data = Dataset(tokens, tokens, cfg.batch_size, packed=cfg.model.architecture != "recurrent")
     batch = abstract_batch(data, mesh)
-    step = jax.jit(
-        make_train_step(model, step_config),
-        donate_argnums=0,
-        out_shardings=(
-            jax.tree.map(lambda leaf: leaf.sharding, state),
-            replicated(mesh),
-        ),
-    )
-    flops, memory, moves, refusal = 0.0, {}, hlo.Traffic(), ""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
+    train_step = make_train_step(run.model, cfg.step_config())
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+    flops, memory, moved, refusal = 0.0, {}, hlo.Traffic(), ""
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
         try:
@@ -224,22 +211,22 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
         else:
             flops = (compiled.cost_analysis() or {})["flops"]
             memory = memory_by_kind(state, batch, compiled.memory_analysis())
-            moves = hlo.traffic(compiled.as_text() or "", mesh.size)
+            moved = hlo.traffic(compiled.as_text() or "", mesh.size)
     return Plan(
         topology=topology,
         mesh={name: size for name, size in mesh.shape.items() if name != "replica"},
         steps=cfg.steps,
         tokens=cfg.batch_size * length,
-        model_flops=step_flops(model, step_config, data),
+        model_flops=step_flops(run.model, cfg.step_config(), data),
         flops=flops,
         memory=memory,
-        traffic=moves,
+        traffic=moved,
         refusal=refusal,
     )
 
 
 def abstract_batch(data: Dataset, mesh: Mesh) -> Batch:
-    """The shapes of a batch, and how it is split."""
+    """The shapes, dtypes and shardings of a batch."""
     shapes = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
     where = NamedSharding(mesh, partition_spec(("batch", "length")))
     return jax.tree.map(
@@ -257,7 +244,7 @@ def memory_by_kind(state: TrainState, batch: Batch, analysis: Any) -> dict[str, 
     }
     memory = {kind: device_bytes(tree) for kind, tree in kinds.items()}
     memory["other arguments, padding"] = analysis.argument_size_in_bytes - sum(memory.values())
-    # What is handed back lies where it came from, all but the sums.
+    # All results but the metrics reuse the memory of the arguments.
     memory["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory["activations, gradients, temporaries"] = analysis.temp_size_in_bytes
     memory["program"] = analysis.generated_code_size_in_bytes
@@ -265,7 +252,7 @@ def memory_by_kind(state: TrainState, batch: Batch, analysis: Any) -> dict[str, 
 
 
 def device_bytes(tree: Any) -> int:
-    """The bytes of a pytree's arrays on one device, before the chip's own padding."""
+    """The bytes of a pytree's arrays on one device, without the padding of the chip."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -275,7 +262,7 @@ def device_bytes(tree: Any) -> int:
 def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
     """`cfg` with each mesh (data, fsdp, tensor) of so many devices that divides the batch.
 
-    What `mesh.context` splits stays as it is.
+    `mesh.context` stays as it is.
     """
     devices //= cfg.mesh.context
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
@@ -290,7 +277,7 @@ def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest first, of equals the smallest; what does not fit last."""
+    """The fastest first, of equals the smallest; those that do not fit last."""
 
     def key(plan: Plan):
         return bool(plan.refusal), plan.step_seconds(), sum(plan.memory.values())

@@ -1,0 +1,283 @@
+"""The peers in PyTorch, which share one training loop: `nn.Transformer`, Marian, x-transformers."""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.benchmark import task
+from lab.benchmark.contender import Contender, Schedule, Setting
+from lab.benchmark.task import BOS, EOS, PAD, Size
+
+torch: Any = importlib.import_module("torch")  # an extra, unknown to the type checker
+nn, functional = torch.nn, torch.nn.functional
+
+
+class TorchPeer(Contender):
+    """A `torch.nn.Module` from (source [B, S], target_in [B, T]) to logits [B, T, V]."""
+
+    network: Any  # Size → module
+
+    def __init__(self, setting: Setting):
+        torch.set_num_threads(setting.threads)
+        self.size = setting.size
+        self.device = torch.device("cuda" if setting.device == "gpu" else "cpu")
+        strings = task.load(setting.folder, "train")
+        self.lengths = strings.lengths
+        self.source, self.target = (
+            torch.from_numpy(side).long().to(self.device)
+            for side in (strings.source, strings.target)
+        )
+
+    def outputs(self, source: Any, beams: int, length: int) -> Any:
+        """The outputs [B, at most length] for a batch of sources on the device."""
+        raise NotImplementedError
+
+    def start(self, seed: int, schedule: Schedule) -> None:
+        torch.manual_seed(seed)
+        self.module = self.network(self.size).to(self.device)
+        self.forward = self.module
+        self.optimizer = torch.optim.Adam(
+            self.module.parameters(),
+            lr=schedule.learning_rate,
+            betas=(0.9, 0.98),
+            eps=1e-9,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule.factor)
+        self.seed, self.batches = seed, dict[str, Iterator[np.ndarray]]()
+
+    def train(self, steps: int, batching: str) -> tuple[int, float]:
+        if batching not in self.batches:
+            own = task.batches(self.lengths, self.size.batch, self.seed, batching)
+            self.batches[batching] = own
+        self.module.train()
+        total, tokens = torch.zeros((), device=self.device), 0
+        for _ in range(steps):
+            rows = next(self.batches[batching])
+            tokens += int(self.lengths[rows].sum())
+            total += self.train_step(rows)
+        return tokens, float(total) / steps  # waits for the device
+
+    def train_step(self, rows: np.ndarray) -> Any:
+        """One update from these strings, padded to the longest of them; returns the loss."""
+        longest = int(self.lengths[rows].max())
+        index = torch.from_numpy(rows).to(self.device)
+        source, target = self.source[index, :longest], self.target[index, :longest]
+        target_in = functional.pad(target[:, :-1], (1, 0), value=BOS)
+        with self.precision():
+            logits = self.forward(source, target_in)
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), target.flatten(), ignore_index=PAD
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def precision(self) -> Any:
+        """float32 on a CPU, bfloat16 matrix products on a GPU; float32 parameters on both."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+
+    def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
+        self.module.eval()
+        lengths = (source != PAD).sum(1)
+        decoded = np.full((len(source), length), PAD, source.dtype)
+        with torch.inference_mode(), self.precision():
+            for rows in task.by_length(lengths, batch):
+                part = torch.from_numpy(source[rows, : lengths[rows].max()]).long()
+                out = self.outputs(part.to(self.device), beams, length).cpu().numpy()
+                decoded[rows, : out.shape[1]] = out
+        return decoded
+
+    def memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+    def save(self, path: Path) -> None:
+        torch.save(self.module.state_dict(), path)
+
+    def load(self, path: Path) -> None:
+        self.module = self.network(self.size).to(self.device)
+        self.module.load_state_dict(torch.load(path, map_location=self.device))
+
+
+class TransformerNetwork(nn.Module):
+    """`nn.Transformer`'s layers, pre-norm, with the embeddings and positions PyTorch lacks."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        sizes = size.d_model, size.num_heads, size.d_ff
+        common = {"batch_first": True, "norm_first": True, "dropout": 0.0}
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(*sizes, **common),
+            size.num_layers,
+            nn.LayerNorm(size.d_model),
+            enable_nested_tensor=False,
+        )
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(*sizes, **common),
+            size.num_layers,
+            nn.LayerNorm(size.d_model),
+        )
+        for matrix in self.parameters():
+            if matrix.dim() > 1:
+                nn.init.xavier_uniform_(matrix)
+        self.embedding = nn.Embedding(task.VOCABULARY, size.d_model, padding_idx=PAD)
+        nn.init.normal_(self.embedding.weight, std=size.d_model**-0.5)
+        rates = 10_000.0 ** -(torch.arange(0, size.d_model, 2) / size.d_model)
+        angles = torch.arange(size.room + 1)[:, None] * rates
+        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=1))
+
+    def embed(self, tokens: Any) -> Any:
+        scaled = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+        return scaled + self.positions[: tokens.shape[1]]
+
+    def encode(self, source: Any) -> Any:
+        return self.encoder(self.embed(source), src_key_padding_mask=source == PAD)
+
+    def decode(self, target_in: Any, memory: Any, source: Any) -> Any:
+        square = 2 * target_in.shape[1:]
+        # Causality keeps the target's padding, which follows its tokens, from them.
+        x = self.decoder(
+            self.embed(target_in),
+            memory,
+            tgt_mask=torch.ones(square, dtype=torch.bool, device=target_in.device).triu(1),
+            tgt_is_causal=True,
+            memory_key_padding_mask=source == PAD,
+        )
+        return functional.linear(x, self.embedding.weight)
+
+    def forward(self, source: Any, target_in: Any) -> Any:
+        return self.decode(target_in, self.encode(source), source)
+
+
+class PyTorch(TorchPeer):
+    """Eager `nn.Transformer`, which has no cache and no beam search: greedy recomputes."""
+
+    network = TransformerNetwork
+
+    def outputs(self, source: Any, beams: int, length: int) -> Any:
+        memory = self.module.encode(source)
+        tokens = torch.full_like(source[:, :1], BOS)
+        done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
+        for _ in range(length):
+            logits = self.module.decode(tokens, memory, source)[:, -1]
+            token = logits.argmax(-1).masked_fill(done, PAD)
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+            done |= token == EOS
+            if done.all():
+                break
+        return tokens[:, 1:]
+
+
+class Compiled(PyTorch):
+    """`torch.compile` with its defaults: for one length, then once more for all others."""
+
+    def start(self, seed: int, schedule: Schedule) -> None:
+        super().start(seed, schedule)
+        self.forward = torch.compile(self.module)
+
+
+class MarianNetwork(nn.Module):
+    """Hugging Face's `MarianMTModel`: post-norm, sinusoidal positions, one embedding."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        transformers: Any = importlib.import_module("transformers")
+        sides = {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in {
+                "layers": size.num_layers,
+                "attention_heads": size.num_heads,
+                "ffn_dim": size.d_ff,
+            }.items()
+        }
+        config = transformers.MarianConfig(
+            vocab_size=task.VOCABULARY,
+            d_model=size.d_model,
+            max_position_embeddings=size.room + 1,
+            activation_function="relu",
+            dropout=0.0,
+            scale_embedding=True,
+            init_std=size.d_model**-0.5,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            decoder_start_token_id=BOS,
+            forced_eos_token_id=None,
+            **sides,
+        )
+        self.model = transformers.MarianMTModel(config)
+
+    def forward(self, source: Any, target_in: Any) -> Any:
+        return self.model(
+            input_ids=source,
+            attention_mask=(source != PAD).long(),
+            decoder_input_ids=target_in,
+            use_cache=False,
+        ).logits
+
+
+class Marian(TorchPeer):
+    """Marian with Hugging Face's `generate`."""
+
+    network = MarianNetwork
+
+    def outputs(self, source: Any, beams: int, length: int) -> Any:
+        tokens = self.module.model.generate(
+            input_ids=source,
+            attention_mask=(source != PAD).long(),
+            max_new_tokens=length,
+            num_beams=beams,
+            do_sample=False,
+        )
+        return tokens[:, 1:]  # without BOS
+
+
+class XNetwork(nn.Module):
+    """`XTransformer` with its defaults: pre-norm, learned positions; and flash attention."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        sides = {
+            f"{side}_{name}": value
+            for side in ("enc", "dec")
+            for name, value in {
+                "num_tokens": task.VOCABULARY,
+                "max_seq_len": size.room + 1,
+                "depth": size.num_layers,
+                "heads": size.num_heads,
+                "attn_dim_head": size.d_model // size.num_heads,
+                "ff_mult": size.d_ff // size.d_model,
+                "attn_flash": True,
+            }.items()
+        }
+        make: Any = importlib.import_module("x_transformers").XTransformer
+        self.model = make(dim=size.d_model, tie_token_emb=True, pad_value=PAD, **sides)
+
+    def forward(self, source: Any, target_in: Any) -> Any:
+        mask = source != PAD
+        memory = self.model.encoder(source, mask=mask, return_embeddings=True)
+        # What its own loss computes after shifting the target.
+        return self.model.decoder.net(target_in, context=memory, context_mask=mask)
+
+
+class XTransformers(TorchPeer):
+    """x-transformers with its `generate`; its beam search does not stop at EOS."""
+
+    network = XNetwork
+
+    def outputs(self, source: Any, beams: int, length: int) -> Any:
+        start = torch.full_like(source[:, :1], BOS)
+        return self.module.model.generate(
+            source, start, length, mask=source != PAD, temperature=0.0, eos_token=EOS
+        )
