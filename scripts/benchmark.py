@@ -44,16 +44,12 @@ OUTPUT = flags.DEFINE_string(
 
 def main() -> None:
     """Measures part by part, and writes the page after each."""
-    for flag, known in (
-        (WHAT, measure.PARTS),
-        (ONLY, CONTENDERS),
-        (SIZES, task.SIZES[DEVICE.value]),
-    ):
+    known_sizes = task.SIZES[DEVICE.value]
+    for flag, known in ((WHAT, measure.PARTS), (ONLY, CONTENDERS), (SIZES, known_sizes)):
         for name in flag.value:
             choose(known, name, f"--{flag.name}")
     if OURS not in ONLY.value:
         raise UserError(f"--contenders: it must include {OURS}, which the ratios are taken with")
-    device = cpu_name() if DEVICE.value == "cpu" else gpu()
     output = Path(OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in SIZES.value:
@@ -67,13 +63,11 @@ def main() -> None:
             try:
                 tables, found = measure.PARTS[part](bench)
             except ContenderError as error:
-                log = bench.folder / f"{OURS}.log"
+                log = bench.setting.folder / f"{OURS}.log"
                 raise UserError(f"{OURS} failed in {part} of {name}: {error}; see {log}") from error
             for each in tables:
                 table(each.title, each.columns, each.rows)
-            page.store(
-                output, name, part, tables, about=made_with(bench, device) | about, rounds=found
-            )
+            page.store(output, name, part, tables, about=made_with(bench) | about, rounds=found)
             page.write(output)
     if output.exists():
         facts({"page": str(output)})
@@ -91,7 +85,6 @@ def prepare(name: str) -> measure.Bench:
     return measure.Bench(
         size=name,
         setting=Setting(size, folder, DEVICE.value, THREADS.value),
-        folder=folder,
         contenders=ONLY.value,
         rounds=ROUNDS.value,
         seeds=SEEDS.value,
@@ -101,32 +94,20 @@ def prepare(name: str) -> measure.Bench:
     )
 
 
-def made_with(bench: measure.Bench, device: str) -> dict:
+def made_with(bench: measure.Bench) -> dict:
     """What a part was measured on and with."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # it takes no GPU memory
+    device = cpu_name() if DEVICE.value == "cpu" else subprocess.check_output(query, text=True)
     present = [CONTENDERS[each] for each in bench.contenders if not CONTENDERS[each].missing()]
     needs = sorted({package for entry in present for package in entry.needs})
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "device": device,
+        "device": device.partition("\n")[0],
         "threads": bench.setting.threads,
         "size": vars(bench.setting.size),
         "versions": versions() | {each: metadata.version(each) for each in needs},
         "absent": bench.failures,
     }
-
-
-def gpu() -> str:
-    """The name of the first GPU, asked for without taking its memory.
-
-    Raises:
-      UserError: there is none.
-    """
-    query = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError("--device=gpu: nvidia-smi finds none; leave it out for the CPU") from error
-    return out.splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Usage:
     python scripts/check_attention.py [--backends=cudnn]
 """
 
+import itertools
 import sys
 
 import jax
@@ -39,12 +40,10 @@ def masks(length: int) -> dict[str, Mask]:
     half_empty = np.where(position < length // 2, packed, 0)
     rows = jnp.asarray(np.stack([packed, half_empty, 0 * packed + 1, 0 * packed]), jnp.int32)
     padding = (rows > 0).astype(jnp.int32)
-    return {
-        "padding": Mask(padding, padding),
-        "packed": Mask(rows, rows),
-        "causal": Mask(rows, rows, causal=True),
-        "window": Mask(rows, rows, causal=True, window=length // 8),
-    }
+    causal = Mask(rows, rows, causal=True)
+    window = Mask(rows, rows, causal=True, window=length // 8)
+    both = {"padding": Mask(padding, padding), "packed": Mask(rows, rows)}
+    return both | {"causal": causal, "window": window}
 
 
 def output_and_gradients(backend: str, mask: Mask, inputs: list[jax.Array]) -> list[jax.Array]:
@@ -65,32 +64,26 @@ def errors(backend: str, dtype: str, kv_heads: int, mask: Mask) -> list[float]:
     shapes = [(ROWS, heads, length, WIDTH) for heads in (HEADS, kv_heads, kv_heads)]
     inputs = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
     exact = output_and_gradients("einsum", mask, [x.astype(jnp.float32) for x in inputs])
-    found = output_and_gradients(backend, mask, inputs)
-    return [
-        float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(found, exact, strict=True)
-    ]
+    pairs = zip(output_and_gradients(backend, mask, inputs), exact, strict=True)
+    return [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs]
 
 
 def main() -> None:
     """Prints a row per backend, number of key heads and mask."""
     cli.set_up_jax()
-    rows, wrong = [], 0
     default = DEVICE_BACKENDS.get(jax.default_backend(), ["xla", "chunked", "splash"])
-    for backend in BACKENDS.value or default:
+    choices = BACKENDS.value or default, (HEADS, HEADS // 4, 1), masks(LENGTH.value).items()
+    rows = []
+    for backend, kv_heads, (name, mask) in itertools.product(*choices):
         dtype = "bfloat16" if backend in BFLOAT16_BACKENDS else "float32"
-        for kv_heads in (HEADS, HEADS // 4, 1):
-            for name, mask in masks(LENGTH.value).items():
-                with jax.default_matmul_precision("highest"):
-                    found = errors(backend, dtype, kv_heads, mask)
-                is_wrong = not np.max(found) <= TOLERANCE[dtype]  # NaN is wrong too
-                wrong += is_wrong
-                shown = [f"{each:.1e}" for each in found]
-                result = "WRONG" if is_wrong else "ok"
-                rows.append((backend, str(kv_heads), name, *shown, result))
-    title = f"{jax.devices()[0].device_kind}: errors against the equation in float32"
+        with jax.default_matmul_precision("highest"):
+            found = errors(backend, dtype, kv_heads, mask)
+        is_wrong = not np.max(found) <= TOLERANCE[dtype]  # NaN is wrong too
+        shown = [f"{each:.1e}" for each in found]
+        rows.append((backend, str(kv_heads), name, *shown, "WRONG" if is_wrong else "ok"))
     columns = ("backend", "key heads", "mask", "output", "d query", "d key", "d value", "")
-    table(title, columns, rows)
-    sys.exit(int(wrong > 0))
+    table(f"{jax.devices()[0].device_kind}: errors against float32", columns, rows)
+    sys.exit(int(any(row[-1] == "WRONG" for row in rows)))
 
 
 if __name__ == "__main__":

@@ -35,26 +35,6 @@ def test_the_formula_knows_every_size():
     assert formula(config, 101) == Model(config, 101).count_parameters()
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize(("accumulation_steps", "rows"), [(1, 3), (2, 4)])
-def test_packed_batches_are_measured_with_as_many_tokens(accumulation_steps, rows, data_dir):
-    """16 rows of 6 tokens are 3 rows of 32; or 4, if the batch is accumulated in two parts."""
-    words = ("--config=configs/toy_reverse.py", f"--data_dir={data_dir}")
-    with program("scripts/measure_knobs.py", *words) as script:
-        config = script.CONFIG.value
-        config.update_from_flattened_dict(
-            {
-                "data.size": "tiny",
-                "data.pack_length": 32,
-                "mesh.data": 1,
-                "batch_size": 16,
-                "accumulation_steps": accumulation_steps,
-            }
-        )
-        run = script.assemble(RunConfig.from_config_dict(config), tokens=16 * 6)
-    assert (run.config.batch_size, run.rows.widths) == (rows, (32, 32))
-
-
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [

@@ -41,7 +41,7 @@ class Schedule:
 
 
 class Contender:
-    """A model with its optimizer in one framework. Its `Entry` says what of this it supports."""
+    """A model with its optimizer in one framework; its `Entry` says what it supports."""
 
     def start(self, seed: int, schedule: Schedule) -> None:
         """Initialises parameters and optimizer; the next step is the first."""
@@ -105,7 +105,6 @@ class Entry:
 
 
 OURS = "ours"
-CT2 = ("torch", "transformers", "ctranslate2"), (), (1, 4), "marian"
 CONTENDERS = {
     OURS: Entry("this library", "ours:Ours", (), ("packed",), (1, 4)),
     "pytorch": Entry("PyTorch", "torch_peers:PyTorch", ("torch",), beams=(1,)),
@@ -116,9 +115,13 @@ CONTENDERS = {
     "x_transformers": Entry(
         "x-transformers", "torch_peers:XTransformers", ("torch", "x_transformers"), beams=(1,)
     ),
-    "ctranslate2": Entry("CTranslate2, all threads on a batch", "ctranslate2:OneWorker", *CT2),
-    "ctranslate2_workers": Entry(
-        "CTranslate2, a worker a thread", "ctranslate2:WorkerPerThread", *CT2
+    "ctranslate2": Entry(
+        "CTranslate2",
+        "ctranslate2:CTranslate2",
+        ("torch", "transformers", "ctranslate2"),
+        batchings=(),
+        beams=(1, 4),
+        weights="marian",
     ),
 }
 

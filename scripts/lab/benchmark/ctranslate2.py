@@ -1,6 +1,7 @@
 """CTranslate2, which decodes with the parameters of a trained Marian."""
 
 import importlib
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,11 @@ class Converter(ctranslate2.converters.Converter):
             return loaders.BartLoader()(self.model, IdTokenizer(config.vocab_size))
 
 
-class OneWorker(Contender):
-    """One batch at a time, on all threads."""
+class CTranslate2(Contender):
+    """One worker per thread, among which CTranslate2 divides a batch, sorted by length."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.threads = {"inter_threads": 1, "intra_threads": setting.threads}
-        self.workers = 1
 
     def load(self, path: Path) -> None:
         network = MarianNetwork(self.setting.size)
@@ -65,34 +64,22 @@ class OneWorker(Contender):
                 folder,
                 device="cuda" if gpu else "cpu",
                 compute_type="bfloat16" if gpu else "float32",
-                **self.threads,
+                inter_threads=self.setting.threads,
+                intra_threads=1,
             )
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         words = [[str(token) for token in row[row != PAD]] for row in source]
-        # In a batch CTranslate2 itself sorts by length and divides the work.
-        results = [
-            result
-            for part in ([[each] for each in words] if batch == 1 else [words])
-            for result in self.translator.translate_batch(
-                part,
-                beam_size=beams,
-                max_batch_size=max(1, batch // self.workers),
-                max_decoding_length=length,
-                return_end_token=True,
-            )
-        ]
+        options = {
+            "beam_size": beams,
+            "max_batch_size": max(1, batch // self.setting.threads),
+            "max_decoding_length": length,
+            "return_end_token": True,
+        }
+        parts = [[each] for each in words] if batch == 1 else [words]
+        results = [self.translator.translate_batch(part, **options) for part in parts]
         decoded = np.full((len(source), length), PAD, source.dtype)
-        for row, result in zip(decoded, results, strict=True):
+        for row, result in zip(decoded, itertools.chain(*results), strict=True):
             tokens = [int(token) for token in result.hypotheses[0]]
             row[: len(tokens)] = tokens
         return decoded
-
-
-class WorkerPerThread(OneWorker):
-    """A worker on each thread, among which a batch is divided."""
-
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.threads = {"inter_threads": setting.threads, "intra_threads": 1}
-        self.workers = setting.threads

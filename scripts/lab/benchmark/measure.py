@@ -17,7 +17,6 @@ from lab.timing import rotate
 from transformer.console import console
 
 STRINGS = {128: 512, 1: 32}  # batch size of decoding → held-out strings in a turn
-EVERY = 50  # steps between evaluations
 PAUSE = 0.3  # seconds between turns, until the threads of the last process sleep
 
 # (contender, batching or "") → (method of `Worker`, its arguments)
@@ -29,7 +28,7 @@ class Bench:
     """One size on one device, and how often everything is measured.
 
     size: its name.
-    folder: for logs and trained parameters.
+    setting: also of the folder for logs and trained parameters.
     rounds: turns of each contender.
     seeds: of training to the target.
     target: exact match on the held-out strings.
@@ -39,7 +38,6 @@ class Bench:
 
     size: str
     setting: Setting
-    folder: Path
     contenders: Sequence[str]
     rounds: int
     seeds: int
@@ -49,18 +47,16 @@ class Bench:
 
     def able(self, support: str) -> list[str]:
         """The contenders whose `Entry` has this field set and that have not failed."""
-        names = [name for name in self.contenders if getattr(CONTENDERS[name], support)]
-        return [name for name in names if name not in self.failures]
+        able = [name for name in self.contenders if getattr(CONTENDERS[name], support)]
+        return [name for name in able if name not in self.failures]
 
     @contextlib.contextmanager
     def processes(self, names: Sequence[str]) -> Iterator[dict[str, Remote]]:
         """A process for each."""
         with contextlib.ExitStack() as stack:
-            logs = {name: self.folder / f"{name}.log" for name in names}
-            yield {
-                name: stack.enter_context(Remote(name, self.setting, log))
-                for name, log in logs.items()
-            }
+            folder = self.setting.folder
+            remotes = {n: Remote(n, self.setting, folder / f"{n}.log") for n in names}
+            yield {name: stack.enter_context(remote) for name, remote in remotes.items()}
 
     def ask(self, remote: Remote, method: str, **arguments: Any) -> Any:
         """The result; None, now and from now on, of a peer that fails.
@@ -100,7 +96,7 @@ class Bench:
 
     def learn(self, remote: Remote, seed: int) -> Any:
         """Trains a contender to the target, and saves its parameters."""
-        ends = {"every": EVERY, "target": self.target, "limit": self.limit}
+        ends = {"target": self.target, "limit": self.limit}
         found = self.ask(remote, "learn", seed=seed, **self.training_of(remote.contender), **ends)
         self.ask(remote, "save", path=str(self.weights(remote.contender)))
         if found:
@@ -112,7 +108,7 @@ class Bench:
 
     def weights(self, name: str) -> Path:
         """The file with a contender's trained parameters."""
-        return (self.folder / f"{name}.weights").resolve()
+        return (self.setting.folder / f"{name}.weights").resolve()
 
 
 def label(name: str, batching: str = "") -> str:
@@ -131,16 +127,16 @@ def training(bench: Bench) -> tuple[list[Table], Any]:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)["schedule"])
         bench.rotate(remotes, turns, 1)  # compiles, and warms the caches
-        memory = {name: bench.ask(remote, "memory") for name, remote in remotes.items()}
+        held = {name: bench.ask(remote, "memory") for name, remote in remotes.items()}
         found = bench.rotate(remotes, turns, bench.rounds)
 
     def rate(what: str) -> dict[str, list[float]]:
         return {key: [r[what] / r["seconds"] for r in each] for key, each in found.items()}
 
-    held = {label(*key): memory[key[0]] for key in turns}
+    memory = {label(*key): held[key[0]] for key in turns}
     extra = {
         "steps/s": {key: spread(each, "{:.2f}".format) for key, each in rate("steps").items()},
-        "memory": {key: f"{held[key] / 2**30:.2f} GiB" for key in found},
+        "memory": {key: f"{memory[key] / 2**30:.2f} GiB" for key in found},
     }
     return [comparison("useful target tokens/s", rate("tokens"), extra)], found
 

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,8 @@ class TorchPeer(Contender):
         self.device = torch.device("cuda" if setting.device == "gpu" else "cpu")
         strings = task.load(setting.folder, "train")
         self.lengths = strings.lengths
-        self.source, self.target = (
-            torch.from_numpy(side).long().to(self.device)
-            for side in (strings.source, strings.target)
-        )
+        sides = torch.from_numpy(np.stack([strings.source, strings.target]))
+        self.source, self.target = sides.long().to(self.device)
 
     def outputs(self, source: Any, beams: int, length: int) -> Any:
         """The outputs [B, at most length] for a batch of sources on the device."""
@@ -41,20 +38,15 @@ class TorchPeer(Contender):
         torch.manual_seed(seed)
         self.module = self.network(self.size).to(self.device)
         self.forward = self.module
-        self.optimizer = torch.optim.Adam(
-            self.module.parameters(),
-            lr=schedule.learning_rate,
-            betas=(0.9, 0.98),
-            eps=1e-9,
-            fused=True,
-        )
+        parameters, rate = self.module.parameters(), schedule.learning_rate
+        self.optimizer = torch.optim.Adam(parameters, rate, (0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule.factor)
-        self.seed, self.batches = seed, dict[str, Iterator[np.ndarray]]()
+        self.batches = {
+            batching: task.batches(self.lengths, self.size.batch, seed, batching)
+            for batching in ("padded", "bucketed")
+        }
 
     def train(self, steps: int, batching: str) -> tuple[int, float]:
-        if batching not in self.batches:
-            own = task.batches(self.lengths, self.size.batch, self.seed, batching)
-            self.batches[batching] = own
         self.module.train()
         total, tokens = torch.zeros((), device=self.device), 0
         for _ in range(steps):
@@ -71,9 +63,8 @@ class TorchPeer(Contender):
         target_in = functional.pad(target[:, :-1], (1, 0), value=BOS)
         with self.precision():
             logits = self.forward(source, target_in)
-            loss = functional.cross_entropy(
-                logits.flatten(0, 1), target.flatten(), ignore_index=PAD
-            )
+            logits = logits.flatten(0, 1)
+            loss = functional.cross_entropy(logits, target.flatten(), ignore_index=PAD)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
@@ -110,26 +101,12 @@ class TorchPeer(Contender):
 
 
 class TransformerNetwork(nn.Module):
-    """`nn.Transformer`'s layers, pre-norm, with the embeddings and positions PyTorch lacks."""
+    """`nn.Transformer`, pre-norm, with the embeddings and positions that PyTorch lacks."""
 
     def __init__(self, size: Size):
         super().__init__()
-        sizes = size.d_model, size.num_heads, size.d_ff
-        common = {"batch_first": True, "norm_first": True, "dropout": 0.0}
-        self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(*sizes, **common),
-            size.num_layers,
-            nn.LayerNorm(size.d_model),
-            enable_nested_tensor=False,
-        )
-        self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(*sizes, **common),
-            size.num_layers,
-            nn.LayerNorm(size.d_model),
-        )
-        for matrix in self.parameters():
-            if matrix.dim() > 1:
-                nn.init.xavier_uniform_(matrix)
+        sizes = size.d_model, size.num_heads, size.num_layers, size.num_layers, size.d_ff
+        self.model = nn.Transformer(*sizes, dropout=0.0, batch_first=True, norm_first=True)
         self.embedding = nn.Embedding(task.VOCABULARY, size.d_model, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=size.d_model**-0.5)
         rates = 10_000.0 ** -(torch.arange(0, size.d_model, 2) / size.d_model)
@@ -141,18 +118,14 @@ class TransformerNetwork(nn.Module):
         return scaled + self.positions[: tokens.shape[1]]
 
     def encode(self, source: Any) -> Any:
-        return self.encoder(self.embed(source), src_key_padding_mask=source == PAD)
+        return self.model.encoder(self.embed(source), src_key_padding_mask=source == PAD)
 
     def decode(self, target_in: Any, memory: Any, source: Any) -> Any:
-        square = 2 * target_in.shape[1:]
+        length = target_in.shape[1]
         # Causality keeps the target's padding, which follows its tokens, from them.
-        x = self.decoder(
-            self.embed(target_in),
-            memory,
-            tgt_mask=torch.ones(square, dtype=torch.bool, device=target_in.device).triu(1),
-            tgt_is_causal=True,
-            memory_key_padding_mask=source == PAD,
-        )
+        causal = torch.ones(length, length, dtype=torch.bool, device=target_in.device).triu(1)
+        masks = {"tgt_mask": causal, "memory_key_padding_mask": source == PAD}
+        x = self.model.decoder(self.embed(target_in), memory, tgt_is_causal=True, **masks)
         return functional.linear(x, self.embedding.weight)
 
     def forward(self, source: Any, target_in: Any) -> Any:
@@ -192,18 +165,15 @@ class MarianNetwork(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         transformers: Any = importlib.import_module("transformers")
-        sides = {
-            f"{side}_{name}": value
-            for side in ("encoder", "decoder")
-            for name, value in {
-                "layers": size.num_layers,
-                "attention_heads": size.num_heads,
-                "ffn_dim": size.d_ff,
-            }.items()
-        }
         config = transformers.MarianConfig(
             vocab_size=task.VOCABULARY,
             d_model=size.d_model,
+            encoder_layers=size.num_layers,
+            decoder_layers=size.num_layers,
+            encoder_attention_heads=size.num_heads,
+            decoder_attention_heads=size.num_heads,
+            encoder_ffn_dim=size.d_ff,
+            decoder_ffn_dim=size.d_ff,
             max_position_embeddings=size.room + 1,
             activation_function="relu",
             dropout=0.0,
@@ -214,7 +184,6 @@ class MarianNetwork(nn.Module):
             eos_token_id=EOS,
             decoder_start_token_id=BOS,
             forced_eos_token_id=None,
-            **sides,
         )
         self.model = transformers.MarianMTModel(config)
 
@@ -248,19 +217,16 @@ class XNetwork(nn.Module):
 
     def __init__(self, size: Size):
         super().__init__()
-        sides = {
-            f"{side}_{name}": value
-            for side in ("enc", "dec")
-            for name, value in {
-                "num_tokens": task.VOCABULARY,
-                "max_seq_len": size.room + 1,
-                "depth": size.num_layers,
-                "heads": size.num_heads,
-                "attn_dim_head": size.d_model // size.num_heads,
-                "ff_mult": size.d_ff // size.d_model,
-                "attn_flash": True,
-            }.items()
+        common = {
+            "num_tokens": task.VOCABULARY,
+            "max_seq_len": size.room + 1,
+            "depth": size.num_layers,
+            "heads": size.num_heads,
+            "attn_dim_head": size.d_model // size.num_heads,
+            "ff_mult": size.d_ff // size.d_model,
+            "attn_flash": True,
         }
+        sides = {f"{side}_{name}": common[name] for side in ("enc", "dec") for name in common}
         make: Any = importlib.import_module("x_transformers").XTransformer
         self.model = make(dim=size.d_model, tie_token_emb=True, pad_value=PAD, **sides)
 

@@ -24,6 +24,7 @@ from lab.benchmark.contender import CONTENDERS, Contender, Schedule, Setting
 from lab.benchmark.task import EOS, PAD, Size
 
 ROOT = Path(__file__).parents[3]
+EVERY = 50  # steps between evaluations
 SHORTEST = 0.5  # seconds that a timing of decoding takes at least, by repeating it
 
 
@@ -45,8 +46,8 @@ class Worker:
         """Takes steps: their seconds, useful target tokens and loss."""
         started = time.perf_counter()
         tokens, loss = self.contender.train(steps, batching)
-        seconds = time.perf_counter() - started
-        return {"steps": steps, "tokens": tokens, "seconds": seconds, "loss": loss}
+        own = {"steps": steps, "tokens": tokens, "loss": loss}
+        return own | {"seconds": time.perf_counter() - started}
 
     def decode(self, strings: int, batch: int, beams: int, shortest: float = SHORTEST) -> Any:
         """Decodes the first held-out strings: seconds, exact match, tokens per output."""
@@ -64,32 +65,19 @@ class Worker:
         }
 
     def learn(
-        self,
-        seed: int,
-        schedule: dict[str, Any],
-        batching: str,
-        every: int,
-        target: float,
-        limit: float,
+        self, seed: int, schedule: dict[str, Any], batching: str, target: float, limit: float
     ) -> dict[str, Any]:
-        """Trains until the exact match of greedy decoding reaches the target.
+        """Trains until the exact match of greedy decoding on held-out strings reaches the target.
 
-        Neither compilation nor evaluation counts as training time.
-
-        Args:
-          seed: of everything.
-          schedule: the fields of `Schedule`; training ends where it ends.
-          batching: one of `Entry.batchings`.
-          every: steps between evaluations.
-          target: exact match on the held-out strings.
-          limit: seconds of training after which it gives up.
+        It gives up where the schedule ends, or after `limit` seconds of training. Neither
+        compilation nor evaluation counts.
         """
         self.start(seed, schedule)
         self.train(1, batching)  # compiles
         self.start(seed, schedule)
         curve, seconds, step, right = [], 0.0, 0, 0.0
         while step < schedule["steps"] and right < target and seconds < limit:
-            done = self.train(min(every, schedule["steps"] - step), batching)
+            done = self.train(min(EVERY, schedule["steps"] - step), batching)
             step, seconds = step + done["steps"], seconds + done["seconds"]
             right = self.decode(len(self.held_out), 128, 1, shortest=0.0)["exact"]
             curve.append([step, seconds, right, done["loss"]])
@@ -97,9 +85,9 @@ class Worker:
 
     def memory(self) -> int:
         """Peak bytes: on the device, or on a CPU of this process."""
-        held = self.contender.memory()
         unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if held is None else held
+        resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return self.contender.memory() or resident
 
     def save(self, path: str) -> None:
         self.contender.save(Path(path))
@@ -121,20 +109,14 @@ def exact_match(decoded: np.ndarray, target: np.ndarray) -> float:
 
 
 class Remote:
-    """The other end: a context manager that starts a contender's process and sends requests.
-
-    Args:
-      contender: its name in `CONTENDERS`.
-      setting: what it is started with.
-      log: the file for what it prints.
-    """
+    """The other end: starts the process of a contender, which prints into `log`; asks it."""
 
     def __init__(self, contender: str, setting: Setting, log: Path):
         self.contender, self.log = contender, log
         folder = str(setting.folder.resolve())
         words = dataclasses.asdict(setting) | {"folder": folder, "contender": contender}
         environment = {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": str(setting.threads),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other processes need memory too
             "HF_HUB_OFFLINE": "1",
