@@ -16,22 +16,22 @@
 # ---
 
 # %% [markdown]
-# # A Transformer that learns to write backwards
+# # Train a Transformer that reverses strings
 #
-# Here a small encoder-decoder Transformer learns to turn `hello` into `olleh`. You will watch it
-# learn, give it words of your own, see where it looks while it writes, and settle a question by
-# experiment: does it matter which norm it has?
+# This notebook trains a small encoder-decoder Transformer to turn `hello` into `olleh`. It plots
+# the learning curve, decodes words of your own, shows the cross-attention, and compares
+# normalisation layers in a small ablation.
 #
 # On Colab, choose **Runtime → Change runtime type → v5e-1 TPU**, then run the cells from the top.
-# A GPU or a plain CPU will do as well: say so in `ACCELERATOR`.
+# For a GPU or a CPU, set `ACCELERATOR` in the next cell.
 
 # %% [markdown]
 # ## Install
 #
-# Colab comes with a JAX that is too old, so this cell installs a newer one and restarts the session
-# (Colab may call that a crash). Then run it again: it has nothing left to do, and you can go on.
-# Should pip complain of Colab's own packages that want older versions, let it: nothing here
-# uses them.
+# Colab's JAX is too old, so this cell installs a newer one and restarts the session (Colab may
+# report a crash). Run the cell again after the restart: it then has nothing to do. Ignore
+# complaints of pip about Colab's own packages that require older versions; this notebook does not
+# use them.
 
 # %%
 import importlib.util
@@ -43,7 +43,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-REPOSITORY = ""  # the address that this code can be cloned from
+REPOSITORY = ""  # the URL to clone this repository from
 ACCELERATOR = os.environ.get("ACCELERATOR", "tpu")  # the runtime you chose: tpu, gpu or cpu
 
 # For a GPU, CUDA 12: it runs on drivers too old for CUDA 13, and on newer ones too.
@@ -65,7 +65,7 @@ else:
 # %% [markdown]
 # ## Check
 #
-# If JAX cannot reach the accelerator, it quietly takes the CPU. Better to know now.
+# If JAX cannot initialise the accelerator, it silently falls back to the CPU. This cell checks.
 
 # %%
 import flax
@@ -108,8 +108,8 @@ print(f"jax {jax.__version__}, flax {flax.__version__}, {len(devices)} × {devic
 # ## Train
 #
 # The same as `python train.py --config=configs/toy_reverse.py`: 50,000 strings of 1 to 16 letters,
-# one encoder and one decoder layer, 118 thousand parameters. The table at the end is about
-# strings that were never trained on; a sequence is right when every letter of it is.
+# one encoder and one decoder layer, 118 thousand parameters. The table at the end is computed on
+# held-out strings; sequence accuracy is the fraction of strings with every token correct.
 
 # %%
 from absl import logging
@@ -133,8 +133,8 @@ run.train()
 # %% [markdown]
 # ## The learning curve
 #
-# On the left the loss, on a logarithmic scale; on the right how much is right. Whole sequences lag
-# behind single letters, for one wrong letter spoils a sequence.
+# Left: the loss, on a logarithmic scale. Right: accuracy. Sequence accuracy lags behind token
+# accuracy, because a single wrong token makes a sequence wrong.
 
 # %%
 from IPython.display import Image, Markdown, display
@@ -144,8 +144,8 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 # %% [markdown]
 # ## Words of your own
 #
-# Any lower-case letters, up to 16 of them. Try more as well: it has never seen a longer string, and
-# does not know how to go on from what it has seen.
+# Use up to 16 lower-case letters. Try longer words, too: the model has seen no longer string in
+# training, and does not generalise to them.
 
 # %%
 from functools import partial
@@ -166,22 +166,21 @@ for word, output in zip(WORDS, decode(variables, examples).tokens, strict=True):
     print(word, "→", tokenizers.target.decode(output.tolist()))
 
 # %% [markdown]
-# ## Where it looks
+# ## Cross-attention
 #
-# To write a letter, the decoder asks a question of the source: a query $q$. Each letter of the
-# source has a key $k$ that says what it offers, and a value $v$ to be passed on. How well a key
-# answers the query is their dot product; softmax makes weights of these that sum to 1; what the
-# decoder gets is the mean of the values with these weights:
+# For each output token the decoder computes a query $q$. Each source token has a key $k$ and a
+# value $v$. The dot products of the query with the keys, normalised by a softmax, are the attention
+# weights, which sum to 1. The decoder receives the mean of the values under these weights:
 #
 # $$\mathrm{Attention}(Q, K, V) = \mathrm{softmax}\left(\frac{Q K^\top}{\sqrt{d_k}}\right) V$$
 #
-# Dot products of longer vectors are larger; dividing by $\sqrt{d_k}$ keeps softmax from putting
-# everything on one key before anything is learned.
+# Dot products grow with the dimension; dividing by $\sqrt{d_k}$ keeps the softmax from saturating
+# at initialisation.
 #
-# Below, each row is a step of writing and each column a letter of the source; dark is a large
-# weight. The first letter to write is the last of the source, so the dark cells run from the upper
-# right to the lower left: the model has found out by itself to read backwards. ⊢ stands for the
-# begin of writing, ⊣ for the end of the source; some heads look there when all is written.
+# Each row below is a decoding step and each column a source token; dark cells are large weights.
+# The first output letter is the last source letter, so the dark cells run from the upper right to
+# the lower left: the model has learned to read the source backwards. ⊢ is the begin-of-sequence
+# token, ⊣ the end of the source, which some heads attend to at the end of the output.
 
 # %%
 WORD = WORDS[2]
@@ -195,9 +194,9 @@ display(Image(picture, width=1000))
 # %% [markdown]
 # ## Does it matter which norm?
 #
-# Layer norm shifts and scales every vector to mean 0 and variance 1; RMS norm only scales. Is the
-# shift of any use? And is a norm needed at all? Four layers this time, three seeds of each, because
-# one run proves little: the seeds of a variant are trained together in one program.
+# Layer norm shifts and scales each vector to mean 0 and variance 1; RMS norm only scales. Does the
+# shift help? Is a norm needed at all? This ablation uses four layers and three seeds per variant,
+# which are trained together in one program.
 
 # %%
 from IPython.utils.capture import capture_output
@@ -215,16 +214,16 @@ sweep = Sweep(
 programs = plan(sweep, most=sweep.seeds)
 for program in programs:
     print(f"training {program.name}: {len(program.members)} seeds")
-    with capture_output():  # it would say what it said above
+    with capture_output():  # the same output as above
         transformer.Run(
             RunConfig.from_config_dict(program.resolved()), f"runs/norms/{program.name}"
         ).train()
 
 # %% [markdown]
-# The lines are means over seeds, the bands reach from the worst seed to the best. In the table,
-# brackets are 95% intervals, differences are taken seed by seed, and the verdict follows from
-# them by a rule. "No evidence of a difference" does not say that there is none: it says how large
-# one would have had to be for three seeds to show it.
+# Lines are means over seeds; bands extend from the worst to the best seed. In the table, brackets
+# are 95% intervals, differences are paired by seed, and a fixed rule derives the verdict. "No
+# evidence of a difference" does not mean that there is none: the table states how large a
+# difference three seeds could have detected.
 
 # %%
 page = report.make(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
@@ -234,7 +233,7 @@ display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### 
 # %% [markdown]
 # ## TensorBoard
 #
-# All runs so far, side by side.
+# Shows all runs so far.
 
 # %%
 if importlib.util.find_spec("tensorboard"):
@@ -244,9 +243,9 @@ else:
     print("TensorBoard is not installed: pip install tensorboard, and run this again")
 
 # %% [markdown]
-# ## Go on
+# ## Next steps
 #
-# Change one word and train again: `config = toy_reverse.get_config()`, then
-# `config.data.task = "sort"` or `config.model.position_encoding = "none"`, in its own `Workdir`.
-# `transformer/config.py` has every knob, each with a line on what it does; `README.md` shows the
-# same from the command line, and more.
+# Change one option and train again: `config = toy_reverse.get_config()`, then
+# `config.data.task = "sort"` or `config.model.position_encoding = "none"`, with another folder.
+# `configs/base.py` lists every option; `README.md` shows how to do all of this from the command
+# line.
