@@ -59,15 +59,16 @@ def main() -> None:
                 console.print(f"{name} on a {DEVICE.value} is too large for {part}")
                 continue
             console.print(f"{name}: {part}")
-            about = {"load": round(os.getloadavg()[0], 2), "commit": commit()}
+            load = os.getloadavg()[0]
             try:
                 tables, found = measure.PARTS[part](bench)
             except ContenderError as error:
                 log = bench.setting.folder / f"{OURS}.log"
                 raise UserError(f"{OURS} failed in {part} of {name}: {error}; see {log}") from error
             for each in tables:
-                table(each.title, each.columns, each.rows)
-            page.store(output, name, part, tables, about=made_with(bench) | about, rounds=found)
+                table(each["title"], each["columns"], each["rows"])
+            own = {"tables": tables, "about": about(bench, load), "rounds": found}
+            page.store(output, name, part, own)
             page.write(output)
     if output.exists():
         facts({"page": str(output)})
@@ -94,20 +95,22 @@ def prepare(name: str) -> measure.Bench:
     )
 
 
-def made_with(bench: measure.Bench) -> dict:
-    """What a part was measured on and with."""
+def about(bench: measure.Bench, load: float) -> str:
+    """What a part was measured on and with, and who is missing."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # it takes no GPU memory
     device = cpu_name() if DEVICE.value == "cpu" else subprocess.check_output(query, text=True)
     present = [CONTENDERS[each] for each in bench.contenders if not CONTENDERS[each].missing()]
-    needs = sorted({package for entry in present for package in entry.needs})
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": device.partition("\n")[0],
-        "threads": bench.setting.threads,
-        "size": vars(bench.setting.size),
-        "versions": versions() | {each: metadata.version(each) for each in needs},
-        "absent": bench.failures,
-    }
+    packages = sorted({package for entry in present for package in entry.needs})
+    with_versions = versions() | {each: metadata.version(each) for each in packages}
+    size, software = (
+        ", ".join(f"{name} {value}" for name, value in each.items())
+        for each in (vars(bench.setting.size), with_versions)
+    )
+    absent = "".join(f" {CONTENDERS[name].title}: {why}." for name, why in bench.failures.items())
+    return (
+        f"`{shlex.join(['python', *sys.argv])}` on {device.strip()}, {THREADS.value} threads, load "
+        f"before {load:.2f}; {size}; {software}; commit {commit() or 'unknown'}.{absent}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lab.benchmark.task import Size
 class Setting:
     """What the process of a contender is started with.
 
-    folder: where `task.save` has written the strings.
+    folder: where `task.save` has written the strings; for logs and parameters too.
     device: cpu or gpu. On a CPU everything is float32; on a GPU matrix products are bfloat16.
     threads: of a CPU.
     """

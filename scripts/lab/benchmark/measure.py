@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.benchmark.contender import CONTENDERS, OURS, TUNED, Schedule, Setting
-from lab.benchmark.page import Table, comparison
+from lab.benchmark.page import comparison
 from lab.benchmark.worker import ContenderError, Remote
 from lab.tables import spread
 from lab.timing import rotate
@@ -19,6 +19,7 @@ from transformer.console import console
 STRINGS = {128: 512, 1: 32}  # batch size of decoding → held-out strings in a turn
 PAUSE = 0.3  # seconds between turns, until the threads of the last process sleep
 
+Part = tuple[list[dict[str, Any]], Any]  # tables of `page.comparison`; the result of every turn
 # (contender, batching or "") → (method of `Worker`, its arguments)
 Turns = Mapping[tuple[str, str], tuple[str, dict[str, Any]]]
 
@@ -116,7 +117,7 @@ def label(name: str, batching: str = "") -> str:
     return ", ".join(filter(None, (CONTENDERS[name].title, batching)))
 
 
-def training(bench: Bench) -> tuple[list[Table], Any]:
+def training(bench: Bench) -> Part:
     """Steps and useful target tokens per second, and peak memory."""
     turns: Turns = {
         (name, batching): ("train", {"steps": bench.setting.size.round, "batching": batching})
@@ -141,7 +142,7 @@ def training(bench: Bench) -> tuple[list[Table], Any]:
     return [comparison("useful target tokens/s", rate("tokens"), extra)], found
 
 
-def time_to_accuracy(bench: Bench) -> tuple[list[Table], Any]:
+def time_to_accuracy(bench: Bench) -> Part:
     """Seconds and steps of training to the target, seed by seed."""
     names = bench.able("batchings")
     seeds = {name: itertools.count() for name in names}
@@ -169,7 +170,7 @@ def time_to_accuracy(bench: Bench) -> tuple[list[Table], Any]:
     return [comparison(title, values, extra, lower=True, write="{:.1f}".format)], found
 
 
-def decoding(bench: Bench) -> tuple[list[Table], Any]:
+def decoding(bench: Bench) -> Part:
     """Held-out strings per second, greedy and with beams, one at a time and in batches.
 
     With the parameters that an earlier part has trained; where there are none, trains them.
@@ -203,7 +204,7 @@ def decoding(bench: Bench) -> tuple[list[Table], Any]:
     return tables, rounds
 
 
-PARTS: dict[str, Callable[[Bench], tuple[list[Table], Any]]] = {
+PARTS: dict[str, Callable[[Bench], Part]] = {
     "training": training,
     "time_to_accuracy": time_to_accuracy,
     "decoding": decoding,

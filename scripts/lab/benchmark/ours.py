@@ -10,44 +10,27 @@ import numpy as np
 
 from lab.benchmark.contender import Contender, Schedule, Setting
 from transformer import Run, cli
-from transformer.config import RunConfig
+from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
-from transformer.data.config import DataConfig
 from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import decoding, evaluation
-from transformer.modules.config import ModelConfig
 from transformer.parallel.devices import cpu_cores
 from transformer.parallel.mesh import one_device_mesh, replicated
-from transformer.training.optimizer import OptimizerConfig
 
 
 def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:
     """The default config with the size, the strings and the schedule of the benchmark."""
-    size, folder = setting.size, setting.folder
-    return RunConfig(
-        steps=schedule.steps,
-        batch_size=rows,
-        data=DataConfig(
-            dataset="files",
-            train=str(folder / "train.tsv"),
-            validation=str(folder / "validation.tsv"),
-            test=str(folder / "test.tsv"),
-            pack_length=size.pack,
-        ),
-        model=ModelConfig(
-            num_layers=size.num_layers,
-            d_model=size.d_model,
-            num_heads=size.num_heads,
-            d_ff=size.d_ff,
-            dtype="float32" if setting.device == "cpu" else "bfloat16",
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=schedule.learning_rate,
-            warmup_steps=schedule.warmup_steps,
-            schedule="linear",
-        ),
-    )
+    size, config = setting.size, default_config()
+    sizes = ("num_layers", "d_model", "num_heads", "d_ff")
+    files = {name: str(setting.folder / f"{name}.tsv") for name in ("train", "validation", "test")}
+    config.steps, config.batch_size = schedule.steps, rows
+    config.data.update({"dataset": "files", "pack_length": size.pack, **files})
+    config.model.update({name: getattr(size, name) for name in sizes})
+    config.model.dtype = "float32" if setting.device == "cpu" else "bfloat16"
+    rate, warmup = schedule.learning_rate, schedule.warmup_steps
+    config.optimizer.update(schedule="linear", learning_rate=rate, warmup_steps=warmup)
+    return RunConfig.from_config_dict(config)
 
 
 class Ours(Contender):

@@ -1,10 +1,8 @@
 """Tables of the benchmark, and the page and the chart made of them."""
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +37,6 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """One quantity of several contenders.
-
-    title: the quantity.
-    rows: cells, the first of which is the contender.
-    values: contender → a value per round, for the chart.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    values: Mapping[str, Sequence[float]]
-
-
 def is_ours(contender: str) -> bool:
     """Whether a row is this library's."""
     return contender.startswith(CONTENDERS[OURS].title)
@@ -66,8 +49,10 @@ def comparison(
     *,
     lower: bool = False,
     write: Callable[[float], str] = "{:,.0f}".format,
-) -> Table:
-    """A row per contender: extra columns, the value, and the ratio of this library's to it.
+) -> dict[str, Any]:
+    """A table (title, columns, rows; values for the chart) with a row per contender.
+
+    After the extra columns come the value, and the ratio of this library's value to it.
 
     Args:
       title: the quantity.
@@ -89,14 +74,14 @@ def comparison(
             ratio = f"**{ratio}**" if name == fastest else ratio
         others = [column[name] for column in extra.values()]
         rows.append([name, *others, spread(each, write) if each else "", ratio])
-    return Table(title, ["", *extra, title, "this library / it"], rows, values)
+    columns = ["", *extra, title, "this library / it"]
+    return {"title": title, "columns": columns, "rows": rows, "values": values}
 
 
-def store(path: Path, size: str, part: str, tables: Sequence[Table], **more: Any) -> None:
-    """Adds the tables of a part, and more about it, to the record beside the page."""
+def store(path: Path, size: str, part: str, own: Mapping[str, Any]) -> None:
+    """Adds a part (tables, about, rounds) to the record beside the page."""
     file = path.with_suffix(".json")
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    own = {"tables": [dataclasses.asdict(table) for table in tables], **more}
     record.setdefault(size, {})[part] = own
     write_json(file, record)
 
@@ -114,22 +99,9 @@ def write(path: Path) -> None:
             for table in own["tables"]:
                 text += "\n\n" + markdown(table["columns"], table["rows"]).rstrip()
                 panels[f"{size}: {table['title']}"] = table["values"]
-            text += "\n\n" + about(own["about"]) + "\n"
+            text += "\n\n" + own["about"] + "\n"
     draw(panels, chart)
     path.write_text(HEAD.format(chart=chart.name) + text, encoding="utf-8")
-
-
-def about(own: Mapping[str, Any]) -> str:
-    """What a part was measured on, and who is missing."""
-    versions, size = (
-        ", ".join(f"{name} {value}" for name, value in own[key].items())
-        for key in ("versions", "size")
-    )
-    absent = "".join(f" {CONTENDERS[name].title}: {why}." for name, why in own["absent"].items())
-    return (
-        f"`{own['command']}` on {own['device']}, {own['threads']} threads, load before "
-        f"{own['load']}; {size}; {versions}; commit {own['commit'] or 'unknown'}.{absent}"
-    )
 
 
 def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:

@@ -3,17 +3,19 @@
 Imports NumPy alone, so that the process of a peer loads neither JAX nor this library.
 """
 
+import random
 import string
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3  # as `transformer.data.tokenizer` numbers them; the first symbol
-SYMBOLS = sorted(string.ascii_letters + string.digits)[:60]  # what strings are made of
-VOCABULARY = 64  # with one more for unknown symbols, which `SymbolTokenizer` has
+SYMBOLS = sorted(string.ascii_letters + string.digits)[:60]  # what strings consist of
+VOCABULARY = 64  # with the unknown symbol of `SymbolTokenizer`
 HELD_OUT = 1_000  # strings that are not in the training set
 POOL = 10  # batches whose strings are sorted together by length
 
@@ -68,15 +70,36 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Strings:
+def draw(size: Size, count: int, *, held_out: bool, seed: int = 0) -> list[str]:
+    """Strings of uniform lengths and symbols, a function of the arguments.
+
+    A hash of a string decides whether it is held out, as one in ten is.
+    """
+    rng, found = random.Random(f"{seed} {held_out}"), []
+    while len(found) < count:
+        string = "".join(rng.choices(SYMBOLS, k=rng.randint(1, size.longest)))
+        if (zlib.crc32(string.encode()) % 10 == 0) == held_out:
+            found.append(string)
+    return found
+
+
+def save(size: Size, folder: Path) -> None:
+    """Writes the strings of a size and their targets, which every contender reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, strings in {
+        "train": draw(size, size.examples, held_out=False),
+        "test": draw(size, HELD_OUT, held_out=True),
+        "validation": draw(size, HELD_OUT, held_out=True, seed=1),
+    }.items():
+        lines = "".join(f"{string}\t{string[::-1]}\n" for string in strings)
+        (folder / f"{name}.tsv").write_text(lines, encoding="utf-8")
+
+
+class Strings(NamedTuple):
     """Sources and targets [n, longest + 1] int32: symbols, EOS, then padding."""
 
     source: np.ndarray
     target: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -84,64 +107,17 @@ class Strings:
         return (self.source != PAD).sum(1)
 
 
-def draw(size: Size, count: int, *, held_out: bool, seed: int = 0) -> Strings:
-    """Strings of uniform lengths and symbols, a function of the arguments.
-
-    A hash of a string decides whether it is held out, as one in ten is.
-    """
-    rng = np.random.default_rng((seed, held_out))
-    kept: list[np.ndarray] = []
-    while sum(map(len, kept)) < count:
-        lengths = rng.integers(1, size.longest, count, endpoint=True)
-        symbols = rng.integers(FIRST, FIRST + len(SYMBOLS), (count, size.longest))
-        symbols[np.arange(size.longest) >= lengths[:, None]] = PAD
-        kept.append(symbols[is_held_out(symbols) == held_out])
-    symbols = np.concatenate(kept)[:count].astype(np.int32)
-    lengths, rows = (symbols != PAD).sum(1), np.arange(count)
-    place = lengths[:, None] - 1 - np.arange(size.longest)  # negative after the end of a string
-    backwards = np.where(place >= 0, np.take_along_axis(symbols, place, 1), PAD)
-    source, target = (np.pad(side, ((0, 0), (0, 1))) for side in (symbols, backwards))
-    source[rows, lengths] = target[rows, lengths] = EOS
-    return Strings(source, target)
-
-
-def is_held_out(symbols: np.ndarray) -> np.ndarray:
-    """Whether the 64-bit FNV hash of each row is among the one in ten that are held out."""
-    state = np.full(len(symbols), 0xCBF29CE484222325, np.uint64)
-    for column in symbols.T.astype(np.uint64):
-        state = np.where(column == PAD, state, (state ^ column) * np.uint64(0x100000001B3))
-    return (state >> np.uint64(32)) % np.uint64(10) == 0
-
-
-def save(size: Size, folder: Path) -> None:
-    """Writes the strings of a size: strings.npz for the peers, and .tsv files for this library."""
-    splits = {
-        "train": draw(size, size.examples, held_out=False),
-        "test": draw(size, HELD_OUT, held_out=True),
-        "validation": draw(size, HELD_OUT, held_out=True, seed=1),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, strings in splits.items():
-        pairs = zip(strings.source.tolist(), strings.target.tolist(), strict=True)
-        lines = ("\t".join(map(text, pair)) + "\n" for pair in pairs)
-        (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
-    arrays: Any = {
-        f"{name}_{side}": array
-        for name, strings in splits.items()
-        for side, array in vars(strings).items()
-    }
-    np.savez(folder / "strings.npz", **arrays)
-
-
-def text(tokens: list[int]) -> str:
-    """The symbols of a row of tokens."""
-    return "".join(SYMBOLS[token - FIRST] for token in tokens if token >= FIRST)
-
-
 def load(folder: Path, split: str) -> Strings:
-    """The strings of a split, train or test."""
-    with np.load(folder / "strings.npz") as arrays:
-        return Strings(arrays[f"{split}_source"], arrays[f"{split}_target"])
+    """The tokens of a split, train or test."""
+    lines = (folder / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+    ids = {symbol: FIRST + number for number, symbol in enumerate(SYMBOLS)}
+    width = max(map(len, lines)) // 2 + 1
+
+    def tokens(text: str) -> list[int]:
+        return [*(ids[symbol] for symbol in text), EOS, *[PAD] * (width - len(text) - 1)]
+
+    sides = zip(*(map(tokens, line.split("\t")) for line in lines), strict=True)
+    return Strings(*(np.array(side, np.int32) for side in sides))
 
 
 def batches(lengths: np.ndarray, batch: int, seed: int, batching: str) -> Iterator[np.ndarray]:

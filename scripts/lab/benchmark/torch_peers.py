@@ -27,7 +27,7 @@ class TorchPeer(Contender):
         self.device = torch.device("cuda" if setting.device == "gpu" else "cpu")
         strings = task.load(setting.folder, "train")
         self.lengths = strings.lengths
-        sides = torch.from_numpy(np.stack([strings.source, strings.target]))
+        sides = torch.from_numpy(np.stack(strings))
         self.source, self.target = sides.long().to(self.device)
 
     def outputs(self, source: Any, beams: int, length: int) -> Any:

@@ -51,7 +51,7 @@ class Worker:
 
     def decode(self, strings: int, batch: int, beams: int, shortest: float = SHORTEST) -> Any:
         """Decodes the first held-out strings: seconds, exact match, tokens per output."""
-        source, target = (side[:strings] for side in vars(self.held_out).values())
+        source, target = (side[:strings] for side in self.held_out)
         passes, started, seconds, decoded = 0, time.perf_counter(), 0.0, source
         while not passes or seconds < shortest:
             decoded = self.contender.decode(source, batch, beams, self.setting.size.room)
@@ -79,7 +79,7 @@ class Worker:
         while step < schedule["steps"] and right < target and seconds < limit:
             done = self.train(min(EVERY, schedule["steps"] - step), batching)
             step, seconds = step + done["steps"], seconds + done["seconds"]
-            right = self.decode(len(self.held_out), 128, 1, shortest=0.0)["exact"]
+            right = self.decode(task.HELD_OUT, 128, 1, shortest=0.0)["exact"]
             curve.append([step, seconds, right, done["loss"]])
         return {"reached": right >= target, "steps": step, "seconds": seconds, "curve": curve}
 
