@@ -1,7 +1,6 @@
-"""Says how far two finished runs are alike: their metrics, and the arrays of their checkpoints.
+"""Compares two finished runs of one config: their metrics, and the arrays of their checkpoints.
 
-For runs of one config: of another mesh, another number of processes, another version of JAX,
-another machine.
+The runs may differ in the mesh, the number of processes, the version of JAX or the machine.
 
 Usage:
     python scripts/compare.py --run=runs/one --other=runs/two
@@ -10,7 +9,7 @@ Usage:
 from pathlib import Path
 
 from absl import flags
-from lab.sweeps.comparison import compare, read
+from lab.comparison import compare, read_arrays, read_metrics
 
 from transformer import cli
 from transformer.config import differences
@@ -19,31 +18,34 @@ from transformer.errors import UserError
 from transformer.training.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
-OTHER = flags.DEFINE_string("other", None, "Another's.", required=True)
+OTHER = flags.DEFINE_string("other", None, "Another run's folder.", required=True)
 cli.define_plugins_flag()
 
 
 def main() -> None:
-    """Reads both and prints a line for each metric and each kind of array."""
+    """Prints a row for each metric and each field of the train state."""
     cli.set_up_jax()
-    configs = [Workdir(folder).read_config() for folder in (RUN.value, OTHER.value)]
-    apart = differences(*configs)
-    if apart:
-        facts({"configs": "; ".join(apart)})
-    one, other = (read(Path(folder)) for folder in (RUN.value, OTHER.value))
-    common = sorted(set(one.steps) & set(other.steps))
-    if not common:
+    folders = [Workdir(path) for path in (RUN.value, OTHER.value)]
+    changed = differences(*(folder.read_config() for folder in folders))
+    if changed:
+        facts({"configs": "; ".join(changed)})
+    steps = [
+        {int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()}
+        for folder in folders
+    ]
+    if not steps[0] & steps[1]:
         raise UserError(
-            f"the runs have no checkpoint of the same step: {one.steps} and {other.steps}; "
-            "train them for as many steps"
+            f"the runs have no checkpoint of the same step: {sorted(steps[0])} and "
+            f"{sorted(steps[1])}; train them for equally many steps"
         )
-    found = compare(one, other, common[-1:])
+    last = max(steps[0] & steps[1])
+    found = compare(
+        *(read_metrics(each.metrics) | read_arrays(Path(each.path), last) for each in folders)
+    )
     rows = [
         (
-            each.what,
-            str(each.compared),
-            str(each.missing),
-            str(each.unequal),
+            each.group,
+            *map(str, (each.compared, each.missing, each.unequal)),
             f"{each.largest:.1e}" if each.unequal else "",
             each.where,
         )
@@ -51,8 +53,7 @@ def main() -> None:
     ]
     columns = ("of", "compared", "in one only", "unequal", "largest, relative", "at")
     table(f"{RUN.value} and {OTHER.value}", columns, rows)
-    alike = all(each.identical() for each in found)
-    console.print("alike to the last bit" if alike else "not the same bits")
+    console.print("bit-identical" if all(each.identical for each in found) else "not bit-identical")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore as ts
-from lab.sweeps.comparison import SPEEDS
+from lab.comparison import SPEEDS
 
 from tests import front_door
 from tests.helpers import AS_USERS
@@ -128,7 +128,7 @@ def test_train_kill_resume_evaluate(tmp_path, data_dir):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     assert results(tmp_path / "whole") == results(killed)
     out = finish(start("scripts/compare.py", f"--run={tmp_path / 'whole'}", f"--other={killed}"))
-    assert out.endswith("\nalike to the last bit\n")
+    assert out.endswith("\nbit-identical\n")
     assert "validation/sequence_accuracy" in out
 
     words = (f"--workdir={killed}", f"--data_dir={data_dir}")

@@ -5,7 +5,7 @@ import pytest
 import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab.sweeps.statistics import Difference, holm, mean_interval, paired, verdict
+from lab.statistics import Difference, holm, mean_interval, paired, verdict
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
@@ -110,14 +110,14 @@ def test_a_diverged_seed_makes_everything_nan(diverged):
     assert np.isnan([interval.mean, interval.low, interval.high]).all()
     one = paired([1.0, diverged, 2.0], [1.0, np.inf, 3.0])
     assert np.isnan([one.mean, one.low, one.high, one.p, one.detectable]).all()
-    assert verdict(one, one.p, unit=str, better="lower") == "a seed is not finite: no verdict"
+    assert verdict(one, one.p, unit=str, higher_is_better=False) == "a seed is not finite: no verdict"
 
 
 def test_what_is_not_one_value_for_each_seed_is_refused():
     with pytest.raises(ValueError, match="3 values cannot be paired with 1"):
         paired([1.0, 2.0, 3.0], [1.0])
     for values in ([], np.ones((2, 2))):
-        with pytest.raises(ValueError, match="one value for each seed"):
+        with pytest.raises(ValueError, match="one value per seed"):
             mean_interval(values)
 
 
@@ -130,25 +130,24 @@ NONE = "no evidence of a difference at 10 seeds; smallest detectable: 0.8 points
 
 
 @pytest.mark.parametrize(
-    ("mean", "p", "better", "words"),
+    ("mean", "p", "higher_is_better", "words"),
     [
-        (0.012, 0.003, "higher", "better by 1.2 points (p = 0.003)"),
-        (0.012, 0.003, "lower", "worse by 1.2 points (p = 0.003)"),
-        (-0.012, 0.003, "higher", "worse by 1.2 points (p = 0.003)"),
-        (-0.012, 0.003, "lower", "better by 1.2 points (p = 0.003)"),
-        (0.012, 0.00099, "higher", "better by 1.2 points (p < 0.001)"),
-        (0.012, 0.001, "higher", "better by 1.2 points (p = 0.001)"),
-        (0.012, 0.05, "higher", "better by 1.2 points (p = 0.050)"),
-        (-0.012, 0.051, "higher", NONE),
+        (0.012, 0.003, True, "better by 1.2 points (p = 0.003)"),
+        (0.012, 0.003, False, "worse by 1.2 points (p = 0.003)"),
+        (-0.012, 0.003, True, "worse by 1.2 points (p = 0.003)"),
+        (-0.012, 0.003, False, "better by 1.2 points (p = 0.003)"),
+        (0.012, 0.00099, True, "better by 1.2 points (p < 0.001)"),
+        (0.012, 0.001, True, "better by 1.2 points (p = 0.001)"),
+        (0.012, 0.05, True, "better by 1.2 points (p = 0.050)"),
+        (-0.012, 0.051, True, NONE),
     ],
 )
-def test_verdicts(mean, p, better, words):
+def test_verdicts(mean, p, higher_is_better, words):
     difference = Difference(mean, mean - 0.01, mean + 0.01, p=1e-6, n=10, detectable=0.008)
-    assert verdict(difference, p, unit=points, better=better) == words
-    assert verdict(difference, p, unit=points, better=better, alpha=p / 2) == NONE
+    assert verdict(difference, p, unit=points, higher_is_better=higher_is_better) == words
 
 
 def test_verdicts_on_seeds_that_cannot_tell():
     one, same = paired([0.5], [0.5]), paired([0.5] * 5, [0.5] * 5)
-    assert verdict(one, one.p, unit=points, better="higher") == "one seed: no verdict"
-    assert verdict(same, same.p, unit=points, better="higher") == "identical on all 5 seeds"
+    assert verdict(one, one.p, unit=points, higher_is_better=True) == "one seed: no verdict"
+    assert verdict(same, same.p, unit=points, higher_is_better=True) == "identical on all 5 seeds"

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lab.sweeps import report, runner, sizing
-from lab.sweeps.sweep import Sweep, combined, grid, load_sweep, plan, slug, zipped
+from lab.sweeps import Sweep, combined, grid, match_width, report, runner, zipped
+from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
 from tests import helpers
 from tests.helpers import logits_of, random_params, small_model, strings
@@ -43,7 +43,7 @@ def test_runs_that_differ_in_numbers_alone_share_a_program():
     dropped = {"model.dropout_rate": 0.1, "optimizer.warmup_steps": 5}
     slow, rms = {"optimizer.learning_rate": 1e-3}, {"model.norm": "rms"}
     variants = {"plain": {}, "slow": slow, "dropped": dropped, "rms": rms}
-    shared, alone = plan(sweep_of(variants), most=8)
+    shared, alone = plan(sweep_of(variants), 8)
     assert dict(shared.overrides) == {
         "replicas": 6,
         "per_replica.seed": (0, 1, 0, 1, 0, 1),
@@ -55,18 +55,18 @@ def test_runs_that_differ_in_numbers_alone_share_a_program():
     assert [len(program.members) for program in (shared, alone)] == [6, 2]
     # Each replica is the run that the sweep asked for.
     cfg = RunConfig.from_config_dict(shared.resolved())
-    for k, run in enumerate(shared.members):
+    for k, (variant, seed) in enumerate(shared.members):
         single = cfg.replica(k)
-        assert single.seed == run.seed
-        assert single.optimizer.learning_rate == (1e-3 if run.variant == "slow" else 4e-3)
-        assert single.model.dropout_rate == (0.1 if run.variant == "dropped" else 0.0)
+        assert single.seed == seed
+        assert single.optimizer.learning_rate == (1e-3 if variant == "slow" else 4e-3)
+        assert single.model.dropout_rate == (0.1 if variant == "dropped" else 0.0)
 
 
 def test_programs_are_no_larger_than_asked_of_even_size_and_have_safe_short_names():
-    programs = plan(sweep_of({"plain": {}}, seeds=9), most=4)
+    programs = plan(sweep_of({"plain": {}}, seeds=9), 4)
     assert [len(program.members) for program in programs] == [3, 3, 3]
     assert len({program.name for program in programs}) == 3
-    (alone,) = plan(sweep_of({"plain": {}}, seeds=1), most=4)
+    (alone,) = plan(sweep_of({"plain": {}}, seeds=1), 4)
     assert dict(alone.overrides) == {"seed": 0}
     assert slug("layer, pre / no warm-up") == "layer_pre_no_warm_up"
     assert slug("a " * 101) != (long := slug("a " * 100))
@@ -78,33 +78,34 @@ def test_every_shipped_sweep_can_be_planned_and_says_how_it_is_run(name):
     path = f"configs/ablations/{name}.py"
     assert f"python scripts/sweep.py --sweep={path} --jobs=4" in (ROOT / path).read_text()
     sweep = load_sweep(path)
-    runs = [(run.variant, run.seed) for each in plan(sweep, most=8) for run in each.members]
+    runs = [member for each in plan(sweep, 8) for member in each.members]
     assert sorted(runs) == sorted((name, k) for name in sweep.variants for k in range(sweep.seeds))
 
 
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ({"variants": {"a": {"model.nrm": "rms"}}}, r"the sweep's variant 'a': .*nrm"),
+        ({"variants": {"a": {"model.nrm": "rms"}}}, r"variant 'a' of the sweep: .*nrm"),
         ({"variants": {"a": {"model.norm": "rmsnorm"}}}, r"model.norm=rmsnorm: choose one of"),
-        ({"variants": {"a": {"model.num_layers": "two"}}}, r"the sweep's variant 'a'"),
-        ({"variants": {"a": {}}, "baseline": "b"}, r"baseline 'b' is none of its variants: a"),
-        ({"variants": {"a": {}}, "seeds": 0}, r"seeds=0: it must be at least 1"),
+        ({"variants": {"a": {"model.num_layers": "two"}}}, r"variant 'a' of the sweep"),
+        ({"variants": {"a": {}}, "baseline": "b"}, r"baseline='b' is not a variant of the sweep: choose one of a"),
+        ({"variants": {"a": {}}, "seeds": 0}, r"seeds=0: a sweep needs at least 1"),
+        ({"variants": {"a": {}}, "metrics": ["los"]}, r"metrics=los: choose .* mean loss\?"),
         ({"variants": {"a": {}}, "config": "configs/nothing.py"}, r"there is no such file"),
     ],
 )
 def test_a_sweep_that_cannot_be_run_is_explained(sweep, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan(sweep_of(**sweep), most=8)
+        plan(sweep_of(**sweep), 8)
     assert "\n" not in str(caught.value)
 
 
 def test_the_matched_width_comes_nearest_to_the_parameters_wanted():
     for cell in ("lstm", "gru"):
         recurrent = {"model.architecture": "recurrent", "model.cell": cell}
-        width = sizing.match_width(SMALL, recurrent)["model.d_model"]
-        wanted, widths = sizing.count(SMALL, {}), range(width - 8, width + 9, 4)
-        found = [sizing.count(SMALL, recurrent | {"model.d_model": w}) for w in widths]
+        width = match_width(SMALL, recurrent)["model.d_model"]
+        wanted, widths = parameters(SMALL, {}), range(width - 8, width + 9, 4)
+        found = [parameters(SMALL, recurrent | {"model.d_model": w}) for w in widths]
         off = {w: abs(n - wanted) for w, n in zip(widths, found, strict=True)}
         assert min(off, key=off.get) == width
         assert off[width] < 0.06 * wanted
@@ -113,12 +114,12 @@ def test_the_matched_width_comes_nearest_to_the_parameters_wanted():
 STEPS, LENGTHS = (50, 100, 150), ("length", "sequence_accuracy", "token_accuracy")
 
 
-def finished(root, programs, accuracy=lambda run: 0.9):
+def finished(root, programs, accuracy=lambda variant, seed: 0.9):
     """What `train.py` would have left, with the accuracies that a function gives."""
     for program in programs:
         folder, rng = Workdir(str(root / program.name)), np.random.default_rng(0)
         folder.path.mkdir(parents=True)
-        final = [(run.seed, accuracy(run)) for run in program.members]
+        final = [(seed, accuracy(variant, seed)) for variant, seed in program.members]
         folder.write_config(program.resolved(), {})
         facts = {"step": STEPS[-1], "devices": "1 × test", "parameters": 1000}
         of_test = ("seed", "test/sequence_accuracy", "test/loss")
@@ -143,9 +144,9 @@ def reported(tmp_path, accuracy, seeds=8, **changes):
     """The report of a sweep whose runs came to the accuracies that are given."""
     variants = {"plain": {}} | {name: {"model.norm": name} for name in ("rms", "batch", "none")}
     sweep = sweep_of(variants, seeds=seeds, **changes)
-    programs = plan(sweep, most=4)
+    programs = plan(sweep, 4)
     finished(tmp_path, programs, accuracy)
-    path = report.make(sweep, programs, {}, tmp_path, "the command")
+    path = report.write_report(sweep, programs, {}, tmp_path, "the command")
     return path.read_text(), json.loads((tmp_path / "report.json").read_text())["variants"]
 
 
@@ -153,12 +154,12 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     rng = np.random.default_rng(1)
     seeds = rng.normal(0.0, 0.05, size=8)  # what a seed does to all variants alike
 
-    def accuracy(run):
-        effect = {"rms": -0.04, "batch": 0.0, "none": 0.03}.get(run.variant, 0.0)
-        return 0.8 + seeds[run.seed] + effect + rng.normal(0.0, 0.005)
+    def accuracy(variant, seed):
+        effect = {"rms": -0.04, "batch": 0.0, "none": 0.03}.get(variant, 0.0)
+        return 0.8 + seeds[seed] + effect + rng.normal(0.0, 0.005)
 
     text, found = reported(tmp_path, accuracy)
-    outcomes = {name: each["outcomes"]["accuracy"] for name, each in found.items()}
+    outcomes = {name: each["outcomes"]["sequence_accuracy"] for name, each in found.items()}
     verdicts = {name: each["verdict"] for name, each in outcomes.items()}
     assert verdicts["plain"] == "baseline"
     assert found["rms"]["outcomes"]["loss"]["verdict"].startswith("worse by")
@@ -176,8 +177,8 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
 def test_what_is_not_reached_by_all_seeds_is_not_compared(tmp_path):
     """And seconds are the program's divided by its replicas; each length has a column."""
 
-    def accuracy(run):
-        return 0.4 if run.variant == "rms" and run.seed else 0.95
+    def accuracy(variant, seed):
+        return 0.4 if variant == "rms" and seed else 0.95
 
     text, found = reported(tmp_path, accuracy, seeds=4, splits=("test_longer",))
     steps = {name: each["outcomes"]["steps"] for name, each in found.items()}
@@ -204,18 +205,18 @@ def test_the_papers_columns_stand_beside_exact_counts():
 
 def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named(tmp_path):
     sweep = sweep_of({"plain": {}, "rms": {"model.norm": "rms"}})
-    (plain, rms), folder = plan(sweep, most=4), tmp_path / "plain"
+    (plain, rms), folder = plan(sweep, 4), tmp_path / "plain"
     assert not runner.is_done(plain, folder)
     finished(tmp_path, [plain])
     assert runner.is_done(plain, folder)
     for changes in ({"overrides": {"steps": 60}}, {"splits": ("test_longer",)}):
-        (other,) = plan(sweep_of({"plain": {}}, **changes), most=4)
+        (other,) = plan(sweep_of({"plain": {}}, **changes), 4)
         assert not runner.is_done(other, folder)
     record = (folder / "config.json").read_text()
     (folder / "config.json").write_text(record[:-9])  # its own program will say so
     assert not runner.is_done(plain, folder)
     (folder / "config.json").write_text(record)
-    path = report.make(sweep, [plain, rms], {"rms": "killed"}, tmp_path, "the command")
+    path = report.write_report(sweep, [plain, rms], {"rms": "killed"}, tmp_path, "the command")
     assert "Failed: rms." in path.read_text()
     assert list(json.loads((tmp_path / "report.json").read_text())["variants"]) == ["plain"]
 
@@ -311,5 +312,5 @@ def test_a_sweep_killed_in_the_middle_gives_the_report_of_one_left_alone(words, 
 
     before = (killed / "layer" / "results.json").stat().st_mtime_ns
     out, _ = sweep(killed).communicate(timeout=300)
-    assert "2 of 3 programs are done already" in out
+    assert "2 of 3 programs are already done" in out
     assert (killed / "layer" / "results.json").stat().st_mtime_ns == before

@@ -6,7 +6,7 @@ Usage:
 
 from collections.abc import Sequence
 
-from lab.sweeps.sweep import Sweep, combined
+from lab.sweeps import Sweep, combined
 
 
 def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence[float]) -> Sweep:

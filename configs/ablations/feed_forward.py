@@ -4,7 +4,7 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/feed_forward.py --jobs=4
 """
 
-from lab.sweeps.sweep import Sweep
+from lab.sweeps import Sweep
 
 from transformer.modules.layers import FEED_FORWARDS
 

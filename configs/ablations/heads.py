@@ -4,7 +4,7 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/heads.py --jobs=4
 """
 
-from lab.sweeps.sweep import PaperRow, Sweep
+from lab.sweeps import PaperRow, Sweep
 
 
 def get_sweep():

@@ -4,7 +4,7 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4
 """
 
-from lab.sweeps.sweep import Sweep, combined
+from lab.sweeps import Sweep, combined
 
 
 def get_sweep():

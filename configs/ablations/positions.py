@@ -4,7 +4,7 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/positions.py --jobs=4
 """
 
-from lab.sweeps.sweep import Sweep
+from lab.sweeps import Sweep
 
 KINDS = ("sinusoidal", "learned", "rotary", "relative", "alibi", "none")
 

@@ -4,8 +4,7 @@ Usage:
     python scripts/sweep.py --sweep=configs/ablations/recurrence.py --jobs=4
 """
 
-from lab.sweeps.sizing import match_width
-from lab.sweeps.sweep import Sweep
+from lab.sweeps import Sweep, match_width
 
 CONFIG = "configs/ablations/small.py"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)

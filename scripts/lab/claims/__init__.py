@@ -1,5 +1,5 @@
-"""The claims of "Attention Is All You Need", as a short text tells them, put to the test.
+"""The claims of "Attention Is All You Need", put to the test.
 
-Each claim is a function that measures and gives a `page.Claim`; its verdict follows from its
-checks by `Claim.verdict`, and from nothing else.
+Each claim is a function that measures, judges and returns a `claim.Claim`; its verdict follows
+from its checks alone. `page` writes them to a page of results.
 """

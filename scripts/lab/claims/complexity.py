@@ -1,5 +1,6 @@
-"""What a layer costs against the sequence's length n and the width d: n²·d or n·d²."""
+"""The cost of a layer against the sequence's length n and the width d: n²·d or n·d²."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from flax import nnx
 
-from lab.claims import pictures
-from lab.claims.judging import above_zero, shown, times
-from lab.claims.measuring import crossing, slope, trip_counts
-from lab.claims.page import Check, Claim, Setting, table
-from lab.sweeps.statistics import mean_interval
+from lab import plots
+from lab.claims.claim import Check, Claim, Setting, above_zero, band, log_ratio, shown, times
+from lab.statistics import mean_interval
+from lab.tables import markdown
 from lab.timing import interleaved
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import einsum_attention
@@ -22,46 +23,34 @@ from transformer.modules.recurrent import LSTM, run
 
 ROWS = 4  # sequences at a time
 
-# What the text says that each part grows with: the exponents of n and of d.
-PARTS = {
-    "attention core": (2, 1),
-    "attention projections": (1, 2),
-    "recurrent layer": (1, 2),
-}
+# The exponents of n and of d that the text gives for each part of a layer.
+PARTS = {"attention core": (2, 1), "attention projections": (1, 2), "recurrent layer": (1, 2)}
 LENGTHS = (64, 128, 256, 512, 1024, 2048)  # at width WIDTH
 WIDTHS = (64, 128, 256, 512, 1024)  # at length LENGTH
 WIDTH, LENGTH = 64, 256
 TOLERANCE = {"FLOPs": 0.1, "time": 0.35, "memory": 0.2}
+UNITS = {"FLOPs": "FLOPs", "time": "seconds", "memory": "bytes of temporaries"}
 FITTED = 4  # largest sizes that exponents are fitted to: small ones are overhead
 
-CROSSED = (64, 128, 256)  # widths at which the meeting of attention and recurrence is looked for
+CROSSED = (64, 128, 256)  # widths at which attention and recurrence are compared
 CONTENDERS = ("attention core", "attention layer")
+Size = tuple[str, int, int]  # part, n, d
 
 
-class Layer(NamedTuple):
-    """A layer's part as a function, and its arguments."""
+def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A part at length n and width d as a function, float32 with one head, and its arguments.
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-
-
-def layer(part: str, n: int, d: int) -> Layer:
-    """A part at length n and width d, float32, with one head as wide as the layer.
-
-    One of `PARTS`, or `attention layer`, the core with its projections.
+    One of `PARTS`, or `attention layer`, which is the core with its projections.
     """
     keys = jax.random.split(jax.random.key(0), 4)
     if part == "attention core":
-        return Layer(
-            einsum_attention, tuple(jax.random.normal(key, (ROWS, 1, n, d)) for key in keys[:3])
-        )
-    x = jax.random.normal(keys[0], (ROWS, n, d))
-    rngs, dtype = nnx.Rngs(0), jnp.dtype("float32")
+        heads = tuple(jax.random.normal(key, (ROWS, 1, n, d)) for key in keys[:3])
+        return einsum_attention, heads
+    x, dtype = jax.random.normal(keys[0], (ROWS, n, d)), jnp.dtype("float32")
     if part == "recurrent layer":
-        cell = LSTM(d, d, dtype=dtype, rngs=rngs)
-        structure, state = nnx.split(cell)
+        structure, state = nnx.split(LSTM(d, d, dtype=dtype, rngs=nnx.Rngs(0)))
         real = jnp.ones((ROWS, n), bool)
-        return Layer(lambda s, x: run(nnx.merge(structure, s), x, real, reverse=False), (state, x))
+        return lambda s, x: run(nnx.merge(structure, s), x, real, reverse=False), (state, x)
     attention = MultiHeadAttention(
         d,
         1,
@@ -74,7 +63,7 @@ def layer(part: str, n: int, d: int) -> Layer:
         init=INITIALIZERS["glorot_uniform"],
         backend="einsum",
         dtype=dtype,
-        rngs=rngs,
+        rngs=nnx.Rngs(0),
     )
     structure, state = nnx.split(attention)
 
@@ -85,16 +74,16 @@ def layer(part: str, n: int, d: int) -> Layer:
     def projections(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
         query, (key, value) = module.project_all(x)
-        # The output projection reads what the core would give: here the values themselves.
+        # The output projection reads the values in place of what the core would give.
         return query, key, module.out(value.swapaxes(1, 2))
 
-    return Layer(whole if part == "attention layer" else projections, (state, x))
+    return whole if part == "attention layer" else projections, (state, x)
 
 
 class Measured(NamedTuple):
-    """What a part came to at one size.
+    """The cost of a part at one size.
 
-    flops: of the compiled program, by its compiler, loops as often as they run.
+    flops: of the compiled program according to the compiler, loops counted as often as they run.
     memory: bytes of temporaries of the compiled program.
     seconds: in each round.
     """
@@ -103,12 +92,14 @@ class Measured(NamedTuple):
     memory: float
     seconds: list[float]
 
+    def of(self, quantity: str) -> float:
+        """FLOPs, memory or median seconds."""
+        values = {"FLOPs": self.flops, "memory": self.memory, "time": np.median(self.seconds)}
+        return float(values[quantity])
 
-Sizes = Mapping[tuple[str, int, int], Measured]
 
-
-def measure(sizes: Sequence[tuple[str, int, int]], rounds: int) -> dict[Any, Measured]:
-    """All of the sizes (part, n, d), timed in turns."""
+def measure(sizes: Sequence[Size], rounds: int) -> dict[Size, Measured]:
+    """The cost at all of the sizes, timed in turns."""
     programs, calls = {}, {}
     for size in sizes:
         function, args = layer(*size)
@@ -126,79 +117,84 @@ def measure(sizes: Sequence[tuple[str, int, int]], rounds: int) -> dict[Any, Mea
 
 
 def compiled_flops(program: Any, part: str, n: int, d: int) -> float:
-    """By the compiler. It counts a loop's body once; the other rounds are counted as a step is."""
+    """According to the compiler, which counts a loop's body once; the other rounds are added."""
     counted = float(program.cost_analysis()["flops"])
     if part != "recurrent layer":
         return counted
     (rounds,) = trip_counts(program.as_text())
     cell = LSTM(d, d, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     structure, weights = nnx.split(cell)
-    inputs = weights, cell.start(ROWS), jnp.ones((ROWS, 4 * d))
     step = jax.jit(lambda w, state, x: nnx.merge(structure, w).step(state, x))
-    each: Any = step.lower(*inputs).compile().cost_analysis()
+    compiled = step.lower(weights, cell.start(ROWS), jnp.ones((ROWS, 4 * d))).compile()
+    each: Any = compiled.cost_analysis()
     return counted + (rounds - 1) * float(each["flops"])
 
 
-def growth_sizes() -> list[tuple[str, int, int]]:
-    """Against n, and against d."""
+def trip_counts(program: str) -> list[int]:
+    """The number of rounds of each loop in the HLO text of a compiled program, largest first.
+
+    Raises:
+      ValueError: the compiler does not know it for one of them.
+    """
+    loops = re.findall(r"^.* = .* while\(.*$", program, re.MULTILINE)
+    counts = [re.search(r'"known_trip_count":\{"n":"(\d+)"', loop) for loop in loops]
+    if None in counts:
+        raise ValueError("a loop of the program has no known number of rounds")
+    return sorted((int(count[1]) for count in counts if count), reverse=True)
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent of y ~ x^exponent, from a straight line through log y over log x."""
+    fit: Any = scipy.stats.linregress(np.log(x), np.log(y))
+    return float(fit.slope)
+
+
+def growth_sizes() -> list[Size]:
+    """Sizes along n, and along d."""
     sizes = [(part, n, WIDTH) for part in PARTS for n in LENGTHS]
     return list(dict.fromkeys(sizes + [(part, LENGTH, d) for part in PARTS for d in WIDTHS]))
 
 
 def growth(setting: Setting, *, rounds: int = 9) -> Claim:
     """The exponents of FLOPs, time and memory."""
-    return judge_growth(setting, measure(growth_sizes(), rounds))
-
-
-def judge_growth(setting: Setting, found: Sizes) -> Claim:
-    """The same, from the measurements."""
-    units = {"FLOPs": "FLOPs", "time": "seconds", "memory": "bytes of temporaries"}
+    found = measure(growth_sizes(), rounds)
     checks, panels = [], []
-    for quantity, unit in units.items():
+    for quantity, unit in UNITS.items():
         for axis, along in (("n", LENGTHS), ("d", WIDTHS)):
             series = {}
             for part, exponents in PARTS.items():
-                each = [
-                    found[(part, size, WIDTH) if axis == "n" else (part, LENGTH, size)]
-                    for size in along
-                ]
+                sizes = [(part, *((x, WIDTH) if axis == "n" else (LENGTH, x))) for x in along]
+                each = [found[size] for size in sizes]
                 series[part] = line(along, each, quantity)
                 # Memory is claimed, and has one law, for the core alone: its n² probabilities.
                 if quantity != "memory" or (part, axis) == ("attention core", "n"):
-                    expected = exponents[axis == "d"]
                     name = f"{quantity} of the {part} against {axis}"
-                    checks.append(exponent(name, quantity, along, each, expected))
+                    checks.append(exponent(name, quantity, along, each, exponents[axis == "d"]))
             fixed = f"d = {WIDTH}" if axis == "n" else f"n = {LENGTH}"
-            panels.append(pictures.Panel(f"{quantity}, {fixed}", axis, unit, series))
-    pictures.lines(panels, setting.folder / "growth.png", columns=2)
-    tolerances = ", ".join(f"{each} for {name}" for name, each in TOLERANCE.items())
+            panels.append(plots.Panel(f"{quantity}, {fixed}", axis, unit, series, log="xy"))
+    plots.lines(panels, setting.folder / "growth.png", columns=2)
     return Claim(
-        name="growth",
         title="Cost against length and width",
         says="A self-attention layer costs n²·d, a recurrent layer n·d².",
-        method=(
-            f"The attention core (scores, softmax, weighted sum; one head), its four projections, "
-            f"and an LSTM layer, forward, float32, {ROWS} sequences: n from {LENGTHS[0]} to "
-            f"{LENGTHS[-1]} at d = {WIDTH}, d from {WIDTHS[0]} to {WIDTHS[-1]} at n = {LENGTH}. "
-            "FLOPs and temporary memory are the compiler's for the compiled program (it counts the "
-            "loop of the LSTM once; the other rounds are counted as a compiled step is), times are "
-            f"of rounds in which all sizes take turns. Exponents are fitted to the {FITTED} "
-            f"largest sizes, for time in each round. True if within {tolerances} of the text's, "
-            "not if beyond, undecided if the interval lies across. (Softmax takes n² exponentials "
-            "whatever d is, which the text leaves out.) In the picture bands go from the quickest "
-            "round to the slowest."
-        ),
+        method="The attention core (scores, softmax, weighted sum; one head), its four "
+        f"projections, and an LSTM layer, forward, float32, {ROWS} sequences: n from {LENGTHS[0]} "
+        f"to {LENGTHS[-1]} at d = {WIDTH}, d from {WIDTHS[0]} to {WIDTHS[-1]} at n = {LENGTH}. "
+        "FLOPs and temporary memory are the compiler's for the compiled program; times are of "
+        f"rounds in which all sizes take turns. Exponents are fitted to the {FITTED} largest "
+        f"sizes, for time in each round. True if within "
+        f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of the text's, "
+        "not if beyond, undecided if the interval lies across. (Softmax takes n² exponentials "
+        "whatever d is, which the text leaves out.) Bands show all rounds.",
         checks=checks,
-        data=record(found),
+        data=as_json(found),
     )
 
 
 def line(along: Sequence[int], each: Sequence[Measured], quantity: str) -> tuple:
     """One quantity of a part over its sizes, times with a band."""
     if quantity == "time":
-        seconds = np.array([one.seconds for one in each])
-        return along, np.median(seconds, 1), seconds.min(1), seconds.max(1)
-    return along, [one.flops if quantity == "FLOPs" else one.memory for one in each]
+        return along, *band([one.seconds for one in each])
+    return along, [one.of(quantity) for one in each]
 
 
 def exponent(
@@ -208,11 +204,10 @@ def exponent(
     x, each = along[-FITTED:], each[-FITTED:]
     if quantity == "time":
         fit = mean_interval([slope(x, y) for y in zip(*(one.seconds for one in each), strict=True)])
-        text = shown(fit)
+        low, high, text = fit.low, fit.high, shown(fit)
     else:
-        fit = mean_interval([slope(x, line(x, each, quantity)[1])])
-        text = f"{fit.mean:.2f}"
-    low, high = (fit.low, fit.high) if fit.n > 1 else (fit.mean, fit.mean)
+        low = high = slope(x, [one.of(quantity) for one in each])
+        text = f"{low:.2f}"
     inside = [abs(end - expected) <= TOLERANCE[quantity] for end in (low, high)]
     across = any(inside) or low < expected < high
     holds = True if all(inside) else None if across else False
@@ -224,61 +219,74 @@ def lengths_around(d: int) -> list[int]:
     return [d // 4, d // 2, d, 2 * d, 4 * d, 8 * d]
 
 
-def meeting_sizes() -> list[tuple[str, int, int]]:
+def meeting_sizes() -> list[Size]:
     """Attention and recurrence around n = d."""
     parts = (*CONTENDERS, "recurrent layer")
     return [(part, n, d) for part in parts for d in CROSSED for n in lengths_around(d)]
 
 
 def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
-    """Where attention begins to cost more than recurrence, and which is faster for n < d."""
-    return judge_meeting(setting, measure(meeting_sizes(), rounds))
-
-
-def judge_meeting(setting: Setting, found: Sizes) -> Claim:
-    """The same, from the measurements."""
+    """Whether attention is faster for n < d, and from which length it costs more."""
+    found = measure(meeting_sizes(), rounds)
     cases, rows, panels = {}, [], []
     for d in CROSSED:
         along = lengths_around(d)
-        by_part = {
+        costs = {
             part: [found[part, n, d] for n in along] for part in (*CONTENDERS, "recurrent layer")
         }
-        series = {part: line(along, each, "time") for part, each in by_part.items()}
-        other = by_part["recurrent layer"]
+        series = {part: line(along, each, "time") for part, each in costs.items()}
+        panels.append(
+            plots.Panel(f"d = {d}", "n", "seconds", series, log="xy", vertical={"n = d": d})
+        )
+        other = costs["recurrent layer"]
         for part in CONTENDERS:
-            for n, ours, theirs in zip(along, by_part[part], other, strict=True):
+            for n, ours, theirs in zip(along, costs[part], other, strict=True):
                 if n < d:
-                    ratio = np.log(theirs.seconds) - np.log(ours.seconds)
-                    cases[f"{part}, d = {d}, n = {n}"] = ratio.tolist()
-            flops = [[one.flops for one in each] for each in (by_part[part], other)]
-            seconds = [np.array([one.seconds for one in each]).T for each in (by_part[part], other)]
-            crossings = [crossing(along, *pair) for pair in zip(*seconds, strict=True)]
-            low, middle, high = (
-                where(each, d) for each in np.quantile(crossings, [0, 0.5, 1], method="nearest")
+                    ratio = log_ratio(theirs.seconds, ours.seconds)
+                    cases[f"{part}, d = {d}, n = {n}"] = ratio
+            pairs = [
+                [[one.seconds[k] for one in each] for each in (costs[part], other)]
+                for k in range(len(other[0].seconds))
+            ]
+            crossings = [crossing(along, *pair) for pair in pairs]
+            middle, low, high = (
+                where(each, d) for each in np.quantile(crossings, [0.5, 0, 1], method="nearest")
             )
+            flops = [[one.flops for one in each] for each in (costs[part], other)]
             rows.append((str(d), part, where(crossing(along, *flops), d), middle, low, high))
-        marks = {"n = d": d}
-        panels.append(pictures.Panel(f"d = {d}", "n", "seconds", series, marks=marks))
-    pictures.lines(panels, setting.folder / "meeting.png")
+    plots.lines(panels, setting.folder / "meeting.png")
     columns = ("d", "attention", "by FLOPs", "by time: median round", "first", "last")
     return Claim(
-        name="meeting",
         title="Attention against recurrence around n = d",
         says="Self-attention layers are faster than recurrent ones when the length n is smaller "
         "than the width d.",
-        method=(
-            "The attention core alone, the whole attention layer with its projections, and an LSTM "
-            f"layer, forward, float32, {ROWS} sequences, at widths {', '.join(map(str, CROSSED))} "
-            "and lengths from d/4 to 8 d, in turns. True if attention takes less time (t-test of "
-            "the log ratios over rounds, Holm). The table says from which n attention costs more; "
-            "by the text's n²·d and n·d² that would be n = d, by the exact products (4 n²·d for "
-            "the core, 8 n·d² for the projections, 16 n·d² for an LSTM) 4 d for the core and 2 d "
-            "for the whole layer."
-        ),
+        method="The attention core alone, the whole attention layer with its projections, and an "
+        f"LSTM layer, forward, float32, {ROWS} sequences, at widths "
+        f"{', '.join(map(str, CROSSED))} and lengths from d/4 to 8 d, in turns. True if attention "
+        "takes less time (t-test of the log ratios over rounds, Holm). The table shows from which "
+        "n attention costs more: n = d by the text's n²·d and n·d²; by the exact products (4 n²·d "
+        "for the core, 8 n·d² for the projections, 16 n·d² for an LSTM) 4 d for the core and 2 d "
+        "for the whole layer.",
         checks=above_zero(cases, lambda each: f"{times(each)} as fast as the LSTM layer"),
-        tables=[table(columns, rows)],
-        data=record(found),
+        tables=[markdown(columns, rows, align="llllll")],
+        data=as_json(found),
     )
+
+
+def crossing(x: Sequence[int], rising: Sequence[float], other: Sequence[float]) -> float:
+    """The x from which `rising` exceeds `other` for good, interpolated between logarithms.
+
+    0.0 if it does from the first x on, infinity if it does not at the last.
+    """
+    ahead = np.log(rising) - np.log(other)
+    below = np.flatnonzero(ahead < 0.0)
+    if below.size == 0:
+        return 0.0
+    i = below[-1]
+    if i == len(x) - 1:
+        return np.inf
+    share = -ahead[i] / (ahead[i + 1] - ahead[i])
+    return float(np.exp(np.log(x[i]) + share * (np.log(x[i + 1]) - np.log(x[i]))))
 
 
 def where(n: float, d: int) -> str:
@@ -288,6 +296,6 @@ def where(n: float, d: int) -> str:
     return f"beyond {lengths_around(d)[-1] / d:g} d" if np.isinf(n) else f"{n / d:.1f} d"
 
 
-def record(found: Sizes) -> dict[str, Any]:
-    """For JSON."""
+def as_json(found: Mapping[Size, Measured]) -> dict[str, Any]:
+    """Measurements for a JSON file."""
     return {f"{part}, n {n}, d {d}": each._asdict() for (part, n, d), each in found.items()}

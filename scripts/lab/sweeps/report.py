@@ -1,155 +1,83 @@
-"""From the folders of a sweep's programs to a table with its uncertainty.
+"""The report of a sweep: tables with intervals and verdicts, figures, and their data as JSON.
 
-Seeds are what varies by chance: the same seeds serve every variant, so that differences from
-the baseline are taken seed by seed, which takes out what a seed does to all variants alike.
+Seeds are the source of chance. Every variant is trained with the same seeds, so differences from
+the baseline are paired by seed, which removes what a seed does to all variants alike.
 """
 
-import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from lab.sweeps import runner
-from lab.sweeps.statistics import (
+import numpy as np
+
+from lab import plots
+from lab.statistics import (
+    ALPHA,
     Difference,
     Interval,
     holm,
     mean_interval,
+    p_text,
     paired,
     verdict,
 )
-from lab.sweeps.sweep import PaperRow, Program, Run, Sweep, all_runs
-from transformer.config import load_config
-from transformer.modules.config import ModelConfig
-from transformer.modules.model import Model
-from transformer.strict_json import numbers
-from transformer.training.metrics import read_metrics
+from lab.sweeps.records import Record, curve, read_all, read_json
+from lab.sweeps.sweep import PaperRow, Program, Sweep, parameters
+from lab.tables import markdown
+from transformer.metrics import METRICS, percent
 from transformer.training.workdir import Workdir, write_json
 
-LEVEL = 0.95
-
-# With which the paper's formula comes nearest to its column; see scripts/parameters.py.
-PAPER_VOCABULARY = 37_000
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one seed of one variant came to.
-
-    accuracy, loss: on the test split; whole sequences right, and nats a token.
-    steps, seconds: to the target on the validation split, at the evaluation that first
-      saw it; None if it was not reached. Seconds are of training alone, and a replica's
-      are its program's divided by their number.
-    tokens_per_second: useful target tokens, of this replica alone times their number.
-    curve: (step, validation sequence accuracy).
-    by_length: split → (source length, sequence accuracy, token accuracy).
-    """
-
-    run: Run
-    accuracy: float
-    loss: float
-    steps: int | None
-    seconds: float | None
-    tokens_per_second: float
-    parameters: int
-    flops_per_step: int
-    curve: list[tuple[int, float]]
-    by_length: dict[str, list[tuple[int, float, float]]]
+CROWDED = 8  # most variants whose learning curves are told apart in one pair of axes
+PAPER_VOCABULARY = 37_000  # shared pieces, by the paper's text; Table 3 does not state it
+PAPER_CONFIG = str(Path(__file__).parents[3] / "configs" / "vaswani_base.py")
 
 
-def read(sweep: Sweep, program: Program, replica: int, run: Run, root: Path) -> Record:
-    """The record of one replica of a finished program.
+class Outcome(NamedTuple):
+    """A quantity that variants are compared in.
 
-    Raises:
-      UserError: a file is missing or damaged.
-    """
-    folder = Workdir(str(root / program.name))
-    results = runner.read_results(folder.path)
-    own = numbers(results["replicas"][replica])
-    rows = [row for row in read_metrics(folder.metrics) if row.get("replica", 0) == replica]
-    trained = [row for row in rows if "train/loss" in row]
-    curve = [
-        (row["step"], row["validation/sequence_accuracy"])
-        for row in rows
-        if "validation/sequence_accuracy" in row
-    ]
-    reached = next((step for step, accuracy in curve if accuracy >= sweep.target), None)
-    share = len(program.members)
-    seconds = seconds_until(trained, reached) / share if reached is not None else None
-    tokens = [row["train/target_tokens_per_second"] for row in trained]
-    return Record(
-        run=run,
-        accuracy=own["test/sequence_accuracy"],
-        loss=own["test/loss"],
-        steps=reached,
-        seconds=seconds,
-        tokens_per_second=share * sum(tokens) / len(tokens),
-        parameters=results["parameters"],
-        flops_per_step=results["flops_per_step"],
-        curve=curve,
-        by_length={split: lengths(folder, split, replica) for split in program.splits},
-    )
-
-
-def seconds_until(trained: Sequence[Mapping[str, Any]], step: int) -> float:
-    """Seconds of training that the logged intervals up to `step` took."""
-    total, before = 0.0, 0
-    for row in trained:
-        if row["step"] > step:
-            break
-        total += (row["step"] - before) / row["train/steps_per_second"]
-        before = row["step"]
-    return total
-
-
-def lengths(folder: Workdir, split: str, replica: int) -> list[tuple[int, float, float]]:
-    """(source length, sequence accuracy, token accuracy) of a replica on a split."""
-    record = json.loads((folder.path / f"eval_{split}.json").read_text(encoding="utf-8"))
-    return [
-        (row["length"], row["sequence_accuracy"], row["token_accuracy"])
-        for row in map(numbers, record["replicas"][replica]["by_source_length"])
-    ]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A metric of each variant, compared with the baseline's.
-
-    title: what it is.
-    write: a value of it as text.
-    unit: a magnitude of a difference as text.
-    better: which sign is the better one.
+    write: formats a value.
+    unit: formats the magnitude of a difference.
+    factor: from a value to the figure's axis.
     """
 
     title: str
-    name: str
     write: Callable[[float], str]
     unit: Callable[[float], str]
-    better: Literal["higher", "lower"]
+    higher_is_better: bool
+    axis: str
+    factor: float = 1.0
 
 
-OUTCOMES = (
-    Outcome(
-        "Sequences right",
-        "accuracy",
-        lambda x: f"{x:.2%}".replace("-", "−"),
-        lambda x: f"{100 * x:.2g} points" if x < 0.1 else f"{100 * x:.0f} points",
-        "higher",
-    ),
-    Outcome("Loss", "loss", "{:.4g}".format, lambda x: f"{x:.2g} nats a token", "lower"),
-    Outcome("Steps to the target", "steps", "{:,.0f}".format, lambda x: f"{x:,.0f} steps", "lower"),
-)
+def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
+    """The metrics that the sweep compares, by their declarations, and the steps to the target."""
+    found = {}
+    for name in sweep.metrics:
+        metric, title = METRICS[name], name.replace("_", " ").capitalize()
+        share = metric.format is percent
+        axis = (f"{title.lower()}, points", 100.0) if share else (title.lower(), 1.0)
+        unit = points if share else metric.format
+        found[name] = Outcome(title, metric.format, unit, metric.better > 0, *axis)
+    whole = "{:,.0f}".format
+    steps = Outcome("Steps to the target", whole, "{:,.0f} steps".format, False, "steps to target")
+    return found | {"steps": steps}
+
+
+def points(difference: float) -> str:
+    """The magnitude of a difference of shares, in percentage points."""
+    return (
+        f"{100 * difference:.2g} points" if difference < 0.1 else f"{100 * difference:.0f} points"
+    )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One variant on one outcome: its own interval, and its difference from the baseline.
+    """A variant in one outcome, and its difference from the baseline.
 
-    values: of each seed, in order; None where there is none.
-    interval: of the mean, over the seeds that have a value.
-    difference, p, verdict: against the baseline; None for the baseline itself.
+    values: of the seeds in order; None where the target was not reached.
+    interval: of the mean over the seeds that have a value.
+    difference, p: None where there is no comparison; p is corrected by Holm.
     """
 
     values: list[float | None]
@@ -160,129 +88,100 @@ class Comparison:
 
 
 def compare(
-    records: Mapping[str, Sequence[Record]], baseline: str, outcome: Outcome
+    records: Mapping[str, Sequence[Record]], baseline: str, name: str, outcome: Outcome
 ) -> dict[str, Comparison]:
-    """Each variant against the baseline, p-values corrected by Holm for all of them.
+    """Each variant against the baseline in one outcome, p-values corrected by Holm for all.
 
-    Where a seed has no value, because it did not reach the target, there is no comparison: to
-    leave it out would flatter.
+    A variant with a seed that did not reach the target is not compared: to leave that seed out
+    would flatter it.
     """
     values: dict[str, list[Any]] = {
-        name: [
-            None if (value := getattr(record, outcome.name)) is None else float(value)
-            for record in each
-        ]
-        for name, each in records.items()
+        variant: [record.outcomes[name] for record in each] for variant, each in records.items()
     }
-    complete = {name for name, each in values.items() if None not in each}
-    others = [name for name in values if name != baseline and {name, baseline} <= complete]
-    # Holm's most severe step, which the smallest of all differences would have to pass.
-    strict = 1.0 - (1.0 - LEVEL) / max(len(others), 1)
+    complete = {variant for variant, each in values.items() if None not in each}
+    others = [each for each in values if each != baseline and {each, baseline} <= complete]
+    # Holm's strictest step, which the smallest of the p-values has to pass.
+    strict = 1.0 - ALPHA / max(len(others), 1)
     differences = {
-        name: dataclasses.replace(
-            paired(values[name], values[baseline], LEVEL),
-            detectable=paired(values[name], values[baseline], strict).detectable,
+        variant: replace(
+            paired(values[variant], values[baseline]),
+            detectable=paired(values[variant], values[baseline], strict).detectable,
         )
-        for name in others
+        for variant in others
     }
-    corrected = dict(zip(others, holm([differences[name].p for name in others]), strict=True))
+    corrected = dict(zip(others, holm([differences[each].p for each in others]), strict=True))
     result = {}
-    for name, each in values.items():
-        known = [float(value) for value in each if value is not None]
-        interval = mean_interval(known, LEVEL) if known else None
-        difference, p = differences.get(name), corrected.get(name)
-        if name == baseline:
+    for variant, each in values.items():
+        known = [value for value in each if value is not None]
+        difference, p = differences.get(variant), corrected.get(variant)
+        if variant == baseline:
             words = "baseline"
         elif difference is None or p is None:
-            words = f"not compared: {missing(each, values[baseline])}"
+            short, who = (each, "") if None in each else (values[baseline], " of the baseline")
+            reached = sum(value is not None for value in short)
+            words = f"not compared: {reached} of {len(short)} seeds{who} reach the target"
         else:
             words = verdict(
-                difference, p, unit=outcome.unit, better=outcome.better, alpha=1.0 - LEVEL
+                difference, p, unit=outcome.unit, higher_is_better=outcome.higher_is_better
             )
-        result[name] = Comparison(each, interval, difference, p, words)
+        interval = mean_interval(known) if known else None
+        result[variant] = Comparison(each, interval, difference, p, words)
     return result
 
 
-def missing(values: Sequence[Any], baseline: Sequence[Any]) -> str:
-    """Which seeds have no value."""
-    own, theirs = (sum(value is not None for value in each) for each in (values, baseline))
-    if own < len(values):
-        return f"{own} of {len(values)} seeds reach the target"
-    return f"of the baseline {theirs} of {len(baseline)} seeds reach the target"
-
-
-def make(
+def write_report(
     sweep: Sweep, programs: Sequence[Program], failures: Mapping[str, str], root: Path, command: str
 ) -> Path:
-    """Writes `report.md`, `report.json` and the pictures; returns the first.
+    """Writes `report.md`, `report.json` and the figures; returns the path of the first.
 
     Args:
       sweep: what was compared.
       programs: all of its programs.
-      failures: program → why it failed.
-      root: the folder of the sweep.
-      command: that made it.
+      failures: name → reason of those that failed.
+      root: the sweep's folder.
+      command: the one that produced it.
     """
-    records: dict[str, list[Record]] = {}
-    for program, replica, run in all_runs(programs):
-        if program.name not in failures:
-            records.setdefault(run.variant, []).append(read(sweep, program, replica, run, root))
-    # A variant of which a seed is missing cannot be paired.
-    whole = {
-        name: sorted(records[name], key=lambda record: record.run.seed)
-        for name in sweep.variants
-        if len(records.get(name, ())) == sweep.seeds
-    }
-    lost = [name for name in sweep.variants if name not in whole]
-    path = root / "report.md"
-    if sweep.baseline not in whole:
-        path.write_text(
-            f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: no report.\n",
-            encoding="utf-8",
-        )
+    path, finished = root / "report.md", [each for each in programs if each.name not in failures]
+    records = read_all(sweep, finished, root)
+    # Variants that lack a seed cannot be paired.
+    lost = [name for name, each in records.items() if len(each) < sweep.seeds]
+    records = {name: each for name, each in records.items() if name not in lost}
+    if sweep.baseline not in records:
+        text = f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: there is no report.\n"
+        path.write_text(text, encoding="utf-8")
         return path
-    compared = {outcome.name: compare(whole, sweep.baseline, outcome) for outcome in OUTCOMES}
-    finished = [root / each.name for each in programs if each.name not in failures]
-    devices = runner.read_results(finished[0])["devices"]
-
-    from lab.sweeps import pictures  # matplotlib is not needed before
-
-    drawn = pictures.draw(sweep, whole, compared, root)
+    outcomes = outcomes_of(sweep)
+    compared = {
+        name: compare(records, sweep.baseline, name, each) for name, each in outcomes.items()
+    }
+    configs = [read_json(Workdir(str(root / each.name)).config) for each in finished]
     facts = {
         "command": command,
-        "commit": ", ".join(commits(finished)),
-        "devices": devices,
+        "commit": ", ".join(sorted({each["commit"] or "unknown" for each in configs})),
+        "devices": read_json(Workdir(str(root / finished[0].name)).results)["devices"],
         "config": sweep.config,
         "overrides": dict(sweep.overrides),
         "seeds": sweep.seeds,
         "target": sweep.target,
-        "interval": f"{LEVEL:.0%}, Student's t",
+        "baseline": sweep.baseline,
+        "failed": dict(failures),
     }
-    write_json(
-        root / "report.json",
-        facts
-        | {
-            "baseline": sweep.baseline,
-            "failed": dict(failures),
-            "variants": {
-                name: {
-                    "overrides": dict(sweep.variants[name]),
-                    "seeds": [dataclasses.asdict(record) for record in each],
-                    "outcomes": {
-                        outcome: dataclasses.asdict(by_variant[name])
-                        for outcome, by_variant in compared.items()
-                    },
-                }
-                for name, each in whole.items()
-            },
-        },
-    )
+    variants = {
+        name: {
+            "overrides": dict(sweep.variants[name]),
+            "seeds": [asdict(record) for record in each],
+            "outcomes": {outcome: asdict(by[name]) for outcome, by in compared.items()},
+        }
+        for name, each in records.items()
+    }
+    write_json(root / "report.json", facts | {"variants": variants})
+    figures = draw(sweep, records, compared, root)
     parts = [
         heading(sweep, root, facts),
-        *(f"![{title}]({file})\n" for title, file in drawn.items()),
-        *(table_of(outcome, compared[outcome.name]) for outcome in OUTCOMES),
-        cost_table(whole),
-        *(length_table(split, whole) for split in sweep.splits),
+        *(f"![{title}]({file})\n" for title, file in figures.items()),
+        *(outcome_table(outcomes[name], by) for name, by in compared.items()),
+        cost_table(records),
+        *(length_table(split, records) for split in sweep.splits),
         paper_table(sweep.paper),
         *([f"Failed: {', '.join(lost)}. See `log.txt` in their folders.\n"] if lost else []),
     ]
@@ -290,16 +189,62 @@ def make(
     return path
 
 
-def commits(folders: Iterable[Path]) -> list[str]:
-    """The commits that the runs were made with, by their own record."""
-    records = (
-        json.loads(Workdir(str(folder)).config.read_text(encoding="utf-8")) for folder in folders
-    )
-    return sorted({record["commit"] or "unknown" for record in records})
+def draw(
+    sweep: Sweep,
+    records: Mapping[str, Sequence[Record]],
+    compared: Mapping[str, Mapping[str, Comparison]],
+    root: Path,
+) -> dict[str, str]:
+    """Draws the figures; title → file name. The baseline is in every panel."""
+    groups: dict[str, list[str]] = {}
+    for name in records:  # where there are many variants, a panel for the first part of each name
+        groups.setdefault(name.split(", ")[0] if len(records) > CROWDED else "", []).append(name)
+    panels = []
+    for title, names in groups.items():
+        series = {name: curve(records[name]) for name in dict.fromkeys([sweep.baseline, *names])}
+        panels.append(learning_panel(title, "step", series, sweep.target))
+    plots.lines(panels, root / "learning_curves.png", columns=3)
+    forest: dict[str, dict[str, Interval | None]] = {}
+    hollow = set()
+    for outcome, by in zip(outcomes_of(sweep).values(), compared.values(), strict=True):
+        label, factor = outcome.axis, outcome.factor
+        others = {name: each for name, each in by.items() if name != sweep.baseline}
+        forest[label] = {name: scaled(each.difference, factor) for name, each in others.items()}
+        hollow |= {(label, k) for k, each in others.items() if each.p is None or each.p > ALPHA}
+    title = f"difference from {sweep.baseline}, 95% interval; filled: p ≤ {ALPHA} after Holm"
+    plots.intervals(forest, root / "forest.png", title=title, hollow=hollow)
+    figures = {"Learning curves": "learning_curves.png", "Differences": "forest.png"}
+    for split in sweep.splits:
+        series = {}
+        for name, each in records.items():
+            rows = list(zip(*(record.by_length[split] for record in each), strict=True))
+            found = [mean_interval([tokens for _, _, tokens in row]) for row in rows]
+            bounds = ([getattr(one, k) for one in found] for k in ("mean", "low", "high"))
+            series[name] = ([row[0][0] for row in rows], *bounds)
+        panel = plots.Panel("", "source length", f"token accuracy, {split}", series, share=True)
+        figures[f"Accuracy by source length, {split}"] = file = f"by_length_{split}.png"
+        plots.lines([panel], root / file)
+    return figures
+
+
+def learning_panel(
+    title: str, x: str, series: Mapping[str, Any], target: float | None = None
+) -> plots.Panel:
+    """Learning curves in one pair of axes."""
+    horizontal = {} if target is None else {"target": target}
+    y = "validation sequence accuracy"
+    return plots.Panel(title, x, y, series, share=True, horizontal=horizontal)
+
+
+def scaled(interval: Interval | None, factor: float) -> Interval | None:
+    """An interval in another unit."""
+    if interval is None:
+        return None
+    return Interval(*(factor * each for each in (interval.mean, interval.low, interval.high)), 0)
 
 
 def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
-    """The title, what was done, and how to read it."""
+    """The title, what was run, and how to read the tables."""
     overrides = ", ".join(f"`{name}={value}`" for name, value in sweep.overrides.items())
     return f"""# {root.name.replace("_", " ").capitalize()}
 
@@ -307,128 +252,90 @@ def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
 
     {facts["command"]}
 
-{sweep.seeds} seeds a variant, from `{sweep.config}`{f" with {overrides}" if overrides else ""}; \
-baseline **{sweep.baseline}**; {facts["devices"]} a program; commit {facts["commit"]}.
+{sweep.seeds} seeds per variant, from `{sweep.config}`{f" with {overrides}" if overrides else ""}; \
+baseline **{sweep.baseline}**; {facts["devices"]} per program; commit {facts["commit"]}.
 
-Brackets are 95% intervals of the mean over seeds (Student's t). Differences are from the
-baseline, seed by seed; p is of the paired t-test, corrected by Holm for the
-comparisons of its table. "Smallest detectable" is the true difference that would be found with
-power 0.8 after that correction, if seeds scatter as they did here. The target is
-{sweep.target:.0%} of validation sequences right, at an evaluation.
+Brackets are 95% confidence intervals of the mean over seeds (Student's t). Differences from the
+baseline are paired by seed; p is that of the paired t-test, corrected by Holm for the comparisons
+of its table. "Smallest detectable" is the true difference that would be found with power 0.8 after
+that correction, given the observed scatter of the seeds. The target is a validation sequence
+accuracy of {sweep.target:.0%}.
 """
 
 
-def table_of(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str:
+def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str:
     """One outcome of every variant."""
-    lines = [
-        f"## {outcome.title}\n",
-        "| variant | mean | difference | p | verdict |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
+    rows = []
     for name, each in by_variant.items():
-        difference = "" if each.difference is None else interval_text(outcome, each.difference, "+")
-        p = "" if each.p is None else ("< 0.001" if each.p < 0.001 else f"{each.p:.3f}")
-        lines.append(
-            f"| {name} | {mean_text(outcome, each)} | {difference} | {p} | {each.verdict} |"
-        )
-    return "\n".join(lines) + "\n"
+        found, size = each.interval, len(each.values)
+        mean = f"not reached (0/{size})" if found is None else interval_text(found, outcome.write)
+        mean += f" ({found.n}/{size})" if found is not None and found.n < size else ""
+        difference = each.difference and interval_text(each.difference, partial(signed, outcome))
+        p = "" if each.p is None else p_text(each.p).removeprefix("p ").removeprefix("= ")
+        rows.append((name, mean, difference or "", p, each.verdict))
+    columns = ("variant", "mean", "difference", "p", "verdict")
+    return f"## {outcome.title}\n\n{markdown(columns, rows, align='lrrrl')}"
 
 
-def mean_text(outcome: Outcome, comparison: Comparison) -> str:
-    """The mean and its interval, and of how many seeds where not of all."""
-    if comparison.interval is None:
-        return f"not reached (0/{len(comparison.values)})"
-    text = interval_text(outcome, comparison.interval)
-    if comparison.interval.n < len(comparison.values):
-        text += f" ({comparison.interval.n}/{len(comparison.values)})"
-    return text
+def signed(outcome: Outcome, x: float) -> str:
+    """A difference with its sign."""
+    return f"{'−' if x < 0 else '+'}{outcome.write(abs(x))}"
 
 
-def interval_text(outcome: Outcome, interval: Any, sign: str = "") -> str:
-    """`99.10% [98.52%, 99.68%]`; with `+` as a sign, signed."""
-
-    def text(value: float) -> str:
-        shown = outcome.write(abs(value) if sign else value)
-        return f"{'−' if value < 0 else sign}{shown}" if sign else shown
-
-    if interval.n == 1:
-        return text(interval.mean)
-    return f"{text(interval.mean)} [{text(interval.low)}, {text(interval.high)}]"
+def interval_text(interval: Interval, write: Callable[[float], str]) -> str:
+    """`99.10% [98.52%, 99.68%]`; of a single seed the value alone."""
+    mean, low, high = map(write, (interval.mean, interval.low, interval.high))
+    return mean if interval.n == 1 else f"{mean} [{low}, {high}]"
 
 
 def cost_table(records: Mapping[str, Sequence[Record]]) -> str:
-    """Parameters, work and speed of every variant."""
-    lines = [
-        "## Cost\n",
-        "| variant | parameters | FLOPs a step | seconds to the target | target tokens/s |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    """Parameters, FLOPs and speed of every variant."""
+    rows = []
     for name, each in records.items():
-        seconds = [record.seconds for record in each if record.seconds is not None]
-        shown = "not reached"
-        if seconds:
-            mean = mean_interval(seconds, LEVEL)
-            shown = f"{mean.mean:.1f}"
-            shown += f" [{mean.low:.1f}, {mean.high:.1f}]" if mean.n > 1 else ""
-        if seconds and len(seconds) < len(each):
-            shown += f" ({len(seconds)}/{len(each)})"
+        known = [record.seconds for record in each if record.seconds is not None]
+        seconds = interval_text(mean_interval(known), "{:.1f}".format) if known else "not reached"
+        seconds += f" ({len(known)}/{len(each)})" if 0 < len(known) < len(each) else ""
         speed = sum(record.tokens_per_second for record in each) / len(each)
-        lines.append(
-            f"| {name} | {each[0].parameters:,} | {each[0].flops_per_step:,} | {shown} "
-            f"| {speed:,.0f} |"
-        )
-    lines.append(
-        "\nFLOPs are those of the matrix products of a step, from its jaxpr. Seconds are of "
-        "training alone, without compilation and evaluation, the program's divided by its "
-        "replicas; programs may have run side by side, so compare them within this table "
-        "only, and roughly."
-    )
-    return "\n".join(lines) + "\n"
+        counts = f"{each[0].parameters:,}", f"{each[0].flops_per_step:,}"
+        rows.append((name, *counts, seconds, f"{speed:,.0f}"))
+    columns = ("variant", "parameters", "FLOPs per step", "seconds to the target")
+    return f"""## Cost
+
+{markdown((*columns, "target tokens/s"), rows)}
+FLOPs are those of the matrix products in a step, from its jaxpr. Seconds are of training alone,
+without compilation and evaluation; those of a program are divided by its number of replicas.
+Programs may have run side by side, so compare speeds within this table only, and roughly.
+"""
 
 
 def length_table(split: str, records: Mapping[str, Sequence[Record]]) -> str:
     """Mean accuracy over seeds by source length."""
-    sizes = [length for length, _, _ in next(iter(records.values()))[0].by_length[split]]
-    lines = [
-        f"## {split}: sequences right (tokens right) by source length\n",
-        "| variant | " + " | ".join(map(str, sizes)) + " |",
-        "| --- | " + " | ".join("---:" for _ in sizes) + " |",
-    ]
+    rows, sizes = [], []
     for name, each in records.items():
-        cells = []
-        for i in range(len(sizes)):
-            rows = [record.by_length[split][i] for record in each]
-            sequences, tokens = (sum(row[k] for row in rows) / len(rows) for k in (1, 2))
-            cells.append(f"{sequences:.1%} ({tokens:.1%})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        by_length = np.array([record.by_length[split] for record in each])  # [seeds, lengths, 3]
+        sizes, *means = by_length.mean(0).T
+        cells = [
+            f"{sequences:.1%} ({tokens:.1%})" for sequences, tokens in zip(*means, strict=True)
+        ]
+        rows.append((name, *cells))
+    table = markdown(("variant", *(f"{size:.0f}" for size in sizes)), rows)
+    return f"## {split}: sequence accuracy (token accuracy) by source length\n\n{table}"
 
 
-def paper_table(rows: Mapping[str, PaperRow]) -> str:
-    """The exact parameters at the paper's size, beside the paper's column."""
-    if not rows:
+def paper_table(paper: Mapping[str, PaperRow]) -> str:
+    """The exact number of parameters at the paper's size, next to the paper's column."""
+    if not paper:
         return ""
-    lines = [
-        f"## Parameters at the paper's size, {PAPER_VOCABULARY:,} shared pieces\n",
-        "| variant | parameters | the paper's column | difference |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for name, row in rows.items():
-        count = paper_parameters(row)
-        printed, difference = "", ""
-        if row.millions is not None:
-            printed = f"{row.millions:.0f}M"
-            difference = f"{count / 1e6 - row.millions:+.1f}M"
-        lines.append(f"| {name} | {count:,} | {printed} | {difference} |")
-    lines.append(
-        "\nExact, by shapes alone. The paper's column (Vaswani et al. 2017, Table 3) is "
-        "rounded, is empty where it prints nothing, and does not state its vocabulary."
-    )
-    return "\n".join(lines) + "\n"
+    rows = []
+    for name, row in paper.items():
+        count = parameters(PAPER_CONFIG, row.overrides, PAPER_VOCABULARY)
+        printed = "" if row.millions is None else f"{row.millions}M"
+        difference = "" if row.millions is None else f"{count / 1e6 - row.millions:+.1f}M"
+        rows.append((name, f"{count:,}", printed, difference))
+    table = markdown(("variant", "parameters", "the paper's column", "difference"), rows)
+    return f"""## Parameters at the paper's size, {PAPER_VOCABULARY:,} shared pieces
 
-
-def paper_parameters(row: PaperRow) -> int:
-    """The parameters of a row of the paper's table."""
-    config = load_config(str(runner.ROOT / "configs" / "vaswani_base.py"))
-    config.update_from_flattened_dict(dict(row.overrides))
-    return Model(ModelConfig(**config.model), PAPER_VOCABULARY).count_parameters()
+{table}
+Exact, by shape evaluation alone. The paper's column (Vaswani et al. 2017, Table 3) is rounded, is
+empty where the paper prints nothing, and does not state its vocabulary.
+"""

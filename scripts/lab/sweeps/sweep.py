@@ -1,4 +1,4 @@
-"""What a sweep file says, and how its runs are put together into programs.
+"""Sweeps: what is compared, and which runs share a program.
 
 A sweep file is a Python file with a function `get_sweep() -> Sweep`; see `configs/ablations`.
 """
@@ -8,36 +8,27 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from transformer.config import RunConfig, flat_knobs, load_config
-from transformer.errors import UserError, nearest
+from transformer.config import RunConfig, default_config, flat_knobs, load_config
+from transformer.errors import UserError, choose, nearest
+from transformer.metrics import METRICS
+from transformer.modules.model import Model
 
 Overrides = Mapping[str, Any]
-
-# The knobs in which replicas of one program may differ, and their names in `per_replica`.
-REPLICA_KNOBS = {
-    "seed": "seed",
-    "optimizer.learning_rate": "learning_rate",
-    "optimizer.warmup_steps": "warmup_steps",
-    "optimizer.weight_decay": "weight_decay",
-    "label_smoothing": "label_smoothing",
-    "model.dropout_rate": "dropout_rate",
-    "model.attention_dropout_rate": "attention_dropout_rate",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A row of a published table: what it changes at the paper's size, and its column.
+    """A row of a published table.
 
     overrides: of `configs/vaswani_base.py`.
-    millions: the parameters that the paper prints, where it does.
+    millions: the number of parameters that the paper prints; None if it prints none.
     """
 
     overrides: Overrides = field(default_factory=dict)
@@ -46,17 +37,18 @@ class PaperRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is compared.
+    """Variants of a config, each trained with the same seeds, and the baseline among them.
 
-    config: the config file that every run starts from.
-    variants: name → what it changes, `{"model.norm": "rms"}`.
+    config: path of the config file of all runs.
+    variants: name → overrides, such as `{"model.norm": "rms"}`.
     baseline: the variant that the others are compared with.
-    seeds: how many, from 0; the same for each variant, so that runs pair.
-    overrides: what all runs change.
-    target: the validation sequence accuracy of "to the target".
-    splits: evaluated by source length besides the test split, such as `test_longer`.
-    paper: name → row of the published table that the sweep is a small copy of.
-    note: sentences for the top of the report.
+    seeds: number of seeds, from 0.
+    overrides: of all runs.
+    target: validation sequence accuracy for "steps to the target".
+    metrics: names in `METRICS` that variants are compared in, on the test split.
+    splits: evaluated by source length in addition to the test split, such as `test_longer`.
+    paper: name → row of the published table that the sweep reproduces at a small size.
+    note: text at the top of the report.
     """
 
     config: str
@@ -65,6 +57,7 @@ class Sweep:
     seeds: int
     overrides: Overrides = field(default_factory=dict)
     target: float = 0.9
+    metrics: Sequence[str] = ("sequence_accuracy", "loss")
     splits: Sequence[str] = ()
     paper: Mapping[str, PaperRow] = field(default_factory=dict)
     note: str = ""
@@ -72,17 +65,19 @@ class Sweep:
     def __post_init__(self):
         if self.baseline not in self.variants:
             raise UserError(
-                f"the sweep's baseline {self.baseline!r} is none of its variants: "
+                f"baseline={self.baseline!r} is not a variant of the sweep: choose one of "
                 f"{', '.join(self.variants)}{nearest(self.baseline, self.variants)}"
             )
         if self.seeds < 1:
-            raise UserError(f"the sweep has seeds={self.seeds}: it must be at least 1")
+            raise UserError(f"seeds={self.seeds}: a sweep needs at least 1")
+        for name in self.metrics:
+            choose(METRICS, name, "metrics")
 
 
 def grid(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Every combination: `grid(model__norm=["layer", "rms"], model__num_layers=[1, 2])`.
+    """All combinations: `grid(model__norm=["layer", "rms"], model__num_layers=[1, 2])`.
 
-    `__` stands for the dot of a knob's name; variants are called `layer, 1` and so on.
+    `__` stands for the dot in a knob's name; the variants are named `layer, 1` and so on.
     """
     return combined(
         *({str(value): {knob(name): value} for value in values} for name, values in axes.items())
@@ -90,7 +85,7 @@ def grid(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 
 def zipped(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """The first of each list together, then the second of each: lists of one length."""
+    """The first value of each list, then the second of each, and so on; lists of equal length."""
     names = [knob(name) for name in axes]
     return {
         ", ".join(map(str, values)): dict(zip(names, values, strict=True))
@@ -99,12 +94,10 @@ def zipped(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 
 def combined(*axes: Mapping[str, Overrides]) -> dict[str, dict[str, Any]]:
-    """Every combination of named variants, their names joined by commas."""
+    """All combinations of named variants; their names are joined by commas."""
     result = {}
     for chosen in itertools.product(*(axis.items() for axis in axes)):
-        overrides: dict[str, Any] = {}
-        for _, each in chosen:
-            overrides |= each
+        overrides = {name: value for _, each in chosen for name, value in each.items()}
         result[", ".join(name for name, _ in chosen if name)] = overrides
     return result
 
@@ -114,43 +107,63 @@ def knob(name: str) -> str:
     return name.replace("__", ".")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One seed of one variant."""
+def match_width(path: str, overrides: Overrides) -> dict[str, Any]:
+    """`overrides` with the `model.d_model` at which the model is closest to the config's own size.
 
-    variant: str
-    seed: int
+    Widths are even and multiples of the number of heads. The count grows with the width, so
+    bisection finds the closest two.
+    """
+    heads = load_config(path).model.num_heads
+    step = heads if heads % 2 == 0 else 2 * heads
+
+    def excess(steps: int) -> int:
+        return parameters(path, {**overrides, "model.d_model": steps * step}) - wanted
+
+    wanted, low, high = parameters(path, {}), 1, 2
+    while excess(high) < 0:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return {**overrides, "model.d_model": step * min((low, high), key=lambda n: abs(excess(n)))}
+
+
+def parameters(path: str, overrides: Overrides, vocab_size: int = 32) -> int:
+    """The number of parameters of a config file's model, by shape evaluation alone."""
+    config = load_config(path)
+    config.update_from_flattened_dict(dict(overrides))
+    return Model(RunConfig.from_config_dict(config).model, vocab_size).count_parameters()
 
 
 @dataclass(frozen=True)
 class Program:
-    """Runs that are trained together, as one call of `train.py`.
+    """Runs that are trained together as the replicas of one call of `train.py`.
 
     name: of its folder.
-    config: the config file.
-    overrides: of it, the population's included.
-    members: the run that each replica is, in order.
-    splits: to be evaluated besides.
+    config: path of the config file.
+    overrides: of the config, those of the population included.
+    members: the variant and the seed of each replica.
+    splits: evaluated in addition to the test split.
     """
 
     name: str
     config: str
     overrides: Overrides
-    members: tuple[Run, ...]
-    splits: tuple[str, ...]
+    members: tuple[tuple[str, int], ...]
+    splits: tuple[str, ...] = ()
 
     def commands(self, workdir: Path, data_dir: str | None) -> list[list[str]]:
-        """The command lines that carry it out, without the interpreter."""
+        """The command lines of training and evaluation, without the interpreter."""
         place = [f"--workdir={workdir}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-        overrides = [f"--config.{name}={written(value)}" for name, value in self.overrides.items()]
+        overrides = [f"--config.{name}={as_flag(value)}" for name, value in self.overrides.items()]
         train = ["train.py", f"--config={self.config}", *overrides, *place]
         return [train, *(["eval.py", *place, f"--split={split}"] for split in self.splits)]
 
     def resolved(self) -> Any:
-        """The config that it runs with.
+        """Its config.
 
         Raises:
-          UserError: an override is unknown, ill-typed or contradicts another.
+          UserError: an override is unknown, has the wrong type or contradicts another.
         """
         config = load_config(self.config)
         try:
@@ -158,80 +171,75 @@ class Program:
             RunConfig.from_config_dict(config)
         except (UserError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"the sweep's variant {self.members[0].variant!r}: {reason}") from error
+            raise UserError(f"variant {self.members[0][0]!r} of the sweep: {reason}") from error
         return config
 
 
-def written(value: Any) -> str:
-    """A value as a flag takes it."""
+def as_flag(value: Any) -> str:
+    """A value as absl's flags parse it."""
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def load_sweep(path: str) -> Sweep:
-    """What the `get_sweep` of a sweep file gives.
+    """The result of a sweep file's `get_sweep`.
 
     Raises:
       UserError: there is no such file, or it fails.
     """
     sweep = load_config(path, "get_sweep")
     if not isinstance(sweep, Sweep):
-        raise UserError(f"{path}: get_sweep() gives a {type(sweep).__name__} and not a Sweep")
+        raise UserError(f"{path}: get_sweep() returns a {type(sweep).__name__}, not a Sweep")
     return sweep
 
 
-def plan(sweep: Sweep, most: int) -> list[Program]:
-    """The programs that carry out a sweep: runs that can share one do.
-
-    Runs can share a program if they differ in nothing but `REPLICA_KNOBS`.
-
-    Args:
-      sweep: what is compared.
-      most: replicas a program may have.
+def plan(sweep: Sweep, max_replicas: int) -> list[Program]:
+    """The programs of a sweep: runs that differ in knobs of `per_replica` alone share one.
 
     Raises:
       UserError: a variant's overrides are unknown or contradict each other.
     """
-    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    replica_knobs = knobs_per_replica()
+    groups: dict[str, list[tuple[tuple[str, int], dict[str, Any]]]] = {}
     for variant, overrides in sweep.variants.items():
         for seed in range(sweep.seeds):
-            run = Run(variant, seed)
             own = {**sweep.overrides, **overrides, "seed": seed}
-            alone = Program(variant, sweep.config, own, (run,), ()).resolved()
-            shared = {k: v for k, v in flat_knobs(alone).items() if k not in REPLICA_KNOBS}
-            groups.setdefault(json.dumps(shared, sort_keys=True), []).append((run, own))
-    programs, names = [], set()
+            config = Program(variant, sweep.config, own, ((variant, seed),)).resolved()
+            shared = {k: v for k, v in flat_knobs(config).items() if k not in replica_knobs}
+            key = json.dumps(shared, sort_keys=True)
+            groups.setdefault(key, []).append(((variant, seed), own))
+    programs: list[Program] = []
     for group in groups.values():
-        chunks = math.ceil(len(group) / most)
-        size = math.ceil(len(group) / chunks)
+        size = math.ceil(len(group) / math.ceil(len(group) / max_replicas))
         for start in range(0, len(group), size):
-            members = group[start : start + size]
-            variants = dict.fromkeys(run.variant for run, _ in members)
-            name = slug(" and ".join(variants))
-            while name in names:
+            chunk = group[start : start + size]
+            members = tuple(member for member, _ in chunk)
+            name = slug(" and ".join(dict.fromkeys(variant for variant, _ in members)))
+            while name in {each.name for each in programs}:
                 name += "-more"
-            names.add(name)
-            programs.append(
-                Program(
-                    name,
-                    sweep.config,
-                    together([own for _, own in members], load_config(sweep.config)),
-                    tuple(run for run, _ in members),
-                    tuple(sweep.splits),
-                )
-            )
-    for program in programs:
-        program.resolved()
+            overrides = population([own for _, own in chunk], load_config(sweep.config))
+            programs.append(Program(name, sweep.config, overrides, members, tuple(sweep.splits)))
+            programs[-1].resolved()
     return programs
 
 
-def together(members: Sequence[Overrides], base: ConfigDict) -> dict[str, Any]:
-    """The overrides of the population that several runs make; of one run, its own."""
+def knobs_per_replica() -> dict[str, str]:
+    """Each knob in which replicas of one program may differ → its name in `per_replica`."""
+    knobs, prefix = flat_knobs(default_config()), "per_replica."
+    return {
+        name: name.rpartition(".")[2]
+        for name in knobs
+        if not name.startswith(prefix) and prefix + name.rpartition(".")[2] in knobs
+    }
+
+
+def population(members: Sequence[Overrides], base: ConfigDict) -> dict[str, Any]:
+    """The overrides of the population that several runs form; those of a single run, unchanged."""
     if len(members) == 1:
         return dict(members[0])
-    defaults = flat_knobs(base)
-    overrides = {k: v for k, v in members[0].items() if k not in REPLICA_KNOBS}
+    defaults, replica_knobs = flat_knobs(base), knobs_per_replica()
+    overrides = {k: v for k, v in members[0].items() if k not in replica_knobs}
     overrides["replicas"] = len(members)
-    for name, own in REPLICA_KNOBS.items():
+    for name, own in replica_knobs.items():
         values = tuple(member.get(name, defaults[name]) for member in members)
         if len(set(values)) > 1:
             overrides[f"per_replica.{own}"] = values
@@ -241,13 +249,8 @@ def together(members: Sequence[Overrides], base: ConfigDict) -> dict[str, Any]:
 
 
 def slug(text: str, longest: int = 60) -> str:
-    """A name for a folder; one that would be long ends in a digest of all of it."""
+    """A name for a folder; a long one is cut and ends in a digest of the whole."""
     name = re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_") or "variant"
     if len(name) <= longest:
         return name
     return f"{name[:longest]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def all_runs(programs: Iterable[Program]) -> list[tuple[Program, int, Run]]:
-    """Each run with its program and its number in it."""
-    return [(each, k, run) for each in programs for k, run in enumerate(each.members)]

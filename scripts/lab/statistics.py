@@ -1,16 +1,17 @@
-"""What a handful of seeds can say: intervals, paired tests, Holm's correction, verdicts."""
+"""Statistics over seeds: confidence intervals, paired tests, Holm's correction, verdicts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import scipy
 
 Values = Sequence[float] | np.ndarray
 
-POWER = 0.8  # with which an effect of `Difference.detectable` would be found
+ALPHA = 0.05  # the largest adjusted p-value that counts as evidence
+LEVEL = 1.0 - ALPHA
+POWER = 0.8  # with which an effect of `Difference.detectable` is found
 ROUNDING = 4 * np.finfo(np.float64).eps  # of a difference, relative to its terms; generous
 
 
@@ -25,27 +26,22 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Interval):
     """Variant minus baseline over `n` paired seeds.
 
-    mean, low, high: the mean difference and its confidence interval.
     p: of the two-sided paired t-test of "the mean difference is zero".
-    detectable: the smallest true difference that this test would find with power 0.8.
+    detectable: the smallest true difference that this test finds with power 0.8.
     """
 
-    mean: float
-    low: float
-    high: float
     p: float
-    n: int
     detectable: float
 
 
-def mean_interval(values: Values, level: float = 0.95) -> Interval:
-    """Student's t interval of the mean, mean ± t(n-1) · s / √n, one value for each seed.
+def mean_interval(values: Values, level: float = LEVEL) -> Interval:
+    """Student's t interval of the mean, mean ± t(n-1) · s / √n, of one value per seed.
 
-    One value has no interval (NaN), equal values have one of no width, and a value
-    that is not finite makes everything NaN.
+    Bounds are NaN for a single value, equal to the mean for equal values. A value that is not
+    finite makes everything NaN.
     """
     sample = as_sample(values)
     mean, error = mean_and_error(sample, scale=np.abs(sample).max())
@@ -53,37 +49,40 @@ def mean_interval(values: Values, level: float = 0.95) -> Interval:
     return Interval(mean, mean - margin, mean + margin, sample.size)
 
 
-def paired(variant: Values, baseline: Values, level: float = 0.95) -> Difference:
-    """The paired t-test of variant against baseline, whose values are of the same seeds in order.
+def paired(variant: Values, baseline: Values, level: float = LEVEL) -> Difference:
+    """The paired t-test of variant against baseline, whose values belong to the same seeds.
 
-    `detectable` is that of one test at α = 1 - level and takes the spread s of the
-    differences for the true one: λ · s / √n, λ from `noncentrality`. Under a
-    correction for several comparisons the smallest detectable difference is larger.
+    `detectable` is λ · s / √n with λ from `noncentrality`: it is that of one test at
+    α = 1 - level and takes the spread s of the differences for the true one.
 
-    One pair has a mean and nothing else (NaN). Differences that are all zero have p = 1,
-    and equal ones other than zero p = 0, since t is infinite; either way `detectable` is 0.
-    A value that is not finite makes everything NaN. ValueError if the seeds cannot be paired.
+    Of a single pair everything but the mean is NaN. Differences that are all zero have p = 1,
+    and equal ones other than zero p = 0, since t is infinite. A value that is not finite makes
+    everything NaN. ValueError if the numbers of seeds differ.
     """
     ours, theirs = as_sample(variant), as_sample(baseline)
     if ours.size != theirs.size:
         raise ValueError(f"{ours.size} values cannot be paired with {theirs.size}")
     n = ours.size
     mean, error = mean_and_error(ours - theirs, scale=np.abs([ours, theirs]).max())
+    return t_test(mean, error, n, level)
+
+
+def t_test(mean: float, error: float, n: int, level: float = LEVEL) -> Difference:
+    """The two-sided t-test of a mean difference with a standard error from `n` pairs."""
     margin = critical(n, level) * error
     if error == 0.0:
         p = 1.0 if mean == 0.0 else 0.0
     else:
         p = float(2.0 * scipy.stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(mean, mean - margin, mean + margin, p, n, noncentrality(n, level) * error)
+    return Difference(mean, mean - margin, mean + margin, n, p, noncentrality(n, level) * error)
 
 
 def holm(p_values: Values) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979).
 
-    p̃(i) = max over j ≤ i of min(1, (m - j + 1) · p(j)), p(1) ≤ … ≤ p(m). Rejecting
-    where p̃ ≤ α keeps the chance of any false rejection at α, however the tests depend
-    on each other, as they do when they share a baseline. NaN is no comparison: it stays
-    NaN and m does not count it.
+    p̃(i) = max over j ≤ i of min(1, (m - j + 1) · p(j)), p(1) ≤ … ≤ p(m). Rejecting where
+    p̃ ≤ α bounds the chance of any false rejection by α, however the tests depend on each other.
+    NaN means no comparison: it stays NaN and is not counted in m.
     """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
@@ -98,17 +97,15 @@ def verdict(
     p_adjusted: float,
     *,
     unit: Callable[[float], str],
-    better: Literal["higher", "lower"],
-    alpha: float = 0.05,
+    higher_is_better: bool,
 ) -> str:
-    """What `difference` says, in words.
+    """A sentence on what `difference` shows.
 
     Args:
-      difference: from `paired`, with level = 1 - alpha for `detectable` to fit.
-      p_adjusted: its p-value among all comparisons of the report, from `holm`.
-      unit: writes a magnitude, which is never negative: 1.2 as "1.2 points".
-      better: which sign of the metric is the better one.
-      alpha: the largest adjusted p-value that counts as evidence.
+      difference: from `paired`.
+      p_adjusted: its p-value adjusted for all comparisons of the report, from `holm`.
+      unit: formats a magnitude (never negative): 1.2 as "1.2 points".
+      higher_is_better: the sign of the metric.
     """
     if difference.n == 1:
         return "one seed: no verdict"
@@ -116,32 +113,33 @@ def verdict(
         return "a seed is not finite: no verdict"
     if difference.mean == difference.detectable == 0.0:
         return f"identical on all {difference.n} seeds"
-    if p_adjusted <= alpha:
-        word = "better" if (difference.mean > 0.0) == (better == "higher") else "worse"
-        p = "p < 0.001" if p_adjusted < 0.001 else f"p = {p_adjusted:.3f}"
-        return f"{word} by {unit(abs(difference.mean))} ({p})"
+    if p_adjusted <= ALPHA:
+        word = "better" if (difference.mean > 0.0) == higher_is_better else "worse"
+        return f"{word} by {unit(abs(difference.mean))} ({p_text(p_adjusted)})"
     return (
         f"no evidence of a difference at {difference.n} seeds; "
         f"smallest detectable: {unit(difference.detectable)}"
     )
 
 
-def as_sample(values: Values) -> np.ndarray:
-    """`values` as a vector of float64; ValueError if it is none or empty.
+def p_text(p: float) -> str:
+    """`p = 0.012` or `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
-    Infinities become NaN: a diverged run says as little whichever way it ended.
-    """
+
+def as_sample(values: Values) -> np.ndarray:
+    """The values as a vector of float64, infinities as NaN; ValueError if there are none."""
     sample = np.asarray(values, np.float64)
     if sample.ndim != 1 or sample.size == 0:
-        raise ValueError(f"one value for each seed is wanted, not an array {sample.shape}")
+        raise ValueError(f"expected one value per seed, not an array of shape {sample.shape}")
     return np.where(np.isfinite(sample), sample, np.nan)
 
 
 def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
-    """The mean of `sample` and its standard error s / √n, which is NaN for one value.
+    """The mean and its standard error s / √n, which is NaN for a single value.
 
-    What is no more than the rounding of numbers as large as `scale` is taken for zero:
-    0.9 - 0.8 and 0.8 - 0.7 are the same difference.
+    What is within the rounding of numbers as large as `scale` counts as zero: 0.9 - 0.8 and
+    0.8 - 0.7 are the same difference.
     """
     mean = float(sample.mean())
     if sample.size == 1:
@@ -155,7 +153,7 @@ def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
 
 @cache
 def critical(n: int, level: float) -> float:
-    """The t of `n` values beyond which, to both sides, lies a chance of 1 - level."""
+    """The t that |t| of `n` values exceeds with probability 1 - level."""
     return float(scipy.stats.t.isf((1.0 - level) / 2.0, n - 1))
 
 

@@ -1,0 +1,107 @@
+"""The results of a sweep's runs, read from their folders."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.sweeps.sweep import Program, Sweep
+from transformer.errors import UserError
+from transformer.strict_json import numbers
+from transformer.training.metrics import read_metrics
+from transformer.training.workdir import Workdir
+
+TARGET_METRIC = "validation/sequence_accuracy"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The results of one seed of one variant.
+
+    outcomes: metric of the test split → value, and the steps to the target; None: not reached.
+    seconds: of training up to the evaluation that first reached the target, without compilation
+      and evaluation; those of the program divided by its number of replicas.
+    tokens_per_second: useful target tokens, of this replica times the number of replicas.
+    curve: (step, validation sequence accuracy).
+    by_length: split → (source length, sequence accuracy, token accuracy).
+    """
+
+    seed: int
+    outcomes: dict[str, float | None]
+    seconds: float | None
+    tokens_per_second: float
+    parameters: int
+    flops_per_step: int
+    curve: list[tuple[int, float]]
+    by_length: dict[str, list[tuple[int, float, float]]]
+
+
+def read_all(sweep: Sweep, programs: Iterable[Program], root: Path) -> dict[str, list[Record]]:
+    """Variant → the records of its seeds in order, of finished programs.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    found: dict[str, list[Record]] = {variant: [] for variant in sweep.variants}
+    for program in programs:
+        for k, (variant, seed) in enumerate(program.members):
+            found[variant].append(read(sweep, program, k, seed, root / program.name))
+    return {name: sorted(each, key=lambda one: one.seed) for name, each in found.items()}
+
+
+def read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) -> Record:
+    """The record of one replica of a finished program; see `read_all`."""
+    workdir, size = Workdir(str(folder)), len(program.members)
+    results = read_json(workdir.results)
+    final = numbers(results["replicas"][replica])
+    rows = [row for row in read_metrics(workdir.metrics) if row.get("replica", 0) == replica]
+    trained = [row for row in rows if "train/steps_per_second" in row]
+    curve = [(row["step"], row[TARGET_METRIC]) for row in rows if TARGET_METRIC in row]
+    reached = next((step for step, accuracy in curve if accuracy >= sweep.target), None)
+    seconds, before = 0.0, 0
+    for row in trained:
+        if reached is not None and row["step"] <= reached:
+            seconds += (row["step"] - before) / row["train/steps_per_second"]
+            before = row["step"]
+    tokens = [row["train/target_tokens_per_second"] for row in trained]
+    by_length = {}
+    for split in program.splits:
+        evaluated = read_json(folder / f"eval_{split}.json")["replicas"][replica]
+        by_length[split] = [
+            (row["length"], row["sequence_accuracy"], row["token_accuracy"])
+            for row in map(numbers, evaluated["by_source_length"])
+        ]
+    return Record(
+        seed=seed,
+        outcomes={name: final[f"test/{name}"] for name in sweep.metrics} | {"steps": reached},
+        seconds=None if reached is None else seconds / size,
+        tokens_per_second=size * sum(tokens) / len(tokens),
+        parameters=results["parameters"],
+        flops_per_step=results["flops_per_step"],
+        curve=curve,
+        by_length=by_length,
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a result file.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); delete the folder and run again"
+        ) from error
+
+
+def curve(records: Sequence[Record], seconds_per_step: float = 1.0) -> tuple[Any, ...]:
+    """Steps, or seconds, and the mean, lowest and highest validation accuracy of the seeds."""
+    values = np.array([[accuracy for _, accuracy in record.curve] for record in records])
+    steps = [step * seconds_per_step for step, _ in records[0].curve]
+    return steps, values.mean(0), values.min(0), values.max(0)
