@@ -16,7 +16,7 @@ from lab.claims.claim import Setting, verdict
 from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import choose
-from transformer.parallel.devices import describe
+from transformer.parallel.devices import describe_mesh
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training.workdir import commit
 
@@ -51,7 +51,11 @@ def main() -> None:
     folder = Path(OUTPUT.value, "claims")
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(Path(WORKDIR.value), DATA_DIR.value, JOBS.value, folder)
-    about = {"devices": describe(one_device_mesh()), "commit": commit(), "jax": jax.__version__}
+    about = {
+        "devices": describe_mesh(one_device_mesh()),
+        "commit": commit(),
+        "jax": jax.__version__,
+    }
     for name in (name for name in CLAIMS if name in ONLY.value):
         claim = CLAIMS[name](setting)
         page.store(name, claim, folder, about)

@@ -20,12 +20,12 @@ from typing import Any
 from absl import flags
 from lab.sweeps import report, runner
 from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
-from transformer.run import Run
 
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
 from transformer.errors import UserError
+from transformer.run import Run
 from transformer.training.interruption import Interrupted
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep file.", required=True)

@@ -1,5 +1,6 @@
 """The claims page: its rules, its measurements, and that it notices what is not so."""
 
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lab import timing
-from lab.claims import attention, complexity, judging, measuring, norms, page, recurrence, sweeps
-from lab.claims.page import Check, Claim
-from lab.sweeps.report import Record
-from lab.sweeps.sweep import Run, load_sweep
+from lab.claims import attention, complexity, learning, norms, page, recurrence
+from lab.claims.claim import Check, Claim, Setting, above_zero, shown, verdict
+from lab.sweeps.records import Record
 from matplotlib.figure import Figure
 
 from tests.helpers import random_params, small_model
@@ -23,7 +23,7 @@ from transformer.modules.model import Model
 from transformer.modules.normalization import RMSNorm
 from transformer.training import costs
 
-read_sweep = cache(load_sweep)  # that of the recurrent kinds searches for widths
+sweep_of = cache(learning.sweep_of)  # that of the recurrent kinds searches for widths
 QUICK, SLOW = (100, 110, 120), (200, 205, 225)
 
 
@@ -32,10 +32,10 @@ def setting(tmp_path, monkeypatch):
     """A setting without pictures and with shallow models, which show what the page shows."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr(attention, "model_of", partial(attention.model_of, num_layers=1))
-    for module in (recurrence, sweeps):
-        monkeypatch.setattr(module, "load_sweep", read_sweep)
+    for module in (recurrence, learning):
+        monkeypatch.setattr(module, "sweep_of", sweep_of)
     (tmp_path / "claims").mkdir()
-    return page.Setting(tmp_path, None, 1, tmp_path / "claims")
+    return Setting(tmp_path, None, 1, tmp_path / "claims")
 
 
 def holding(claim):
@@ -44,7 +44,7 @@ def holding(claim):
 
 def test_the_verdict_follows_from_the_checks():
     some = "holds with a condition"
-    for holds, verdict in (
+    for holds, words in (
         ((True, True), "holds"),
         ((True, False), f"{some}; not for: case 1"),
         ((True, None, False), f"{some}; not for: case 2; undecided: case 1"),
@@ -52,15 +52,19 @@ def test_the_verdict_follows_from_the_checks():
         ((True, *[None] * 4, False), f"{some}: in 1 of 6 cases, not in 1, undecided in 4"),
         ((), "could not be measured here"),
     ):
-        assert page.verdict([Check(f"case {i}", "", x) for i, x in enumerate(holds)]) == verdict
+        assert verdict([Check(f"case {i}", "", x) for i, x in enumerate(holds)]) == words
 
 
 def test_the_page_has_every_claim_that_was_measured_whenever_that_was(setting):
-    first = Claim("x", "A b, c", "says", "method", [Check("u", "1", True)], ["| t |"], {"n": 1})
-    second = Claim("y", "D", "says", "method", [Check("v", "2", False), Check("w", "3", None)])
+    words = {"says": "says", "method": "method"}
+    checks = [Check("v", "2", False), Check("w", "3", None)]
+    claims = {
+        "y": Claim(title="D", checks=checks, **words),
+        "x": Claim(title="A b, c", checks=[Check("u", "1", True)], data={"n": 1}, **words),
+    }
     (setting.folder / "x.png").touch()
-    for claim in (second, first):
-        page.store(claim, setting.folder, {"devices": "cpu", "commit": None, "jax": "1"})
+    for name, claim in claims.items():
+        page.store(name, claim, setting.folder, {"devices": "cpu", "commit": None, "jax": "1"})
     text = page.write(setting.folder, ["x", "y", "z"]).read_text()
     assert text == (setting.root / "claims.md").read_text()
     assert re.findall(r"\(#(.*?)\)", text) == ["a-b-c", "d"]
@@ -75,9 +79,9 @@ def test_masked_attention_is_blind_and_a_mask_that_leaks_is_noticed(setting, mon
         return jax.nn.softmax(jnp.where(mask, scores, scores - 10.0), axis=-1)
 
     claim = attention.causality(setting, length=5, seeds=1)
-    assert page.verdict(claim.checks) == "holds"
+    assert verdict(claim.checks) == "holds"
     assert len(claim.checks) == len(attention.BACKENDS)
-    assert page.verdict(attention.probabilities(setting, length=8, seeds=1).checks) == "holds"
+    assert verdict(attention.probabilities(setting, length=8, seeds=1).checks) == "holds"
     with monkeypatch.context() as patch:
         patch.setattr(dot_product_attention, "masked_softmax", soft)
         found = holding(attention.probabilities(setting, length=8, seeds=1))
@@ -92,21 +96,23 @@ def test_masked_attention_is_blind_and_a_mask_that_leaks_is_noticed(setting, mon
     assert found["backend splash"]  # the kernel has a mask of its own
 
 
-def test_heads_are_judged_by_distance_by_loss_and_by_number(setting):
+def test_heads_are_judged_by_distance_by_loss_and_by_number(setting, monkeypatch):
     def judged(trained, untrained, one_head, four_heads):
         lost = {(kind, r): [9.0 / r, 10.0 / r, 11.0 / r] for kind in kinds for r in (1, 2)}
         heads = (dict.fromkeys(kinds, each) for each in (trained, untrained))
-        accuracy = {"1 head": one_head, "4 heads": four_heads}
-        return attention.judge_heads(setting, attention.Heads(*heads, lost), accuracy)
+        found = {"1 head": planted(accuracy=one_head), "4 heads": planted(accuracy=four_heads)}
+        monkeypatch.setattr(attention, "records", lambda *_: found)
+        monkeypatch.setattr(attention, "measure_heads", lambda *_: attention.Heads(*heads, lost))
+        return attention.heads(setting)
 
     one, other = np.eye(3), np.roll(np.eye(3), 1, axis=1)
     p, real = np.stack([one, other, (one + other) / 2])[None], np.ones((1, 3), bool)
     assert [attention.distance(p[:, h], real) for h in ([0, 0], [0, 1], [0, 1, 2])] == [0, 1, 0.5]
     p[0, 1, 2] = p[0, 0, 2]  # the same where there is padding
     assert attention.distance(p[:, :2], np.array([[True, True, False]])) == 1.0
-    kinds, few, many = attention.KINDS, [90.0, 91.0, 89.0], [95.0, 96.5, 93.5]
+    kinds, few, many = attention.KINDS, [0.90, 0.91, 0.89], [0.95, 0.965, 0.935]
     apart, alike = [0.5, 0.6, 0.7], [0.01, 0.02, 0.04]
-    assert page.verdict(judged(apart, alike, few, many).checks) == "holds"
+    assert verdict(judged(apart, alike, few, many).checks) == "holds"
     for case, holds in holding(judged(alike, apart, many, few)).items():
         assert holds is ("most useful" in case), case
 
@@ -137,7 +143,8 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
 
 def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting, monkeypatch):
     model = small_model(num_layers=4)
-    found = norms.judge_scales(setting, [(model, random_params(model, 0))], layers=4, width=32)
+    monkeypatch.setattr(norms, "trained_deep", lambda _: [(model, random_params(model, 0))])
+    found = norms.same_scale(setting, layers=4, width=32)
     attention_reads, stream = [True, True, True], [True, False, False]  # post-norm first
     assert [*holding(found).values()] == attention_reads + stream
     found = holding(norms.moments(setting, rows=64))
@@ -155,13 +162,14 @@ def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting
     assert [found[case] for case in found if "batch" in case] == [False] * 3
 
 
-def planted(*steps, accuracy=0.9, target=0.5):
+def planted(*steps, accuracy=(0.9,), target=0.5):
     """Records of a variant whose seeds arrive at the target at these steps, or never."""
     records, at = [], np.arange(10, 410, 10)
-    for seed, step in enumerate(steps):
+    for seed, (step, final) in enumerate(itertools.zip_longest(steps, accuracy)):
+        outcomes = {"sequence_accuracy": accuracy[0] if final is None else final}
         right = 0.0 * at if step is None else np.clip(target + (at - step) / 100, 0, 1)
         curve = list(zip(at.tolist(), right.tolist(), strict=True))
-        records.append(Record(Run("", seed), accuracy, 0.1, None, 1.0, 1e3, 10_000, 10, curve, {}))
+        records.append(Record(seed, outcomes, 1.0, 1e3, 10_000, 10, curve, {}))
     return records
 
 
@@ -179,23 +187,23 @@ def test_each_kind_is_taken_at_its_best_rate_and_tested_on_other_seeds():
         "a, 0.1": planted(100, 100, None, 10, 10),
         "a, 0.2": planted(200, 210, 220, 231, None),
         "a, 0.4": planted(300, 300, 310, 10, 10),
-        "b, 0.1": planted(None, None, None, 10, accuracy=0.2),
-        "b, 0.2": planted(None, None, None, None, accuracy=0.3),
+        "b, 0.1": planted(None, None, None, 10, accuracy=[0.2]),
+        "b, 0.2": planted(None, None, None, None, accuracy=[0.3]),
     }
-    best = judging.bests(found, 0.5)
+    best = learning.bests(found, 0.5)
     assert {kind: each.rate for kind, each in best.items()} == {"a": 0.2, "b": 0.2}
     assert best["a"].arrivals == [pytest.approx(231), None]
-    assert best["b"].arrived() == []
+    assert best["b"].arrived == []
     del found["a, 0.4"]
-    assert (best["a"].at_end, judging.bests(found, 0.5)["a"].at_end) == (False, True)
+    assert (best["a"].at_end, learning.bests(found, 0.5)["a"].at_end) == (False, True)
 
 
 def race(ours, theirs, step_times=(0.0,), at_end=(False, False)):
     best = [
-        judging.Best("x", 0.1, last, planted(*steps), [s and float(s) for s in steps], 400)
+        learning.Best("x", 0.1, last, planted(*steps), [s and float(s) for s in steps])
         for steps, last in zip((ours, theirs), at_end, strict=True)
     ]
-    return judging.Race("x", *best, step_times)
+    return learning.Race("x", *best, step_times)
 
 
 def test_who_wins_a_race_and_what_many_of_them_show():
@@ -215,57 +223,66 @@ def test_who_wins_a_race_and_what_many_of_them_show():
         (SLOW, QUICK, (True, False), None),
         (SLOW, QUICK, (False, True), False),
     ):
-        assert judging.judge([race(ours, theirs, at_end=at_end)])[0].holds is holds, (ours, theirs)
+        assert learning.judge([race(ours, theirs, at_end=at_end)])[0].holds is holds, (ours, theirs)
     # Fewer steps that take longer are no win in seconds.
     for ratios, holds in (([0.1, 0.11, 0.105], False), ([0.1, 10.0, 1.0], None)):
-        checks = judging.judge([race(QUICK, SLOW, tuple(np.log(ratios)))])
+        checks = learning.judge([race(QUICK, SLOW, tuple(np.log(ratios)))])
         assert [each.holds for each in checks] == [True, holds]
     # Races and ratios are corrected for each other.
     close, noise = race((100, 110, 120), (110, 125, 130)), race((1, 200, 3), (300, 2, 100))
-    assert [judging.judge([close] + [noise] * n)[0].holds for n in (0, 9)] == [True, None]
+    assert [learning.judge([close] + [noise] * n)[0].holds for n in (0, 9)] == [True, None]
     up, many = {"a": [1.0, 1.1, 1.3]}, {str(i): [1.0, -1.0, 0.1] for i in range(9)}
     for values, holds in ((up, True), (up | many, None), ({"a": [-1.0, -1.1, -1.3]}, False)):
-        assert judging.above_zero(values, judging.shown)[0].holds is holds
+        assert above_zero(values, shown)[0].holds is holds
 
 
 def test_every_kind_has_the_same_effort_and_about_equal_parameters(setting):
     for name in ("convergence_4", "convergence_128", "recurrence"):
-        sweep, rates = read_sweep(sweeps.file_of(name)), {}
+        sweep, rates = sweep_of(name), {}
         for variant, overrides in sweep.variants.items():
             kind, _, rate = variant.rpartition(", ")
             assert float(rate) == overrides["optimizer.learning_rate"]
             rates.setdefault(kind, []).append(rate)
         assert len({tuple(each) for each in rates.values()}) == 1
-        assert sweep.seeds >= judging.CHOOSING + 5
+        assert sweep.seeds >= learning.CHOOSING + 5
     counts = [recurrence.model_of(kind).count_parameters() for kind in recurrence.KINDS]
     assert max(counts) < 1.05 * min(counts)
 
 
+def measured(monkeypatch, found, times):
+    """Sets the records of a sweep, and seconds per step of its variants."""
+    monkeypatch.setattr(learning, "records", lambda *_: found)
+    monkeypatch.setattr(learning, "step_times", lambda *_: times)
+
+
 @pytest.mark.parametrize("batch", [4, 128])
-def test_convergence_is_judged_by_batch_depth_and_rival(setting, batch):
+def test_convergence_is_judged_by_batch_depth_and_rival(setting, batch, monkeypatch):
     layer, none = (QUICK, SLOW) if batch == 4 else (SLOW, QUICK)
     steps = {"layer": layer, "batch": (100, 190, 150), "none": none}
     depths, name = ("4 layers", "1 layer"), f"convergence_{batch}"
     found = rated({f"{norm}, {n}": each for n in depths for norm, each in steps.items()})
     times = {each: [0.1, 0.11] if "none" in each else [1.0, 1.1] for each in found}
-    verdicts = holding(norms.judge_convergence(setting, {name: found}, {name: times}))
+    measured(monkeypatch, found, times)
+    verdicts = holding(learning.convergence(setting, sweeps=(name,)))
     cases = [f"batch {batch}, {n}, against {each} norm" for n in depths for each in ("batch", "no")]
     assert [*verdicts] == [f"{case}, {unit}" for case in cases for unit in ("steps", "seconds")]
     assert [*verdicts.values()] == [None, None, batch == 4, False] * 2
 
 
-def test_learning_is_judged_in_steps_and_in_seconds(setting):
+def test_learning_is_judged_in_steps_and_in_seconds(setting, monkeypatch):
     found = rated({"transformer": QUICK, "lstm": (50, 55, 75), "gru": SLOW}, target=0.8)
     times = {name: [1.0, 1.1] if "transformer" in name else [9.0, 9.5] for name in found}
-    claim = recurrence.judge_learning(setting, found, times)
+    measured(monkeypatch, found, times)
+    claim = learning.learning(setting)
     assert [*holding(claim).values()] == [False, True, True, True]  # LSTM, GRU; steps, seconds
     assert claim.data["arrivals"]["lstm, 0.2"][:3] == pytest.approx([50, 55, 75])
 
 
 @pytest.mark.slow
-def test_what_a_step_takes_is_measured_in_processes_of_their_own(data_dir):
+def test_what_a_step_takes_is_measured_in_processes_of_their_own(tmp_path, data_dir):
     variants = ["transformer, 0.004", "lstm, 0.004"]
-    found = sweeps.step_times("recurrence", variants, data_dir, processes=1)
+    setting = Setting(tmp_path, data_dir, 1, tmp_path)
+    found = learning.step_times(setting, "recurrence", variants, processes=1)
     assert {name: len(each) for name, each in found.items()} == dict.fromkeys(variants, 1)
     assert all(0.0 < each < 10.0 for (each,) in found.values())
     mine = os.sched_getaffinity(0)
@@ -304,20 +321,24 @@ def laws(core=lambda n, d: n * n * d, recurrent=lambda n, d: 4 * n * d * d, nois
     return found
 
 
-def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setting):
-    assert page.verdict(complexity.judge_growth(setting, laws()).checks) == "holds"
-    found = holding(complexity.judge_growth(setting, laws(core=lambda n, d: n * d * d)))
+def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setting, monkeypatch):
+    def judged(claim, **changes):
+        monkeypatch.setattr(complexity, "measure", lambda *_: laws(**changes))
+        return claim(setting)
+
+    assert verdict(judged(complexity.growth).checks) == "holds"
+    found = holding(judged(complexity.growth, core=lambda n, d: n * d * d))
     core = [f"{what} of the attention core against" for what in ("FLOPs", "time", "memory")]
     wrong = [*(f"{each} {axis}" for each in core[:2] for axis in "nd"), f"{core[2]} n"]
     assert [case for case, holds in found.items() if not holds] == wrong
-    noisy = holding(complexity.judge_growth(setting, laws(noise=1.0)))
+    noisy = holding(judged(complexity.growth, noise=1.0))
     assert None in noisy.values()
     assert noisy["FLOPs of the attention core against n"] is True
-    claim = complexity.judge_meeting(setting, laws(noise=0.0001))
-    assert page.verdict(claim.checks) == "holds"
+    claim = judged(complexity.meeting, noise=0.0001)
+    assert verdict(claim.checks) == "holds"
     assert re.findall(r" ([0-9.]+) d", claim.tables[0]) == (["4.0"] * 4 + ["2.0"] * 4) * 3
     for power, holds, place in ((1, False, "below 0.25 d"), (4, True, "beyond 8 d")):
-        claim = complexity.judge_meeting(setting, laws(recurrent=lambda n, d, p=power: n * d**p))
+        claim = judged(complexity.meeting, recurrent=lambda n, d, p=power: n * d**p)
         assert set(holding(claim).values()) == {holds}
         assert place in claim.tables[0]
 
@@ -327,10 +348,10 @@ def test_loops_are_as_long_as_the_text_says(setting, monkeypatch):
     """XLA's older code generators would make a loop of each lookup too."""
     monkeypatch.setenv("XLA_FLAGS", "")
     claim = timing.in_process(None, partial(recurrence.sequential, setting, lengths=(4, 6)))
-    assert page.verdict(claim.checks) == "holds"
+    assert verdict(claim.checks) == "holds"
 
 
-def test_an_unrolled_or_a_looping_transformer_is_noticed(setting):
+def test_an_unrolled_or_a_looping_transformer_is_noticed(setting, monkeypatch):
     def compiled(function, *args):
         return jax.jit(partial(function, *args)).lower(x).compile().as_text()
 
@@ -339,18 +360,18 @@ def test_an_unrolled_or_a_looping_transformer_is_noticed(setting):
 
     def judged(transformer, lstm):
         found = {"transformer": transformer, "lstm": lstm, "gru": loop}
-        programs = {(kind, n): compiled(each, n) for kind, each in found.items() for n in lengths}
-        return list(holding(recurrence.judge_sequential(setting, lengths, programs)).values())
+        monkeypatch.setattr(recurrence, "compiled", lambda kind, n: compiled(found[kind], n))
+        return list(holding(recurrence.sequential(setting, lengths=lengths)).values())
 
     x, lengths = jnp.ones((3, 3)), (4, 16)
     assert judged(jnp.multiply, loop) == [True, True, True]
     assert judged(loop, jnp.multiply) == [False, False, True]
     found = judged(lambda n, x: sum(jnp.sin(x @ x * i) for i in range(n)), loop)
     assert found == [False, True, True]
-    assert measuring.trip_counts(compiled(lambda x: loop(9, loop(5, x)))) == [9, 5]
+    assert complexity.trip_counts(compiled(lambda x: loop(9, loop(5, x)))) == [9, 5]
     endless = compiled(jax.lax.while_loop, lambda x: x.sum() < 1e6, lambda x: x @ x)
     with pytest.raises(ValueError, match="no known number"):
-        measuring.trip_counts(endless)
+        complexity.trip_counts(endless)
 
 
 def test_times_and_gains_from_cores_are_measured_in_turns_and_compared(setting, monkeypatch):
@@ -366,7 +387,7 @@ def test_times_and_gains_from_cores_are_measured_in_turns_and_compared(setting, 
     rng, asked = np.random.default_rng(0), []
     gains = {"transformer": (1, 1.9, 3.5), "lstm": (1, 1.2, 1.3), "gru": (1, 2.5, 4.5)}
     monkeypatch.setattr(recurrence, "in_process", process)
-    monkeypatch.setattr(recurrence, "cores", lambda: 5)
+    monkeypatch.setattr(recurrence, "cpu_cores", lambda: 5)
     found = recurrence.parallel(setting, length=4, processes=5)
     assert asked == [1, 2, 4] * 5
     assert {len(each) for each in found.data.values()} == {5}
@@ -375,7 +396,7 @@ def test_times_and_gains_from_cores_are_measured_in_turns_and_compared(setting, 
     assert asked[15:] == [None] * 5
     assert [*holding(found).values()] == [True] * 4 + [False, False, True, True]
     monkeypatch.delattr(os, "sched_setaffinity")
-    assert page.verdict(recurrence.parallel(setting).checks) == "could not be measured here"
+    assert verdict(recurrence.parallel(setting).checks) == "could not be measured here"
     small = Model(small_model(architecture="recurrent").config, recurrence.VOCABULARY)
     monkeypatch.setattr(recurrence, "model_of", lambda kind: small)
     assert 0.0 < recurrence.gradient_seconds(("gru",), (4,), 1)["gru", 4] < 10.0

@@ -110,7 +110,9 @@ def test_a_diverged_seed_makes_everything_nan(diverged):
     assert np.isnan([interval.mean, interval.low, interval.high]).all()
     one = paired([1.0, diverged, 2.0], [1.0, np.inf, 3.0])
     assert np.isnan([one.mean, one.low, one.high, one.p, one.detectable]).all()
-    assert verdict(one, one.p, unit=str, higher_is_better=False) == "a seed is not finite: no verdict"
+    assert (
+        verdict(one, one.p, unit=str, higher_is_better=False) == "a seed is not finite: no verdict"
+    )
 
 
 def test_what_is_not_one_value_for_each_seed_is_refused():

@@ -88,7 +88,10 @@ def test_every_shipped_sweep_can_be_planned_and_says_how_it_is_run(name):
         ({"variants": {"a": {"model.nrm": "rms"}}}, r"variant 'a' of the sweep: .*nrm"),
         ({"variants": {"a": {"model.norm": "rmsnorm"}}}, r"model.norm=rmsnorm: choose one of"),
         ({"variants": {"a": {"model.num_layers": "two"}}}, r"variant 'a' of the sweep"),
-        ({"variants": {"a": {}}, "baseline": "b"}, r"baseline='b' is not a variant of the sweep: choose one of a"),
+        (
+            {"variants": {"a": {}}, "baseline": "b"},
+            r"baseline='b' is not a variant of the sweep: choose one of a",
+        ),
         ({"variants": {"a": {}}, "seeds": 0}, r"seeds=0: a sweep needs at least 1"),
         ({"variants": {"a": {}}, "metrics": ["los"]}, r"metrics=los: choose .* mean loss\?"),
         ({"variants": {"a": {}}, "config": "configs/nothing.py"}, r"there is no such file"),

@@ -20,6 +20,7 @@ from transformer.config import default_config
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
 from transformer.inference import evaluation
+from transformer.metrics import finalize
 from transformer.modules import masking
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
@@ -185,7 +186,8 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
     score = jax.jit(partial(evaluation.score, model))
 
     def accuracies(variables: Params) -> list[float]:
-        return [score(variables, each).metrics("test")["test/sequence_accuracy"] for each in halves]
+        totals = (jax.device_get(score(variables, each)) for each in halves)
+        return [finalize(each, "test")["test/sequence_accuracy"] for each in totals]
 
     heads = Heads({kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}, {})
     seeds, replicas = np.atleast_1d(run.config.seeds()), run.config.replicas
@@ -209,7 +211,7 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
 def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
     """Whether heads attend differently, and what one is worth."""
     accuracy = {
-        name: [100 * (each.outcomes["sequence_accuracy"] or 0.0) for each in found]
+        name: [100 * each.outcomes["sequence_accuracy"] for each in found]
         for name, found in records(setting, "heads").items()
     }
     trained, untrained, lost = measure_heads(

@@ -1,5 +1,6 @@
 """Races to a target accuracy: layer norm against other norms, attention against recurrence."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None) -> Callable[[], An
     def call() -> Any:
         nonlocal state
         with jax.set_mesh(run.mesh):
-            state, sums = run.train_steps(state, run.zero_sums(), run.feed.data, np.int32(STEPS))
+            state, sums = run.train_steps(state, run.zero_sums(), run.feed.blank(), np.int32(STEPS))
         return sums
 
     return call
@@ -124,7 +125,7 @@ class Best:
     def log_steps(self) -> list[float]:
         """Logarithms of the arrivals, or of the last step: less than such a seed would need."""
         last = self.records[0].curve[-1][0]
-        return [float(np.log(last if step is None else step)) for step in self.arrivals]
+        return [math.log(last if step is None else step) for step in self.arrivals]
 
     def text(self) -> str:
         """The mean of the arrivals, and how many there are if not all."""
@@ -185,7 +186,7 @@ class Race:
             (each.high - each.mean) / critical(each.n, LEVEL) if each.n > 1 else 0.0
             for each in (steps, time)
         ]
-        return t_test(steps.mean + time.mean, float(np.hypot(*errors)), steps.n)
+        return t_test(steps.mean + time.mean, float(math.hypot(*errors)), steps.n)
 
 
 def judge(races: Sequence[Race]) -> list[Check]:

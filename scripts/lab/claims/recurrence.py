@@ -21,7 +21,7 @@ from transformer.data.batches import make_batch
 from transformer.loss import cross_entropy
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
-from transformer.parallel.devices import cores
+from transformer.parallel.devices import cpu_cores
 
 KINDS = ("transformer", "lstm", "gru")
 VOCABULARY = 32
@@ -58,7 +58,7 @@ def gradient_call(kind: str, n: int) -> tuple[Callable[..., Any], tuple]:
 def compiled(kind: str, n: int) -> str:
     """The HLO text of the compiled gradient."""
     function, args = gradient_call(kind, n)
-    return jax.jit(function).lower(*args).compile().as_text()
+    return str(jax.jit(function).lower(*args).compile().as_text())
 
 
 def sequential(setting: Setting, *, lengths: Sequence[int] = (8, 16, 32, 64, 128)) -> Claim:
@@ -142,7 +142,7 @@ def wall_time(
 def parallel(setting: Setting, *, length: int = 64, processes: int = 5) -> Claim:
     """The speedup of each kind from more cores."""
     # Without processor affinity there is nothing to compare.
-    available = cores() if hasattr(os, "sched_setaffinity") else 0
+    available = cpu_cores() if hasattr(os, "sched_setaffinity") else 0
     numbers = [each for each in (1, 2, 4, 8, 16) if each <= available]
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(processes):  # in turns: a slow phase of the machine affects all numbers

@@ -30,7 +30,7 @@ class Record:
     """
 
     seed: int
-    outcomes: dict[str, float | None]
+    outcomes: dict[str, Any]
     seconds: float | None
     tokens_per_second: float
     parameters: int

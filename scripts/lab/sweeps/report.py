@@ -240,7 +240,8 @@ def scaled(interval: Interval | None, factor: float) -> Interval | None:
     """An interval in another unit."""
     if interval is None:
         return None
-    return Interval(*(factor * each for each in (interval.mean, interval.low, interval.high)), 0)
+    mean, low, high = (factor * each for each in (interval.mean, interval.low, interval.high))
+    return Interval(mean, low, high, interval.n)
 
 
 def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
