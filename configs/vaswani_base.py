@@ -1,8 +1,8 @@
 """The base model of Vaswani et al. 2017 and its training, whole but for the text.
 
 Architecture: Table 3, row base. Training: section 5. With 37,000 shared pieces it has
-63.0 million parameters (`python scripts/parameters.py` shows the sum). The toy task
-stands in for WMT, and 768 sentences a batch for about 25,000 tokens on each side;
+63.0 million parameters. The toy task stands in for WMT, and 768 sentences a batch for about 25,000
+tokens on each side;
 `configs/wmt14_ende.py` has the text. Made for accelerators: on a CPU a step takes minutes.
 It has not been trained to its end.
 

@@ -1,6 +1,5 @@
 """The how-tos of docs/howto.md, applied to a copy of the tree."""
 
-import json
 import os
 import re
 import shutil

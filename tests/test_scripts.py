@@ -1,38 +1,16 @@
-import runpy
 from pathlib import Path
 
 import jax
 import pytest
 
-from configs import vaswani_base
 from tests.helpers import program
-from tests.test_programs import finish, start
 from transformer import cli
 from transformer.config import RunConfig, default_config
-from transformer.modules.config import ModelConfig
-from transformer.modules.model import Model
 
 
 @pytest.mark.parametrize("path", sorted(Path("scripts").glob("*.py")), ids=str)
 def test_a_script_names_itself_in_its_docstring(path):
     assert f"python {path}" in path.read_text().split('"""')[1]
-
-
-@pytest.mark.slow
-def test_parameter_counts_are_printed_beside_the_papers():
-    out = finish(start("scripts/parameters.py"))
-    assert out.count("63,045,632") == out.count("214,171,648") == 2
-    assert "-2.0M" in out
-    assert "+1.2M" in out
-
-
-def test_the_formula_knows_every_size():
-    """Against the count by shapes, at sizes where no two terms are alike."""
-    formula = runpy.run_path("scripts/parameters.py")["formula"]
-    config = vaswani_base.get_config().model
-    config.update({"num_layers": 3, "d_model": 24, "num_heads": 4, "d_ff": 50})
-    config = ModelConfig(**config)
-    assert formula(config, 101) == Model(config, 101).count_parameters()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +25,7 @@ def test_the_formula_knows_every_size():
 )
 def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatch):
     asked = {}
-    monkeypatch.setattr(cli, "cores", lambda: 4)
+    monkeypatch.setattr(cli, "cpu_cores", lambda: 4)
     monkeypatch.setattr(jax.config, "update", asked.__setitem__)
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lab.sweeps import Sweep, combined, grid, match_width, report, runner, zipped
+from lab.sweeps.report import PAPER_CONFIG
 from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
 from tests import helpers
@@ -204,6 +205,16 @@ def test_the_papers_columns_stand_beside_exact_counts():
     assert "| base, d_k 64 | 63,045,632 | 65M | -2.0M |" in table
     # 18 attentions, of which queries and keys are narrower by 48 in each of 8 heads.
     assert f"| d_k 16 | {63_045_632 - 18 * 2 * 512 * 8 * 48:,} |" in table
+
+
+def test_parameters_follow_the_papers_formula():
+    """Post-norm, tied embeddings, no biases in attention; at sizes where no two terms are alike."""
+    layers, width, ff, vocab = 3, 24, 50, 101
+    sizes = {"num_layers": layers, "d_model": width, "num_heads": 4, "d_ff": ff}
+    found = parameters(PAPER_CONFIG, {f"model.{k}": v for k, v in sizes.items()}, vocab)
+    attention, norm, feed_forward = 4 * width**2, 2 * width, 2 * width * ff + ff + width
+    # The encoder's layer has one attention and two norms, the decoder's two and three.
+    assert found == layers * (3 * attention + 2 * feed_forward + 5 * norm) + vocab * width
 
 
 def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named(tmp_path):
