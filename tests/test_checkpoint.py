@@ -15,7 +15,8 @@ from tests.test_sharding import mesh_of
 from tests.test_training import equal, small_config
 from transformer.data.load import open_corpus
 from transformer.errors import UserError
-from transformer.training.checkpoint import MANIFEST, UNSEALED, Checkpoints
+from transformer.training.checkpoint import Checkpoints
+from transformer.training.integrity import MANIFEST
 from transformer.training.optimizer import OPTIMIZERS
 from transformer.training.step import abstract_state
 
@@ -80,7 +81,7 @@ def saved(tmp_path_factory):
 def test_the_latest_and_the_best_are_kept_and_one_written_by_half_is_not_seen(saved, tmp_path):
     five = shutil.copytree(saved, tmp_path / "five")
     with Checkpoints(five, keep=2, best="sequence_accuracy") as checkpoints:
-        assert sorted(checkpoints.manager.all_steps()) == [20, 40, 50]
+        assert checkpoints.steps() == [20, 40, 50]
         found = [checkpoints.find(name) for name in ("latest", "best", "40")]
         assert [checkpoints.latest(), *found] == [50, 50, 20, 40]
         assert int(checkpoints.restore(20, likeness()).step) == 20
@@ -112,7 +113,9 @@ def test_damage_to_any_file_or_in_500_random_places_is_named_with_the_one_before
     five, like = shutil.copytree(saved, tmp_path / "five"), likeness()
     folder = five / "50"
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    files = {name: files[name] for name in sorted(files.keys() - UNSEALED | {MANIFEST})}
+    records = {name for name in files if name.endswith(("commit_success.txt", "_METADATA"))}
+    records.remove("default/_METADATA")
+    files = {name: files[name] for name in sorted(files.keys() - records)}
     each = -(-500 // sum(path.stat().st_size > 0 for path in files.values()))  # places in a file
     with Checkpoints(five, keep=None, best="sequence_accuracy") as checkpoints:
         for name, path in files.items():
@@ -122,12 +125,13 @@ def test_damage_to_any_file_or_in_500_random_places_is_named_with_the_one_before
             flips = (whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :] for k in places[1::2])
             for damage in (None, *cut_off, *flips):
                 path.unlink() if damage is None else path.write_bytes(damage)
-                with pytest.raises(UserError, match=r"50 is damaged .*go on from step 40") as found:
+                with pytest.raises(UserError, match=r"50 is damaged .* from step 40") as found:
                     checkpoints.restore(50, like)
                 assert "\n" not in str(found.value)
                 assert name in str(found.value)
             path.write_bytes(whole)
-    for name in UNSEALED - {MANIFEST}:  # the state does not need them
+    assert records
+    for name in records:  # the state does not need them
         (folder / name).write_bytes(b"damaged")
     with Checkpoints(five, keep=2, best="sequence_accuracy") as checkpoints:
         assert int(checkpoints.restore(50, like).step) == 50
@@ -154,14 +158,14 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_in_the_way(tmp_path, monkeypa
 
 def test_training_sets_damaged_checkpoints_aside_until_the_newest_is_sound(saved, tmp_path, capsys):
     five = shutil.copytree(saved, tmp_path / "five")
-    (five / "50" / MANIFEST).unlink()
+    (five / "50" / "default" / MANIFEST).unlink()
     (five / "40" / "metrics" / "metrics").write_text("{")
     (five / "damaged" / "50").mkdir(parents=True)  # of an earlier time
     with Checkpoints(five, keep=2, best="sequence_accuracy") as checkpoints:
         assert checkpoints.latest() == 20
         assert int(checkpoints.restore(20, likeness()).step) == 20
     said = " ".join(capsys.readouterr().out.split())
-    for step, what in ((50, MANIFEST), (40, "metrics/metrics")):
+    for step, what in ((50, f"default/{MANIFEST}"), (40, "metrics/metrics")):
         assert f"{five / str(step)} is damaged ({what}" in said
         assert (five / "damaged" / str(step) / "default").is_dir()
 
@@ -173,13 +177,13 @@ def test_a_checkpoint_between_two_validations_gives_way_to_the_next(tmp_path):
             checkpoints.save(at(state, step), metrics(1.0 / step))
         checkpoints.save(at(state, 33), {}, interval)
     with Checkpoints(tmp_path, keep=2, best="sequence_accuracy") as checkpoints:
-        assert sorted(checkpoints.manager.all_steps()) == [10, 20, 30, 33]
+        assert checkpoints.steps() == [10, 20, 30, 33]
         assert (checkpoints.latest(), checkpoints.find("best")) == (33, 10)
         assert [checkpoints.interval(step) for step in (30, 33)] == [{}, interval]
         assert int(checkpoints.restore(33, likeness()).step) == 33
         checkpoints.save(at(state, 40), metrics(0.01))
     with Checkpoints(tmp_path, keep=2, best="sequence_accuracy") as checkpoints:
-        assert sorted(checkpoints.manager.all_steps()) == [10, 30, 40]
+        assert checkpoints.steps() == [10, 30, 40]
 
 
 @pytest.mark.slow

@@ -277,7 +277,7 @@ def test_what_is_wrong_with_a_workdir_is_named(tmp_path, data_dir):
     (workdir / "checkpoints" / "40" / "default" / "manifest.ocdbt").unlink()
     line = complaint(*evaluate)
     assert "checkpoints/40 is damaged (default/manifest.ocdbt is missing)" in line
-    assert "go on from step 20" in line
+    assert "resume from step 20" in line
     out = " ".join(finish(start("train.py", *flags, "--config.steps=40")).split())
     assert "checkpoints/40 is damaged (default/manifest.ocdbt is missing): moved to" in out
     assert "at step 20 of 40" in out

@@ -150,7 +150,7 @@ def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole)
         return saved[step]["validation/sequence_accuracy"], -saved[step]["validation/loss"]
 
     with Checkpoints(folder / "checkpoints", keep=None, best="sequence_accuracy") as checkpoints:
-        assert checkpoints.manager.all_steps() == [5, 10, 14]
+        assert checkpoints.steps() == [5, 10, 14]
         assert checkpoints.find("latest") == 14
         assert checkpoints.find("best") == max(saved, key=merit)
 

@@ -40,7 +40,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     cfg, tokenizers, _, like = outline(workdir, one_device_mesh())
     with Checkpoints(workdir.checkpoints, None, cfg.best_metric) as checkpoints:
         checkpoints.find("latest")  # says so, if there is none
-        saved = sorted(checkpoints.manager.all_steps())
+        saved = checkpoints.steps()
         steps = in_a_row(saved, cfg.save_every)[-last:]
         if len(steps) < last:
             raise UserError(

@@ -1,19 +1,15 @@
-"""Checkpoints of the train state, by Orbax, written while training goes on.
+"""Checkpoints of the train state, written by Orbax while training continues.
 
-Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so one
-that was cut off is never seen. It does not notice when a file is damaged later; a manifest
-of sizes and checksums, written into each checkpoint before the renaming, does. A damaged one is
-set aside when training goes on, which it then does from the newest that is sound.
+Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that an
+interrupted save is never seen. A manifest (`integrity.py`) is added before the renaming. Training
+that resumes sets damaged checkpoints aside and continues from the newest intact one.
 
-Several hosts write a checkpoint together, each the arrays of its devices, into a folder that all
-of them see. Orbax waits for the last; the first host then seals and renames.
+Several hosts write a checkpoint together, each its own shards, into a shared folder.
 """
 
 import contextlib
-import json
 import shutil
 import threading
-import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,47 +24,48 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from transformer import renamed
 from transformer.console import console, quiet
 from transformer.errors import UserError
-from transformer.files import checksum
 from transformer.metrics import METRICS
 from transformer.parallel import hosts
+from transformer.training.integrity import (
+    DamageError,
+    read_manifest,
+    read_metrics,
+    verify,
+    write_manifest,
+)
 from transformer.training.step import TrainState
 
-MANIFEST = "manifest.json"
-# Where a checkpoint that is to go is first moved to: deleted where it stands, one that was cut
-# off in the middle of that would be taken for a damaged one.
+DAMAGED = "damaged"  # the subfolder for damaged checkpoints
+# Orbax moves a checkpoint here before it deletes it: an interrupted deletion leaves no folder that
+# looks like a damaged checkpoint.
 TRASH = "trash"
-GRACE = 10  # seconds for the last checkpoint to end, of one of several processes that failed
-DAMAGED = "damaged"  # where those go whose files are not as they were written
-# Orbax writes these once more after the manifest; what they say is not part of the state.
-UNSEALED = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
+GRACE = 10  # seconds to finish a save when another of several processes may be gone
 
 
 def merit(metrics: Any, best: str) -> Any:
-    """What makes one checkpoint better than another: a metric of validation, then the loss.
-
-    One without it is worse than any other.
+    """Returns what orders checkpoints: the metric `best` of validation, then the loss.
 
     Args:
-      metrics: of the checkpoint; empty where it was written between two evaluations.
-      best: one of `metrics.METRICS`.
+      metrics: of the checkpoint; empty if it was saved between two evaluations.
+      best: one of `METRICS`.
     """
     value = METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
     return (-np.inf, 0.0) if np.isnan(value) else (value, -metrics["validation/loss"])
 
 
 @dataclass(frozen=True)
-class Kept(policy.PreservationPolicy):
-    """Which checkpoints stay: the newest, and of those with metrics the latest few and the best.
+class PreservationPolicy(policy.PreservationPolicy):
+    """Keeps the newest checkpoint, and of those with metrics the latest few and the best.
 
-    One without metrics was written because the run was asked to stop. The next save takes its
-    place, so that a run which was stopped ends with the checkpoints of one that was not.
+    A checkpoint without metrics was saved because the run was asked to stop; the next save replaces
+    it. An interrupted run thus ends with the checkpoints of an uninterrupted one.
     """
 
     latest: int
     best: str
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Says of each, in the order of steps, whether it stays."""
+        """Returns whether to keep each checkpoint, in the order of steps."""
         regular = [each for each in checkpoints if each.metrics]
         kept = {each.step for each in (*regular[-self.latest :], *checkpoints[-1:])}
         if regular:
@@ -76,14 +73,47 @@ class Kept(policy.PreservationPolicy):
         return [each.step in kept for each in checkpoints]
 
 
+class Manager(ocp.CheckpointManager):
+    """A manager that leaves preemption to `interruption.StopRequests`, which asks JAX once."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False."""
+        return False
+
+
+class SealingHandler(ocp.StandardCheckpointHandler):
+    """Saves a pytree, and adds the manifest once all hosts have written.
+
+    metrics, interval: of the checkpoint that is being saved.
+    """
+
+    metrics: Mapping[str, float]
+    interval: Mapping[str, Any]
+
+    def finalize(self, directory: Any) -> None:
+        """Completes the files, then writes the manifest; called by Orbax on one host."""
+        super().finalize(directory)
+        write_manifest(Path(directory), self.metrics, self.interval)
+
+
+@ocp.args.register_with_handler(SealingHandler, for_save=True)
+class Save(ocp.args.StandardSave):
+    """What `SealingHandler` saves."""
+
+
+@ocp.args.register_with_handler(SealingHandler, for_restore=True)
+class Restore(ocp.args.StandardRestore):
+    """What `SealingHandler` restores."""
+
+
 class Checkpoints:
-    """The checkpoints under one directory; leaving the `with` block waits for the last save.
+    """The checkpoints in a folder. Leaving the `with` block waits for the last save.
 
     Args:
-      directory: where they are.
-      keep: the latest so many are kept, and the best by validation. None: they are
-        only read, and nothing there is touched, be it of a run that is still training.
-      best: the metric of validation that tells it, one of `metrics.METRICS`.
+      directory: the folder.
+      keep: how many of the latest are kept besides the best; None: the folder is read only, which
+        is safe while another process trains.
+      best: the validation metric that orders checkpoints, one of `METRICS`.
     """
 
     def __init__(self, directory: Path, keep: int | None, best: str):
@@ -92,25 +122,21 @@ class Checkpoints:
         if keep is None:
             check_metrics(directory)
         else:
-            hosts.once(partial(clean, directory))
+            hosts.once(partial(set_damaged_aside, directory))
         self.directory, self.writes, self.best = directory, keep is not None, best
-        self.sealing: tuple[int, dict[str, Any]] | None = None
+        self.handler = SealingHandler()
         with quiet():
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=Kept(keep or 1, best),
+                preservation_policy=PreservationPolicy(keep or 1, best),
                 best_fn=lambda metrics: merit(metrics, best)[0],
-                async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
                 todelete_subdir=TRASH,
-                cleanup_tmp_directories=keep is not None,
-                create=keep is not None,
-                read_only=keep is None,
+                cleanup_tmp_directories=self.writes,
+                create=self.writes,
+                read_only=not self.writes,
             )
-            self.manager = ocp.CheckpointManager(
-                directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            self.manager = Manager(
+                directory.absolute(), options=options, item_handlers=self.handler
             )
-
-        # It would ask JAX with the number of a step; `interruption` does with that of a dispatch.
-        self.manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -125,7 +151,7 @@ class Checkpoints:
         with explained(f"the last checkpoint in {self.directory}"):
             self.manager.close()
         if self.writes and hosts.first():
-            clear_trash(self.directory)
+            empty_trash(self.directory)
 
     def save(
         self,
@@ -136,46 +162,40 @@ class Checkpoints:
         """Starts to write `state` as the checkpoint of its step; returns once it is copied.
 
         Args:
-          state: the run's.
-          metrics: of validation; empty where the run stops between two of them.
-          interval: what has been added up since the last line of metrics, as JSON has it; None:
-            nothing has.
+          state: the train state.
+          metrics: of validation; empty if the run stops between two evaluations.
+          interval: JSON of what was accumulated since the last line of metrics, if anything.
         """
         step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
             if hosts.first():
-                clear_trash(self.directory)
-            if step in self.manager.all_steps():  # of a run that stopped before it was validated
+                empty_trash(self.directory)
+            if step in self.steps():  # of a run that stopped before validation
                 self.manager.delete(step)
-            self.sealing = step, {"interval": dict(interval or {})}
-            self.manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics))
+            self.handler.metrics, self.handler.interval = metrics, interval or {}
+            self.manager.save(step, args=Save(state), metrics=dict(metrics))
 
     def wait(self) -> None:
-        """Waits until the last save is done."""
+        """Waits until the last save is complete."""
         with explained(f"the last checkpoint in {self.directory}"):
             self.manager.wait_until_finished()
 
-    def seal(self) -> None:
-        """Writes the manifest of the checkpoint that is about to be renamed into place."""
-        assert self.sealing is not None
-        step, sealed = self.sealing
-        folder = self.directory / f"{step}.orbax-checkpoint-tmp"
-        sealed |= {"files": checksums(folder)}
-        manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in order."""
+        return sorted(self.manager.all_steps())
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, or None."""
+        """Returns the step of the newest checkpoint, if any."""
         return self.manager.latest_step()
 
     def find(self, which: str) -> int:
-        """The step that `latest`, `best` or a number names.
+        """Returns the step that `latest`, `best` or a number names.
 
         Raises:
           UserError: there is no such checkpoint.
         """
-        steps = sorted(self.manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise UserError(
                 f"{self.directory} holds no finished checkpoint; "
@@ -193,27 +213,26 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, placed as `like` says.
+        """Returns the state saved at `step`.
 
         Args:
-          step: one of those saved.
-          like: shapes, dtypes and shardings; the mesh may be another than at saving.
+          step: of a checkpoint.
+          like: shapes, dtypes and shardings; the mesh may differ from that of the save.
 
         Raises:
-          UserError: the checkpoint is damaged or of another model.
+          UserError: the checkpoint is damaged, or of another config.
         """
         folder = self.directory / str(step)
-        hosts.once(partial(self.verified, step))
+        hosts.once(partial(self.verify, step))
         wanted, structure = by_name(like)
         try:
             # The saved tree, whose names may be those of an earlier version.
             saved: Any = self.manager.item_metadata(step)
-            there = by_name(saved, wanted)[0]
-            check_arrays(folder, there, wanted)
+            check_arrays(folder, by_name(saved, wanted)[0], wanted)
             target = jax.tree_util.tree_map_with_path(
                 lambda path, _: wanted[renamed.array_name(path, wanted)], dict(saved)
             )
-            state: Any = self.manager.restore(step, args=ocp.args.StandardRestore(target))
+            state: Any = self.manager.restore(step, args=Restore(target))
         except UserError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each have their own
@@ -223,21 +242,17 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:
-        """What had been added up at `step` since the last line of metrics; see `save`."""
+        """Returns the `interval` of `save`."""
         return hosts.once(partial(read_manifest, self.directory / str(step)))["interval"]
 
-    def verified(self, step: int) -> dict[str, Any]:
-        """What the manifest says of the checkpoint at `step`, whose files are as they were written.
-
-        Raises:
-          UserError: they are not.
-        """
+    def verify(self, step: int) -> None:
+        """Raises a UserError unless the files of a checkpoint are as they were written."""
         folder = self.directory / str(step)
         try:
-            return verify(folder)
+            verify(folder)
         except DamageError as fault:
-            others = [other for other in sorted(self.manager.all_steps()) if other != step]
-            remedy = f"to go on from step {others[-1]}" if others else "and train anew"
+            others = [other for other in self.steps() if other != step]
+            remedy = f"to resume from step {others[-1]}" if others else "and train from the start"
             raise UserError(
                 f"checkpoint {folder} is damaged ({fault}); delete it {remedy}"
             ) from fault
@@ -245,7 +260,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise when they cannot write into a UserError."""
+    """Turns errors of Orbax and TensorStore that cannot write into a UserError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -257,28 +272,27 @@ def explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def clear_trash(directory: Path) -> None:
+def empty_trash(directory: Path) -> None:
     """Deletes the checkpoints that are no longer kept."""
     shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
-def clean(directory: Path) -> None:
-    """Clears the trash, and sets aside damaged checkpoints until the newest is a sound one.
+def set_damaged_aside(directory: Path) -> None:
+    """Moves damaged checkpoints away until the newest is intact.
 
-    Of those before it only the metrics are looked at, all of which Orbax reads when it opens
-    the directory.
+    Of older ones only the metrics are checked: Orbax reads those of all when it opens the folder.
 
     Raises:
-      UserError: there were checkpoints, and not one is sound.
+      UserError: there were checkpoints, and none is intact.
     """
-    clear_trash(directory)
-    newest, faults = True, []
+    empty_trash(directory)
+    is_newest, faults = True, []
     for folder in reversed(finished(directory)):
         try:
             read_metrics(folder)
-            if newest:
+            if is_newest:
                 verify(folder)
-            newest = False
+            is_newest = False
         except DamageError as fault:
             aside = directory / DAMAGED / folder.name
             shutil.rmtree(aside, ignore_errors=True)
@@ -286,46 +300,29 @@ def clean(directory: Path) -> None:
             folder.replace(aside)
             console.print(f"checkpoint {folder} is damaged ({fault}): moved to {aside}")
             faults.append(f"{folder.name}: {fault}")
-    if newest and faults:
+    if is_newest and faults:
         raise UserError(
-            f"no checkpoint in {directory} is sound ({'; '.join(faults)}); they are in "
-            f"{directory / DAMAGED} now: put one back, or give the command again to train anew"
+            f"no checkpoint in {directory} is intact ({'; '.join(faults)}); they were moved to "
+            f"{directory / DAMAGED}: put one back, or repeat the command to train from the start"
         )
 
 
-def finished(directory: Path) -> list[Path]:
-    """The folders of the checkpoints, in the order of their steps."""
-    folders = [folder for folder in directory.glob("[0-9]*") if folder.name.isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name))
-
-
-def read_metrics(folder: Path) -> dict[str, float]:
-    """The metrics saved with a checkpoint.
-
-    Raises:
-      DamageError: they cannot be read.
-    """
-    try:
-        metrics = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))
-        dict.items(metrics)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"metrics/metrics: {type(error).__name__}") from error
-    return metrics
-
-
 def check_metrics(directory: Path) -> None:
-    """Raises a UserError for a checkpoint whose metrics cannot be read.
-
-    Orbax reads those of every checkpoint when it opens the directory.
-    """
+    """Raises a UserError for a checkpoint whose metrics, which Orbax reads first, are damaged."""
     for folder in finished(directory):
         try:
             read_metrics(folder)
         except DamageError as fault:
             raise UserError(
-                f"checkpoint {folder} is damaged ({fault}); delete it, or let training go on, "
-                "which sets it aside"
+                f"checkpoint {folder} is damaged ({fault}); delete it, or resume training, which "
+                "sets it aside"
             ) from fault
+
+
+def finished(directory: Path) -> list[Path]:
+    """Returns the folders of the checkpoints, in the order of their steps."""
+    folders = [folder for folder in directory.glob("[0-9]*") if folder.name.isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name))
 
 
 def by_name(tree: Any, known: Container[str] = ()) -> tuple[dict[str, Any], Any]:
@@ -335,65 +332,15 @@ def by_name(tree: Any, known: Container[str] = ()) -> tuple[dict[str, Any], Any]
 
 
 def check_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises a UserError unless the names, shapes and dtypes of two states agree."""
+    """Raises a UserError unless names, shapes and dtypes of the arrays agree."""
 
-    def described(arrays: Mapping[str, Any], name: str) -> str | None:
-        array = arrays.get(name)
+    def described(array: Any) -> str | None:
         return None if array is None else f"{np.dtype(array.dtype)}{list(array.shape)}"
 
     for name in sorted(saved.keys() | wanted.keys()):
-        there, here = described(saved, name), described(wanted, name)
+        there, here = described(saved.get(name)), described(wanted.get(name))
         if there != here:
             raise UserError(
                 f"checkpoint {folder} is of another config: {name} is {there} there and {here} "
                 "here; choose another --workdir"
             )
-
-
-def checksums(folder: Path) -> dict[str, list[int]]:
-    """Path inside `folder` → [bytes, CRC-32] of each file that the manifest covers."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and str(path.relative_to(folder)) not in UNSEALED:
-            found[str(path.relative_to(folder))] = checksum(path)
-    return found
-
-
-class DamageError(Exception):
-    """What is wrong with the files of a checkpoint."""
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says.
-
-    interval: what had been added up since the last line of metrics.
-    files: path → bytes and CRC-32.
-
-    Raises:
-      DamageError: it cannot be read, or is not as it was written.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sealed = manifest["sealed"]
-        intact = manifest["crc32"] == zlib.crc32(json.dumps(sealed).encode())
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{MANIFEST}: {type(error).__name__}") from error
-    if not intact:
-        raise DamageError(f"{MANIFEST} has changed")
-    return sealed
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says, if each of its files is as it was written.
-
-    Raises:
-      DamageError: one is not, and which.
-    """
-    sealed = read_manifest(folder)
-    present = checksums(folder)
-    for name, written in sealed["files"].items():
-        if name not in present:
-            raise DamageError(f"{name} is missing")
-        if present[name] != written:
-            raise DamageError(f"{name} has changed")
-    return sealed
