@@ -1,6 +1,6 @@
-"""From letters to phonemes: the CMU Pronouncing Dictionary, without stress, on a CPU.
+"""Grapheme-to-phoneme conversion on the CMU Pronouncing Dictionary, without stress, on a CPU.
 
-Nothing is downloaded: the dictionary comes with `pip install -e '.[text]'`.
+Nothing is downloaded: `pip install -e '.[text]'` includes the dictionary.
 
 Usage:
     python train.py --config=configs/pronunciations.py
@@ -13,7 +13,7 @@ from transformer.config import default_config
 def get_config():
     config = default_config()
     config.steps = 2_500
-    config.batch_size = 64  # rows of about seven words
+    config.batch_size = 64  # packed rows of about seven words
     config.eval_every = 500
     config.save_every = 500
     config.keep_checkpoints = 5

@@ -1,4 +1,4 @@
-"""hello → hello, lengths 1 to 16.
+"""The toy task `copy`: hello → hello, strings of 1 to 16 letters.
 
 Usage:
     python train.py --config=configs/toy_copy.py

@@ -1,4 +1,4 @@
-"""hello → olleh, lengths 1 to 16.
+"""The toy task `reverse`: hello → olleh, strings of 1 to 16 letters.
 
 Usage:
     python train.py --config=configs/toy_reverse.py

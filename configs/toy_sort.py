@@ -1,4 +1,4 @@
-"""hello → ehllo, lengths 1 to 16.
+"""The toy task `sort`: hello → ehllo, strings of 1 to 16 letters.
 
 Usage:
     python train.py --config=configs/toy_sort.py

@@ -1,7 +1,7 @@
-"""Translation, or any task from text to text, learned from files of one's own.
+"""Translation, or any other text-to-text task, on your own files.
 
-A file has a pair a line: source<TAB>target, or JSON (`.jsonl`); or there are two files of as many
-lines, written sources,targets; `.gz` too. transformer/data/text.py says how lines are read.
+A file has one pair per line, source<TAB>target or JSON (`.jsonl`); or two parallel files are given
+as sources,targets. Files may be compressed (`.gz`). docs/data.md describes the formats.
 
 Usage:
     python train.py --config=configs/translate.py --config.data.train=corpus/train.tsv
@@ -9,7 +9,7 @@ Usage:
         --config.data.train=corpus/train.de,corpus/train.en \\
         --config.data.validation=corpus/dev.de,corpus/dev.en
 
-Without files for them, validation and test are cut from the training file.
+If no files are given for them, validation and test are split off the training file.
 """
 
 from transformer.config import default_config
@@ -18,7 +18,7 @@ from transformer.config import default_config
 def get_config():
     config = default_config()
     config.steps = 20_000
-    config.batch_size = 64  # rows of `pack` tokens
+    config.batch_size = 64  # rows of `pack_length` tokens
     config.eval_every = 1_000
     config.save_every = 1_000
     config.label_smoothing = 0.1

@@ -1,10 +1,9 @@
-"""The base model of Vaswani et al. 2017 and its training, whole but for the text.
+"""The base model of Vaswani et al. 2017 and its training settings, without the corpus.
 
-Architecture: Table 3, row base. Training: section 5. With 37,000 shared pieces it has
-63.0 million parameters. The toy task stands in for WMT, and 768 sentences a batch for about 25,000
-tokens on each side;
-`configs/wmt14_ende.py` has the text. Made for accelerators: on a CPU a step takes minutes.
-It has not been trained to its end.
+Architecture: Table 3, row base. Training: section 5. With 37,000 shared pieces the model has 63.0
+million parameters (docs/paper.md). The toy task stands in for WMT, and 768 sentences per batch for
+about 25,000 tokens on each side; `configs/wmt14_ende.py` has the corpus. Meant for accelerators: a
+step takes minutes on a CPU. The model has not been trained here.
 
 Usage:
     python train.py --config=configs/vaswani_base.py

@@ -1,7 +1,7 @@
-"""The big model of Vaswani et al. 2017 and its training, whole but for the text.
+"""The big model of Vaswani et al. 2017 and its training settings, without the corpus.
 
-Table 3, row big: with 37,000 shared pieces 214.2 million parameters, 300,000 steps.
-Made for accelerators; it has not been trained to its end.
+Table 3, row big: 214.2 million parameters with 37,000 shared pieces, 300,000 steps. Meant for
+accelerators. The model has not been trained here.
 
 Usage:
     python train.py --config=configs/vaswani_big.py

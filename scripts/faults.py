@@ -3,10 +3,10 @@
     python scripts/faults.py               # the default suite, for every fault
     python scripts/faults.py --full        # also the slow tests, for what the default suite misses
     python scripts/faults.py --only=cache  # faults whose name, or whose file, contains a word
-    python scripts/faults.py --draw=30     # draws operators to change, as TOML
+    python scripts/faults.py --draw=30     # draws random operator changes, as TOML
 
-A fault is a text that occurs once in a file, its replacement, and the test files that are
-relevant to it. Each is applied to a copy of the tree, and caught if those tests fail there. The
+A fault is a text that occurs once in a file, its replacement, and the relevant test files. Each is
+applied to a copy of the tree, and counts as caught if those tests fail there. The
 exit status is 1 if too few are caught, and 2 if a fault no longer applies, so that the list
 follows the code.
 """
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 WANTED = 0.95  # the share that the default suite must catch; the full suite must catch all
-TIMEOUT = 900.0  # seconds; a fault that makes a test hang is caught by whoever waits for it
+TIMEOUT = 900.0  # seconds; a fault that makes a test hang counts as caught
 
 
 class Fault(NamedTuple):
@@ -68,7 +68,7 @@ def tracked() -> list[str]:
 
 
 def fails(fault: Fault, marker: str) -> tuple[bool, str]:
-    """Whether the relevant tests fail with the fault, and the first that does."""
+    """Returns whether the relevant tests fail with the fault, and the first that does."""
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         for name in tracked():
             target = Path(folder, name)
@@ -98,7 +98,7 @@ def fails(fault: Fault, marker: str) -> tuple[bool, str]:
 
 
 def check(fault: Fault, full: bool) -> tuple[str, str, float]:
-    """By which suite a fault is caught (default, full, or none), the test, and the seconds."""
+    """Returns the suite that catches a fault (default, full or none), the test, and the seconds."""
     began = time.monotonic()
     for suite, marker in (("default", "not slow"), ("full", "slow")):
         if suite == "full" and not full:
@@ -111,7 +111,7 @@ def check(fault: Fault, full: bool) -> tuple[str, str, float]:
 
 # Drawing
 
-# Each operator, and what may stand in its place.
+# Each operator, and its replacement.
 PAIRS = """
 Eq !=  NotEq ==  Lt <=  LtE <  Gt >=  GtE >  Is is_not  IsNot is  In not_in  NotIn in
 Add -  Sub +  Mult /  Div *  FloorDiv *  Mod //  BitAnd |  And or  Or and
@@ -120,13 +120,13 @@ OTHERS = {
     getattr(ast, name): other.replace("_", " ")
     for name, other in (pair.split() for pair in re.split(r"\s\s+|\n", PAIRS.strip()))
 }
-SKIPPED = ("annotation", "returns")  # `int | None` is no operation
+SKIPPED = ("annotation", "returns")  # `int | None` is not an operation
 
 
 def operators(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, str]]:
-    """Each operator's operands and what may stand in its place."""
+    """Yields the operands of each operator, and its replacement."""
     match node:
-        case ast.JoinedStr():  # positions inside of these are not exact before Python 3.12
+        case ast.JoinedStr():  # positions inside f-strings are not exact before Python 3.12
             return
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             yield left, right, OTHERS[type(op)]
@@ -142,13 +142,13 @@ def operators(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, str]]:
 
 
 def draw(count: int, seed: int) -> None:
-    """Prints changes of single operators, drawn from all of the code."""
+    """Prints random replacements of single operators, drawn from all of the code."""
     sites = []
     for name in sorted(tracked()):
         if name.endswith(".py") and not name.startswith(("tests/", "notebooks/")):
             lines = (ROOT / name).read_text(encoding="utf-8").splitlines(keepends=True)
             for left, right, other in operators(ast.parse("".join(lines))):
-                if left.end_lineno == right.lineno:  # the line is the change
+                if left.end_lineno == right.lineno:  # the operator is on one line
                     sites.append((name, lines, left, right, other))
     for name, lines, left, right, other in random.Random(seed).sample(sites, count):
         before = lines[right.lineno - 1].encode()
@@ -161,7 +161,7 @@ def draw(count: int, seed: int) -> None:
 
 
 def main() -> int:
-    """Reads the command line, tries the faults, and says how many are caught."""
+    """Tries the faults of the command line, and prints how many are caught."""
     parser = argparse.ArgumentParser(description="Checks that the tests catch small faults.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--only", default="")

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# A SLURM of one node, set up in a temporary folder and taken down again. A job of two tasks, who
-# find each other by themselves, is requeued in the middle; it must go on from its checkpoint and
-# end with the metrics of a job that was left alone.
+# Sets up SLURM with one node in a temporary folder. A job of two tasks is requeued during training;
+# it must resume from its checkpoint and end with the metrics of an uninterrupted job.
 #
 # Usage, as root:  tests/slurm.sh [--install]
-#   --install  gets Debian's slurm-wlm and munge first; without it nothing is installed
-# Ends with status 77, and says why, where it cannot run.
+#   --install  installs Debian's slurm-wlm and munge first
+# Exits with status 77 and a reason if it cannot run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,11 +16,11 @@ if [ "${1:-}" = --install ]; then
     >/dev/null 2>&1 || skip "slurm-wlm and munge could not be installed"
 fi
 for program in munged slurmctld slurmd sbatch; do
-  command -v "$program" >/dev/null || skip "there is no $program; --install gets it, on Debian"
+  command -v "$program" >/dev/null || skip "$program is missing; --install installs it on Debian"
 done
 
 work=$(mktemp -d)
-chmod 755 "$work"  # munge runs as a user of its own
+chmod 755 "$work"  # munge runs as its own user
 export SLURM_CONF=$work/slurm.conf
 
 finish() {
@@ -45,7 +44,7 @@ wait_for() {
   local end=$((SECONDS + $1)) what=$2
   shift 2
   until "$@" 2>/dev/null; do
-    [ $SECONDS -lt $end ] || fail "waited in vain for $what"
+    [ $SECONDS -lt $end ] || fail "timed out waiting for $what"
     sleep 0.2
   done
 }

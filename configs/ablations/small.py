@@ -1,7 +1,7 @@
-"""The run that the shipped sweeps start from: reverse at a size where a seed takes seconds.
+"""The config that the sweeps start from: the reverse task at a size where a seed takes seconds.
 
-Cut short on purpose: after 500 steps of 64 strings a good model is near the top and
-not at it, so that there is something to tell variants apart by.
+Training is deliberately short: after 500 steps of 64 strings a good model is close to, but below,
+perfect accuracy, so that variants can be told apart.
 
 Usage:
     python train.py --config=configs/ablations/small.py
