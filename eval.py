@@ -28,7 +28,7 @@ from transformer.console import facts, table
 from transformer.data import datasets
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
-from transformer.data.load import Corpus, Tokenizers
+from transformer.data.corpus import Corpus, Tokenizers
 from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from transformer.errors import UserError
 from transformer.inference import evaluation

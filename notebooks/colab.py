@@ -151,7 +151,7 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 from functools import partial
 
 from transformer.data.batches import Dataset
-from transformer.data.rows import alone
+from transformer.data.packing import unpacked_rows
 from transformer.inference import evaluation, plots
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training import trained
@@ -160,7 +160,7 @@ WORDS = ["hello", "attention", "transformer"]
 
 _, tokenizers, model, _, variables, _ = trained.load(workdir, one_device_mesh())
 pairs = tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
-examples = Dataset.of(alone(pairs), batch_size=len(WORDS))
+examples = Dataset.from_rows(unpacked_rows(pairs), batch_size=len(WORDS))
 decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))
 for word, output in zip(WORDS, decode(variables, examples).tokens, strict=True):
     print(word, "→", tokenizers.target.decode(output.tolist()))

@@ -9,7 +9,7 @@ from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
 from transformer.config import default_config
-from transformer.data.load import Tokenizers
+from transformer.data.corpus import Tokenizers
 from transformer.errors import UserError
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training.averaging import average, in_a_row, mean

@@ -13,7 +13,7 @@ from tests.helpers import data_config, small_model
 from tests.test_programs import TINY, finish, start
 from tests.test_sharding import mesh_of
 from tests.test_training import equal, small_config
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.integrity import MANIFEST

@@ -15,7 +15,7 @@ from tensorflow_datasets.core.download import downloader
 from tests.helpers import data_config
 from tests.test_programs import finish, start
 from transformer.data import datasets
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 
 NAME = "wmt14_translate/de-en"
@@ -112,7 +112,7 @@ import sys
 
 from transformer.data import datasets
 from transformer.data.config import DataConfig
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 
 def config(name):
     sides = {"source": "en", "target": "de"}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tests.helpers import data_config, program, strings
 from tests.test_average import files_of, make_run
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.inference import plots
 from transformer.inference.decoding import Beams
 from transformer.inference.generation import Decoding

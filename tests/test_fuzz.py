@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import front_door
 from tests.helpers import data_config
 from transformer.config import default_config, flat_knobs
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
 from transformer.metrics import METRICS

@@ -19,7 +19,7 @@ from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
 from tests.test_programs import ROOT
 from transformer import cli
 from transformer.data.batches import Dataset, make_batch
-from transformer.data.load import Tokenizers
+from transformer.data.corpus import Tokenizers
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError

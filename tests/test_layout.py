@@ -22,7 +22,6 @@ LAYERS = (
 # What the redesign has still to move; nothing is added here.
 TO_MOVE = {
     "transformer/modules/model.py",
-    "transformer/data/streaming.py",
     "transformer/inference/generation.py",
     "transformer/training/loop.py",
     "transformer/training/workdir.py",
@@ -52,7 +51,7 @@ def imports(file):
 
 
 def part_of(name):
-    """`transformer.data.rows` → `data`"""
+    """`transformer.data.batches` → `data`"""
     return name.split(".")[1]
 
 

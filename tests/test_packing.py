@@ -7,8 +7,8 @@ import pytest
 
 from tests.helpers import TOKENIZER, logits_of, random_params, small_model, training_of
 from transformer.data.batches import make_batch
-from transformer.data.ragged import Ragged
-from transformer.data.rows import Pairs, alone, pack
+from transformer.data.packing import pack_rows, unpacked_rows
+from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
@@ -33,7 +33,7 @@ def dataset(rng, rows, longest=16):
         for example, size in enumerate(rng.integers(1, longest + 1, rows)):
             each[example, : size - 1] = rng.integers(3, 29, size - 1)
             each[example, size - 1] = EOS
-    return alone(Pairs(*map(Ragged.unpadded, tokens)))
+    return unpacked_rows(TokenPairs(*map(RaggedArray.from_padded, tokens)))
 
 
 def examples(data):
@@ -63,7 +63,7 @@ def test_segments_positions_and_shifted_targets_start_anew_in_each_example():
 
 def test_every_example_is_packed_once_and_with_its_target(rng):
     data = dataset(rng, 500)
-    packed, again = pack(data, 40), pack(data, 40)
+    packed, again = pack_rows(data, 40), pack_rows(data, 40)
     assert packed.packed
     assert packed.widths == (40, 40)
     assert sorted(examples(packed)) == sorted(examples(data))
@@ -74,14 +74,14 @@ def test_every_example_is_packed_once_and_with_its_target(rng):
 @pytest.mark.parametrize("length", [16, 32, 64])
 def test_rows_are_filled(rng, length):
     """The bound is where first fit stands; to open a row for each example gives half or less."""
-    packed = pack(dataset(rng, 2_000), length)
+    packed = pack_rows(dataset(rng, 2_000), length)
     filled = max((side != PAD).mean() for side in packed.take(np.arange(len(packed))))
     assert filled > {16: 0.6, 32: 0.75, 64: 0.85}[length]
 
 
 def test_an_example_that_no_row_can_hold_is_explained(rng):
     with pytest.raises(UserError, match=r"data.pack_length=12: the longest example has 16 tokens"):
-        pack(dataset(rng, 50), 12)
+        pack_rows(dataset(rng, 50), 12)
 
 
 BACKENDS = {"einsum": "relative", "xla": "rotary", "chunked": "sinusoidal", "splash": "rotary"}

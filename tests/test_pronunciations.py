@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import data_config
 from transformer.data import pronunciations
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 
 SPLITS = ("train", "validation", "test")
 MANY = (f"word{chr(97 + k // 26)}{chr(97 + k % 26)}" for k in range(400))

@@ -22,7 +22,7 @@ from transformer.config import (
     flat_knobs,
     saved_config,
 )
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.generation import Decoding, Generator

@@ -13,8 +13,8 @@ from flax import nnx
 from tests.helpers import logits_of, small_model, strings
 from tests.test_training import initial, small_config
 from transformer.data.batches import Dataset, make_batch
-from transformer.data.ragged import Ragged
-from transformer.data.rows import Pairs, alone, pack
+from transformer.data.packing import pack_rows, unpacked_rows
+from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import beam_search
@@ -39,7 +39,8 @@ from transformer.training.step import abstract_state, make_train_step, make_trai
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
-PAIRS = Pairs(*(Ragged.unpadded(np.asarray(side)) for side in (DATA.source, DATA.target)))
+PAIRS = TokenPairs(*(RaggedArray.from_padded(np.asarray(x)) for x in (DATA.source, DATA.target)))
+PACKED = Dataset.from_rows(pack_rows(unpacked_rows(PAIRS), 21), 8)
 CHANGES = {"num_heads": 8, "d_k": 4, "attention_bias": True}
 STEP_CONFIG = {
     "warmup_steps": 2,
@@ -52,7 +53,7 @@ STEP_CONFIG = {
 # whole batches and matrices.
 RUNS: Any = {
     "plain": ({}, {}, DATA),
-    "packed": ({"norm": "batch"}, {"ema_decay": 0.9}, Dataset.of(pack(alone(PAIRS), 21), 8)),
+    "packed": ({"norm": "batch"}, {"ema_decay": 0.9}, PACKED),
     "muon": ({"norm": "batch"}, {"name": "muon"}, DATA),
 }
 # data, fsdp, tensor, and context, which divides the lengths (10, packed 21) or does not

@@ -11,6 +11,7 @@ import time
 from operator import itemgetter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,73 +19,77 @@ from tests.test_packing import dataset
 from tests.test_programs import ROOT
 from tests.test_sharding import mesh_of
 from transformer.data.batches import Dataset
-from transformer.data.rows import pack
-from transformer.data.streaming import Stream
+from transformer.data.packing import pack_rows
+from transformer.data.streaming import StreamedDataset
 from transformer.errors import UserError
-from transformer.training.step import stream
+from transformer.training.step import data_keys
 
-SEEDS = np.array([0, 7], np.uint32)
+KEYS = data_keys(np.array([0, 7], np.uint32))
 
 
 def rows_of(count, packed):
     rows = dataset(np.random.default_rng(0), count)
-    return pack(rows, 40) if packed else rows
+    return pack_rows(rows, 40) if packed else rows
 
 
 def streamed(rows, batch_size, steps, workers=1):
-    feed = Stream(rows, batch_size, SEEDS, steps=steps, workers=workers, mesh=mesh_of(1, 1, 1))
-    feed.most = 3
-    return feed
+    data = StreamedDataset(
+        rows, batch_size, KEYS, num_steps=steps, num_workers=workers, mesh=mesh_of(1, 1, 1)
+    )
+    data.window_steps = 3
+    return data
 
 
-of_step = jax.jit(lambda data, seed, step: data.batch(stream(seed, "data"), step))
+of_step = jax.jit(lambda data, key, step: data.batch(key, step))
 
 
-def assert_equal(one, other, *place):  # the batches in two datasets, or windows
-    jax.tree.map(np.testing.assert_array_equal, of_step(one, *place), of_step(other, *place))
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize(("count", "size", "packed"), [(5, 8, False), (100, 16, True)])
-def test_a_batch_is_the_same_by_whom_and_where_it_is_made(count, size, packed):
+def test_a_batch_is_the_same_on_the_host_and_on_the_device(count, size, packed):
     """Also where an epoch ends within it, and where several do."""
     rows = rows_of(count, packed)
-    feed, data = streamed(rows, size, 40), Dataset.of(rows, size)
-    for step, seed in itertools.product((0, 1, 7, 39), SEEDS):
-        assert_equal(data, feed.at(step, seed), seed, step)
+    stream, data = streamed(rows, size, 40), Dataset.from_rows(rows, size)
+    for step, key in itertools.product(map(jnp.int32, (0, 1, 7, 39)), KEYS):
+        assert_equal(of_step(data, key, step), stream.batch(key, step))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_windows_follow_each_other_from_any_step_and_end_with_their_workers(workers):
+def test_windows_hold_the_batches_of_the_device_from_any_step_and_workers_end(workers):
     rows = rows_of(100, packed=True)
-    feed, data, step = streamed(rows, 4, 20, workers), Dataset.of(rows, 4), 12
-    with feed.running(step):
-        while step < 20:
-            window, left = feed.following(step)
-            assert left == min(3 - step % 3, 20 - step)
-            for within, k in itertools.product(range(step, step + left), range(2)):
-                assert_equal(data, jax.tree.map(itemgetter(k), window), SEEDS[k], within)
-            step += min(left, 2)  # a dispatch may end before its window does
-        assert 0.0 <= feed.waited() <= 1.0
+    stream, data = streamed(rows, 4, 20, workers), Dataset.from_rows(rows, 4)
+    with contextlib.closing(stream):
+        for begin in (12, 5):  # a step that does not follow starts anew
+            step = begin
+            while step < 20:
+                window, left = stream.window(step)
+                assert left == min(3 - (step - begin) % 3, 20 - step)
+                for within, k in itertools.product(range(step, step + left), range(2)):
+                    one = jax.tree.map(itemgetter(k), window)
+                    wanted = of_step(data, KEYS[k], jnp.int32(within))
+                    assert_equal(wanted, of_step(one, KEYS[k], jnp.int32(within)))
+                step += min(left, 2)  # a dispatch may end before its window does
+        assert 0.0 <= stream.wait_share() <= 1.0
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
 def test_the_end_of_a_worker_is_explained():
-    feed = streamed(rows_of(100, packed=True), 4, 40)
-    with feed.running(0):
-        feed.following(0)
+    with contextlib.closing(streamed(rows_of(100, packed=True), 4, 40)) as stream:
+        stream.window(0)
         multiprocessing.active_children()[0].kill()
-        with pytest.raises(UserError, match=r"processes that make batches have ended: .*data\.wor"):
-            all(feed.following(3 * k) for k in range(13))
+        with pytest.raises(UserError, match=r"worker process that makes .* has ended: .*data\.num"):
+            all(stream.window(3 * k) for k in range(13))
 
 
-ORPHANS = """
+ORPHANS = """import sys
+sys.path.append("scripts")  # as pytest has it
 from tests.test_streaming import multiprocessing, rows_of, streamed, time
-feed = streamed(rows_of(100, packed=False), 4, 10**6)
-with feed.running(0):
-    feed.following(0)
-    print(multiprocessing.active_children()[0].pid, flush=True)
-    time.sleep(100)
+streamed(rows_of(100, packed=False), 4, 10**6).window(0)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(100)
 """
 
 

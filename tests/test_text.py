@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers import data_config
 from transformer.data import text
-from transformer.data.load import open_corpus
-from transformer.data.rows import learnable
+from transformer.data.corpus import open_corpus
+from transformer.data.packing import filter_by_length
 from transformer.errors import UserError
 
 GOOD = [(f"s{k}", f"t {k}") for k in range(400)]
@@ -210,8 +210,8 @@ def test_any_bytes_are_pairs_or_are_counted(tmp_path):
 def test_long_and_empty_examples_are_left_out_of_training_alone(tmp_path):
     corpus = opened(tmp_path, as_tsv(tmp_path))
     tokens = corpus.tokenizers.encode(["ab", "", "abcd", "a", "s"], ["t", "t", "s", "", "stst"])
-    kept, counts = zip(*(learnable(tokens, longest) for longest in (3, 4, 0)), strict=True)
+    kept, counts = zip(*(filter_by_length(tokens, longest) for longest in (3, 4, 0)), strict=True)
     assert [each.tolist() for each in kept] == [[0], [0], [0, 2, 4]]  # 0: its source has 3 tokens
     assert counts[1] == {"with an empty text": 2, "with a text of more than 4 tokens": 2}
-    with pytest.raises(UserError, match=r"data\.longest=1: no example is left, 2 with an empty"):
-        learnable(tokens, 1)
+    with pytest.raises(UserError, match=r"data\.max_length=1 leaves no .*\(2 with an empty"):
+        filter_by_length(tokens, 1)

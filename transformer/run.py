@@ -14,9 +14,15 @@ from ml_collections import ConfigDict
 from transformer.config import RunConfig, continued
 from transformer.console import facts
 from transformer.data.batches import Dataset
-from transformer.data.load import Corpus, Tokenizers, open_corpus, saved_tokenizers
-from transformer.data.rows import Rows, alone, learnable, pack, said
-from transformer.data.streaming import Resident, Stream
+from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
+from transformer.data.packing import (
+    TokenRows,
+    filter_by_length,
+    format_counts,
+    pack_rows,
+    unpacked_rows,
+)
+from transformer.data.streaming import StreamedDataset
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.metrics import finalize, mean_over
@@ -34,6 +40,7 @@ from transformer.training.resume import check_same_run, check_stopped, report_ju
 from transformer.training.step import (
     TrainState,
     abstract_state,
+    data_keys,
     each_replica,
     init_state,
     make_train_step,
@@ -137,19 +144,19 @@ class Run:
         return self.corpus.tokenizers
 
     @cached_property
-    def _examples(self) -> tuple[Rows, dict[str, int]]:
+    def _examples(self) -> tuple[TokenRows, dict[str, int]]:
         """One training example a row, and how many were filtered out, by reason."""
         pairs = self.corpus.tokens(self.config.data.train)
-        kept, excluded = learnable(pairs, self.config.data.max_length)
-        rows = alone(pairs, kept)
+        kept, excluded = filter_by_length(pairs, self.config.data.max_length)
+        rows = unpacked_rows(pairs, kept)
         self.config.model.check_length(max(rows.widths), "the longest example of data.train")
         return rows, excluded
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> TokenRows:
         """The rows of training, packed if the config says so."""
         rows, length = self._examples[0], self.config.data.pack_length
-        return pack(rows, length) if length else rows
+        return pack_rows(rows, length) if length else rows
 
     @cached_property
     def data(self) -> dict[str, Dataset]:
@@ -162,18 +169,17 @@ class Run:
         return data
 
     @cached_property
-    def feed(self) -> Resident | Stream:
+    def feed(self) -> Dataset | StreamedDataset:
         """What the steps read: rows on the devices, or batches that worker processes make."""
         config = self.config
         if not config.data.num_workers:
-            data = Dataset.of(self.rows, config.batch_size)
-            return Resident(place(data, self.replicated))
-        return Stream(
+            return place(Dataset.from_rows(self.rows, config.batch_size), self.replicated)
+        return StreamedDataset(
             self.rows,
             config.batch_size,
-            config.seeds(),
-            steps=config.steps,
-            workers=config.data.num_workers,
+            data_keys(config.seeds()),
+            num_steps=config.steps,
+            num_workers=config.data.num_workers,
             mesh=self.mesh,
         )
 
@@ -271,13 +277,13 @@ class Run:
         """
         sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
         # Each is where it will be: the compiler then takes this trace, and makes none of its own.
-        self.train_steps.trace(self.abstract_state, sums, self.feed.blank(), steps)
+        self.train_steps.trace(self.abstract_state, sums, self.feed.empty_window(), steps)
 
     def facts(self) -> dict[str, str]:
         """What is about to be trained, on what, as `console.facts` prints it."""
         config, corpus, (examples, excluded) = self.config, self.corpus, self._examples
         unknown = corpus.unknown(config.data.train, config.data.validation, config.data.test)
-        left_out = "; ".join(filter(None, (corpus.left_out(), said(excluded))))
+        left_out = "; ".join(filter(None, (corpus.left_out(), format_counts(excluded))))
         backend = self.model.config.backend_at(max(self.rows.widths))
         found = {
             "data": f"{corpus.name}, {len(examples):,} training examples"
@@ -394,10 +400,9 @@ class Run:
                 checkpoints.wait()
                 requests.all_is_saved(config.steps)
             except NonfiniteError as failure:
-                data = self.feed.at(failure.step, failure.state.seed)
                 step_config = config.step_config() if config.debug_nans else None
                 explained = explain_failure(
-                    failure, data, self.workdir.path, self.model, step_config
+                    failure, self.feed, self.workdir.path, self.model, step_config
                 )
                 raise UserError(explained) from failure
         return state

@@ -1,23 +1,28 @@
-"""A split that lives on the device, and batches of it as a pure function of (key, step)."""
+"""Where a batch is made: a pure function of (dataset, data key, step).
 
+`Dataset` holds all rows on the devices. `streaming.StreamedDataset` has the same methods and gives
+the same batches, made by worker processes on the host.
+"""
+
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from transformer.data.feistel import ROUNDS, half_width, network
-from transformer.data.rows import Rows
+from transformer.data.packing import TokenRows
+from transformer.data.permutation import permute, round_keys
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.parallel.mesh import constrain
 
 
 class Batch(NamedTuple):
-    """What a step reads; the nouns are explained in `transformer`.
+    """What a train step reads; `transformer.__doc__` explains the fields.
 
-    Positions are None where a row holds one example: a token then stands where it is.
+    Positions are None where rows are unpacked: a token's position is then its index in the row.
     """
 
     source: Int[Array, "B S"]
@@ -31,13 +36,13 @@ class Batch(NamedTuple):
 
 
 def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: bool = False) -> Batch:
-    """Examples a row: each source and each target ends with EOS, rows are padded at their end.
+    """The batch of these rows.
 
     Args:
-      source: one source a row; packed, as many as fit, one after another.
-      target: their targets in the same order.
-      packed: whether a row may hold several. Segment k of a target then belongs to segment
-        k of its row's source, and positions start anew in each.
+      source: int32 rows, each sequence with EOS at its end, padded at the end.
+      target: their targets in the same order, likewise.
+      packed: whether a row may hold several examples. The k-th target of a row then belongs to its
+        k-th source, and positions restart in each.
     """
     real = target != PAD
     start = jnp.full_like(target[:, :1], BOS)
@@ -53,24 +58,24 @@ def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: boo
         )
     return Batch(
         source=source,
-        source_segments=segments(source),
+        source_segments=segment_ids(source),
         target_in=jnp.where(real, jnp.where(before == EOS, BOS, before), PAD),
         target_out=target,
-        target_segments=segments(target),
+        target_segments=segment_ids(target),
         weights=real.astype(jnp.float32),
         source_positions=positions(source),
         target_positions=positions(target),
     )
 
 
-def segments(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Of packed rows: 1, 2, … for the tokens up to each EOS, 0 for padding."""
+def segment_ids(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """1, 2, … for the examples of packed rows, 0 for padding."""
     ends = (tokens == EOS).astype(jnp.int32)
     return jnp.where(tokens != PAD, 1 + jnp.cumsum(ends, axis=1) - ends, 0)
 
 
 def positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Of packed rows: 0, 1, … from the first token of each segment; 0 for padding."""
+    """0, 1, … from the first token of each example of packed rows; 0 for padding."""
     index = jnp.arange(tokens.shape[1])
     first = jnp.pad(tokens[:, :-1] == EOS, ((0, 0), (1, 0)))
     place = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
@@ -80,12 +85,12 @@ def positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dataset:
-    """A split as two arrays of tokens: a pytree that jitted functions take as an argument.
+    """All rows of a split as two arrays: a pytree, to be passed to jitted functions.
 
-    source: [rows, S] int32, EOS at each end, then padding.
+    source: [rows, S] int32, each sequence with EOS at its end, padded at the end.
     target: [rows, T] int32, likewise.
-    batch_size: rows a batch.
-    packed: whether a row may hold several examples; see `rows.pack`.
+    batch_size: rows per batch.
+    packed: whether a row may hold several examples; see `packing.pack_rows`.
     """
 
     source: Array | np.ndarray
@@ -94,7 +99,7 @@ class Dataset:
     packed: bool = field(default=False, metadata={"static": True})
 
     @classmethod
-    def of(cls, rows: Rows, batch_size: int) -> "Dataset":
+    def from_rows(cls, rows: TokenRows, batch_size: int) -> "Dataset":
         """All of `rows`."""
         source, target = rows.take(np.arange(len(rows)))
         return cls(source, target, batch_size, rows.packed)
@@ -103,7 +108,7 @@ class Dataset:
         return self.source.shape[0]
 
     def longest(self) -> int:
-        """Tokens in the longest source or target, EOS included."""
+        """The number of tokens in the longest source or target, EOS included."""
         return max(self.source.shape[1], self.target.shape[1])
 
     def head(self, rows: int) -> "Dataset":
@@ -111,50 +116,52 @@ class Dataset:
         return Dataset(self.source[:rows], self.target[:rows], rows)
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
-        """The batch of training step `step` (from 0): an endless walk, shuffled anew each epoch.
+        """The batch of a training step, from 0. Each epoch has every row once, in a new order.
 
-        Epochs follow each other without a gap, so each example comes exactly once in
-        each of them, whatever the batch size.
+        An epoch follows the one before within a batch: no row is dropped, whatever the batch size.
+
+        Args:
+          key: the data key of the run.
+          step: the step's number.
         """
         first = step.astype(jnp.uint32) * np.uint32(self.batch_size)
         place = first + jnp.arange(self.batch_size, dtype=jnp.uint32)
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
-        keys = jax.vmap(epoch_key, (None, 0))(key, epoch)
+        keys = jax.vmap(round_keys, (None, 0))(key, epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
         source, target = (
             constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
         )
         return make_batch(source, target, self.packed)
 
+    # The rest of the interface that it shares with `StreamedDataset`.
 
-def permute(index: UInt32[Array, ""], size: int, key: Array) -> UInt32[Array, ""]:
-    """Where the random permutation of 0 … size - 1 that `key` stands for sends `index`."""
-    keys, half = round_keys(key), half_width(size)
-    return jax.lax.while_loop(
-        lambda x: x >= size, lambda x: network(x, keys, half), network(index, keys, half)
-    )
+    def window(self, step: int) -> tuple["Dataset", int]:
+        """What jitted steps from `step` on take their batches from, and how many steps may."""
+        return self, sys.maxsize
 
+    def empty_window(self) -> "Dataset":
+        """A window with the shapes of the others, to compile for."""
+        return self
 
-def round_keys(key: Array) -> UInt32[Array, "6"]:
-    """The keys of the permutation that `key` stands for."""
-    return jax.random.bits(key, (ROUNDS,), jnp.uint32)
+    def wait_share(self) -> float | None:
+        """The share of windows since the last call that were not ready; None: all always are."""
+        return None
 
-
-def epoch_key(key: Array, epoch: UInt32[Array, ""]) -> Array:
-    """The key of an epoch's order."""
-    return jax.random.fold_in(key, epoch)
+    def close(self) -> None:
+        """Ends what makes batches in the background."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Window:
-    """The batches of some steps that follow each other, made on the host; see `streaming`.
+class BatchWindow:
+    """The rows of consecutive batches, made on the host; see `streaming`.
 
-    Of a population all arrays have a first axis more, [replicas].
+    With replicas, all arrays have a leading axis [replicas].
 
-    source: [steps, B, S] int32, rows as those of a `Dataset`.
+    source: [steps, B, S] int32, rows like those of a `Dataset`.
     target: [steps, B, T] int32, likewise.
-    first: the number of the first step.
+    first: the first step.
     packed: whether a row may hold several examples.
     """
 
@@ -164,7 +171,7 @@ class Window:
     packed: bool = field(metadata={"static": True})
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
-        """The batch of training step `step`, which is one of these; `key` made it already."""
+        """The batch of a step of this window; `key` has been used when the window was made."""
         source, target = (
             constrain(tokens[step - self.first], "batch", "length")
             for tokens in (self.source, self.target)

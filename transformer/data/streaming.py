@@ -1,19 +1,9 @@
-"""Where the training loop's batches come from: the devices' own memory, or processes on the host.
+"""Batches that grain's worker processes make on the host, for data larger than device memory."""
 
-What fits lies on the devices, and a step picks its rows there. What does not is streamed: grain's
-worker processes make the batches of the steps to come, a thread stacks some of them into a window
-and places it, and the loop finds it there. Batch k holds the same tokens either way, so
-that neither the way nor the number of workers changes a result.
-"""
-
-import contextlib
 import os
-import queue
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,215 +12,207 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Int, UInt32
 
-from transformer.data.batches import Dataset, Window, epoch_key, round_keys
-from transformer.data.rows import Batches, Rows
+from transformer.data.batches import Batch, BatchWindow, make_batch
+from transformer.data.packing import TokenRows
+from transformer.data.permutation import permute_numpy, round_keys
 from transformer.errors import UserError, needs
 from transformer.parallel.mesh import partition_spec, place
-from transformer.training.step import stream
 
-WINDOW_BYTES = 2**26  # of a window's batches, at most
+WINDOW_BYTES = 2**26  # of the batches in a window, at most
 WINDOW_STEPS = 100  # batches in a window, at most
-AHEAD = 2  # windows that wait for the loop
-WORKER_AHEAD = 16  # batches that each worker has ready
-PATIENCE = 0.1  # seconds between looks at whether to stop
+WINDOWS_AHEAD = 2  # windows on the devices before they are needed
+BATCHES_AHEAD = 16  # batches that each worker has ready
+READY = 0.01  # seconds; a window that takes longer to get was not ready
 
 
-class Resident:
-    """Training data that lies on the devices."""
+class StreamedDataset:
+    """Training rows that stay on the host; batches are bit-identical to those of `Dataset`.
 
-    def __init__(self, data: Dataset):
-        self.data = data
-
-    def blank(self) -> Dataset:
-        """What a dispatch of no steps reads."""
-        return self.data
-
-    @contextlib.contextmanager
-    def running(self, begin: int) -> Iterator[None]:
-        """While batches are asked for, from a step on."""
-        yield
-
-    def following(self, step: int) -> tuple[Dataset, int]:
-        """What a dispatch from `step` on reads, and how many steps it may take."""
-        return self.data, sys.maxsize
-
-    def waited(self) -> float | None:
-        """The share of the dispatches since the last call that waited for data; None: none can."""
-        return None
-
-    def at(self, step: int, seed: Any) -> Dataset:
-        """What a step of the run with that seed reads."""
-        return self.data
-
-
-class Stream:
-    """Training data that worker processes make while the devices compute.
+    A thread of grain places the batches that its workers make on the devices, a window of
+    consecutive steps at a time. Neither the window nor the number of workers affects a result.
 
     Args:
-      rows: what it is made of.
-      batch_size: rows a batch.
-      seeds: of the replicas.
-      steps: of the whole run.
-      workers: processes.
+      rows: what batches are made of.
+      batch_size: rows per batch.
+      keys: the data key of the run, or of each replica.
+      num_steps: of the whole run.
+      num_workers: processes.
       mesh: the devices.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TokenRows,
         batch_size: int,
-        seeds: np.ndarray | np.uint32,
+        keys: Array,
         *,
-        steps: int,
-        workers: int,
+        num_steps: int,
+        num_workers: int,
         mesh: Mesh,
     ):
         with needs("text"):
             import grain
         self.grain = grain
-        self.rows, self.batch_size, self.seeds, self.steps = rows, batch_size, seeds, steps
-        self.workers, self.mesh = workers, mesh
-        row = sum(rows.widths) * np.dtype(np.int32).itemsize
-        self.most = min(WINDOW_STEPS, max(1, WINDOW_BYTES // (batch_size * row)))
-        self.windows = self.waits = 0
+        self.rows, self.batch_size, self.keys = rows, batch_size, keys
+        self.num_steps, self.num_workers, self.mesh = num_steps, num_workers, mesh
+        row_bytes = sum(rows.widths) * np.dtype(np.int32).itemsize
+        self.window_steps = min(WINDOW_STEPS, max(1, WINDOW_BYTES // (batch_size * row_bytes)))
+        self.windows: Any = None  # the iterator
+        self.held: BatchWindow | None = None  # of the steps from `begin` to `end` - 1
+        self.begin = self.end = 0
+        self.taken = self.waited = 0  # windows since the last `wait_share`
 
-    def blank(self) -> Window:
-        """A window without batches."""
-        return self.window([], 0)
+    def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
+        """The batch of a step, made in this process; see `Dataset.batch`."""
+        begin = int(step)
+        source, target = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)[begin]
+        return make_batch(jnp.asarray(source), jnp.asarray(target), self.rows.packed)
 
-    def at(self, step: int, seed: Any) -> Window:
-        """The window of one step, of the run with that seed."""
-        (source,), (target,) = self.batches(np.atleast_1d(seed), step, step + 1)[step]
-        return Window(source[None], target[None], np.array(step, np.int32), self.rows.packed)
+    def empty_window(self) -> BatchWindow:
+        """A window with the shapes of the others, to compile for."""
+        return self.place_window(0, [])
 
-    def batches(self, seeds: np.ndarray | np.uint32, begin: int, end: int) -> Batches:
-        """Those of steps `begin` to `end` - 1."""
-        first, last = (step * self.batch_size // len(self.rows) for step in (begin, end))
-        epochs = jnp.arange(first, last + 1, dtype=jnp.uint32)
-        keys = permutation_keys(jnp.atleast_1d(jnp.asarray(seeds)), epochs)
-        return Batches(self.rows, self.batch_size, np.asarray(keys), first)
+    def window(self, step: int) -> tuple[BatchWindow, int]:
+        """What jitted steps from `step` on take their batches from, and how many steps may.
 
-    def window(self, parts: Sequence[tuple[np.ndarray, np.ndarray]], first: int) -> Window:
-        """The batches of steps from `first` on, on the devices, each of which has its rows."""
-        replicas = np.atleast_1d(self.seeds).size
-        sides = []
-        for which, width in enumerate(self.rows.widths):
-            tokens = np.zeros((replicas, self.most, self.batch_size, width), np.int32)
-            for k, part in enumerate(parts):
-                tokens[:, k] = part[which]
-            # A length that the devices do not divide stays whole, until the step divides it.
-            length = "length" if width % self.mesh.shape["context"] == 0 else None
-            sides.append(self.place(tokens, (None, "batch", length)))
-        step = self.place(np.full(replicas, first, np.int32), ())
-        return Window(sides[0], sides[1], step, self.rows.packed)
-
-    def place(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
-        """An array [replicas, *axes] on the devices; of a single run its one row."""
-        where = partition_spec(axes)
-        if np.ndim(self.seeds):
-            where = PartitionSpec("replica", *where)
-        else:
-            array = array[0, ...]
-        return place(array, NamedSharding(self.mesh, where))
-
-    @contextlib.contextmanager
-    def running(self, begin: int) -> Iterator[None]:
-        """While batches are asked for, from step `begin` on."""
-        self.ready: queue.Queue[Window | BaseException] = queue.Queue(AHEAD)
-        self.end = begin  # of the window at hand
-        self.ends = threading.Event()
-        thread = threading.Thread(target=self.fill, args=(begin,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self.ends.set()
-            thread.join()
-
-    def following(self, step: int) -> tuple[Window, int]:
-        """The window of a dispatch from `step` on, and how many steps are left in it.
+        A step that is neither in the last window nor after it restarts the workers.
 
         Raises:
           UserError: a worker has ended.
         """
-        if step < self.end:
-            return self.held, self.end - step
-        self.windows += 1
-        self.waits += self.ready.empty()
-        window = self.ready.get()
-        if isinstance(window, BaseException):
-            reason = " ".join(str(window).split())[:200]
-            raise UserError(
-                f"the processes that make batches have ended: {reason}; the same command goes on "
-                "from the last checkpoint; with data.num_workers=0 there are none"
-            ) from window
-        self.held, self.end = window, min(step + self.most, self.steps)
-        return window, self.end - step
+        if self.held is None or not self.begin <= step < self.end:
+            if self.windows is None or step != self.end:
+                self.close()
+                self.windows = self.start_workers(step)
+            self.held = self.next_window()
+            self.begin, self.end = step, min(step + self.window_steps, self.num_steps)
+        return self.held, self.end - step
 
-    def waited(self) -> float:
-        """The share of the windows since the last call that were not there yet."""
-        share = self.waits / max(self.windows, 1)
-        self.windows = self.waits = 0
+    def next_window(self) -> BatchWindow:
+        """Waits for a window, and counts the wait."""
+        started = time.perf_counter()
+        try:
+            found = next(self.windows)
+        except Exception as error:  # grain's type depends on how the worker ended
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"a worker process that makes batches has ended: {reason}; run the same command "
+                "again to resume from the last checkpoint, or with data.num_workers=0"
+            ) from error
+        self.taken += 1
+        self.waited += time.perf_counter() - started > READY
+        return found
+
+    def wait_share(self) -> float | None:
+        """The share of windows since the last call that were not ready."""
+        share = self.waited / max(self.taken, 1)
+        self.taken = self.waited = 0
         return share
 
-    def fill(self, begin: int) -> None:
-        """Makes windows until nobody asks for more; what goes wrong is put in the place of one."""
-        iterator = None
-        try:
-            iterator = self.iterate(begin)
-            step = begin
-            while step < self.steps and not self.ends.is_set():
-                stop = min(step + self.most, self.steps)
-                self.offer(self.window([next(iterator) for _ in range(step, stop)], step))
-                step = stop
-        except Exception as error:  # whatever a worker's end is to grain
-            self.offer(error)
-        finally:
-            if iterator is not None:
-                iterator.close()
+    def close(self) -> None:
+        """Ends the workers."""
+        if self.windows is not None:
+            self.windows.close()
+        self.windows = None
 
-    def offer(self, window: Window | BaseException) -> None:
-        """Waits until the loop has room for one more, or wants none."""
-        while not self.ends.is_set():
-            with contextlib.suppress(queue.Full):
-                self.ready.put(window, timeout=PATIENCE)
-                return
-
-    def iterate(self, begin: int) -> Any:
-        """An iterator of grain over the batches from step `begin` on."""
-        if not flags.FLAGS.is_parsed():  # grain reads its own, in a test or a notebook too
+    def start_workers(self, begin: int) -> Any:
+        """An iterator over the windows from step `begin` on."""
+        if not flags.FLAGS.is_parsed():  # grain reads its flags, in a test or a notebook too
             flags.FLAGS.mark_as_parsed()
-        batches = self.batches(self.seeds, begin, self.steps)
         grain = self.grain
-        here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        several = grain.MultiprocessingOptions(
-            num_workers=self.workers, per_worker_buffer_size=WORKER_AHEAD
+        source: Any = HostBatches(self.rows, self.batch_size, self.keys, begin, self.num_steps)
+        batches = grain.MapDataset.source(source)[begin : self.num_steps]
+        workers = grain.MultiprocessingOptions(
+            num_workers=self.num_workers, per_worker_buffer_size=BATCHES_AHEAD
         )
-        source: Any = grain.MapDataset.source(batches)
-        steps = source[begin : self.steps].to_iter_dataset(here)
-        return iter(steps.mp_prefetch(several, partial(live_with, os.getpid())))
+
+        def placed(index: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> BatchWindow:
+            return self.place_window(begin + index * self.window_steps, batches)
+
+        windows = (
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            .mp_prefetch(workers, partial(live_with, os.getpid()))
+            .batch(self.window_steps, batch_fn=list)
+            .map_with_index(placed)
+        )
+        return iter(
+            grain.experimental.ThreadPrefetchIterDataset(
+                windows, prefetch_buffer_size=WINDOWS_AHEAD
+            )
+        )
+
+    def place_window(self, first: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> BatchWindow:
+        """The batches of the steps from `first` on, each device with its rows."""
+
+        def on_mesh(array: np.ndarray, *axes: str | None) -> jax.Array:
+            where = PartitionSpec(*["replica"] * self.keys.ndim, *partition_spec(axes))
+            return place(array, NamedSharding(self.mesh, where))
+
+        sides = []
+        for side, width in enumerate(self.rows.widths):
+            shape = (*self.keys.shape, self.window_steps, self.batch_size, width)
+            tokens = np.zeros(shape, np.int32)
+            for k, batch in enumerate(batches):
+                tokens[..., k, :, :] = batch[side]
+            # A length that the mesh does not divide is sharded in the step, which pads it.
+            length = "length" if width % self.mesh.shape["context"] == 0 else None
+            sides.append(on_mesh(tokens, None, "batch", length))
+        step = on_mesh(np.full(self.keys.shape, first, np.int32))
+        return BatchWindow(sides[0], sides[1], step, self.rows.packed)
+
+
+class HostBatches:
+    """The rows of the batches of some steps, in NumPy: a random-access source for grain.
+
+    Args:
+      rows: what batches are made of.
+      batch_size: rows per batch.
+      keys: the data key of the run, or of each replica.
+      begin: the first step.
+      end: the step after the last.
+    """
+
+    def __init__(self, rows: TokenRows, batch_size: int, keys: Array, begin: int, end: int):
+        self.rows, self.batch_size, self.end = rows, batch_size, end
+        self.first_epoch, last = (step * batch_size // len(rows) for step in (begin, end))
+        epochs = jnp.arange(self.first_epoch, last + 1, dtype=jnp.uint32)
+        self.round_keys = np.asarray(all_round_keys(jnp.atleast_1d(keys), epochs))
+        self.replicas = keys.shape
+
+    def __len__(self) -> int:
+        return self.end
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sources [*replicas, B, S] and the targets [*replicas, B, T] of a step."""
+        size = len(self.rows)
+        epoch, within = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
+        found = [
+            self.rows.take(permute_numpy(within, size, keys[epoch - self.first_epoch]))
+            for keys in self.round_keys
+        ]
+        source, target = (
+            np.stack(side).reshape(*self.replicas, *side[0].shape)
+            for side in zip(*found, strict=True)
+        )
+        return source, target
 
 
 @jax.jit
-def permutation_keys(
-    seeds: UInt32[Array, "replicas"], epochs: UInt32[Array, "epochs"]
+def all_round_keys(
+    keys: Array, epochs: UInt32[Array, "epochs"]
 ) -> UInt32[Array, "replicas epochs 6"]:
-    """The keys of the order of each epoch, for each seed."""
-
-    def keys(seed: Array, epoch: Array) -> Array:
-        return round_keys(epoch_key(stream(seed, "data"), epoch))
-
-    return jax.vmap(jax.vmap(keys, (None, 0)), (0, None))(seeds, epochs)
+    """The round keys of each epoch for each data key."""
+    return jax.vmap(jax.vmap(round_keys, (None, 0)), (0, None))(keys, epochs)
 
 
 def live_with(parent: int, *_: int) -> None:
-    """Has a worker leave signals to the process that started it, and end when that does.
+    """Makes a worker process ignore stop signals, which are its parent's, and end with its parent.
 
     Args:
-      parent: that process.
-      *_: grain says which worker this is, and of how many.
+      parent: the process that started it.
+      *_: grain passes the worker's index and the number of workers.
     """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from transformer.data.batches import Dataset
-from transformer.data.ragged import Ragged
+from transformer.data.ragged import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
 from transformer.errors import UserError, within
@@ -127,7 +127,7 @@ class Prepared(NamedTuple):
     unknown: index → how many of its symbols the tokenizer never learned.
     """
 
-    tokens: Ragged
+    tokens: RaggedArray
     refused: dict[int, str]
     unknown: dict[int, int]
 
@@ -225,7 +225,7 @@ class Generator:
             if count := self.tokenizers.source.count_unknown(own):
                 unknown[index] = count
             tokens.append(own)
-        return Prepared(Ragged.of(tokens), refused, unknown)
+        return Prepared(RaggedArray.from_lists(tokens), refused, unknown)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, cleaned as those of training were.
@@ -298,7 +298,7 @@ class Generator:
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
 
     def found(
-        self, sources: Ragged, draws: int, decoding: Decoding, batch_size: int, first: int
+        self, sources: RaggedArray, draws: int, decoding: Decoding, batch_size: int, first: int
     ) -> Iterator[tuple[list[int], Beams | None]]:
         """Numbers of sources, those of like length together, and their scored hypotheses.
 
@@ -311,7 +311,9 @@ class Generator:
             places = np.stack([first + rows, np.arange(len(rows)) % draws], axis=1)
 
             def run(part: Int[np.ndarray, "part"], rows=rows, places=places, width=width) -> Beams:
-                return self.decode(sources.take(rows[part]).padded(width), places[part], decoding)
+                return self.decode(
+                    sources.take(rows[part]).to_padded(width), places[part], decoding
+                )
 
             for part, found in in_memory(run, len(rows), batch_size):
                 yield rows[part].tolist(), found
@@ -360,7 +362,9 @@ class Generator:
             target = [*output.tokens, EOS]
             (width,) = self.widths(np.array([max(len(source), len(target))])).tolist()
             target = target[:width]  # no room for an end, where positions reach no further
-            pair = [Ragged.of([tokens]).padded(width) for tokens in (source, target)]
+            pair = [
+                RaggedArray.from_lists([tokens]).to_padded(width) for tokens in (source, target)
+            ]
             with jax.set_mesh(self.mesh), jax.enable_x64(False):
                 maps = self.maps(self.params, Dataset(pair[0], pair[1], 1))["cross"]
             weights = np.stack([np.asarray(layer)[0].mean(0) for layer in maps])

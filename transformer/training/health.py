@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import checkify
 
 from transformer.console import console
-from transformer.data.batches import Batch, Dataset, Window
+from transformer.data.batches import Batch, Dataset
+from transformer.data.streaming import StreamedDataset
 from transformer.modules.model import Model
 from transformer.parallel import hosts
 from transformer.training.step import StepConfig, TrainState, make_train_step, stream
@@ -125,12 +126,12 @@ class Watchman:
         ]
 
 
-def batch_of(state: TrainState, data: Dataset | Window, step: int) -> Batch:
+def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> Batch:
     """What a run has in its step `step`."""
     return data.batch(stream(jnp.asarray(state.seed), "data"), jnp.int32(step))
 
 
-def dump_batch(path: Path, state: TrainState, data: Dataset | Window, step: int) -> Path:
+def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, step: int) -> Path:
     """Writes the batch of a step as NumPy's arrays; of several hosts the first does."""
     batch = hosts.fetch(batch_of(state, data, step))
     if hosts.first():
@@ -140,7 +141,7 @@ def dump_batch(path: Path, state: TrainState, data: Dataset | Window, step: int)
 
 
 def find_operation(
-    model: Model, config: StepConfig, state: TrainState, data: Dataset | Window, step: int
+    model: Model, config: StepConfig, state: TrainState, data: Dataset | StreamedDataset, step: int
 ) -> str:
     """The first operation of a step that makes a NaN, or divides by zero, and where it is written.
 
@@ -160,7 +161,7 @@ def first_line(text: str) -> str:
 
 def explain_failure(
     failure: NonfiniteError,
-    data: Dataset | Window,
+    data: Dataset | StreamedDataset,
     folder: Path,
     model: Model,
     config: StepConfig | None,

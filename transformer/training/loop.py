@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 
 from transformer.config import RunConfig
 from transformer.console import TrainingBar, doing, facts
-from transformer.data.batches import Dataset, Window
-from transformer.data.streaming import Resident, Stream
+from transformer.data.batches import BatchWindow, Dataset
+from transformer.data.streaming import StreamedDataset
 from transformer.inference import evaluation
 from transformer.metrics import finalize, mean_over
 from transformer.parallel import hosts
@@ -30,7 +30,7 @@ def write_profile(
     train_steps: Callable, state: TrainState, feed: Any, replicas: int, steps: int, folder: Path
 ) -> None:
     """Writes a trace of `steps` steps for TensorBoard or xprof; they train nothing."""
-    data = feed.blank()  # of a stream rows of padding, which take as long as any
+    data = feed.empty_window()  # of a stream rows of padding, which take as long as any
     copy = jax.tree.map(jnp.copy, state)  # the steps take their argument's place
     sums = zero_sums(replicas)
     copy, sums = jax.block_until_ready(train_steps(copy, sums, data, jnp.int32(0)))
@@ -69,7 +69,7 @@ class Loop:
         *,
         train_steps: Callable,
         score: Callable,
-        feed: Resident | Stream,
+        feed: Dataset | StreamedDataset,
         validation: Dataset,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
@@ -102,8 +102,8 @@ class Loop:
           NonfiniteError: more steps than may be left out had a NaN or Inf.
         """
         with doing("compiling", "compiled"):  # it takes no step
-            self.dispatch(self.feed.blank(), self.place(np.array(0, np.int32)))
-        with self.feed.running(self.step), TrainingBar(self.step, self.cfg.steps) as self.bar:
+            self.dispatch(self.feed.empty_window(), self.place(np.array(0, np.int32)))
+        with contextlib.closing(self.feed), TrainingBar(self.step, self.cfg.steps) as self.bar:
             self.requests.something_to_save = True
             self.watch.start()
             if self.unvalidated:  # when it stopped, validation was due
@@ -116,7 +116,7 @@ class Loop:
 
     def advance(self) -> None:
         """Takes the steps of one dispatch, and does what is due after it."""
-        before, (data, most) = self.sums, self.feed.following(self.step)
+        before, (data, most) = self.sums, self.feed.window(self.step)
         stop = next_stop(self.cfg, self.step, min(most, self.pace.steps))
         steps = self.place(np.array(stop - self.step, np.int32))
         with jax.transfer_guard("disallow"):  # nothing else goes to the device or back
@@ -129,7 +129,7 @@ class Loop:
         self.read()  # only now: the device is at work on the next interval
         # At saves too: a resumed run then logs the very intervals of one left alone.
         if self.is_due(self.cfg.log_every) or self.saves():
-            self.unread = self.step, self.sums, self.feed.waited()
+            self.unread = self.step, self.sums, self.feed.wait_share()
             self.sums = self.place(self.nothing)
             self.pace.interrupted()  # `before` is then that of no dispatch
         if self.is_due(self.cfg.eval_every) or self.saves():
@@ -148,7 +148,7 @@ class Loop:
         self.unvalidated = False
         self.pace.interrupted()
 
-    def dispatch(self, data: Dataset | Window, steps: Int[Array, ""]) -> None:
+    def dispatch(self, data: Dataset | BatchWindow, steps: Int[Array, ""]) -> None:
         """Gives the devices so many steps to take, and does not wait for them."""
         self.state, self.sums = self.train_steps(self.state, self.sums, data, steps)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
-from transformer.data.batches import Batch, Dataset, Window
+from transformer.data.batches import Batch, BatchWindow, Dataset
 from transformer.loss import cross_entropy
 from transformer.modules.dropout import Training, streams
 from transformer.modules.model import Model, Params, flatten
@@ -30,6 +30,13 @@ PURPOSES = ("init", "dropout", "data")
 def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
     """The key of one of `PURPOSES`."""
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+
+
+@jax.jit
+def data_keys(seeds: UInt32[Array, "*replicas"]) -> Array:
+    """The data key of a run, or of each replica; see `data.batches.Dataset.batch`."""
+    data_key = partial(stream, purpose="data")
+    return jax.vmap(data_key)(seeds) if seeds.ndim else data_key(seeds)
 
 
 class HParams(NamedTuple):
@@ -350,7 +357,7 @@ def zero_sums(replicas: int = 1) -> Sums:
 
 def make_train_steps(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-) -> Callable[[TrainState, Sums, Dataset | Window, Int[Array, ""]], tuple[TrainState, Sums]]:
+) -> Callable[[TrainState, Sums, Dataset | BatchWindow, Int[Array, ""]], tuple[TrainState, Sums]]:
     """Many steps in one dispatch: (state, sums, data, n) → (state, sums) after n steps.
 
     n is an argument of the one compiled program and not its shape, so that calls of
@@ -359,7 +366,7 @@ def make_train_steps(
     """
 
     def train_steps(
-        state: TrainState, sums: Sums, data: Dataset | Window, n: Int[Array, ""]
+        state: TrainState, sums: Sums, data: Dataset | BatchWindow, n: Int[Array, ""]
     ) -> tuple[TrainState, Sums]:
         def body(_, carry):
             state, sums = carry

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer.config import RunConfig
-from transformer.data.load import Tokenizers, saved_tokenizers
+from transformer.data.corpus import Tokenizers, saved_tokenizers
 from transformer.modules.model import Model, Params
 from transformer.parallel import hosts
 from transformer.training.checkpoint import Checkpoints

@@ -66,7 +66,7 @@ class Ours(Contender):
     def train(self, steps: int, batching: str) -> tuple[int, float]:
         run = self.run
         with jax.set_mesh(run.mesh):
-            data, _ = run.feed.following(0)
+            data, _ = run.feed.window(0)
             sums, n = run.place((run.zero_sums(), np.array(steps, np.int32)))
             self.state, sums = run.train_steps(self.state, sums, data, n)
         self.variables, self.placed = self.state.variables(), {}

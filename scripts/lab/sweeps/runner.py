@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from lab.sweeps.sweep import Program
 from transformer.config import RunConfig, continued, differences
 from transformer.console import console
-from transformer.data.load import open_corpus
+from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 from transformer.training.interruption import PARENT
 from transformer.training.metrics import read_metrics

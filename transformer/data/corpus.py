@@ -12,10 +12,9 @@ from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
 from transformer.data.datasets import Opened, damage_explained, open_dataset
+from transformer.data.packing import unpacked_rows
 from transformer.data.pronunciations import Pronunciations
-from transformer.data.ragged import Ragged
-from transformer.data.rows import Pairs, alone
-from transformer.data.store import in_parts, stored
+from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs, chunk_ranges
 from transformer.data.text import TextPairs, cleaned
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError, choose, nearest
@@ -33,18 +32,17 @@ class Tokenizers(NamedTuple):
     source: Tokenizer
     target: Tokenizer
 
-    def encode(self, sources: Sequence[str], targets: Sequence[str]) -> Pairs:
+    def encode(self, sources: Sequence[str], targets: Sequence[str]) -> TokenPairs:
         """Texts as tokens."""
-        return Pairs(
-            Ragged.of(self.source.encode_all(sources)), Ragged.of(self.target.encode_all(targets))
-        )
+        tokens = self.source.encode_all(sources), self.target.encode_all(targets)
+        return TokenPairs(*map(RaggedArray.from_lists, tokens))
 
-    def unknown(self, pairs: Pairs) -> dict[str, tuple[int, int]]:
+    def unknown(self, pairs: TokenPairs) -> dict[str, tuple[int, int]]:
         """Of each side: its tokens that stand for unknown symbols, and all its tokens, no ends."""
         counts = {}
-        for name, tokenizer, side in zip(Pairs._fields, self, pairs, strict=True):
+        for name, tokenizer, side in zip(TokenPairs._fields, self, pairs, strict=True):
             count = len(side.values)
-            parts = (side.values[part.start : part.stop] for part in in_parts(count, 1 << 24))
+            parts = (side.values[part.start : part.stop] for part in chunk_ranges(count, 1 << 24))
             counts[name] = (sum(map(tokenizer.count_unknown, parts)), count - len(side))
         return counts
 
@@ -68,7 +66,7 @@ class Corpus:
 
     opened: Opened
     tokenizers: Tokenizers
-    kept: dict[str, Pairs] = field(default_factory=dict)
+    kept: dict[str, TokenPairs] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -110,14 +108,14 @@ class Corpus:
         parts = columns(builder, self.split(split), ["references"])
         return [[cleaned(text.decode()) for text in own] for (part,) in parts for own in part]
 
-    def tokens(self, split: str) -> Pairs:
+    def tokens(self, split: str) -> TokenPairs:
         """The whole of a split, in files beside the dataset; arguments and errors as of `texts`."""
         name = self.split(split)
         if name in self.kept:
             return self.kept[name]
         parts = -(-examples(self.opened.builder, name) // AT_ONCE)
 
-        def make() -> Iterator[Pairs]:
+        def make() -> Iterator[TokenPairs]:
             texts = texts_in_parts(self.opened, name)
             for sources, targets in watched(texts, parts, f"tokens of {name}"):
                 yield self.tokenizers.encode(sources, targets)
@@ -125,7 +123,7 @@ class Corpus:
         made_of = f"{name} {self.opened.fields} {self.tokenizers.digests()} {VERSION}"
         own = hashlib.sha256(made_of.encode()).hexdigest()[:16]
         with damage_explained(f"{self.name} under {self.opened.builder.data_dir}"):
-            found = stored(Path(self.opened.builder.data_dir) / "tokens" / own, make)
+            found = cached_pairs(Path(self.opened.builder.data_dir) / "tokens" / own, make)
         return self.kept.setdefault(name, found)
 
     def unknown(self, *splits: str) -> str:
@@ -145,7 +143,7 @@ class Corpus:
 
     def load(self, split: str, batch_size: int) -> Dataset:
         """`tokens`, a pair a row, in batches of so many."""
-        return Dataset.of(alone(self.tokens(split)), batch_size)
+        return Dataset.from_rows(unpacked_rows(self.tokens(split)), batch_size)
 
 
 def texts_in_parts(
@@ -198,7 +196,7 @@ def columns(
         if len(source) != count:
             raise ValueError(f"{len(source)} examples in {split} instead of {count}")
         every = range(0, count, stride)
-        for part in in_parts(len(every), AT_ONCE):
+        for part in chunk_ranges(len(every), AT_ONCE):
             found = source.__getitems__(every[part.start : part.stop])
             yield [[each[field] for each in found] for field in fields]
 

@@ -1,4 +1,4 @@
-"""Tokens kept in files: what comes back, and what is made again."""
+"""Token sequences in files: what is read back, and what is written again."""
 
 import os
 import pickle
@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import data_config
-from transformer.data import store
-from transformer.data.load import open_corpus
-from transformer.data.ragged import Ragged
-from transformer.data.rows import Pairs
+from transformer.data.corpus import open_corpus
+from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs, write_pairs
 
 PARTS = [
-    Pairs(Ragged.of([[5, 2], [2]]), Ragged.of([[6, 7, 2], [8, 2]])),
-    Pairs(Ragged.of([[9, 9, 9, 2]]), Ragged.of([[2]])),
+    TokenPairs(RaggedArray.from_lists([[5, 2], [2]]), RaggedArray.from_lists([[6, 7, 2], [8, 2]])),
+    TokenPairs(RaggedArray.from_lists([[9, 9, 9, 2]]), RaggedArray.from_lists([[2]])),
 ]
 WHOLE = [[[5, 2], [2], [9, 9, 9, 2]], [[6, 7, 2], [8, 2], [2]]]
 
@@ -28,18 +26,18 @@ never = partial(pytest.fail, "made again")
 
 
 def test_parts_come_back_as_a_whole_and_are_made_once(tmp_path):
-    assert rows(store.stored(tmp_path / "a", lambda: PARTS)) == WHOLE
-    again = store.stored(tmp_path / "a", never)
+    assert rows(cached_pairs(tmp_path / "a", lambda: PARTS)) == WHOLE
+    again = cached_pairs(tmp_path / "a", never)
     assert rows(again) == WHOLE
     assert isinstance(again.source.values, np.memmap)
     assert os.listdir(tmp_path) == ["a"]
     (tmp_path / "file").touch()  # where nothing can be kept it is in memory
-    pairs = store.stored(tmp_path / "file" / "a", lambda: PARTS)
+    pairs = cached_pairs(tmp_path / "file" / "a", lambda: PARTS)
     assert rows(pairs) == WHOLE
     assert not isinstance(pairs.source.values, np.memmap)
     # Files go to another process by name.
-    long = PARTS[0]._replace(source=Ragged.of([[3] * 10**5]))
-    pairs = store.stored(tmp_path / "b", lambda: [long])
+    long = PARTS[0]._replace(source=RaggedArray.from_lists([[3] * 10**5]))
+    pairs = cached_pairs(tmp_path / "b", lambda: [long])
     sent = pickle.dumps(pairs)
     assert len(sent) < 1_000
     np.testing.assert_array_equal(pickle.loads(sent).source.values, pairs.source.values)
@@ -48,7 +46,7 @@ def test_parts_come_back_as_a_whole_and_are_made_once(tmp_path):
 
 def test_any_damage_is_found_and_mended(tmp_path, capsys):
     folder = tmp_path / "a"
-    store.stored(folder, lambda: PARTS)
+    cached_pairs(folder, lambda: PARTS)
     for name in sorted(path.name for path in folder.iterdir()):
         content = (folder / name).read_bytes()
         flipped = [bytearray(content) for _ in content]
@@ -56,9 +54,9 @@ def test_any_damage_is_found_and_mended(tmp_path, capsys):
             each[place] ^= 1 << place % 8
         for damage in (None, b"", content[:-1], content + b"0", *flipped):
             (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
-            assert rows(store.stored(folder, lambda: PARTS)) == WHOLE
-            assert "is damaged; it is made again" in capsys.readouterr().out
-            store.stored(folder, never)
+            assert rows(cached_pairs(folder, lambda: PARTS)) == WHOLE
+            assert "is damaged and is written again" in capsys.readouterr().out
+            cached_pairs(folder, never)
 
 
 def test_one_that_was_cut_off_is_not_seen_and_a_sooner_process_has_made_it(tmp_path):
@@ -67,13 +65,13 @@ def test_one_that_was_cut_off_is_not_seen_and_a_sooner_process_has_made_it(tmp_p
         raise KeyboardInterrupt
 
     def late():
-        store.write(tmp_path / "a", PARTS)
+        write_pairs(tmp_path / "a", PARTS)
         yield from PARTS
 
     with pytest.raises(KeyboardInterrupt):
-        store.stored(tmp_path / "a", cut_off)
+        cached_pairs(tmp_path / "a", cut_off)
     assert not list(tmp_path.iterdir())
-    assert rows(store.stored(tmp_path / "a", late)) == WHOLE
+    assert rows(cached_pairs(tmp_path / "a", late)) == WHOLE
     assert os.listdir(tmp_path) == ["a"]
 
 

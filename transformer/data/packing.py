@@ -1,0 +1,126 @@
+"""Rows of training: one example per row (unpacked) or as many as fit (packed)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from transformer.data.ragged import RaggedArray, TokenPairs
+from transformer.errors import UserError
+
+OPEN_ROWS = 64  # rows in which `first_fit` still looks for room
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Padded rows of tokens on the host, built when they are asked for.
+
+    pairs: all examples.
+    members: row → the indices of its examples, in order.
+    widths: the most tokens in the source and in the target of a row.
+    packed: whether a row may hold several examples.
+    """
+
+    pairs: TokenPairs
+    members: RaggedArray
+    widths: tuple[int, int]
+    packed: bool
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def take(
+        self, index: Int[np.ndarray, "taken"]
+    ) -> tuple[Int[np.ndarray, "taken S"], Int[np.ndarray, "taken T"]]:
+        """The sources and the targets of some rows, int32, each padded at the end."""
+        members = self.members.take(index)
+        source, target = (
+            side.take(members.values).merge_rows(members.lengths()).to_padded(width)
+            for side, width in zip(self.pairs, self.widths, strict=True)
+        )
+        return source, target
+
+
+def unpacked_rows(pairs: TokenPairs, kept: Int[np.ndarray, "kept"] | None = None) -> TokenRows:
+    """One example per row: those with the indices `kept`, or all."""
+    kept = np.arange(len(pairs.source)) if kept is None else kept
+    source, target = pairs.lengths()[kept].max(0, initial=1).tolist()
+    members = RaggedArray(kept.astype(np.int32), np.arange(len(kept) + 1))
+    return TokenRows(pairs, members, (source, target), packed=False)
+
+
+def pack_rows(rows: TokenRows, length: int) -> TokenRows:
+    """The examples of unpacked rows, as many in each row of `length` tokens as fit.
+
+    `first_fit` places them in an order that depends only on their number. The members of a row are
+    the same in every epoch, so that a batch stays a function of its step.
+
+    Args:
+      rows: one example each.
+      length: tokens in the source, and in the target, of a packed row.
+
+    Raises:
+      UserError: an example is longer than a row.
+    """
+    if max(rows.widths) > length:
+        raise UserError(
+            f"data.pack_length={length}: the longest example has {max(rows.widths)} tokens (EOS "
+            "included); set pack_length to that or more, to 0 for one example per row, or "
+            "data.max_length to leave out longer examples"
+        )
+    examples = rows.members.values
+    order = np.random.default_rng(len(rows)).permutation(len(rows))
+    row_of = first_fit(rows.pairs.lengths()[examples[order]], length)
+    # A stable sort: the examples of a row stay in the order in which they were placed.
+    members = examples[order[np.argsort(row_of, kind="stable")]]
+    packed = RaggedArray.from_lengths(members, np.bincount(row_of))
+    return TokenRows(rows.pairs, packed, (length, length), packed=True)
+
+
+def first_fit(lengths: Int[np.ndarray, "pairs 2"], capacity: int) -> Int[np.ndarray, "pairs"]:
+    """The row of each pair: the first of the newest `OPEN_ROWS` with room for source and target."""
+    row_of = np.empty(len(lengths), np.int64)
+    room = np.zeros((0, 2), int)  # in the open rows
+    opened = 0
+    for pair, size in enumerate(lengths):
+        fits = np.flatnonzero((room >= size).all(1))
+        if fits.size:
+            which = fits[0]
+        else:
+            room = np.concatenate([room, [[capacity, capacity]]])[-OPEN_ROWS:]
+            opened += 1
+            which = len(room) - 1
+        room[which] -= size
+        row_of[pair] = opened - len(room) + which
+    return row_of
+
+
+def filter_by_length(
+    pairs: TokenPairs, max_length: int
+) -> tuple[Int[np.ndarray, "kept"], dict[str, int]]:
+    """The indices of the examples to train on, and how many are left out for which reason.
+
+    Args:
+      pairs: all examples.
+      max_length: tokens that a source or a target may have, EOS included; 0: no limit.
+
+    Raises:
+      UserError: no example is left.
+    """
+    lengths = pairs.lengths()
+    empty = lengths.min(1) <= 1
+    long = (lengths.max(1) > max_length) & ~empty if max_length else np.zeros_like(empty)
+    masks = {"with an empty text": empty, f"with a text of more than {max_length} tokens": long}
+    counts = {reason: int(mask.sum()) for reason, mask in masks.items() if mask.any()}
+    (kept,) = np.nonzero(~(empty | long))
+    if not kept.size:
+        raise UserError(
+            f"data.max_length={max_length} leaves no training example ({format_counts(counts)}); "
+            "raise it, or set it to 0"
+        )
+    return kept, counts
+
+
+def format_counts(counts: dict[str, int]) -> str:
+    """`3 with an empty text, 1 with a text of more than 128 tokens`."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
