@@ -75,7 +75,9 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None) -> Callable[[], An
     def call() -> Any:
         nonlocal state
         with jax.set_mesh(run.mesh):
-            state, sums = run.train_steps(state, run.zero_sums(), run.feed.empty_window(), np.int32(STEPS))
+            state, sums = run.train_steps(
+                state, run.zero_sums(), run.feed.empty_window(), np.int32(STEPS)
+            )
         return sums
 
     return call
