@@ -42,7 +42,7 @@ from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh, p
 from transformer.training.metrics import by_replica
 from transformer.training.step import each_replica
 from transformer.training.trained import load
-from transformer.training.workdir import Workdir, write_json
+from transformer.workdir import Workdir, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 SPLIT = flags.DEFINE_string("split", None, "Which split; default the run's data.test.")

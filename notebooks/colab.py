@@ -122,7 +122,7 @@ sys.path.insert(0, str(ROOT))  # configs/ is beside the package and not in it
 from configs import toy_reverse
 from transformer import cli
 from transformer.config import RunConfig
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
 cli.set_up_jax()

@@ -16,9 +16,9 @@ import jax
 from absl import flags
 
 from transformer import cli
+from transformer.averaging import average
 from transformer.console import facts
-from transformer.training.averaging import average
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 LAST = flags.DEFINE_integer("last", 5, "How many checkpoints.")

@@ -25,7 +25,7 @@ from transformer import cli
 from transformer.console import console, facts, table
 from transformer.errors import UserError, choose
 from transformer.parallel.devices import cpu_cores, cpu_name
-from transformer.training.workdir import commit, versions
+from transformer.workdir import commit, versions
 
 DEVICE = flags.DEFINE_enum("device", "cpu", list(task.SIZES), "What all contenders run on.")
 SIZES = flags.DEFINE_list("sizes", ["tiny", "base"], "Sizes; see task.SIZES.")

@@ -18,7 +18,7 @@ from transformer.console import console, facts
 from transformer.errors import choose
 from transformer.parallel.devices import describe_mesh
 from transformer.parallel.mesh import one_device_mesh
-from transformer.training.workdir import commit
+from transformer.workdir import commit
 
 # In the order of the page.
 CLAIMS = {

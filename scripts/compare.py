@@ -15,7 +15,7 @@ from transformer import cli
 from transformer.config import differences
 from transformer.console import console, facts, table
 from transformer.errors import UserError
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
 OTHER = flags.DEFINE_string("other", None, "Another run's folder.", required=True)

@@ -38,7 +38,7 @@ from transformer.config import RunConfig
 from transformer.data.text import numbered
 from transformer.errors import UserError
 from transformer.inference.generation import Decoding, Generator, Output, Prepared
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")

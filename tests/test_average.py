@@ -8,14 +8,14 @@ import pytest
 from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
+from transformer.averaging import average, in_a_row, mean
 from transformer.config import default_config
 from transformer.data.corpus import Tokenizers
 from transformer.errors import UserError
 from transformer.parallel.mesh import one_device_mesh
-from transformer.training.averaging import average, in_a_row, mean
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.trained import load, outline
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 KNOBS = {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32, "save_every": 10}
 KNOBS["optimizer.warmup_steps"] = 2

@@ -24,7 +24,7 @@ from transformer.parallel.mesh import place
 from transformer.run import Run
 from transformer.training import loop
 from transformer.training.step import abstract_state, init_state, make_train_step, make_train_steps
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
 

@@ -29,7 +29,7 @@ from transformer.inference.generation import Decoding, Generator, Output, roomy
 from transformer.modules.model import Model
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training.step import TrainState
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 REACH, MARGIN = 20, 4  # positions
 BEAM = Decoding(beam_size=5)

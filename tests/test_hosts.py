@@ -16,7 +16,7 @@ from transformer.parallel import hosts
 from transformer.parallel.devices import find_devices
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training.interruption import RESUME
-from transformer.training.workdir import write_json
+from transformer.workdir import write_json
 
 SHORT = (*TINY, "--config.log_every=4", "--config.save_every=4", "--config.eval_every=4")
 SHORT = (*SHORT, "--config.keep_checkpoints=9", "--config.decode_margin=2")

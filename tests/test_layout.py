@@ -24,7 +24,7 @@ TO_MOVE = {
     "transformer/modules/model.py",
     "transformer/inference/generation.py",
     "transformer/training/loop.py",
-    "transformer/training/workdir.py",
+    "transformer/workdir.py",
     "transformer/training/trained.py",
 }
 TO_CUT = {

@@ -31,7 +31,7 @@ from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 from transformer.training import trained
 from transformer.training.metrics import by_replica
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 TEXTS = ["abc", "hedc", "fi"]
 

@@ -17,7 +17,7 @@ from transformer.config import RunConfig
 from transformer.errors import UserError
 from transformer.modules import normalization
 from transformer.training.metrics import MetricsWriter
-from transformer.training.workdir import Workdir, write_json
+from transformer.workdir import Workdir, write_json
 
 SMALL = "configs/ablations/small.py"
 SWEEPS = sorted({path.stem for path in ROOT.glob("configs/ablations/*.py")} - {"small"})

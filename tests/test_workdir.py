@@ -5,7 +5,7 @@ import pytest
 
 from tests.test_programs import ROOT
 from transformer.errors import UserError
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 
 def test_a_folder_that_is_trained_in_is_refused_until_it_is_free(tmp_path):
@@ -20,7 +20,7 @@ def test_a_folder_that_is_trained_in_is_refused_until_it_is_free(tmp_path):
 def test_a_dead_process_holds_no_folder(tmp_path):
     code = (
         "import sys\n"
-        "from transformer.training.workdir import Workdir\n"
+        "from transformer.workdir import Workdir\n"
         "with Workdir(sys.argv[1]).locked():\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"

@@ -47,7 +47,7 @@ from transformer.training.step import (
     make_train_steps,
     zero_sums,
 )
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 
 class Run:

@@ -25,7 +25,7 @@ from transformer.parallel.mesh import data_parallel_mesh
 from transformer.plugins import load as load_plugins
 from transformer.training import trained
 from transformer.training.metrics import by_replica
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 
 @dataclass(frozen=True, kw_only=True)

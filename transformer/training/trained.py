@@ -11,7 +11,7 @@ from transformer.modules.model import Model, Params
 from transformer.parallel import hosts
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import TrainState, abstract_state
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 
 class Trained(NamedTuple):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lab.benchmark.contender import CONTENDERS, OURS
 from lab.tables import markdown, ratios, spread
 from transformer.inference.plots import GRID, INK
-from transformer.training.workdir import write_json
+from transformer.workdir import write_json
 
 PEER = "#9aa5b1"
 HEAD = """# Benchmark

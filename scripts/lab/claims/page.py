@@ -8,7 +8,7 @@ from typing import Any
 
 from lab.claims.claim import Check, Claim, verdict
 from lab.tables import markdown
-from transformer.training.workdir import write_json
+from transformer.workdir import write_json
 
 HEAD = """# The claims, checked
 

@@ -12,7 +12,7 @@ from lab.sweeps.sweep import Program, Sweep
 from transformer.errors import UserError
 from transformer.strict_json import numbers
 from transformer.training.metrics import read_metrics
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 TARGET_METRIC = "validation/sequence_accuracy"
 

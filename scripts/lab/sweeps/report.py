@@ -27,7 +27,7 @@ from lab.sweeps.records import Record, curve, read_all, read_json
 from lab.sweeps.sweep import PaperRow, Program, Sweep, parameters
 from lab.tables import markdown
 from transformer.metrics import METRICS, percent
-from transformer.training.workdir import Workdir, write_json
+from transformer.workdir import Workdir, write_json
 
 CROWDED = 8  # most variants whose learning curves are told apart in one pair of axes
 PAPER_VOCABULARY = 37_000  # shared pieces, by the paper's text; Table 3 does not state it

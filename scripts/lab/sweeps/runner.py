@@ -19,7 +19,7 @@ from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 from transformer.training.interruption import PARENT
 from transformer.training.metrics import read_metrics
-from transformer.training.workdir import Workdir
+from transformer.workdir import Workdir
 
 ROOT = Path(__file__).parents[3]
 

@@ -16,7 +16,7 @@ from transformer.parallel.mesh import one_device_mesh, place
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import TrainState
 from transformer.training.trained import outline
-from transformer.training.workdir import Workdir, write_json
+from transformer.workdir import Workdir, write_json
 
 
 def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
