@@ -6,10 +6,8 @@ Usage:
     python scripts/compare.py --run=runs/one --other=runs/two
 """
 
-from pathlib import Path
-
 from absl import flags
-from lab.comparison import compare, read_arrays, read_metrics
+from lab.comparison import arrays_of, compare, metrics_of
 
 from transformer import cli
 from transformer.config import differences
@@ -39,9 +37,7 @@ def main() -> None:
             f"{sorted(steps[1])}; train them for equally many steps"
         )
     last = max(steps[0] & steps[1])
-    found = compare(
-        *(read_metrics(each.metrics) | read_arrays(Path(each.path), last) for each in folders)
-    )
+    found = compare(*(metrics_of(each.metrics) | arrays_of(each.path, last) for each in folders))
     rows = [
         (
             each.group,

@@ -40,8 +40,7 @@ class Difference(Interval):
 def mean_interval(values: Values, level: float = LEVEL) -> Interval:
     """Student's t interval of the mean, mean ± t(n-1) · s / √n, of one value per seed.
 
-    Bounds are NaN for a single value, equal to the mean for equal values. A value that is not
-    finite makes everything NaN.
+    The bounds are NaN for a single value; a value that is not finite makes everything NaN.
     """
     sample = as_sample(values)
     mean, error = mean_and_error(sample, scale=np.abs(sample).max())
@@ -52,12 +51,10 @@ def mean_interval(values: Values, level: float = LEVEL) -> Interval:
 def paired(variant: Values, baseline: Values, level: float = LEVEL) -> Difference:
     """The paired t-test of variant against baseline, whose values belong to the same seeds.
 
-    `detectable` is λ · s / √n with λ from `noncentrality`: it is that of one test at
-    α = 1 - level and takes the spread s of the differences for the true one.
-
-    Of a single pair everything but the mean is NaN. Differences that are all zero have p = 1,
-    and equal ones other than zero p = 0, since t is infinite. A value that is not finite makes
-    everything NaN. ValueError if the numbers of seeds differ.
+    `detectable` is λ · s / √n with λ from `noncentrality`: that of one test at α = 1 - level,
+    with the spread s of the differences taken for the true one. Of a single pair everything but
+    the mean is NaN; a value that is not finite makes everything NaN. Differences that are all
+    zero have p = 1, and equal ones other than zero p = 0. ValueError if the seeds do not match.
     """
     ours, theirs = as_sample(variant), as_sample(baseline)
     if ours.size != theirs.size:
@@ -80,9 +77,8 @@ def t_test(mean: float, error: float, n: int, level: float = LEVEL) -> Differenc
 def holm(p_values: Values) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979).
 
-    p̃(i) = max over j ≤ i of min(1, (m - j + 1) · p(j)), p(1) ≤ … ≤ p(m). Rejecting where
-    p̃ ≤ α bounds the chance of any false rejection by α, however the tests depend on each other.
-    NaN means no comparison: it stays NaN and is not counted in m.
+    p̃(i) = max over j ≤ i of min(1, (m - j + 1) · p(j)), p(1) ≤ … ≤ p(m): p̃ ≤ α bounds the chance
+    of any false rejection by α, however the tests depend on each other. NaN is not counted in m.
     """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
@@ -93,20 +89,9 @@ def holm(p_values: Values) -> list[float]:
 
 
 def verdict(
-    difference: Difference,
-    p_adjusted: float,
-    *,
-    unit: Callable[[float], str],
-    higher_is_better: bool,
+    difference: Difference, p_adjusted: float, unit: Callable[[float], str], higher_is_better: bool
 ) -> str:
-    """A sentence on what `difference` shows.
-
-    Args:
-      difference: from `paired`.
-      p_adjusted: its p-value adjusted for all comparisons of the report, from `holm`.
-      unit: formats a magnitude (never negative): 1.2 as "1.2 points".
-      higher_is_better: the sign of the metric.
-    """
+    """A sentence on what `difference` shows; `unit` formats a magnitude: 1.2 as "1.2 points"."""
     if difference.n == 1:
         return "one seed: no verdict"
     if np.isnan(difference.mean):
@@ -146,8 +131,7 @@ def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
         return mean, np.nan
     spread = float(sample.std(ddof=1))
     if spread <= ROUNDING * scale:
-        spread = 0.0
-        mean = 0.0 if abs(mean) <= ROUNDING * scale else mean
+        return 0.0 if abs(mean) <= ROUNDING * scale else mean, 0.0
     return mean, spread / sample.size**0.5
 
 

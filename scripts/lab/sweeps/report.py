@@ -121,9 +121,7 @@ def compare(
             reached = sum(value is not None for value in short)
             words = f"not compared: {reached} of {len(short)} seeds{who} reach the target"
         else:
-            words = verdict(
-                difference, p, unit=outcome.unit, higher_is_better=outcome.higher_is_better
-            )
+            words = verdict(difference, p, outcome.unit, outcome.higher_is_better)
         interval = mean_interval(known) if known else None
         result[variant] = Comparison(each, interval, difference, p, words)
     return result

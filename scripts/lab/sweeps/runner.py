@@ -16,7 +16,7 @@ from lab.sweeps.sweep import Program
 from transformer.config import RunConfig, continued, differences
 from transformer.console import console
 from transformer.data.corpus import open_corpus
-from transformer.errors import UserError
+from transformer.errors import UserError, needs
 from transformer.training.interruption import PARENT
 from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir
@@ -33,7 +33,7 @@ def is_done(program: Program, workdir: Path) -> bool:
     try:
         saved = folder.known_config()
         return not differences(saved, continued(program.resolved(), saved))
-    except UserError:  # a damaged record: its program will report it, the others are not affected
+    except UserError:  # a damaged record, which its program will report
         return False
 
 
@@ -44,7 +44,7 @@ def run_all(
     *,
     jobs: int = 1,
     cluster: str | None = None,
-    cluster_parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Runs the programs that are not done; a failing program does not stop the others.
 
@@ -54,11 +54,12 @@ def run_all(
       data_dir: where TFDS keeps datasets.
       jobs: processes at a time on this machine, each on its share of the cores.
       cluster: None, or `slurm` or `local` to submit each program through submitit.
-      cluster_parameters: for submitit's executor.
+      parameters: of submitit's executor.
 
     Returns:
       Name → reason of each program that failed.
     """
+    root = root.absolute()
     waiting = [each for each in programs if not is_done(each, root / each.name)]
     if len(waiting) < len(programs):
         done = len(programs) - len(waiting)
@@ -66,16 +67,21 @@ def run_all(
     # Prepared once here: concurrent programs would prepare the same dataset several times.
     for data in {RunConfig.from_config_dict(each.resolved()).data for each in waiting}:
         open_corpus(data, data_dir)
-    for each in waiting:  # so that results found later are those of this run
+    calls = []
+    for each in waiting:
         folder = Workdir(str(root / each.name))
-        for result in (folder.results, *folder.path.glob("eval_*.json")):
-            result.unlink(missing_ok=True)
+        for stale in (folder.results, *folder.path.glob("eval_*.json")):
+            stale.unlink(missing_ok=True)
+        calls.append((each.commands(folder.path, data_dir), folder.path / "log.txt"))
     if cluster is None:
-        submitted = on_this_machine(waiting, root, data_dir, jobs)
+        submitted = on_this_machine(calls, jobs)
     else:
-        submitted = through_submitit(waiting, root, data_dir, cluster, cluster_parameters or {})
+        submitted = through_submitit(calls, root, cluster, parameters or {})
     with submitted as futures:
         return watch(waiting, futures, root)
+
+
+Call = tuple[list[list[str]], Path]  # arguments of `run_commands`
 
 
 def run_commands(
@@ -116,30 +122,45 @@ def run_commands(
 
 
 @contextlib.contextmanager
-def on_this_machine(
-    programs: Sequence[Program], root: Path, data_dir: str | None, jobs: int
-) -> Iterator[list[Future]]:
-    """A future for each program, `jobs` at a time; an exception terminates their processes."""
+def on_this_machine(calls: Sequence[Call], jobs: int) -> Iterator[list[Future]]:
+    """A future for each call, `jobs` at a time; an exception terminates their processes."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     free = [cores[i::jobs] for i in range(jobs)] if 1 < jobs <= len(cores) else [[]] * jobs
     started: list[subprocess.Popen] = []
 
-    def one(program: Program) -> str | None:
-        share, workdir = free.pop(), root / program.name
+    def run(call: Call) -> str | None:
+        share = free.pop()
         try:
-            commands = program.commands(workdir, data_dir)
-            return run_commands(commands, workdir / "log.txt", share, started.append)
+            return run_commands(*call, share, started.append)
         finally:
             free.append(share)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield [pool.submit(one, program) for program in programs]
+            yield [pool.submit(run, call) for call in calls]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in started:
                 process.terminate()
             raise
+
+
+@contextlib.contextmanager
+def through_submitit(
+    calls: Sequence[Call], root: Path, cluster: str, parameters: Mapping[str, Any]
+) -> Iterator[list[Any]]:
+    """A submitit job for each call; the jobs outlive this process."""
+    with needs("cluster"):
+        import submitit  # pyright: ignore[reportMissingImports]  # an extra
+    try:
+        executor = submitit.AutoExecutor(folder=root / "submitit", cluster=cluster)
+        executor.update_parameters(name=root.name, **parameters)
+        with executor.batch():
+            jobs = [executor.submit(run_commands, *call) for call in calls]
+    except (RuntimeError, ValueError, TypeError, OSError, NameError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--cluster={cluster}: {reason}") from error
+    yield jobs
 
 
 def parameter(text: str) -> tuple[str, int | str]:
@@ -150,74 +171,33 @@ def parameter(text: str) -> tuple[str, int | str]:
     return name, int(value) if value.isdigit() else value
 
 
-@contextlib.contextmanager
-def through_submitit(
-    programs: Sequence[Program],
-    root: Path,
-    data_dir: str | None,
-    cluster: str,
-    parameters: Mapping[str, Any],
-) -> Iterator[list[Any]]:
-    """A submitit job for each program; the jobs outlive this process."""
-    try:
-        import submitit  # pyright: ignore[reportMissingImports]  # an extra
-    except ImportError as error:
-        raise UserError(
-            "submitit is not installed; pip install -e '.[cluster]', or leave out --cluster"
-        ) from error
-    root = root.absolute()
-    try:
-        executor = submitit.AutoExecutor(folder=root / "submitit", cluster=cluster)
-        executor.update_parameters(name=root.name, **parameters)
-        with executor.batch():
-            jobs = [
-                executor.submit(
-                    run_commands,
-                    program.commands(root / program.name, data_dir),
-                    root / program.name / "log.txt",
-                )
-                for program in programs
-            ]
-    except (RuntimeError, ValueError, TypeError, OSError, NameError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--cluster={cluster}: {reason}") from error
-    yield jobs
-
-
 def watch(programs: Sequence[Program], futures: Sequence[Any], root: Path) -> dict[str, str]:
     """Shows progress until all programs have ended; name → reason of those that failed."""
     steps = {program.name: program.resolved().steps for program in programs}
-    started = time.monotonic()
     reasons: dict[str, str | None] = {}  # of those that have ended
-    text = "{task.percentage:.0f}% of the steps, {task.fields[ended]} of " + str(len(programs))
     bar = Progress(
         TextColumn("[bold]sweep"),
         BarColumn(bar_width=28),
-        TextColumn(f"{text} programs"),
+        TextColumn("{task.percentage:.0f}% of the steps"),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
         console=console,
         disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task("", total=sum(steps.values()), ended=0)
+        task = bar.add_task("", total=sum(steps.values()))
         while len(reasons) < len(programs):
             time.sleep(0.5)
-            for program, future in zip(programs, futures, strict=True):
-                if program.name in reasons or not future.done():
-                    continue
-                reasons[program.name] = reason = failure(future)
-                remaining = (time.monotonic() - started) * (len(programs) / len(reasons) - 1)
-                console.print(
-                    f"{len(reasons)}/{len(programs)}  {program.name}: "
-                    + ("done" if reason is None else f"failed, {reason}")
-                    + ("" if console.is_terminal else f"; about {remaining:.0f} s left")
-                )
-            taken = sum(
+            for name, future in zip(steps, futures, strict=True):
+                if name not in reasons and future.done():
+                    reasons[name] = reason = failure(future)
+                    end = "done" if reason is None else f"failed, {reason}"
+                    console.print(f"{len(reasons)}/{len(programs)}  {name}: {end}")
+            taken = (
                 total if name in reasons else min(last_step(root / name), total)
                 for name, total in steps.items()
             )
-            bar.update(task, completed=taken, ended=len(reasons))
+            bar.update(task, completed=sum(taken))
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
