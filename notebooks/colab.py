@@ -117,7 +117,7 @@ from absl import logging
 import transformer
 
 ROOT = Path(transformer.__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # configs/ is beside the package and not in it
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # configs and the sweeps of lab
 
 from configs import toy_reverse
 from transformer import cli
@@ -148,22 +148,11 @@ display(Image(workdir.plots / "learning_curve.png", width=900))
 # training, and does not generalise to them.
 
 # %%
-from functools import partial
-
-from transformer.data.batches import Dataset
-from transformer.data.packing import unpacked_rows
-from transformer.inference import evaluation, plots
-from transformer.parallel.mesh import one_device_mesh
-from transformer.training import trained
-
 WORDS = ["hello", "attention", "transformer"]
 
-_, tokenizers, model, _, variables, _ = trained.load(workdir, one_device_mesh())
-pairs = tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
-examples = Dataset.from_rows(unpacked_rows(pairs), batch_size=len(WORDS))
-decode = jax.jit(partial(evaluation.decode, model, length=examples.longest() + 1))
-for word, output in zip(WORDS, decode(variables, examples).tokens, strict=True):
-    print(word, "→", tokenizers.target.decode(output.tolist()))
+outputs = transformer.load(str(workdir.path)).generate(WORDS)
+for word, (best, *_) in zip(WORDS, outputs, strict=True):
+    print(word, "→", best.text)
 
 # %% [markdown]
 # ## Cross-attention
@@ -183,9 +172,19 @@ for word, output in zip(WORDS, decode(variables, examples).tokens, strict=True):
 # token, ⊣ the end of the source, which some heads attend to at the end of the output.
 
 # %%
+from functools import partial
+
+from transformer.data.batches import Dataset
+from transformer.data.packing import unpacked_rows
+from transformer.inference import evaluation, plots
+
 WORD = WORDS[2]
 
-maps = jax.jit(partial(evaluation.attention_maps, model))(variables, examples)
+pairs = run.tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
+examples = Dataset.from_rows(unpacked_rows(pairs), batch_size=len(WORDS))
+with jax.set_mesh(run.mesh):
+    variables = run.state.variables()
+    maps = jax.jit(partial(evaluation.attention_maps, run.model))(variables, examples)
 cross = [layer[WORDS.index(WORD)] for layer in jax.device_get(maps["cross"])]
 picture = workdir.plots / f"cross_attention_{WORD}.png"
 plots.attention(cross, ["⊢", *WORD[::-1]], [*WORD, "⊣"], f"cross attention, {WORD}", picture)
@@ -200,8 +199,8 @@ display(Image(picture, width=1000))
 
 # %%
 from IPython.utils.capture import capture_output
-from lab.sweeps import Sweep, grid, report
-from lab.sweeps.sweep import plan
+from lab.sweeps import report
+from lab.sweeps.sweep import Sweep, grid, plan
 
 sweep = Sweep(
     config=str(ROOT / "configs/ablations/small.py"),
@@ -211,7 +210,7 @@ sweep = Sweep(
     seeds=3,
     target=0.5,  # the dotted line below
 )
-programs = plan(sweep, max_replicas=sweep.seeds)
+programs = plan(sweep, most=sweep.seeds)
 for program in programs:
     print(f"training {program.name}: {len(program.members)} seeds")
     with capture_output():  # the same output as above
@@ -226,7 +225,7 @@ for program in programs:
 # difference three seeds could have detected.
 
 # %%
-page = report.write_report(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
+page = report.make(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
 table = page.read_text(encoding="utf-8").split("\n## ")[1]
 display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### {table}"))
 

@@ -12,7 +12,6 @@ Usage:
         [--topology=v5e:1x1,v5e:2x4] [--length=256] [--rows_per_chip=32] [--config.mesh.fsdp=4]
 """
 
-import math
 import re
 
 import jax
@@ -67,7 +66,8 @@ def plans_for(name: str) -> list[Plan]:
                 raise
             console.print(f"skipped: {error}")
             continue
-        console.print(f"{label(plan)}: {summary(plan)}")
+        outcome = f"does not fit: {plan.refusal}" if plan.refusal else "compiled"
+        console.print(f"{label(plan)}: {outcome}")
         plans.append(plan)
     if not plans:
         raise UserError(
@@ -121,15 +121,6 @@ def details(plan: Plan) -> None:
             "loops": f"{traffic.unknown_loops} of unknown length, counted once",
         }
     )
-
-
-def summary(plan: Plan) -> str:
-    """The outcome of a plan in a few words."""
-    if plan.refusal:
-        return f"does not fit: {plan.refusal}"
-    memory = f"{sum(plan.memory.values()) / GIB:.2f} GiB"
-    time = plan.step_seconds()
-    return memory if math.isinf(time) else f"{memory}, {1e3 * time:.3g} ms by {plan.bound()}"
 
 
 def label(plan: Plan) -> str:

@@ -12,17 +12,12 @@ from lab.benchmark.task import Size
 
 @dataclass(frozen=True)
 class Setting:
-    """What the process of a contender is started with.
-
-    folder: where `task.save` has written the strings; for logs and parameters too.
-    device: cpu or gpu. On a CPU everything is float32; on a GPU matrix products are bfloat16.
-    threads: of a CPU.
-    """
+    """What the process of a contender is started with."""
 
     size: Size
-    folder: Path
-    device: str
-    threads: int
+    folder: Path  # of the strings (`task.save`), logs and parameters
+    device: str  # cpu: everything is float32; gpu: matrix products are bfloat16
+    threads: int  # of a CPU
 
 
 @dataclass(frozen=True)
@@ -51,14 +46,7 @@ class Contender:
         raise NotImplementedError
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        """The outputs [n, length] for sources [n, S], in their order.
-
-        Args:
-          source: symbols, EOS, then padding.
-          batch: sources at a time.
-          beams: beam size; 1: greedy.
-          length: tokens of an output at most, EOS included.
-        """
+        """The outputs [n, length] for sources [n, S], in their order, `batch` at a time."""
         raise NotImplementedError
 
     def memory(self) -> int | None:
@@ -76,23 +64,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a contender is found, and what it supports.
+    """Where a contender is found, and what it supports."""
 
-    title: its name in tables.
-    where: its module in this package, and its class.
-    needs: the packages that it imports.
-    batchings: ways to make its batches; (): it is not trained. Training to the target uses that
-      of `TUNED`, or else the last one.
-    beams: beam sizes of decoding; 1: greedy.
-    weights: the contender whose parameters it decodes with; "": its own.
-    """
-
-    title: str
-    where: str
-    needs: tuple[str, ...] = ()
-    batchings: tuple[str, ...] = ("padded", "bucketed")
-    beams: tuple[int, ...] = ()
-    weights: str = ""
+    title: str  # its name in tables
+    where: str  # its module in this package, and its class
+    needs: tuple[str, ...] = ()  # packages that it imports
+    batchings: tuple[str, ...] = ("padded", "bucketed")  # how batches are made; (): not trained
+    beams: tuple[int, ...] = ()  # beam sizes of decoding; 1: greedy
+    weights: str = ""  # the contender whose parameters it decodes with, if not its own
 
     def make(self, setting: Setting) -> Contender:
         """The contender."""
@@ -125,7 +104,7 @@ CONTENDERS = {
     ),
 }
 
-# size → contender → (batching, peak learning rate) where they are not the default: the best of a
-# grid, the same for all contenders, by `scripts/benchmark.py --what=search` of commit 71c91fa
-# (docs/results/benchmark_settings.json).
+# size → contender → (batching, peak learning rate) of training to the target, where it is not the
+# default (last batching, rate of the size): the best of a grid that was the same for all, by
+# `scripts/benchmark.py --what=search` of commit 71c91fa (docs/results/benchmark_settings.json).
 TUNED = {"tiny": {"pytorch": ("padded", 4e-3), "marian": ("padded", 2e-3)}}

@@ -26,25 +26,16 @@ Turns = Mapping[tuple[str, str], tuple[str, dict[str, Any]]]
 
 @dataclass
 class Bench:
-    """One size on one device, and how often everything is measured.
-
-    size: its name.
-    setting: also of the folder for logs and trained parameters.
-    rounds: turns of each contender.
-    seeds: of training to the target.
-    target: exact match on the held-out strings.
-    limit: seconds of training after which a seed gives up.
-    failures: contender → why it is missing.
-    """
+    """One size on one device, and how often everything is measured."""
 
     size: str
     setting: Setting
     contenders: Sequence[str]
-    rounds: int
-    seeds: int
-    target: float
-    limit: float
-    failures: dict[str, str] = field(default_factory=dict)
+    rounds: int  # turns of each contender
+    seeds: int  # of training to the target
+    target: float  # exact match on the held-out strings
+    limit: float  # seconds of training after which a seed gives up
+    failures: dict[str, str] = field(default_factory=dict)  # contender → why it is missing
 
     def able(self, support: str) -> list[str]:
         """The contenders whose `Entry` has this field set and that have not failed."""

@@ -22,27 +22,18 @@ POOL = 10  # batches whose strings are sorted together by length
 
 @dataclass(frozen=True)
 class Size:
-    """A model, the strings that it reverses, and how it is trained.
-
-    num_layers: of the encoder and of the decoder.
-    longest: symbols in the longest source; lengths are uniform from 1.
-    examples: training strings.
-    batch: strings per step.
-    pack: tokens in a packed row.
-    round: steps that a contender takes in its turn.
-    steps: of training to the target; 0: too large for that.
-    """
+    """A model, the strings that it reverses, and how it is trained."""
 
     d_model: int
     num_heads: int
     d_ff: int
-    num_layers: int
-    longest: int
-    examples: int
-    batch: int
-    pack: int
-    round: int
-    steps: int
+    num_layers: int  # of the encoder and of the decoder
+    longest: int  # symbols in the longest source; lengths are uniform from 1
+    examples: int  # training strings
+    batch: int  # strings per step
+    pack: int  # tokens in a packed row
+    round: int  # steps that a contender takes in its turn
+    steps: int  # of training to the target; 0: too large for that
     learning_rate: float = 2e-3
     warmup_steps: int = 100
 

@@ -8,6 +8,7 @@ therefore counted here, per instruction, in the text of the optimized HLO
 import math
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Collective → bytes that a device sends per byte of its operand, in a group of n devices: those of
 # ring algorithms, which are optimal on a ring (Patarasuk and Yuan 2009).
@@ -32,8 +33,7 @@ INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of a program: `%name = shape opcode(inside), attributes`."""
 
     name: str
@@ -42,7 +42,6 @@ class Instruction:
     inside: str
     attributes: str
 
-    @property
     def operands(self) -> list[str]:
         """The names of the instructions that it reads."""
         return re.findall(r"%([\w.-]+)", self.inside)
@@ -84,7 +83,7 @@ def traffic(text: str, devices: int) -> Traffic:
             chain = re.search(r'chain_id="(\d+)"', each.attributes)
             if kind in RING and not (chain and chain[1] in chains):
                 chains.update([chain[1]] if chain else [])
-                size = sum(bytes_ for op in each.operands for bytes_, _ in arrays(shapes[op]))
+                size = sum(bytes_ for op in each.operands() for bytes_, _ in arrays(shapes[op]))
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scatters else kind
                 sent = size * RING[kind](group_size(each.attributes, devices))
@@ -142,7 +141,7 @@ def bytes_moved(each: Instruction, shapes: dict[str, str]) -> int:
         # A tuple of the source and the result; only the smaller of the two is moved.
         (one, here), (other, there), *_ = written
         return min(one, other) * (here + there)
-    read = [array for operand in each.operands for array in arrays(shapes[operand])]
+    read = [array for operand in each.operands() for array in arrays(shapes[operand])]
     if each.opcode in ("slice", "dynamic-slice", "gather"):
         read = [(size, main) for size, _ in written for _, main in read[:1]]
     if each.opcode in ("dynamic-update-slice", "scatter"):

@@ -11,13 +11,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from lab.planning import hlo
 from transformer import Run
@@ -30,25 +30,21 @@ from transformer.training.costs import step_flops
 from transformer.training.step import TrainState, make_train_step
 
 GIB = 2.0**30
+NO_TPU = {  # otherwise the compiler looks for a TPU and for other hosts
+    **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"},
+    **{"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+}
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The published figures of a chip.
+    """The published figures of a chip."""
 
-    flops: bfloat16 operations per second.
-    memory: bytes of HBM, of which the compiler reserves a little.
-    bandwidth: bytes per second to and from HBM.
-    interconnect: bytes per second sent to neighbours over all links: half of the published figure,
-      which counts both directions.
-    topologies: the shapes of its slices.
-    """
-
-    flops: float
-    memory: float
-    bandwidth: float
-    interconnect: float
-    topologies: tuple[str, ...]
+    flops: float  # bfloat16 operations per second
+    memory: float  # bytes of HBM, of which the compiler reserves a little
+    bandwidth: float  # bytes per second to and from HBM
+    interconnect: float  # bytes per second sent to neighbours; half of what both directions have
+    topologies: tuple[str, ...]  # shapes of its slices
 
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -66,8 +62,7 @@ CHIPS = {
 }
 
 
-@dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
     """Devices to compile for; `chip` is None for simulated CPUs."""
 
     name: str
@@ -81,7 +76,6 @@ def open_topology(name: str) -> Topology:
     Raises:
       UserError: the topology is unknown, its compiler is missing, or there are too few CPUs.
     """
-    known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies]
     if re.fullmatch(r"cpu:[1-9]\d*(x[1-9]\d*)*", name):
         devices, size = jax.devices("cpu"), device_count(name)
         if len(devices) < size:
@@ -90,6 +84,7 @@ def open_topology(name: str) -> Topology:
                 f"JAX_NUM_CPU_DEVICES={size}"
             )
         return Topology(name, None, devices[:size])
+    known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies]
     if name not in known:
         raise UserError(
             f"--topology={name}: choose one of {', '.join(known)}, or simulated CPUs such as "
@@ -100,11 +95,8 @@ def open_topology(name: str) -> Topology:
             f"--topology={name} needs the TPU compiler: pip install -e '.[plan]'; or plan for "
             "simulated CPUs, such as --topology=cpu:2x4"
         )
-    # Without these the compiler looks for a TPU and for other hosts.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in NO_TPU.items():
+        os.environ.setdefault(variable, value)
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == 1 else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     return Topology(name, CHIPS[name.partition(":")[0]], described.devices)
@@ -117,27 +109,17 @@ def device_count(name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one train step takes on a mesh.
-
-    mesh: axis → size, without `replica`.
-    steps: of the whole run.
-    tokens: target tokens per step.
-    model_flops: of the matrix products of a step, on all devices (`costs.step_flops`).
-    flops: by the compiler's count, on one device, with the bodies of loops once.
-    memory: kind → bytes on one device; empty if the step does not fit.
-    traffic: what one device moves.
-    refusal: why the step does not fit, in the compiler's words; or "".
-    """
+    """What one train step takes on a mesh."""
 
     topology: Topology
-    mesh: dict[str, int]
-    steps: int
-    tokens: int
-    model_flops: int
-    flops: float
-    memory: dict[str, int]
-    traffic: hlo.Traffic
-    refusal: str
+    mesh: dict[str, int]  # axis → size, without `replica`
+    steps: int  # of the whole run
+    tokens: int  # target tokens per step
+    model_flops: int  # of the matrix products of a step, on all devices (`costs.step_flops`)
+    flops: float = 0.0  # by the compiler's count, on one device, with the bodies of loops once
+    memory: dict[str, int] = field(default_factory=dict)  # kind → bytes on one device
+    traffic: hlo.Traffic = field(default_factory=hlo.Traffic)  # what one device moves
+    refusal: str = ""  # why the step does not fit into memory, in the compiler's words
 
     @property
     def chips(self) -> int:
@@ -195,68 +177,54 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     state = run.abstract_state
     tokens = np.broadcast_to(np.int32(0), (cfg.batch_size, length))  # takes no memory
     data = Dataset(tokens, tokens, cfg.batch_size, packed=cfg.model.architecture != "recurrent")
-    batch = abstract_batch(data, mesh)
+    batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
+    where = NamedSharding(mesh, partition_spec(("batch", "length")))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
     train_step = make_train_step(run.model, cfg.step_config())
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
-    flops, memory, moved, refusal = 0.0, {}, hlo.Traffic(), ""
+    plan = Plan(
+        topology=topology,
+        mesh={name: size for name, size in mesh.shape.items() if name != "replica"},
+        steps=cfg.steps,
+        tokens=cfg.batch_size * length,
+        model_flops=step_flops(run.model, cfg.step_config(), data),
+    )
     with jax.set_mesh(mesh):
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         lowered = step.lower(state, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        else:
-            flops = (compiled.cost_analysis() or {})["flops"]
-            memory = memory_by_kind(state, batch, compiled.memory_analysis())
-            moved = hlo.traffic(compiled.as_text() or "", mesh.size)
-    return Plan(
-        topology=topology,
-        mesh={name: size for name, size in mesh.shape.items() if name != "replica"},
-        steps=cfg.steps,
-        tokens=cfg.batch_size * length,
-        model_flops=step_flops(run.model, cfg.step_config(), data),
-        flops=flops,
-        memory=memory,
-        traffic=moved,
-        refusal=refusal,
-    )
-
-
-def abstract_batch(data: Dataset, mesh: Mesh) -> Batch:
-    """The shapes, dtypes and shardings of a batch."""
-    shapes = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
-    where = NamedSharding(mesh, partition_spec(("batch", "length")))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
+            reason = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+            return replace(plan, refusal=reason)
+    return replace(
+        plan,
+        flops=(compiled.cost_analysis() or {})["flops"],
+        memory=memory_by_kind(state, batch, compiled.memory_analysis()),
+        traffic=hlo.traffic(compiled.as_text() or "", mesh.size),
     )
 
 
 def memory_by_kind(state: TrainState, batch: Batch, analysis: Any) -> dict[str, int]:
     """The bytes of each kind on one device, from shapes and from the compiler's analysis."""
-    kinds = {
-        "parameters": state.params,
-        "opt_state": state.opt_state,
-        "ema_params": state.ema_params,
-        "batch": batch,
+    kinds = {"parameters": state.params, "batch": batch}
+    kinds |= {"opt_state": state.opt_state, "ema_params": state.ema_params}
+    # Without the padding of the chip.
+    memory = {
+        kind: sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+        for kind, tree in kinds.items()
     }
-    memory = {kind: device_bytes(tree) for kind, tree in kinds.items()}
     memory["other arguments, padding"] = analysis.argument_size_in_bytes - sum(memory.values())
     # All results but the metrics reuse the memory of the arguments.
     memory["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory["activations, gradients, temporaries"] = analysis.temp_size_in_bytes
     memory["program"] = analysis.generated_code_size_in_bytes
     return {kind: size for kind, size in memory.items() if size}
-
-
-def device_bytes(tree: Any) -> int:
-    """The bytes of a pytree's arrays on one device, without the padding of the chip."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
@@ -278,8 +246,4 @@ def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
     """The fastest first, of equals the smallest; those that do not fit last."""
-
-    def key(plan: Plan):
-        return bool(plan.refusal), plan.step_seconds(), sum(plan.memory.values())
-
-    return sorted(plans, key=key)
+    return sorted(plans, key=lambda p: (p.refusal, p.step_seconds(), sum(p.memory.values())))
