@@ -61,7 +61,7 @@ def test_this_library_reads_the_tokens_of_the_peers(setting):
     assert run.tokenizers.source.vocab_size == task.VOCABULARY
     pairs, strings = run.corpus.tokens(config.data.train), task.load(setting.folder, "train")
     for side, wanted in zip(pairs, strings, strict=True):
-        assert sorted(side.padded(wanted.shape[1]).tolist()) == sorted(wanted.tolist())
+        assert sorted(side.to_padded(wanted.shape[1]).tolist()) == sorted(wanted.tolist())
 
 
 def test_an_epoch_has_each_string_once_and_buckets_have_similar_lengths(rng):

@@ -52,7 +52,7 @@ def toy(topology="cpu:2x2", **changes):
 
 def on(chip):
     """The plan of a toy config, had the devices been such chips."""
-    return replace(toy(), topology=replace(toy().topology, chip=chip))
+    return replace(toy(), topology=toy().topology._replace(chip=chip))
 
 
 def test_memory_by_kind_is_that_of_the_arrays():
