@@ -18,6 +18,7 @@ from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference.decoding import beam_search, greedy, scores_of
+from transformer.modules.linear import Embed
 from transformer.modules.model import Model, Params
 from transformer.parallel.mesh import (
     RULES,
@@ -52,6 +53,16 @@ def check(model: Model) -> None:
     sharding(model, outputs, params)
 
 
+class Nudged(Embed):
+    """An embedding whose vectors are nudged."""
+
+    def __init__(self, embed: Embed, nudge: Array):
+        self.embed, self.nudge, self.features = embed, nudge, embed.features
+
+    def __call__(self, inputs: Array) -> Array:
+        return self.embed(inputs) + self.nudge
+
+
 def program(model: Model):
     """Jitted: parameters, a batch, and weights of the logits in the loss → `Outputs`."""
     packed = model.config.architecture != "recurrent"  # which reads one example a row
@@ -59,15 +70,11 @@ def program(model: Model):
     def loss(params, nudge, batch, weights):
         module = model.bind(params)
         embed = module.target_embedding or module.embedding
-        module.target_embedding = lambda tokens: embed(tokens) + nudge
-        logits = module(
-            batch.source,
-            batch.source_segments,
-            batch.target_in,
-            batch.target_segments,
-            source_positions=batch.source_positions if packed else None,
-            target_positions=batch.target_positions if packed else None,
-        )
+        scaled = nudge / model.config.d_model**0.5
+        module.target_embedding = Nudged(embed, scaled)
+        if not packed:
+            batch = batch._replace(source_positions=None, target_positions=None)
+        logits = module(**batch.inputs())
         return (logits * weights).sum(), logits
 
     @jax.jit
@@ -188,7 +195,7 @@ def caching(model: Model, outputs, params: Params) -> None:
     def both(params):
         module = model.bind(params)
         source = (batch.source, batch.source_segments)
-        whole = module(*source, batch.target_in, batch.target_segments)
+        whole = module(**batch.inputs())
         cache = module.start_cache(module.encode(*source), batch.source_segments, length)
         parts = []
         for tokens in jnp.split(batch.target_in, [length - 1], axis=1):

@@ -20,7 +20,7 @@ from transformer.data.config import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
 from transformer.modules.config import ModelConfig
-from transformer.modules.dropout import Training, streams
+from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
@@ -45,16 +45,16 @@ def small_model(**changes: Any) -> Model:
 
 
 def random_params(model: Model, seed: int) -> Params:
-    """Variables that are all random, biases and gains too, and quicker to make than `init`'s."""
+    """Variables that are all random, biases and scales too, and quicker to make than `init`'s."""
     rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> Array:
         noise = rng.normal(size=shape)
         special = {
-            "gain": 1.0 + 0.1 * noise,
+            "scale": 1.0 + 0.1 * noise,
             "bias": 0.1 * noise,
             "mean": 0.3 * noise,
-            "variance": np.exp(0.3 * noise),
+            "var": np.exp(0.3 * noise),
         }
         values = special.get(name.split("/")[-1], noise * model.config.d_model**-0.5)
         return jnp.asarray(values, jnp.float32)
@@ -62,10 +62,9 @@ def random_params(model: Model, seed: int) -> Params:
     return {name: draw(name, leaf.shape) for name, leaf in model.shapes.items()}
 
 
-def training_of(model: Model, key: Array) -> Training:
-    """What a call of `model` gets in training."""
-    config = model.config
-    return Training(streams(key), config.dropout_rate, config.attention_dropout_rate)
+def training(key: Array) -> dict[str, Any]:
+    """The arguments of a call in training."""
+    return {"deterministic": False, "rngs": training_rngs(key)}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -73,15 +72,8 @@ def logits_of(
     model: Model, params: Params, batch: Batch, dropout: Array | None = None
 ) -> Float[Array, "B T V"]:
     """The model's logits for a batch, those of training if a key is given."""
-    return model.bind(params)(
-        batch.source,
-        batch.source_segments,
-        batch.target_in,
-        batch.target_segments,
-        source_positions=batch.source_positions,
-        target_positions=batch.target_positions,
-        training=None if dropout is None else training_of(model, dropout),
-    )
+    mode = {} if dropout is None else training(dropout)
+    return model.bind(params)(**batch.inputs(), **mode)
 
 
 def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int = 0) -> Batch:

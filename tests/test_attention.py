@@ -16,13 +16,13 @@ from transformer.modules.dot_product_attention import (
     BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
     SHORT_MASK_BACKENDS,
-    attention_weights,
     chunked_attention,
     einsum_attention,
     masked_softmax,
     pick,
 )
-from transformer.modules.dropout import Training, dropout, streams
+from transformer.modules.dropout import dropout
+from transformer.modules.normalization import RMSNorm
 
 B, T, S, N, H = 2, 4, 5, 4, 6
 
@@ -156,11 +156,9 @@ def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
     np.testing.assert_allclose(dropped[~gone], whole[~gone] / (1 - rate), rtol=1e-5)
 
 
-def make_attention(heads=2, **changes):
-    sizes = {"kv_heads": heads, "value_width": 3, "use_bias": False, "qk_norm": False}
-    sizes |= {"fused": False, "backend": "einsum", "dtype": jnp.dtype("float32")}
-    init = nnx.initializers.glorot_uniform()
-    return MultiHeadAttention(8, heads, 3, rngs=nnx.Rngs(0), init=init, **sizes | changes)
+def make_attention(heads=2, value_width=3, **options):
+    sizes = {"qkv_features": 3 * heads, "value_features": value_width * heads, "use_bias": False}
+    return MultiHeadAttention(heads, 8, rngs=nnx.Rngs(0), **sizes | options)
 
 
 def products(function, x):
@@ -168,21 +166,26 @@ def products(function, x):
     return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
 
-def test_attention_drops_weights_in_training_alone_and_shows_them_whole_if_asked_to(rng):
-    attention, x, rngs = make_attention(), normal(rng, B, T, 8), streams(jax.random.key(0))
+def test_attention_drops_weights_in_training_alone_and_sows_them_whole_if_told_to(rng):
+    attention, x = make_attention(dropout_rate=0.5, deterministic=False), normal(rng, B, T, 8)
+    plain, rngs = attention(x, deterministic=True), nnx.Rngs(attention=0, dropout=1)
+    assert (attention(x, rngs=rngs) != plain).any()
+    assert [int(each.count[...]) for each in (rngs.attention, rngs.dropout)] == [1, 0]
+    assert (attention(x) != attention(x)).any()  # each call draws from the stream that it keeps
+    attention.eval()
+    np.testing.assert_array_equal(attention(x), plain)
 
-    def call(x, training=None, maps=None):
-        return attention(*attention.project_all(x), training=training, maps=maps)
+    def sown(x, **mode):
+        attention.sow_weights = True
+        out, found = nnx.capture(attention, nnx.Intermediate)(x, **mode)
+        attention.sow_weights = False
+        return out, found["attention_weights"][0]
 
-    plain, maps, plain_maps = call(x), [], []
-    assert (call(x, Training(rngs, 0.0, 0.5), maps) != plain).any()
-    call(x, None, plain_maps)
-    np.testing.assert_array_equal(maps[0], plain_maps[0])
-    np.testing.assert_allclose(maps[0].sum(-1), np.ones((B, 2, T)), rtol=1e-6)
-    assert int(rngs.attention.count[...]) == 1
-    np.testing.assert_array_equal(call(x, Training(rngs, 0.5, 0.0)), plain)
-    assert int(rngs.attention.count[...]) == 1
-    assert products(call, x) < products(partial(call, maps=[]), x)  # they are computed for that
+    out, weights = sown(x, deterministic=False, rngs=rngs)
+    np.testing.assert_array_equal(weights, sown(x)[1])
+    np.testing.assert_allclose(weights.sum(-1), np.ones((B, 2, T)), rtol=1e-6)
+    assert (out != plain).any()
+    assert products(lambda x: attention(x, deterministic=True), x) < products(sown, x)
 
 
 @pytest.mark.parametrize("value_width", [3, 5])
@@ -200,55 +203,55 @@ def test_multi_head_attention_is_its_definition(value_width, rng):
     concatenated = jnp.concatenate([head(0), head(1)], axis=-1)
     matrix = attention.out.kernel[...].reshape(2 * value_width, 8)
     expected = concatenated @ matrix + attention.out.bias[...]
-    out = attention(attention.project_query(x), attention.project(y))
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attention(x, y), expected, rtol=1e-4, atol=1e-5)
+    projected = attention.attend(attention.project_query(x), attention.project_kv(y))
+    np.testing.assert_array_equal(projected, attention(x, y))
 
 
-@pytest.mark.parametrize(("kv_heads", "qk_norm"), [(1, True), (2, True), (2, False)])
-def test_sharing_keys_and_values_is_having_them_twice(kv_heads, qk_norm, rng):
+@pytest.mark.parametrize(("kv_heads", "normalize_qk"), [(1, True), (2, True), (2, False)])
+def test_sharing_keys_and_values_is_having_them_twice(kv_heads, normalize_qk, rng):
     """Grouped-query attention is multi-head attention whose neighbouring heads are alike."""
-    shared = make_attention(4, kv_heads=kv_heads, use_bias=True, qk_norm=qk_norm)
+    shared = make_attention(4, num_kv_heads=kv_heads, use_bias=True, normalize_qk=normalize_qk)
     shared.key.bias[...] = normal(rng, kv_heads, 3)
-    whole = make_attention(4, use_bias=True, qk_norm=qk_norm)
+    whole = make_attention(4, use_bias=True, normalize_qk=normalize_qk)
     whole.query, whole.out = shared.query, shared.out
     for name in ("key", "value"):
         few, many = getattr(shared, name), getattr(whole, name)
         many.kernel[...] = jnp.repeat(few.kernel[...], 4 // kv_heads, axis=1)
         many.bias[...] = jnp.repeat(few.bias[...], 4 // kv_heads, axis=0)
     x, mask = normal(rng, B, T, 8), masking.causal(T)
-    one, other = (each(*each.project_all(x), mask) for each in (shared, whole))
+    one, other = (each(x, mask=mask) for each in (shared, whole))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_qk_norm_has_gains_of_its_own_and_comes_before_positions(rng):
+def test_qk_norm_has_scales_of_its_own_and_comes_before_positions(rng):
     """Keys and queries by hand: x W, divided by its root mean square, times g, turned."""
-    attention, x, maps = make_attention(qk_norm=True), normal(rng, B, T, 8), []
+    x = normal(rng, B, T, 8)
+    attention = make_attention(normalize_qk=True, qk_norm=partial(RMSNorm, epsilon=1e-6))
     # Three coordinates cannot be turned in pairs: a rotation of the first two will do.
     turn = jnp.array([[0.6, 0.8, 0.0], [-0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
-    gains = {"query": jnp.array([1.0, 2.0, 3.0]), "key": jnp.array([3.0, 0.5, 1.0])}
-    attention.query_norm.gain[...], attention.key_norm.gain[...] = gains.values()
+    scales = {"query": jnp.array([1.0, 2.0, 3.0]), "key": jnp.array([3.0, 0.5, 1.0])}
+    attention.query_ln.scale[...], attention.key_ln.scale[...] = scales.values()
 
     def by_hand(name):
         y = jnp.einsum("btd,dnh->bnth", x, getattr(attention, name).kernel[...])
-        return y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * gains[name] @ turn
+        return y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * scales[name] @ turn
 
-    key_value = attention.project(x, lambda y: y @ turn)
+    query, key_value = attention.project(x, x, x, lambda y: y @ turn)
+    np.testing.assert_allclose(query, by_hand("query"), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(key_value.key, by_hand("key"), rtol=1e-4, atol=1e-5)
-    attention(attention.project_query(x, lambda y: y @ turn), key_value, maps=maps)
-    expected = attention_weights(by_hand("query"), by_hand("key"))
-    np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"value_width": 5}, {"value_width": 3, "use_bias": True}])
 def test_fused_projections_are_the_projections(changes, rng):
     """One product where the matrices are alike, two where values are wider than keys."""
     x = normal(rng, B, T, 8)
-    apart, fused = (make_attention(fused=fused, **changes) for fused in (False, True))
-    pair = (jax.tree.leaves(each.project_all(x)) for each in (apart, fused))
+    apart, fused = (make_attention(fused_qkv=fused, **changes) for fused in (False, True))
+    pair = (jax.tree.leaves(each.project(x, x, x)) for each in (apart, fused))
     for one, other in zip(*pair, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert products(apart.project_all, x) == 3
-    assert products(fused.project_all, x) == (3 if changes["value_width"] == 5 else 1)
+    counts = [products(lambda x, each=each: each.project(x, x, x), x) for each in (apart, fused)]
+    assert counts == [3, 3 if changes["value_width"] == 5 else 1]
 
 
 def packed(length):
@@ -374,7 +377,7 @@ def test_a_config_says_what_auto_comes_to():
         return small_model(**{"attention_backend": "auto"} | changes).config.backend_at(4096)
 
     assert found() == "chunked"
-    assert found(attention_dropout=0.1) == "einsum"
+    assert found(attention_dropout_rate=0.1) == "einsum"
     assert found(attention_backend="xla") == "xla"
 
 

@@ -46,11 +46,11 @@ def steady(logits):
     """A model that says the same at each step: these logits, and 0 for all other tokens."""
     model = small_model(tie_embeddings=False)
     params = random_params(model, 0)
-    gain, table = params["decoder/final_norm/gain"], 0 * params["output_embedding/table"]
-    params |= {"decoder/final_norm/gain": 0 * gain, "decoder/final_norm/bias": 0 * gain + 1}
+    gain, table = params["decoder/final_norm/scale"], 0 * params["output_embedding/embedding"]
+    params |= {"decoder/final_norm/scale": 0 * gain, "decoder/final_norm/bias": 0 * gain + 1}
     for token, logit in logits.items():
         table = table.at[token].set(logit / table.shape[1])
-    return model.bind(params | {"output_embedding/table": table})
+    return model.bind(params | {"output_embedding/embedding": table})
 
 
 @pytest.mark.parametrize("search", ["greedy", "sample", "beams"])
@@ -296,8 +296,8 @@ def test_the_likelier_tokens_are_those_of_brute_force(top_k, top_p, rng):
 def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
     model = small_model(tie_embeddings=False)
     params = random_params(model, 1)
-    table = params["output_embedding/table"]  # an untrained model's likeliest may be PAD
-    params["output_embedding/table"] = table.at[jnp.array([PAD, BOS])].set(0.0)
+    table = params["output_embedding/embedding"]  # an untrained model's likeliest may be PAD
+    params["output_embedding/embedding"] = table.at[jnp.array([PAD, BOS])].set(0.0)
     module = model.bind(params)
     call = module, BATCH.source, BATCH.source_segments, 6
     wanted = jax.jit(lambda: greedy(*call).tokens)()

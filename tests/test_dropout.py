@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.modules.dropout import Training, drop, dropout, streams
+from transformer.modules.dropout import Dropout, dropout, stream_of, training_rngs
 
 
 def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_time():
@@ -17,10 +17,29 @@ def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_ti
 
 def test_in_evaluation_and_at_rate_0_nothing_is_dropped_and_no_key_is_drawn():
     rngs, x = nnx.Rngs(dropout=0), jnp.ones((3, 3))
-    assert drop(x, None) is x
+    layer = Dropout(0.5)
+    assert layer(x, deterministic=True, rngs=rngs) is x
+    assert nnx.view(layer, deterministic=True)(x, rngs=rngs) is x
+    layer.eval()
+    assert layer(x, rngs=rngs) is x
     assert dropout(x, 0.0, rngs.dropout) is x
-    assert drop(x, Training(rngs, 0.0, attention_dropout=0.5)) is x
+    assert Dropout(0.0)(x) is x
     assert int(rngs.dropout.count[...]) == 0
+    assert (layer(x, deterministic=False, rngs=rngs) != x).any()
+
+
+def test_a_module_keeps_a_stream_if_it_drops_and_there_is_one():
+    x = jnp.ones((20, 20))
+    layer = Dropout(0.5, rngs=nnx.Rngs(0))
+    assert (layer(x) != layer(x)).any()
+    assert stream_of("dropout", None, layer.rngs) is layer.rngs
+    for without in (Dropout(0.0, rngs=nnx.Rngs(0)), Dropout(0.5, rngs=nnx.Rngs(params=0))):
+        assert not jax.tree.leaves(nnx.state(without))
+    with pytest.raises(ValueError, match="rngs="):
+        Dropout(0.5)(x)
+    with pytest.raises(ValueError, match="deterministic="):
+        Dropout(0.5, deterministic=None)(x)
+    assert (Dropout(1.0)(x, rngs=nnx.Rngs(0)) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,16 +62,8 @@ def test_replicas_drop_each_at_its_own_rate():
     np.testing.assert_allclose((outs == 0).mean((1, 2)), rates, atol=0.02)
 
 
-def test_training_drops_at_the_rate_of_sublayers_and_knows_tokens_from_padding():
-    training = Training(nnx.Rngs(dropout=0), 0.2, attention_dropout=0.9)
-    np.testing.assert_allclose((drop(jnp.ones((100, 100)), training) == 0).mean(), 0.2, atol=0.02)
-    over = training.over(jnp.array([[1, 2, 0]]))
-    np.testing.assert_array_equal(over.real, [[True, True, False]])
-    assert over._replace(real=None) == training
-
-
 def test_what_one_stream_draws_moves_no_other():
-    one, other = streams(jax.random.key(0)), streams(jax.random.key(0))
+    one, other = training_rngs(jax.random.key(0)), training_rngs(jax.random.key(0))
     one.dropout()
     found = {name: one[name]() for name in ("attention", "positions", "dropout")}
     data = {name: jax.random.key_data(key).tolist() for name, key in found.items()}

@@ -18,7 +18,8 @@ from transformer.data.toy import TASKS
 from transformer.metrics import METRICS
 from transformer.modules.config import ARCHITECTURES, DTYPES, REMATS
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
-from transformer.modules.layers import FEED_FORWARDS, INITIALIZERS, NORM_PLACEMENTS
+from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
+from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
 from transformer.modules.recurrent import CELLS

@@ -63,7 +63,7 @@ def make_run(folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER) -
 def params_of(model: Model, seed: int, tokenizer: Tokenizer = TOKENIZER) -> dict[str, Any]:
     """Random ones, by which outputs vary, end, and hold no special tokens."""
     params = random_params(model, seed)
-    names = ("decoder/final_norm/gain", "decoder/final_norm/bias", "output_embedding/table")
+    names = ("decoder/final_norm/scale", "decoder/final_norm/bias", "output_embedding/embedding")
     changed = {name: np.array(params[name]) for name in names}
     gain, bias, table = changed.values()
     gain[0], bias[0] = 0.0, 1.0  # one feature is 1: what reads it is a bias

@@ -6,19 +6,19 @@ from dataclasses import replace
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import random_params, small_model, strings, training_of
+from tests.helpers import random_params, small_model, strings, training
 from transformer.errors import UserError
 from transformer.loss import cross_entropy
 from transformer.modules import masking
-from transformer.modules.attention import Relations
-from transformer.modules.config import REMATS
+from transformer.modules.dropout import training_rngs
 from transformer.modules.model import flatten
-from transformer.modules.normalization import Statistic
-from transformer.modules.stacks import Encoder
+from transformer.modules.stacks import REMATS, Encoder
+from transformer.modules.transformer import stack_arguments
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 DEEP = {"num_layers": 2, "dropout_rate": 0.3, "attention_dropout_rate": 0.2}
@@ -26,10 +26,9 @@ DEEP = {"num_layers": 2, "dropout_rate": 0.3, "attention_dropout_rate": 0.2}
 
 def loss_of(model, params, key):
     module = model.bind(params)
-    rows = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)
-    logits = module(*rows, training=training_of(model, key))
+    logits = module(**BATCH.inputs(), **training(key))
     loss = (cross_entropy(logits, BATCH.target_out).nll * BATCH.weights).sum()
-    return loss, flatten(nnx.state(module, Statistic))
+    return loss, flatten(nnx.state(module, nnx.BatchStat))
 
 
 @cache
@@ -56,23 +55,35 @@ def test_loss_statistics_and_gradients_are_those_of_layers_one_by_one(scan_layer
 def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
     """A static difference, such as of a backend, is in no variable that a scan could stack."""
     config, x = small_model(num_layers=2).config, jax.random.normal(jax.random.key(0), (1, 3, 16))
-    related = Relations(masking.causal(3), lambda x: x, None)
+    mask = masking.causal(3)
     for scan, remat in ((False, "none"), (False, "full"), (True, "none")):
-        encoder = Encoder(replace(config, scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
-        whole = encoder(x, related)
+        encoder = Encoder(
+            **stack_arguments(replace(config, scan_layers=scan, remat=remat)), rngs=nnx.Rngs(0)
+        )
+        whole = encoder(x, mask=mask)
         encoder.layers[1].self_attention.backend = lambda query, *_: 0.0 * query
         with pytest.raises(UserError, match="scan_layers") if scan else contextlib.nullcontext():
             layer = encoder.layers[1]
-            expected = encoder.final_norm(layer(encoder.layers[0](x, related), related))
-            np.testing.assert_allclose(encoder(x, related), expected, rtol=1e-5, atol=1e-6)
+            expected = encoder.final_norm(layer(encoder.layers[0](x, mask=mask), mask=mask))
+            np.testing.assert_allclose(encoder(x, mask=mask), expected, rtol=1e-5, atol=1e-6)
             assert (expected != whole).any()
 
 
-def test_each_layer_drops_elements_of_its_own():
-    model = small_model(**DEEP | {"num_layers": 3, "scan_layers": True})
-    training = training_of(model, jax.random.key(0))
-    layers = (training.of_layer(key) for key in training.of_each_layer(3))
-    assert len({int(jax.random.bits(layer.rngs.dropout())) for layer in layers}) == 3
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"remat": "full"}])
+def test_each_layer_and_each_call_drops_elements_of_its_own(changes):
+    """With the streams that the layers keep, as in anyone's code, and with those of a call."""
+    arguments = stack_arguments(small_model(**DEEP | {"num_layers": 3} | changes).config)
+    encoder, x = Encoder(**arguments, rngs=nnx.Rngs(0)), jnp.ones((1, 3, 16))
+    first, second = encoder(x), encoder(x)
+    assert (first != second).any()
+    assert {int(each.residuals[0].dropout.rngs.count[...]) for each in encoder.layers} == {2}
+    streams = [each.residuals[0].dropout.rngs.key[...] for each in encoder.layers]
+    assert len({int(jax.random.bits(key)) for key in streams}) == 3
+    given = [encoder(x, rngs=training_rngs(jax.random.key(seed))) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(*given[:2])
+    assert (given[0] != given[2]).any()
+    evaluated = nnx.view(encoder, deterministic=True)(x)
+    np.testing.assert_array_equal(evaluated, encoder(x, deterministic=True))
 
 
 def deep(**changes):  # the shapes of a model's parameters, and a loss of them

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from transformer.modules.attention import MultiHeadAttention
-from transformer.modules.dropout import Training
-from transformer.modules.layers import FEED_FORWARDS, INITIALIZERS, Embedding, FeedForward, Residual
+from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS, FeedForward, Residual
+from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
 
 FLOAT32 = jnp.dtype("float32")
 each_kind = pytest.mark.parametrize("kind", FEED_FORWARDS)
@@ -19,18 +19,19 @@ def normal(rng, *shape):
 
 
 def test_embedding_has_unit_variance_and_shares_its_table_with_the_logits():
-    embedding = Embedding(1000, 64, dtype=FLOAT32, rngs=nnx.Rngs(0))
-    embedded = embedding(jnp.arange(1000).reshape(10, 100))
+    embedding = scaled_embedding(1000, 64, FLOAT32, nnx.Rngs(0))
+    embedded = embed_scaled(embedding, jnp.arange(1000).reshape(10, 100))
     np.testing.assert_allclose(embedded.var(), 1.0, rtol=0.05)
-    np.testing.assert_allclose(embedded[0, 7], embedding.table[7] * 8.0, rtol=1e-6)
-    logits = embedding.logits(embedded)
-    np.testing.assert_allclose(logits, embedded @ embedding.table[...].T, rtol=1e-3, atol=1e-3)
+    table = embedding.embedding[...]
+    np.testing.assert_allclose(embedded[0, 7], table[7] * 8.0, rtol=1e-6)
+    logits = logits_of(embedding, embedded)
+    np.testing.assert_allclose(logits, embedded @ table.T, rtol=1e-3, atol=1e-3)
     assert jnp.isnan(embedding(jnp.array([[1000]]))).all()  # and not the last row
 
 
 def make_feed_forward(width, ff_width, kind, init="glorot_uniform"):
-    options = {"init": INITIALIZERS[init], "dtype": FLOAT32, "rngs": nnx.Rngs(0)}
-    return FeedForward(width, ff_width, kind=kind, **options)
+    options = {"kernel_init": INITIALIZERS[init], "dtype": FLOAT32, "rngs": nnx.Rngs(0)}
+    return FeedForward(width, ff_width, activation=kind, **options)
 
 
 @each_kind
@@ -96,43 +97,43 @@ def test_matrices_begin_with_the_variance_of_their_initialisers_paper(init):
     """Whatever the division into heads."""
     fans = [(64, 96), (96, 64), (64, 128), (128, 64)]  # of heads 2 · 48; of ff_width 128
     expected = [math.sqrt(VARIANCES[init](*fan)) for fan in fans]
-    options = {"use_bias": False, "qk_norm": False, "fused": False, "backend": "einsum"}
-    options |= {"init": INITIALIZERS[init], "dtype": FLOAT32, "rngs": nnx.Rngs(0)}
+    options = {"kernel_init": INITIALIZERS[init], "rngs": nnx.Rngs(0)}
     feed_forward = make_feed_forward(64, 128, "relu", init)
     for n, h in ((2, 48), (24, 4)):
-        attention = MultiHeadAttention(64, n, h, value_width=h, kv_heads=n, **options)
+        attention = MultiHeadAttention(n, 64, n * h, **options)
         linears = (attention.query, attention.out, feed_forward.expand, feed_forward.contract)
         found = [float(linear.kernel[...].std()) for linear in linears]
         np.testing.assert_allclose(found, expected, rtol=0.05)
 
 
-def make_residual(placement):
-    """With a gain for each norm, so that they can be told apart."""
-    residual = Residual(8, norm="layer", epsilon=1e-6, placement=placement)
-    residual.norm.gain[...] = jnp.full(8, 2.0)
+def make_residual(placement, **options):
+    """With a scale for each norm, so that they can be told apart."""
+    residual = Residual(8, placement=placement, rngs=nnx.Rngs(0), **options)
+    residual.norm.scale[...] = jnp.full(8, 2.0)
     if placement == "both":
-        residual.output_norm.gain[...] = jnp.full(8, 5.0)
+        residual.output_norm.scale[...] = jnp.full(8, 5.0)
     return residual
 
 
 def test_residual_puts_the_norm_where_its_placement_says(rng):
     x, y = 2 + 3 * normal(rng, 2, 3, 8), 2 + 3 * normal(rng, 2, 3, 8)
-    pre, post, both = map(make_residual, ("pre", "post", "both"))
-    norm, equal = pre.norm, np.testing.assert_array_equal
-    equal(pre.input(x), norm(x))
-    equal(post.input(x), x)
-    equal(both.input(x), norm(x))
-    equal(pre.add(x, y), x + y)
-    equal(post.add(x, y), norm(x + y))
-    np.testing.assert_allclose(both.add(x, y), x + norm(y) / 2 * 5, rtol=1e-5, atol=1e-5)
+    norm, near = make_residual("pre").norm, {"rtol": 1e-5, "atol": 1e-5}
+    reads = {"pre": norm(x), "post": x, "both": norm(x)}
+    outputs = {"pre": x + y, "post": norm(x + y), "both": x + norm(y) / 2 * 5}
+    for placement in NORM_PLACEMENTS:
+        read = []
+        out = make_residual(placement)(x, lambda h, read=read: read.append(h) or y)
+        np.testing.assert_array_equal(read[0], reads[placement])
+        np.testing.assert_allclose(out, outputs[placement], **near)
 
 
 def test_residual_drops_the_output_of_the_sublayer_alone_after_a_second_norm(rng):
     x, y = jnp.ones((4, 5, 8)), normal(rng, 4, 5, 8)
-    out = make_residual("pre").add(x, x, Training(nnx.Rngs(dropout=0), 0.5))
+    out = make_residual("pre", dropout_rate=0.5)(x, lambda _: x)
     assert set(np.unique(out)) == {1.0, 3.0}
-    both = make_residual("both")
-    out = both.add(jnp.zeros_like(y), y, Training(nnx.Rngs(dropout=0), 0.5))
+    both = make_residual("both", dropout_rate=0.5)
+    out = both(jnp.zeros_like(y), lambda _: y)
     dropped = out == 0
     assert 0.3 < dropped.mean() < 0.7
     np.testing.assert_allclose(out[~dropped], 2 * both.output_norm(y)[~dropped], rtol=1e-5)
+    np.testing.assert_allclose(both(x, lambda _: y, deterministic=True), x + both.output_norm(y))

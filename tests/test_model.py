@@ -10,15 +10,16 @@ from flax import nnx
 
 from configs import vaswani_base, vaswani_big
 from tests import contract
-from tests.helpers import logits_of, random_params, small_model, strings, training_of
+from tests.helpers import logits_of, random_params, small_model, strings, training
 from transformer.config import default_config
-from transformer.data.batches import make_batch
+from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS
+from transformer.inference.evaluation import attention_maps
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.model import Model, flatten
-from transformer.modules.normalization import NORMS, Statistic
+from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
 from transformer.modules.recurrent import CELLS
 
@@ -171,22 +172,21 @@ def test_whatever_is_drawn_in_training_is_drawn_with_a_key_of_its_own(changes, d
 
     for name in ("bernoulli", "choice"):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
-    call(model, params, BATCH, training_of(model, jax.random.key(1)))
+    call(model, params, BATCH, **training(jax.random.key(1)))
     assert len(keys) == len(set(keys)) == draws
 
 
-def call(model, params, batch, training=None):
+def call(model, params, batch, **mode):
     """What a call returns, and the statistics after it."""
-    module, source = model.bind(params), (batch.source, batch.source_segments)
-    logits = module(*source, batch.target_in, batch.target_segments, training=training)
-    return logits, flatten(nnx.state(module, Statistic))
+    module = model.bind(params)
+    return module(**batch.inputs(), **mode), flatten(nnx.state(module, nnx.BatchStat))
 
 
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_with_batch_norm_padding_changes_no_output_and_no_statistic_in_training(placement):
     model = small_model(norm="batch", norm_placement=placement)
     params, key = random_params(model, 0), jax.random.key(0)
-    step = jax.jit(lambda params, batch: call(model, params, batch, training_of(model, key)))
+    step = jax.jit(lambda params, batch: call(model, params, batch, **training(key)))
     padded = strings(*PAIRS, source_length=9, target_length=8)
     padded = padded._replace(  # and tokens where the padding was
         source=jnp.where(padded.source_segments == 0, 5, padded.source),
@@ -207,7 +207,7 @@ def test_statistics_are_batch_norms_and_no_parameters(norm):
     params, statistics = model.split(model.shapes)
     assert params | statistics == model.shapes
     assert not params.keys() & statistics.keys()
-    kept = {name for name in model.shapes if name.endswith(("/mean", "/variance"))}
+    kept = {name for name in model.shapes if name.endswith(("/mean", "/var"))}
     assert statistics.keys() == kept
     # Two sublayers in the encoder, three in the decoder, and a last norm in each.
     assert len(kept) == (2 * (2 + 3 + 1 + 1) if norm == "batch" else 0)
@@ -222,7 +222,7 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
     @jax.jit
     @jax.vmap
     def draw(key):
-        return model.bind(params).positions(jnp.arange(8)[None], training_of(model, key))[0]
+        return model.bind(params).positions(jnp.arange(8)[None], **training(key))[0]
 
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert (drawn.min(), drawn.max()) == (0, 63)
@@ -230,7 +230,7 @@ def test_random_positions_in_training_are_a_sorted_draw_without_replacement():
     assert (drawn[1:] != drawn[:-1]).any(1).all()
     # Each of the 64 as often as the others: 500 times of 4000, give or take 21.
     assert np.abs(np.bincount(drawn.ravel(), minlength=64) - 500).max() < 5 * 21
-    even = model.bind(params).positions(jnp.arange(32)[None], None)  # in evaluation
+    even = model.bind(params).positions(jnp.arange(32)[None])  # in evaluation
     np.testing.assert_array_equal(even, [range(0, 64, 2)])
 
 
@@ -247,27 +247,30 @@ def test_a_model_reaches_to_max_length_where_positions_are_learned_or_random(pos
 def test_init_follows_its_key_and_is_of_attention_and_feed_forward_alone():
     init = jax.jit(small_model(kernel_init="normal").init)
     one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
-    assert (one["embedding/table"] != other["embedding/table"]).any()
+    assert (one["embedding/embedding"] != other["embedding/embedding"]).any()
     for name, leaf in one.items():
         np.testing.assert_array_equal(leaf, same[name])
         if leaf.ndim > 1:
-            deviation = 16**-0.5 if name == "embedding/table" else 0.02
+            deviation = 16**-0.5 if name == "embedding/embedding" else 0.02
             np.testing.assert_allclose(leaf.std(), deviation, rtol=0.2, err_msg=name)
 
 
-def test_attention_maps_are_there_when_asked_for():
-    model = small_model(num_layers=2)
-    params, maps = random_params(model, 0), {"encoder": [], "decoder": [], "cross": []}
-    inputs = BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments
-    with_maps = model.bind(params)(*inputs, maps=maps)
-    np.testing.assert_allclose(with_maps, logits_of(model, params, BATCH), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"architecture": "recurrent"}])
+def test_attention_maps_have_the_weights_of_each_layer(changes):
+    model = small_model(num_layers=2, **changes)
+    data = Dataset(np.asarray(BATCH.source), np.asarray(BATCH.target_out), 3)
+    maps = attention_maps(model, random_params(model, 0), data)
     source, target = BATCH.source.shape[1], BATCH.target_in.shape[1]
     shapes = {kind: [each.shape for each in layers] for kind, layers in maps.items()}
+    recurrent = "architecture" in changes
     assert shapes == {
-        "encoder": [(3, 2, source, source)] * 2,
-        "decoder": [(3, 2, target, target)] * 2,
-        "cross": [(3, 2, target, source)] * 2,
+        "encoder": [] if recurrent else [(3, 2, source, source)] * 2,
+        "decoder": [] if recurrent else [(3, 2, target, target)] * 2,
+        "cross": [(3, 2, target, source)] * (1 if recurrent else 2),
     }
+    for weights in [*maps["decoder"], *maps["cross"]]:
+        rows = np.asarray(weights.sum(-1))[:, 0][np.asarray(BATCH.target_segments) > 0]
+        np.testing.assert_allclose(rows, 1.0, rtol=1e-5)
 
 
 PAPER = [(vaswani_base, 512, 2048, 63.0), (vaswani_big, 1024, 4096, 214.2)]

@@ -1,10 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.modules.dropout import Training
+from transformer.modules.layers import apply_norm
 from transformer.modules.normalization import NORMS, BatchNorm, LayerNorm, NoNorm, RMSNorm
 
 WIDTH = 64
@@ -13,11 +15,7 @@ each_norm = pytest.mark.parametrize("name", NORMS)
 
 
 def make(norm):
-    return norm(WIDTH, epsilon=1e-6)
-
-
-def training_over(segments):
-    return Training(nnx.Rngs(dropout=0), 0.0).over(segments)
+    return norm(WIDTH, epsilon=1e-6, rngs=nnx.Rngs(0))
 
 
 def normal(rng, *shape):
@@ -25,9 +23,9 @@ def normal(rng, *shape):
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
-def test_layer_norm_has_mean_0_and_variance_1_before_gain_and_bias(scale, rng):
+def test_layer_norm_has_mean_0_and_variance_1_before_scale_and_bias(scale, rng):
     norm, inputs = make(LayerNorm), jnp.asarray(rng.normal(size=(4, 5, 16)), jnp.float32)
-    norm.gain[...], norm.bias[...] = jnp.full(WIDTH, 2.0), jnp.full(WIDTH, 5.0)
+    norm.scale[...], norm.bias[...] = jnp.full(WIDTH, 2.0), jnp.full(WIDTH, 5.0)
     out = (norm(inputs @ (scale * normal(rng, 16)) + scale * normal(rng)) - 5) / 2
     np.testing.assert_allclose(out.mean(-1), np.zeros((4, 5)), atol=1e-5)
     np.testing.assert_allclose(out.var(-1), np.ones((4, 5)), rtol=2e-2 if scale < 1 else 1e-4)
@@ -38,13 +36,14 @@ def test_layer_norm_is_right_where_the_one_pass_variance_is_wrong(dtype):
     x = (1e4 + jax.random.normal(jax.random.key(0), (8, WIDTH))).astype(dtype)
     exact = np.asarray(x.astype(jnp.float32), np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    out = np.asarray(make(LayerNorm)(x).astype(jnp.float32))
+    norm = LayerNorm(WIDTH, dtype=x.dtype, rngs=nnx.Rngs(0))
+    out = np.asarray(norm(x).astype(jnp.float32))
     assert np.abs(out - exact).max() < (5e-3 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
 def test_epsilon_stands_inside_the_root(norm):
-    out = norm(WIDTH, epsilon=7.0)(jnp.full((1, WIDTH), 3.0).at[0, ::2].set(-3.0))
+    out = norm(WIDTH, epsilon=7.0, rngs=nnx.Rngs(0))(jnp.full((1, WIDTH), 3.0).at[0, ::2].set(-3.0))
     np.testing.assert_allclose(jnp.abs(out), 3 / np.sqrt(9 + 7), rtol=1e-6)
 
 
@@ -58,20 +57,22 @@ def test_rms_norm_has_mean_square_1_and_no_norm_is_nothing(rng):
 def test_batch_mates_and_other_positions_matter_to_batch_norm_in_training_alone(name, rng):
     norm, x = make(NORMS[name]), normal(rng, 4, 5)
     changed = x.at[1:].mul(100.0).at[0, 1:].add(7.0)
-    np.testing.assert_array_equal(norm(x)[0, 0], norm(changed)[0, 0])
-    np.testing.assert_array_equal(norm(x)[:1], norm(x[:1]))
-    one, other = (norm(each, training_over(SEGMENTS)) for each in (x, changed))
+    evaluate = partial(apply_norm, norm, deterministic=True)
+    np.testing.assert_array_equal(evaluate(x)[0, 0], evaluate(changed)[0, 0])
+    np.testing.assert_array_equal(evaluate(x)[:1], evaluate(x[:1]))
+    one, other = (apply_norm(norm, each, SEGMENTS > 0) for each in (x, changed))
     assert (one[0, 0] == other[0, 0]).all() == (name != "batch")
 
 
 @each_norm
 def test_dtype_is_kept_and_gradients_of_a_constant_row_are_finite(name):
-    def total(x, training):
-        return make(NORMS[name])(x, training).sum()
+    def total(x, deterministic):
+        norm = NORMS[name](WIDTH, epsilon=1e-6, dtype=x.dtype, rngs=nnx.Rngs(0))
+        return apply_norm(norm, x, deterministic=deterministic).sum()
 
-    for training in (None, training_over(jnp.ones((1, 2), jnp.int32))):
-        assert total(jnp.ones((1, 2, WIDTH), jnp.bfloat16), training).dtype == jnp.bfloat16
-        assert jnp.isfinite(jax.grad(total)(jnp.zeros((1, 2, WIDTH)), training)).all()
+    for mode in (True, False):
+        assert total(jnp.ones((1, 2, WIDTH), jnp.bfloat16), mode).dtype == jnp.bfloat16
+        assert jnp.isfinite(jax.grad(total)(jnp.zeros((1, 2, WIDTH)), mode)).all()
 
 
 def test_batch_norm_normalises_over_tokens_and_does_not_see_padding(rng):
@@ -83,8 +84,8 @@ def test_batch_norm_normalises_over_tokens_and_does_not_see_padding(rng):
     for each in (x, other, wider):
         norm = make(BatchNorm)
         segments = jnp.zeros(each.shape[:2], jnp.int32).at[:4, :5].set(SEGMENTS)
-        out = norm(each, training_over(segments))[:4, :5][SEGMENTS > 0]
-        results.append((out, norm.mean[...], norm.variance[...]))
+        out = norm(each, mask=segments[..., None] > 0)[:4, :5][SEGMENTS > 0]
+        results.append((out, norm.mean[...], norm.var[...]))
     np.testing.assert_allclose(results[0][0].mean(0), np.zeros(WIDTH), atol=1e-5)
     np.testing.assert_allclose(results[0][0].var(0), np.ones(WIDTH), rtol=1e-4)
     for result in results[1:]:
@@ -93,13 +94,14 @@ def test_batch_norm_normalises_over_tokens_and_does_not_see_padding(rng):
 
 
 def test_batch_norm_evaluates_with_running_averages(rng):
-    norm, mean, variance = make(BatchNorm), 0.0, 1.0
+    norm, mean, variance = make(NORMS["batch"]), 0.0, 1.0
     for _ in range(2):
         x = rng.normal(2.0, 3.0, size=(4, 5, WIDTH)).astype(np.float32)
-        norm(jnp.asarray(x), training_over(SEGMENTS))
+        norm(jnp.asarray(x), mask=SEGMENTS[..., None] > 0)
         tokens = x[np.asarray(SEGMENTS) > 0]
         mean = 0.9 * mean + 0.1 * tokens.mean(0)
         variance = 0.9 * variance + 0.1 * tokens.var(0, ddof=1)
     expected = (x - mean) / np.sqrt(variance + 1e-6)
+    norm.eval()
     for _ in range(2):  # it leaves them as they are
         np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import small_model
 from transformer.modules import masking
-from transformer.modules.attention import MultiHeadAttention, Relations
-from transformer.modules.dropout import Training
+from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.layers import DecoderLayer
 from transformer.modules.normalization import BatchNorm, LayerNorm
 from transformer.modules.recurrent import GRU, LSTM
-from transformer.modules.stacks import Decoder, DecoderLayer, Encoder
+from transformer.modules.stacks import Decoder, Encoder
 
 B, S, T, D, N, F = 3, 7, 6, 16, 4, 32
 FLOAT32 = jnp.dtype("float32")
@@ -33,9 +32,8 @@ def _import_torch():
     torch = pytest.importorskip("torch", reason=why)
 
 
-def config(placement):
-    sizes = {"num_layers": 2, "d_model": D, "num_heads": N, "d_ff": F, "norm_placement": placement}
-    return small_model(**sizes, attention_bias=True, norm_epsilon=1e-5).config  # PyTorch's
+def of_placement(placement):
+    return {"norm_placement": placement, "norm_epsilon": 1e-5, "rngs": nnx.Rngs(0)}  # PyTorch's
 
 
 @pytest.fixture
@@ -44,7 +42,6 @@ def arrays(rng):
     valid = np.array([[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 1, 0, 0, 0, 0]], bool)
     target_valid = np.array([[1] * 6, [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
     return {
-        "training": Training(nnx.Rngs(dropout=0), 0.0).over(jnp.asarray(valid, jnp.int32)),
         "source": rng.normal(size=(B, S, D)).astype(np.float32),
         "target": rng.normal(size=(B, T, D)).astype(np.float32),
         "valid": valid,
@@ -53,11 +50,6 @@ def arrays(rng):
         "target_mask": masking.causal(T) & masking.padding(jnp.asarray(target_valid)),
         "memory_mask": jnp.broadcast_to(masking.padding(jnp.asarray(valid)), (B, 1, T, S)),
     }
-
-
-def related(mask):
-    """Positions that are told apart by nothing but who may attend to whom."""
-    return Relations(mask, lambda x: x, None)
 
 
 def randomize(module, rng):
@@ -82,11 +74,11 @@ def of_linear(module, get):
 
 
 def of_norm(module, get):
-    return {("gain",): get(module.weight), ("bias",): get(module.bias)}
+    return {("scale",): get(module.weight), ("bias",): get(module.bias)}
 
 
 def of_batch_norm(module, get):
-    statistics = {("mean",): get(module.running_mean), ("variance",): get(module.running_var)}
+    statistics = {("mean",): get(module.running_mean), ("var",): get(module.running_var)}
     return of_norm(module, get) | statistics
 
 
@@ -173,31 +165,32 @@ def check(module, of_module, torch_module, call, torch_call, inputs):
 
 def test_layer_norm(arrays, rng):
     theirs = randomize(torch.nn.LayerNorm(D), rng)
-    ours = LayerNorm(D, epsilon=theirs.eps)
+    ours = LayerNorm(D, epsilon=theirs.eps, rngs=nnx.Rngs(0))
     check(ours, of_norm, theirs, lambda m, x: m(x), lambda m, x: m(x), [arrays["source"]])
 
 
 def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
     """PyTorch sees the tokens alone, ours the batch and where its padding is."""
     theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5, momentum=0.1), rng).train()
-    ours = BatchNorm(D, epsilon=1e-5)
-    ours.gain[...], ours.bias[...] = (jnp.asarray(array(p)) for p in theirs.parameters())
-    valid, training = arrays["valid"], arrays["training"]
-    for mode in (training, training, None):
-        theirs.train(mode is not None)
+    ours = BatchNorm(D, momentum=0.9, rngs=nnx.Rngs(0))
+    ours.scale[...], ours.bias[...] = (jnp.asarray(array(p)) for p in theirs.parameters())
+    valid = arrays["valid"]
+    for mode in (True, True, False):
+        theirs.train(mode)
         x = rng.normal(1.0, 2.0, size=(B, S, D)).astype(np.float32)
         expected = array(theirs(torch.tensor(x[valid])))
-        np.testing.assert_allclose(ours(jnp.asarray(x), mode)[valid], expected, atol=1e-5)
+        out = ours(jnp.asarray(x), not mode, mask=valid[..., None])[valid]
+        np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_allclose(ours.mean[...], array(theirs.running_mean), atol=1e-6)
-        np.testing.assert_allclose(ours.variance[...], array(theirs.running_var), rtol=1e-5)
+        np.testing.assert_allclose(ours.var[...], array(theirs.running_var), rtol=1e-5)
 
 
 def test_gradients_of_batch_norm_in_training(arrays, rng):
     """They pass through mean and variance, and not through the running averages."""
-    ours = BatchNorm(D, epsilon=1e-5)
+    ours = BatchNorm(D, momentum=0.9, rngs=nnx.Rngs(0))
     theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5), rng).train()
-    valid, training = arrays["valid"], arrays["training"]
-    calls = lambda m, x: m(x, training)[valid], lambda m, x: m(x[torch.tensor(valid)])
+    valid = arrays["valid"]
+    calls = lambda m, x: m(x, mask=valid[..., None])[valid], lambda m, x: m(x[torch.tensor(valid)])
     check(ours, of_batch_norm, theirs, *calls, [arrays["source"]])
 
 
@@ -230,9 +223,7 @@ def test_recurrent_cells(rng, ours, theirs):
 @pytest.mark.parametrize("masks", ["padding", "causal"])
 def test_multi_head_attention(arrays, rng, masks):
     theirs = randomize(torch.nn.MultiheadAttention(D, N, batch_first=True), rng)
-    sizes = {"value_width": D // N, "kv_heads": N, "use_bias": True, "qk_norm": False}
-    sizes |= {"fused": False, "backend": "einsum", "dtype": FLOAT32, "rngs": nnx.Rngs(0)}
-    ours = MultiHeadAttention(D, N, D // N, init=nnx.initializers.glorot_uniform(), **sizes)
+    ours = MultiHeadAttention(N, D, rngs=nnx.Rngs(0))
     if masks == "padding":
         mask, kwargs = arrays["mask"], {"key_padding_mask": torch.tensor(~arrays["valid"])}
     else:
@@ -240,7 +231,7 @@ def test_multi_head_attention(arrays, rng, masks):
         kwargs = {"attn_mask": torch.tensor(~np.asarray(mask[0, 0]))}
 
     def call(m, x, y):
-        return m(m.project_query(x), m.project(y), mask)
+        return m(x, y, mask=mask)
 
     def torch_call(m, x, y):
         return m(x, y, y, need_weights=False, **kwargs)[0]
@@ -258,13 +249,12 @@ def torch_masks(arrays):
 
 @PLACEMENTS
 def test_decoder_layer(arrays, rng, placement):
-    ours = DecoderLayer(config(placement), rngs=nnx.Rngs(0))
+    ours = DecoderLayer(D, N, F, **of_placement(placement))
     options = {"dropout": 0.0, "batch_first": True, "norm_first": placement == "pre"}
     theirs = randomize(torch.nn.TransformerDecoderLayer(D, N, F, **options), rng).train()
 
     def call(m, x, memory):
-        projected = m.cross_attention.project(memory)
-        return m(x, related(arrays["target_mask"]), projected, arrays["memory_mask"])[0]
+        return m(x, memory, mask=arrays["target_mask"], memory_mask=arrays["memory_mask"])
 
     def torch_call(m, x, memory):
         return m(x, memory, **torch_masks(arrays))
@@ -274,8 +264,8 @@ def test_decoder_layer(arrays, rng, placement):
 
 class Stacks(nnx.Module):
     def __init__(self, placement):
-        self.encoder = Encoder(config(placement), rngs=nnx.Rngs(0))
-        self.decoder = Decoder(config(placement), rngs=nnx.Rngs(1))
+        self.encoder = Encoder(2, D, N, F, **of_placement(placement))
+        self.decoder = Decoder(2, D, N, F, **of_placement(placement))
 
 
 @PLACEMENTS
@@ -290,8 +280,9 @@ def test_the_whole_transformer(arrays, rng, placement):
     padding = torch.tensor(~arrays["valid"])
 
     def call(m, source, target):
-        memory = m.encoder(source, related(arrays["mask"]))
-        return m.decoder(target, related(arrays["target_mask"]), memory, arrays["memory_mask"])
+        memory = m.encoder(source, mask=arrays["mask"])
+        masks = {"mask": arrays["target_mask"], "memory_mask": arrays["memory_mask"]}
+        return m.decoder(target, memory, **masks)
 
     def torch_call(m, source, target):
         return m(source, target, src_key_padding_mask=padding, **torch_masks(arrays))

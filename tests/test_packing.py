@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import TOKENIZER, logits_of, random_params, small_model, training_of
+from tests.helpers import TOKENIZER, logits_of, random_params, small_model, training
 from transformer.data.batches import make_batch
 from transformer.data.packing import pack_rows, unpacked_rows
 from transformer.data.ragged import RaggedArray, TokenPairs
@@ -114,13 +114,13 @@ def test_another_neighbour_changes_no_bit(backend, position):
 def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
     model = small_model(random_positions=64, max_length=16, position_encoding="sinusoidal")
     module, index = model.bind(random_params(model, 0)), row(*PAIRS).source_positions
-    draws = (training_of(model, jax.random.key(seed)) for seed in range(200))
-    drawn = np.stack([module.positions(index, training)[0] for training in draws])
+    modes = (training(jax.random.key(seed)) for seed in range(200))
+    drawn = np.stack([module.positions(index, **mode)[0] for mode in modes])
     assert (drawn[:, 1] > drawn[:, 0]).all()
     np.testing.assert_array_equal(drawn[:, 3], drawn[:, 0])  # the second example's first token
     # The second of 16 sorted draws from 0 … 63 is at 2 · 65 / 17 - 1 on average.
     assert drawn[:, 1].mean() == pytest.approx(2 * 65 / 17 - 1, abs=0.8)
     # A single row may be longer than there are positions to draw.
-    long = module.positions(jnp.arange(90)[None] % 16, training_of(model, jax.random.key(0)))
+    long = module.positions(jnp.arange(90)[None] % 16, **training(jax.random.key(0)))
     assert long.shape == (1, 90)
     assert long.max() < 64

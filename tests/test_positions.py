@@ -5,6 +5,8 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model
+from transformer.data.batches import Dataset
+from transformer.inference.evaluation import attention_maps
 from transformer.modules.positions import (
     POSITIONS,
     ALiBi,
@@ -16,7 +18,8 @@ from transformer.modules.positions import (
 
 
 def make(kind, width=8, heads=2, causal=False, max_length=64):
-    return kind(width, heads, causal=causal, max_length=max_length, rngs=nnx.Rngs(0))
+    options = {"num_heads": heads, "max_length": max_length, "causal": causal}
+    return kind(width, **options, rngs=nnx.Rngs(0))
 
 
 def at(*positions):
@@ -33,11 +36,11 @@ def test_hooks_depend_on_the_positions_that_are_given(name, causal, rng):
     """What a token is told is the same whether it comes alone, as in decoding, or with others."""
     position, places = make(POSITIONS[name], causal=causal), at(3, 4, 7, 20, 40)
     x, heads = normal(rng, 2, 5, 8), normal(rng, 2, 5, 2, 4)
-    embedded, rotated = position.embed(x, places), position.rotate(heads, places)
+    embedded, rotated = position(x, places), position.rotate(heads, places)
     bias = position.bias(places, places)
     for t in range(5):
         mine, here = slice(t, t + 1), places[:, t : t + 1]
-        one = position.embed(x[:, mine], here)
+        one = position(x[:, mine], here)
         np.testing.assert_allclose(one, embedded[:, mine], rtol=1e-6)
         one = position.rotate(heads[:, mine], here)
         np.testing.assert_allclose(one, rotated[:, mine], rtol=1e-5, atol=1e-6)
@@ -61,7 +64,7 @@ def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
 
 
 def test_sinusoidal_positions_are_the_papers():
-    out = make(Sinusoidal, 6).embed(jnp.zeros((1, 50, 6)), jnp.arange(50)[None])[0]
+    out = Sinusoidal(6)(jnp.zeros((1, 50, 6)))[0]
     angles = np.arange(50)[:, None] / 10000 ** (2 * np.arange(3) / 6)
     np.testing.assert_allclose(out[:, 0::2], np.sin(angles), atol=1e-5)
     np.testing.assert_allclose(out[:, 1::2], np.cos(angles), atol=1e-5)
@@ -69,12 +72,12 @@ def test_sinusoidal_positions_are_the_papers():
 
 def test_learned_positions_are_trained_and_end_in_nan():
     def loss(position):
-        return position.embed(jnp.zeros((1, 2, 4)), jnp.arange(2)[None]).sum()
+        return position(jnp.zeros((1, 2, 4))).sum()
 
     learned = make(Learned, 4, max_length=3)
-    gradient = nnx.grad(loss)(learned).table[...]
+    gradient = nnx.grad(loss)(learned).embedding[...]
     np.testing.assert_array_equal(gradient, jnp.ones((3, 4)).at[2].set(0.0))
-    finite = jnp.isfinite(learned.embed(jnp.zeros((1, 4, 4)), jnp.arange(4)[None])[0])
+    finite = jnp.isfinite(learned(jnp.zeros((1, 4, 4)))[0])
     assert finite[:3].all()
     assert not finite[3].any()
 
@@ -120,7 +123,7 @@ def test_relative_bias_is_the_heads_entry_for_the_distance():
     position, queries, keys = make(RelativeBias, heads=3), (4, 0), (0, 4, 9, 200)
     bias = position.bias(at(*queries), at(*keys))
     buckets = [[published_bucket(s - t, False) for s in keys] for t in queries]
-    expected = np.asarray(position.table[...])[np.array(buckets)]
+    expected = np.asarray(position.embedding[...])[np.array(buckets)]
     np.testing.assert_array_equal(bias[0], np.moveaxis(expected, -1, 0))
 
 
@@ -140,12 +143,11 @@ def test_all_layers_of_a_stack_share_its_relative_bias(layers):
     """One table a stack; if it allows distance 0 alone, every layer attends to itself."""
     model = small_model(position_encoding="relative", num_layers=layers)
     tables = [name for name in model.shapes if "position" in name]
-    assert sorted(tables) == ["source_position/table", "target_position/table"]
+    assert sorted(tables) == ["source_position/embedding", "target_position/embedding"]
     params = random_params(model, 0)
     params |= {name: jnp.full((32, 2), -1e4).at[0].set(0.0) for name in tables}
-    maps = {"encoder": [], "decoder": [], "cross": []}
-    tokens, ones = at(3, 4, 5, 6), at(1, 1, 1, 1)
-    model.bind(params)(tokens, ones, tokens, ones, maps=maps)
+    tokens = np.array([[3, 4, 5, 6]], np.int32)
+    maps = attention_maps(model, params, Dataset(tokens, tokens, 1))
     for weights in maps["encoder"] + maps["decoder"]:
         np.testing.assert_array_equal(weights, np.broadcast_to(np.eye(4), (1, 2, 4, 4)))
     assert [len(each) for each in maps.values()] == [layers] * 3

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import random_params, small_model, strings, training_of
+from tests.helpers import random_params, small_model, strings, training
 from transformer.modules.recurrent import CELLS, run
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
-CALL = (BATCH.source, BATCH.source_segments, BATCH.target_in, BATCH.target_segments)
 
 
 def recurrent(**changes):
@@ -59,14 +58,14 @@ def test_attention_maps_are_distributions_over_the_source_and_follow_the_target(
     module = model.bind(random_params(model, 0))
 
     def call(target_in):
-        maps = {"encoder": [], "decoder": [], "cross": []}
-        logits = module(*CALL[:2], target_in, CALL[3], maps=maps)
-        assert not maps["encoder"] + maps["decoder"]
-        (weights,) = maps["cross"]
-        return logits, weights
+        forward = nnx.capture(module, nnx.Intermediate)
+        logits, sown = forward(**BATCH._replace(target_in=target_in).inputs())
+        return logits, sown["attention"]["attention_weights"][0]
 
+    plain = module(**BATCH.inputs())
+    module.attention.sow_weights = True
     logits, weights = call(BATCH.target_in)
-    np.testing.assert_allclose(logits, module(*CALL), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
     assert weights.shape == (3, 2, BATCH.target_in.shape[1], BATCH.source.shape[1])
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     padding = jnp.broadcast_to((BATCH.source_segments == 0)[:, None, None], weights.shape)
@@ -91,21 +90,21 @@ def transparent(layers):
         if i > 0:
             params[f"decoder/{i}/input/kernel"] = jnp.eye(width, 3 * width, k=2 * width)
     params["combine/kernel"] = jnp.eye(2 * width, width)
-    params["output_embedding/table"] = jnp.eye(model.vocab_size, width)
+    params["output_embedding/embedding"] = jnp.eye(model.vocab_size, width)
     return model, params
 
 
 def test_dropout_of_the_decoder_differs_between_steps_and_between_layers():
     """A feature comes through if it is kept between each two layers and at the output."""
-    call = (jnp.full((64, 8), 5), jnp.ones((64, 8), jnp.int32)) * 2
+    tokens = jnp.full((64, 8), 5)
 
     def outputs(layers):
         model, params = transparent(layers)
 
         @jax.jit
         def both(params):
-            module, training = model.bind(params), training_of(model, jax.random.key(0))
-            return [module(*call, training=each)[..., :16] for each in (training, None)]
+            modes = (training(jax.random.key(0)), {})
+            return [model.bind(params)(tokens, tokens, **mode)[..., :16] for mode in modes]
 
         return both(params)
 
@@ -126,7 +125,7 @@ def test_the_decoder_reads_what_it_attended_to_and_begins_with_the_source():
     model = recurrent(num_layers=2)
     params = random_params(model, 0)
     module = model.bind(params)
-    memory = module.encode(*CALL[:2])
+    memory = module.encode(BATCH.source, BATCH.source_segments)
     cache = module.start_cache(memory, BATCH.source_segments, 1)
     half = memory[:, 0, model.config.d_model // 2 :]
     for i, state in enumerate(cache.states):

@@ -142,19 +142,14 @@ def attended(backend, split, kv_heads, mask):
     keys = (queries > 0).astype(jnp.int32)[:, :13] if mask == "padding" else queries
     mask = Mask(queries, keys, **SHORT_MASKS[mask])
     x, y = (jnp.asarray(rng.normal(size=(8, n, 16)), jnp.float32) for n in (20, mask.keys.shape[1]))
-    sizes = {"value_width": 4, "kv_heads": kv_heads, "use_bias": True, "qk_norm": False}
-    init = nnx.initializers.glorot_uniform()
     with jax.set_mesh(mesh_of(*split)):
-        module = MultiHeadAttention(
-            *(16, 4, 4), **sizes, fused=False, init=init, backend=backend,
-            dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
-        )  # fmt: skip
+        module = MultiHeadAttention(4, 16, num_kv_heads=kv_heads, backend=backend, rngs=nnx.Rngs(0))
         structure, state = nnx.split(module)
         taken = mask if backend in SHORT_MASK_BACKENDS else mask.array()
 
         def loss(state, x, y):
             module = nnx.merge(structure, state)
-            out = module(module.project_query(x), module.project(y), taken)
+            out = module(x, y, mask=taken)
             return jnp.sin(out + 1.0).sum(), out
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(state, x, y)

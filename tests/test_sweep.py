@@ -241,19 +241,19 @@ def test_a_norm_is_added_in_one_place(monkeypatch):
     class ScaleNorm(nnx.Module):
         """x / |x|, times one trained scalar (Nguyen and Salazar 2019)."""
 
-        def __init__(self, width: int, *, epsilon: float):
+        def __init__(self, num_features: int, *, epsilon: float, **_):
             self.epsilon = epsilon
-            self.gain = nnx.Param(jnp.full((1,), width**0.5), axes=("norm",))
+            self.scale = nnx.Param(jnp.full((1,), num_features**0.5))
 
-        def __call__(self, x, training=None):
+        def __call__(self, x):
             norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-            return x / (norm + self.epsilon) * self.gain[...]
+            return x / (norm + self.epsilon) * self.scale[...]
 
     monkeypatch.setitem(normalization.NORMS, "scale", ScaleNorm)
     batch = strings(("abcd", "dcba"), ("x", "x"))
     for placement in ("pre", "post", "both"):
         model = small_model.__wrapped__(norm="scale", norm_placement=placement)
-        assert model.axes["decoder/layers/0/residuals/2/norm/gain"] == ("norm",)
+        assert model.axes["decoder/layers/0/residuals/2/norm/scale"] == ("norm",)
         logits = logits_of(model, random_params(model, 0), batch)
         # Later target tokens change no earlier logits: what holds for each norm holds for it.
         changed = batch._replace(target_in=batch.target_in.at[0, 2:].set(9))

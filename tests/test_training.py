@@ -157,7 +157,7 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
     assert len(before.batch_stats) == 2 * (5 + 2)
     assert before.batch_stats.keys() == model.statistics == after.batch_stats.keys()
     for name, value in before.batch_stats.items():
-        np.testing.assert_array_equal(value, float(name.endswith("variance")))
+        np.testing.assert_array_equal(value, float(name.endswith("/var")))
         assert (after.batch_stats[name] != value).any(), name
     # They are neither counted nor trained.
     assert not before.params.keys() & before.batch_stats.keys()
@@ -175,9 +175,9 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
 
     # After one step, by hand: the encoder's first norm reads the embedded tokens.
     batch, seen = batch_of(before, DATA, 0), run(before, 1)[0].batch_stats
-    embedded = np.asarray(before.params["embedding/table"])[batch.source] * 16**0.5
+    embedded = np.asarray(before.params["embedding/embedding"])[batch.source] * 16**0.5
     real = embedded[np.asarray(batch.source_segments) > 0]
-    mean, variance = (seen[f"encoder/layers/0/residuals/0/norm/{k}"] for k in ("mean", "variance"))
+    mean, variance = (seen[f"encoder/layers/0/residuals/0/norm/{k}"] for k in ("mean", "var"))
     np.testing.assert_allclose(mean, 0.1 * real.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(variance, 0.9 + 0.1 * real.var(0, ddof=1), rtol=1e-4)
 

@@ -6,7 +6,7 @@ the same batches, made by worker processes on the host.
 
 import sys
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,14 @@ class Batch(NamedTuple):
     weights: Float[Array, "B T"]
     source_positions: Int[Array, "B S"] | None = None
     target_positions: Int[Array, "B T"] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of a call of the model."""
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if name not in ("target_out", "weights")
+        }
 
 
 def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: bool = False) -> Batch:

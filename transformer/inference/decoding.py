@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.modules.model import Transformer
 from transformer.modules.recurrent import Recurrent
+from transformer.modules.transformer import Transformer
 
 
 class Decoded(NamedTuple):

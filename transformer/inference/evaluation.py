@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from transformer.data.batches import Dataset, make_batch
@@ -14,8 +15,9 @@ from transformer.data.tokenizer import PAD
 from transformer.inference.decoding import greedy
 from transformer.loss import cross_entropy
 from transformer.metrics import Predictions, token_sums
+from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.model import Model, Params
-from transformer.modules.stacks import Maps
+from transformer.modules.stacks import Stack
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
 
@@ -38,6 +40,9 @@ def map_batches(function: Callable, data: Dataset) -> Any:
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
 
 
+# The attention weights [B, N, T, S] of each layer, under "encoder", "decoder", "cross".
+Maps = dict[str, list[Array]]
+
 # Totals over the target tokens of each example, [examples] float32: `token_sums`, and `tokens`.
 Totals = dict[str, Any]
 
@@ -48,7 +53,7 @@ def score(model: Model, params: Params, data: Dataset) -> Totals:
 
     def score_batch(source, target):
         batch = make_batch(source, target)
-        logits = module(batch.source, batch.source_segments, batch.target_in, batch.target_segments)
+        logits = module(**batch.inputs())
         losses = cross_entropy(logits, batch.target_out)
         sums = token_sums(Predictions(logits, batch.target_out, losses))
         totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
@@ -146,16 +151,16 @@ def compiler_options() -> dict[str, str]:
 
 
 def attention_maps(model: Model, params: Params, data: Dataset) -> Maps:
-    """The attention weights [examples, N, T, S] of each layer, the true target being fed in."""
-    maps: Maps = {"encoder": [], "decoder": [], "cross": []}
+    """The attention weights [examples, N, T, S] of each layer under teacher forcing."""
     batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
-    model.bind(params)(
-        batch.source,
-        batch.source_segments,
-        batch.target_in,
-        batch.target_segments,
-        maps=maps,
-    )
+    module = model.bind(params)
+    module.set_attributes(MultiHeadAttention, sow_weights=True)
+    # Inside a scan or a checkpoint nothing can be sown.
+    module.set_attributes(Stack, raise_if_not_found=False, scan_layers=False, remat="none")
+    _, sown = nnx.capture(module, nnx.Intermediate)(**batch.inputs())
+    maps: Maps = {"encoder": [], "decoder": [], "cross": []}
+    for path, (weights,) in nnx.traversals.flatten_mapping(nnx.to_pure_dict(sown)).items():
+        maps[str(path[0]) if "self_attention" in path else "cross"].append(weights)
     return maps
 
 

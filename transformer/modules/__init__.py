@@ -1,1 +1,5 @@
-"""TODO."""
+"""The model: attention and its backends, norms, position encodings, layers, stacks, the assembly.
+
+Ordinary Flax NNX modules that take plain arguments; `transformer.py` alone reads the configuration.
+Imports `transformer.parallel` and the errors, nothing else of the package.
+"""

@@ -1,36 +1,39 @@
-"""Multi-head attention, and the keys and values that it attends to.
+"""Multi-head attention (Vaswani et al. 2017, section 3.2.2), and its cache of keys and values.
 
-Vaswani et al. 2017, section 3.2.2; its inner function is in `dot_product_attention`.
+The inner function, softmax(Q Kᵀ / √H) V, is in `dot_product_attention`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, attention_weights
-from transformer.modules.dropout import Training, dropout
-from transformer.modules.layers import Linear, add_bias
-from transformer.modules.masking import Mask, written_out
-from transformer.modules.normalization import RMSNorm
+from transformer.modules.dot_product_attention import (
+    ATTENTION_BACKENDS,
+    FLEXIBLE_BACKENDS,
+    attention_weights,
+)
+from transformer.modules.dropout import CallRngs, dropout, is_deterministic, kept_stream, stream_of
+from transformer.modules.linear import (
+    Initializer,
+    Linear,
+    add_bias,
+    axis_names,
+    compute_dtype,
+    lecun_normal,
+    zeros,
+)
+from transformer.modules.masking import Mask, as_array, causal
+from transformer.modules.normalization import LayerNorm
 from transformer.parallel.mesh import constrain
 
+Rotate = Callable[[Array], Array]
 
-class Relations(NamedTuple):
-    """How the positions of a sequence stand to each other, for its self-attention.
-
-    mask: True = the query may attend to the key.
-    rotate: tells queries where they stand, and the new keys; see `positions.Position`.
-    bias: added to the scores.
-    """
-
-    mask: Mask | Bool[Array, "#B 1 #T S"]
-    rotate: Callable[[Array], Array]
-    bias: Float[Array, "#B N T S"] | None
+layer_norm_without_bias = partial(LayerNorm, use_bias=False)
 
 
 class KeyValue(NamedTuple):
@@ -38,8 +41,8 @@ class KeyValue(NamedTuple):
 
     K is the number of heads, or fewer where groups of heads share keys and values. H is the
     width of keys, E that of values, the paper's d_k and d_v. Heads come before positions, so
-    that a step of decoding reads each head's cache as it lies in memory; the other way
-    round, copying it was half of the step.
+    that a step of decoding reads each head's cache contiguously; the other way round, copying
+    it was half of the step.
     """
 
     key: Float[Array, "B K S H"]
@@ -48,8 +51,8 @@ class KeyValue(NamedTuple):
     def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
         """This cache with `new`'s positions written from position `index` on.
 
-        The caller keeps index + T ≤ S (`model.Transformer.decode_step` answers NaN
-        past the end; a silent overwrite of the last position would go unseen).
+        The caller keeps index + T ≤ S (`Transformer.decode_step` returns NaN past the end; a
+        silent overwrite of the last position would go unseen).
         """
         update = jax.lax.dynamic_update_slice_in_dim
         return KeyValue(
@@ -61,125 +64,214 @@ class KeyValue(NamedTuple):
 class MultiHeadAttention(nnx.Module):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
-    Queries come from one sequence, keys and values from another or the same one.
-    They are handed over already projected, so that a decoder's cache and an encoder's
-    memory, whose keys and values are computed once, take the same path as self-attention.
+    The arguments, the call and the parameters are those of `nnx.MultiHeadAttention`, with two
+    differences: a query that may attend to nothing gets zeros where Flax gives the mean of the
+    values, and dropout draws for each head and example, as in the paper, where Flax shares one
+    mask. A decoder's cache and an encoder's memory, projected once, are attended to by `attend`.
     (Section 3.2.2.)
 
     Args:
-      width: D.
-      heads: N, of the queries.
-      head_width: H, of queries and keys, the paper's d_k.
-      value_width: E, of values, the paper's d_v.
-      kv_heads: K, of keys and values: N; or fewer, a divisor of N, each shared by N/K
-        heads (Ainslie et al. 2023); or 1, multi-query attention (Shazeer 2019).
+      num_heads: N, of the queries.
+      in_features: of the inputs.
+      qkv_features: N · H, of queries and keys; None: in_features.
+      out_features: of the output; None: in_features.
+      num_kv_heads: K, of keys and values, a divisor of N, each shared by N/K heads (Ainslie et
+        al. 2023), 1 being multi-query attention (Shazeer 2019); None: N.
       use_bias: whether the four projections add one.
-      qk_norm: whether RMS norm is applied to queries and keys over H, before positions
-        (after Henry et al. 2020 and Dehghani et al. 2023).
-      epsilon: of that norm.
-      fused: whether the projections of one sequence are one product.
-      init: of the four matrices.
+      normalize_qk: whether queries and keys are normalised over H (Henry et al. 2020, Dehghani
+        et al. 2023).
+      dtype: of the computation; None: that which inputs and parameters promote to.
+      param_dtype: of the parameters.
+      kernel_init: of the four matrices.
+      bias_init: of their biases.
+      dropout_rate: of the attention weights.
+      deterministic: whether no weights are dropped; the call or `train()` and `eval()` may say it.
+      rngs: for the parameters; with a dropout rate, the stream of calls without `rngs` too.
+      value_features: N · E, of values; None: qkv_features.
+      qk_norm: makes the norm of `normalize_qk`, called as `LayerNorm` is; Flax has its LayerNorm
+        without a bias.
+      fused_qkv: whether the projections of one sequence are computed as one product.
       backend: one of `ATTENTION_BACKENDS`.
-      dtype: of the computation.
-      rngs: for parameters.
+
+    Raises:
+      ValueError: heads do not divide the features, or the backend cannot drop weights.
     """
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        head_width: int,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
         *,
-        value_width: int,
-        kv_heads: int,
-        use_bias: bool,
-        qk_norm: bool,
-        epsilon: float = 1e-6,
-        fused: bool,
-        init: Callable[..., Array],
-        backend: str,
-        dtype: jnp.dtype,
+        use_bias: bool = True,
+        normalize_qk: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = zeros,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
         rngs: nnx.Rngs,
+        value_features: int | None = None,
+        qk_norm: Callable[..., Any] = layer_norm_without_bias,
+        fused_qkv: bool = False,
+        backend: str = "einsum",
     ):
-        def project_in(heads: int, head_width: int, axis: str):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        qkv_features = in_features if qkv_features is None else qkv_features
+        value_features = qkv_features if value_features is None else value_features
+        for size, divisor in ((qkv_features, num_heads), (value_features, num_heads)):
+            if size % divisor:
+                raise ValueError(f"num_heads={num_heads} does not divide the {size} features")
+        if num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={num_heads}")
+        if dropout_rate > 0.0 and backend not in FLEXIBLE_BACKENDS:
+            raise ValueError(f"backend={backend!r} cannot drop attention weights")
+        head, value_head = qkv_features // num_heads, value_features // num_heads
+        options = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "rngs": rngs,
+        }
+
+        def project_in(heads: int, width: int, axis: str) -> Linear:
             return Linear(
-                width,
-                (heads, head_width),
-                use_bias=use_bias,
-                kernel_init=init,
-                kernel_metadata={"axes": ("embed", axis, "head")},
-                bias_metadata={"axes": (axis, "head")},
-                dtype=dtype,
-                rngs=rngs,
+                in_features,
+                (heads, width),
+                kernel_metadata=axis_names("embed", axis, "head"),
+                bias_metadata=axis_names(axis, "head"),
+                **options,
             )
 
-        # Where heads share keys and values, those are the same on every device.
-        kv_axis = "heads" if kv_heads == heads else "kv_heads"
-        self.query = project_in(heads, head_width, "heads")
-        self.key = project_in(kv_heads, head_width, kv_axis)
-        self.value = project_in(kv_heads, value_width, kv_axis)
+        # Where heads share keys and values, those are replicated over the mesh axis of the heads.
+        self.kv_axis = "heads" if kv_heads == num_heads else "kv_heads"
+        self.query = project_in(num_heads, head, "heads")
+        self.key = project_in(kv_heads, head, self.kv_axis)
+        self.value = project_in(kv_heads, value_head, self.kv_axis)
         self.out = Linear(
-            (heads, value_width),
-            width,
-            axis=(-2, -1),
-            use_bias=use_bias,
-            kernel_init=init,
-            kernel_metadata={"axes": ("heads", "head", "embed")},
-            bias_metadata={"axes": ("norm",)},
-            dtype=dtype,
+            (num_heads, value_head),
+            in_features if out_features is None else out_features,
+            kernel_metadata=axis_names("heads", "head", "embed"),
+            bias_metadata=axis_names("norm"),
+            **options,
+        )
+
+        self.query_ln = self.key_ln = nnx.data(None)
+        if normalize_qk:
+            norm = partial(qk_norm, head, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.query_ln, self.key_ln = norm(), norm()
+        self.num_heads, self.in_features = num_heads, in_features
+        self.dropout_rate = dropout_rate
+        self.deterministic = deterministic
+        self.rngs = nnx.data(kept_stream(rngs, dropout_rate))
+        self.fused_qkv = fused_qkv
+        self.backend = ATTENTION_BACKENDS[backend]
+        self.sow_weights = False
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T D"],
+        inputs_k: Float[Array, "*B S D"] | None = None,
+        inputs_v: Float[Array, "*B S D"] | None = None,
+        *,
+        mask: Mask | Shaped[Array, "..."] | None = None,
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
+        is_causal: bool = False,
+        bias: Float[Array, "..."] | None = None,
+        rotate: Rotate | None = None,
+    ) -> Float[Array, "*B T out"]:
+        """Attends from `inputs_q` to `inputs_k`, and returns what it reads in `inputs_v`.
+
+        Args:
+          inputs_q: [..., T, D].
+          inputs_k: [..., S, D]; None: inputs_q.
+          inputs_v: [..., S, D]; None: inputs_k.
+          mask: broadcastable to [..., N, T, S], True = may attend.
+          deterministic: overrides the module's attribute.
+          rngs: keys for dropout; its stream `attention`, or else `dropout`.
+          is_causal: whether query t may attend to the keys up to t alone, beside `mask`.
+          bias: broadcastable to [..., N, T, S], added to the scores.
+          rotate: applied to projected queries and keys [B, T, N, H], see `positions.Rotary`.
+        """
+        if inputs_k is None and inputs_v is not None:
+            raise ValueError("inputs_v without inputs_k: pass the one array as inputs_k alone")
+        inputs_k = inputs_q if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        if inputs_q.shape[-1] != self.in_features:
+            raise ValueError(
+                f"inputs have {inputs_q.shape[-1]} features, and the module {self.in_features}"
+            )
+        if is_causal:
+            both = causal(inputs_q.shape[-2], inputs_k.shape[-2])
+            written = as_array(mask)
+            mask = both if written is None else both & written.astype(bool)
+        batch = inputs_q.shape[:-2]
+        if len(batch) != 1:
+            inputs = (x.reshape(-1, *x.shape[-2:]) for x in (inputs_q, inputs_k, inputs_v))
+            inputs_q, inputs_k, inputs_v = inputs
+        query, key_value = self.project(inputs_q, inputs_k, inputs_v, rotate)
+        mask = mask if isinstance(mask, Mask) else four_axes(mask, batch)
+        mask = mask.astype(bool) if isinstance(mask, jax.Array) else mask
+        out = self.attend(
+            query,
+            key_value,
+            mask=mask,
+            bias=four_axes(bias, batch),
+            deterministic=deterministic,
             rngs=rngs,
         )
-        self.query_norm = RMSNorm(head_width, epsilon=epsilon) if qk_norm else None
-        self.key_norm = RMSNorm(head_width, epsilon=epsilon) if qk_norm else None
-        self.kv_axis = kv_axis
-        self.fused = fused
-        self.backend = ATTENTION_BACKENDS[backend]
-
-    def project_all(
-        self, x: Float[Array, "B T D"], rotate: Callable[[Array], Array] | None = None
-    ) -> tuple[Float[Array, "B N T H"], KeyValue]:
-        """Queries, keys and values of `x`, for attention of a sequence to itself."""
-        query, key, value = self.products(x, self.query, self.key, self.value)
-        return self.finish_query(query, rotate), self.finish_key_value(key, value, rotate)
-
-    def project_query(
-        self, x: Float[Array, "B T D"], rotate: Callable[[Array], Array] | None = None
-    ) -> Float[Array, "B N T H"]:
-        """Queries of `x`, projected once for each head."""
-        return self.finish_query(self.query(x), rotate)
+        return out.reshape(*batch, *out.shape[1:])
 
     def project(
-        self, y: Float[Array, "B S D"], rotate: Callable[[Array], Array] | None = None
-    ) -> KeyValue:
-        """Keys and values of `y`, each projected once for each head, on the device of its position.
+        self, inputs_q: Array, inputs_k: Array, inputs_v: Array, rotate: Rotate | None = None
+    ) -> tuple[Float[Array, "B N T H"], KeyValue]:
+        """Queries, keys and values of [B, T, D]."""
+        if inputs_q is inputs_k and inputs_k is inputs_v:
+            query, key, value = self.products(inputs_q, self.query, self.key, self.value)
+        elif inputs_k is inputs_v:
+            query = self.query(inputs_q)
+            key, value = self.products(inputs_k, self.key, self.value)
+        else:
+            query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+        return self.finish_query(query, rotate), self.finish_key_value(key, value, rotate)
 
-        Then they are gathered (over the mesh axis `context`), for every query looks at them all.
-        """
+    def project_query(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        """The queries of `x`, for `attend`."""
+        return self.finish_query(self.query(x), None)
+
+    def project_kv(self, y: Float[Array, "B S D"]) -> KeyValue:
+        """The keys and values of `y`, for `attend`."""
         key, value = self.products(y, self.key, self.value)
-        return self.finish_key_value(key, value, rotate)
+        return self.finish_key_value(key, value, None)
 
-    def products(self, x: Float[Array, "B T D"], *linears: Linear) -> list[Array]:
+    def products(self, x: Float[Array, "B T D"], *linears: Linear) -> Sequence[Array]:
         """`linear(x)` of each; fused, as one product with their matrices side by side.
 
-        The step of decoding is left out, for it would put them side by side at each token.
+        A single position, such as of a step of decoding, is not fused: that would concatenate
+        the matrices at each token.
         """
         alike = len({linear.kernel.shape for linear in linears}) == 1
-        if not (self.fused and alike) or x.shape[1] == 1:
+        if not (self.fused_qkv and alike) or x.shape[1] == 1:
             return [linear(x) for linear in linears]
-        dtype = linears[0].dtype
         kernel = jnp.stack([linear.kernel[...] for linear in linears])
+        dtype = compute_dtype(linears[0].dtype, x, kernel)
         products = jnp.einsum("BTD,CDNH->CBTNH", x.astype(dtype), kernel.astype(dtype))
-        biases = [None if linear.bias is None else linear.bias[...] for linear in linears]
         return [
-            product if bias is None else add_bias(product, bias)
-            for product, bias in zip(products, biases, strict=True)
+            product if linear.bias is None else add_bias(product, linear.bias[...])
+            for product, linear in zip(products, linears, strict=True)
         ]
 
     def finish_query(
-        self, query: Float[Array, "B T N H"], rotate: Callable[[Array], Array] | None
+        self, query: Float[Array, "B T N H"], rotate: Rotate | None
     ) -> Float[Array, "B N T H"]:
         """A projected query, normalised and rotated if so configured."""
-        query = query if self.query_norm is None else self.query_norm(query)
+        query = query if self.query_ln is None else self.query_ln(query)
         query = query if rotate is None else rotate(query)
         return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
 
@@ -187,48 +279,56 @@ class MultiHeadAttention(nnx.Module):
         self,
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K E"],
-        rotate: Callable[[Array], Array] | None,
+        rotate: Rotate | None,
     ) -> KeyValue:
-        """Projected keys and values, the keys normalised and rotated if so configured."""
+        """Projected keys and values, the keys normalised and rotated if so configured.
+
+        Each is computed on the device of its position, then gathered over the mesh axis `context`,
+        for every query attends to all of them.
+        """
         split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
-        key = key if self.key_norm is None else self.key_norm(key)
+        key = key if self.key_ln is None else self.key_ln(key)
         key = key if rotate is None else rotate(key)
         key, value = (constrain(constrain(x, *split), *whole) for x in (key, value))
         return KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-    def __call__(
+    def attend(
         self,
         query: Float[Array, "B N T H"],
         key_value: KeyValue,
+        *,
         mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
         bias: Float[Array, "#B #N #T S"] | None = None,
-        training: Training | None = None,
-        maps: list[Array] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Attends from what `project_query` made of a sequence to `key_value`.
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
+    ) -> Float[Array, "B T out"]:
+        """The output for projected queries, keys and values; the latter may be a cache.
 
-        Args:
-          query: who asks.
-          key_value: what `project` made of the other sequence, or a cache of it.
-          mask: True = may attend.
-          bias: added to the scores.
-          training: for dropout of the weights.
-          maps: a list that takes this call's attention weights [B, N, T, S], before
-            dropout; nothing is computed for it when it is None.
+        With the attribute `sow_weights` it also sows the weights [B, N, T, S], before dropout, as
+        `nnx.Intermediate` of the name `attention_weights`; `nnx.capture` collects them.
         """
-        if maps is not None:
-            maps.append(attention_weights(query, key_value.key, written_out(mask), bias))
-        heads = self.backend(
-            query, key_value.key, key_value.value, mask, bias, **weight_dropout(training)
-        )
+        if self.sow_weights:
+            weights = attention_weights(query, key_value.key, as_array(mask), bias)
+            self.sow(nnx.Intermediate, "attention_weights", weights)
+        drop, rate = {}, self.dropout_rate
+        drops = isinstance(rate, jax.Array) or rate > 0.0
+        if drops and not is_deterministic(deterministic, self.deterministic):
+            stream = stream_of("attention", rngs, self.rngs)
+            drop = {"drop": partial(dropout, rate=rate, stream=stream)}
+        heads = self.backend(query, key_value.key, key_value.value, mask, bias, **drop)
         return self.out(heads.swapaxes(1, 2))
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
-def weight_dropout(training: Training | None) -> dict[str, Any]:
-    """What a backend needs to drop weights: nothing where none are dropped."""
-    if training is None:
-        return {}
-    rate = training.attention_dropout
-    if isinstance(rate, float) and rate == 0.0:
-        return {}
-    return {"drop": partial(dropout, rate=rate, stream=training.rngs.attention)}
+
+def four_axes(x: Array | None, batch: tuple[int, ...]) -> Array | None:
+    """A mask or bias broadcastable to [*batch, N, T, S] as one of four axes, the batch's as one."""
+    if x is None or (x.ndim == 4 and len(batch) == 1):
+        return x
+    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    if len(batch) != 1:
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+    return x

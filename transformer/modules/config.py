@@ -1,7 +1,7 @@
 """The model's knobs: what they may be, and what contradicts itself."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,16 @@ from transformer.modules.dot_product_attention import (
     FLEXIBLE_BACKENDS,
     pick,
 )
-from transformer.modules.layers import (
-    FEED_FORWARDS,
-    INITIALIZERS,
-    NORM_PLACEMENTS,
-)
+from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
+from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS, Position
 from transformer.modules.recurrent import CELLS
+from transformer.modules.stacks import REMATS
 
-ARCHITECTURES = ("transformer", "recurrent")  # transformer/modules/model.py: MODULES
+ARCHITECTURES = ("transformer", "recurrent")  # transformer/modules/transformer.py: MODULES
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
-
-# What a layer keeps for its gradient; all else is computed anew there.
-REMATS: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 # In float32, which the norms compute in.
 Epsilon = Annotated[float, Range(float(np.finfo(np.float32).tiny), 1)]

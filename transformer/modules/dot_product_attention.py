@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
-from transformer.modules.masking import Mask, written_out
+from transformer.modules.masking import Mask, as_array
 from transformer.parallel.mesh import axis_shards, shard_by_rules
 
 Query = Float[Array, "B N T H"]
@@ -79,7 +79,7 @@ def einsum_attention(
     The reference that every other backend is tested against, and the one that has the
     weights at hand, for `drop` to be applied to. (Equation 1.)
     """
-    weights = drop(attention_weights(query, key, written_out(mask), bias))
+    weights = drop(attention_weights(query, key, as_array(mask), bias))
     value = share(value, query.shape[1])
     return jnp.einsum("BNTS,BNSE->BNTE", weights.astype(value.dtype), value)
 
@@ -97,7 +97,7 @@ def xla_attention(
     That function gives a query with no allowed key the mean of the values, so its
     output is set to zero here.
     """
-    mask = written_out(mask)
+    mask = as_array(mask)
     query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
     out = jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=mask, implementation=implementation

@@ -1,68 +1,116 @@
-"""Dropout, and what else a call of the model is given in training and not in evaluation."""
+"""Dropout, and the streams of random keys that a training step draws from."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float
+
+# What `rngs=` may be at a call.
+CallRngs = nnx.Rngs | nnx.RngStream | None
 
 
-class Training(NamedTuple):
-    """What training brings to a call of the model; evaluation passes None in its place.
+def training_rngs(key: Array) -> nnx.Rngs:
+    """An `nnx.Rngs` with one stream for each thing that is random in training.
 
-    Rates are numbers, or traced scalars where the replicas of a population differ.
-
-    rngs: the streams of `streams`, of which each use draws a key of its own.
-    dropout: rate on the embedded tokens and on each sublayer's output.
-    attention_dropout: rate on the attention weights.
-    real: which positions of the sequence at hand are tokens and not padding.
-    """
-
-    rngs: nnx.Rngs
-    dropout: float | Float[Array, ""]
-    attention_dropout: float | Float[Array, ""] = 0.0
-    real: Bool[Array, "B T"] | None = None
-
-    def of_each_layer(self, layers: int) -> Key[Array, "{layers}"]:
-        """A key for each layer of a stack, see `of_layer`."""
-        return jax.random.split(self.rngs.layers(), layers)
-
-    def of_layer(self, key: Key[Array, ""]) -> "Training":
-        """The same with streams of a layer's own, which draw alike however layers are run."""
-        return self._replace(rngs=streams(key))
-
-    def over(self, segments: Int[Array, "B T"]) -> "Training":
-        """The same for the sequence whose segments these are."""
-        return self._replace(real=segments > 0)
-
-
-def streams(key: Array) -> nnx.Rngs:
-    """A stream of keys for each thing that is random in training.
-
-    One each, so that what one of them draws, or does not at rate 0, moves no other: a
-    replica whose rate is a traced 0 is then the single run that drops nothing.
+    With a stream each, what one of them draws, or does not draw at rate 0, changes the keys of no
+    other: a replica whose traced rate is 0 is bit-identical to a single run without dropout.
     """
     names = ("dropout", "attention", "positions", "layers")
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(names)})
 
 
+def stream_of(name: str, *given: CallRngs) -> nnx.RngStream | None:
+    """The stream `name` of the first of `given` that is not None, or else its stream `dropout`."""
+    rngs = next((each for each in given if each is not None), None)
+    if isinstance(rngs, nnx.Rngs):
+        return rngs[name] if name in rngs else rngs["dropout"]
+    return rngs
+
+
+def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
+    """The stream that a module with dropout keeps for calls without `rngs`, as Flax's modules do.
+
+    None at rate 0, or if `rngs` has no stream for it (`nnx.Rngs(params=0)`): the module then holds
+    no random state, and `rngs` must be passed at each call in training.
+    """
+    has_stream = isinstance(rngs, nnx.RngStream) or (
+        rngs is not None and ("dropout" in rngs or "default" in rngs)
+    )
+    stream = stream_of("dropout", rngs) if has_stream and rate > 0.0 else None
+    return None if stream is None else stream.fork()
+
+
+def is_deterministic(at_call: bool | None, of_module: bool | None) -> bool:
+    """The argument of the call if given, else the module's attribute.
+
+    Raises:
+      ValueError: both are None.
+    """
+    if at_call is None and of_module is None:
+        raise ValueError(
+            "dropout needs to know its mode: pass deterministic= to the constructor or the call, "
+            "or call train() or eval() on the module"
+        )
+    return bool(of_module if at_call is None else at_call)
+
+
 def dropout(
-    x: Float[Array, "*B D"], rate: float | Float[Array, ""], stream: Callable[[], Array]
-) -> Float[Array, "*B D"]:
+    x: Float[Array, "*B"], rate: float | Float[Array, ""], stream: Callable[[], Array] | None
+) -> Float[Array, "*B"]:
     """Sets elements to 0 with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Each call draws a key of its own from `stream`; at rate 0.0, none is drawn and x comes
-    back. (Srivastava et al. 2014.)
+    Each call draws one key from `stream`; at rate 0.0 it draws none and returns x. A traced rate
+    draws always. (Srivastava et al. 2014.)
     """
-    if isinstance(rate, float) and rate == 0.0:
-        return x
+    if not isinstance(rate, jax.Array):
+        if rate == 0.0:
+            return x
+        if rate == 1.0:
+            return jnp.zeros_like(x)
+    if stream is None:
+        raise ValueError("dropout needs random keys: pass rngs= to the constructor or the call")
     keep = jax.random.bernoulli(stream(), 1.0 - rate, x.shape)
     scale = jnp.asarray(1.0 / (1.0 - rate), x.dtype)
     return jnp.where(keep, x * scale, jnp.zeros_like(x))
 
 
-def drop(x: Float[Array, "*B D"], training: Any) -> Float[Array, "*B D"]:
-    """`x` with the dropout of a `Training`; in evaluation, when that is None, `x` itself."""
-    return x if training is None else dropout(x, training.dropout, training.rngs.dropout)
+class Dropout(nnx.Module):
+    """Dropout, as `nnx.Dropout`; its rate may be set to a traced scalar.
+
+    Args:
+      rate: the probability that an element becomes 0.
+      deterministic: whether to return the input as it is.
+      rngs: gives the stream that calls without `rngs` draw from.
+    """
+
+    def __init__(self, rate: float, *, deterministic: bool | None = False, rngs: CallRngs = None):
+        self.rate = rate
+        self.deterministic = deterministic
+        self.rngs = nnx.data(kept_stream(rngs, rate))
+
+    def __call__(
+        self,
+        inputs: Float[Array, "*B"],
+        *,
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
+    ) -> Float[Array, "*B"]:
+        if is_deterministic(deterministic, self.deterministic):
+            return inputs
+        return dropout(inputs, self.rate, stream_of("dropout", rngs, self.rngs))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def set_rate(module: nnx.Module, kind: type, **rates: Any) -> None:
+    """Sets rates of all modules of a kind inside `module`, to numbers or to traced scalars."""
+    for name, rate in rates.items():
+        value = nnx.data(rate) if isinstance(rate, jax.Array) else rate
+        attributes: dict[str, Any] = {name: value}
+        module.set_attributes(kind, raise_if_not_found=False, **attributes)

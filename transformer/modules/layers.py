@@ -1,24 +1,19 @@
-"""The parts of a layer that are not attention: embedding, feed-forward, residual connection."""
+"""The layers of encoder and decoder: feed-forward, residual connection, and what they make up."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from transformer.modules.dropout import Training, drop
-from transformer.modules.normalization import NORMS
+from transformer.modules.attention import KeyValue, MultiHeadAttention, Rotate
+from transformer.modules.dropout import CallRngs, Dropout
+from transformer.modules.linear import Initializer, Linear, axis_names, lecun_normal
+from transformer.modules.masking import Mask
+from transformer.modules.normalization import NORMS, BatchNorm
 from transformer.parallel.mesh import constrain
-
-# How the matrices of attention and feed-forward begin.
-INITIALIZERS = {
-    "glorot_uniform": nnx.initializers.glorot_uniform(),  # Glorot and Bengio 2010
-    "glorot_normal": nnx.initializers.glorot_normal(),
-    "lecun_normal": nnx.initializers.lecun_normal(),
-    "he_normal": nnx.initializers.he_normal(),  # He et al. 2015
-    "normal": nnx.initializers.normal(0.02),  # Radford et al. 2019 (GPT-2)
-}
 
 # The kinds of feed-forward: activation, and whether it gates a second product (Shazeer 2020).
 FEED_FORWARDS = {
@@ -33,124 +28,341 @@ FEED_FORWARDS = {
 
 NORM_PLACEMENTS = ("pre", "post", "both")
 
-
-class Embedding(nnx.Module):
-    """One vector a token, times √D; its transpose gives the logits where they are tied.
-
-    Initialised with variance 1/D, so that embedded tokens have variance 1 and tied
-    logits begin with about that too. (Vaswani et al. 2017, section 3.4.)
-    """
-
-    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(width**-0.5)
-        self.table = nnx.Param(init(rngs.params(), (vocab_size, width)), axes=("vocab", "embed"))
-        self.dtype = dtype
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeds `tokens`; one outside the vocabulary becomes NaN."""
-        # Gathered over fsdp first: a lookup in a table split along D would come out
-        # split along D, and XLA could only make it whole again on every device.
-        table = constrain(self.table[...], "vocab", "width")
-        # Cast afterwards: the gradient sums over a token's occurrences in the table's dtype.
-        embedded = table.at[tokens].get(mode="fill").astype(self.dtype) * table.shape[-1] ** 0.5
-        return constrain(embedded, "batch", "length", "width")
-
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """x Eᵀ, summed in float32."""
-        table = self.table[...].astype(self.dtype)
-        logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
-        return constrain(logits, "batch", "length", "vocab")
-
-
-class Linear(nnx.LinearGeneral):
-    """`nnx.LinearGeneral` whose bias has a gradient summed in float32, whatever the dtype."""
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:  # pyright: ignore
-        kernel = self.kernel[...].astype(self.dtype)
-        product = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.axis))
-        return product if self.bias is None else add_bias(product, self.bias[...])
-
-
-def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x + bias. Cast after it is broadcast: the gradient's sum is then in the bias's dtype."""
-    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+AttentionMask = Mask | Bool[Array, "..."] | None
 
 
 class FeedForward(nnx.Module):
     """FFN(x) = activation(x W₁ + b₁) W₂ + b₂, at each position alike. (Section 3.3, equation 2.)
 
     The gated kinds have FFN(x) = (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer
-    2020, with biases as here): a third matrix, so that their hidden width is 2/3 of
-    `ff_width`, rounded to a multiple of 8, and the parameters are as many.
+    2020, with biases as here): a third matrix, so that their hidden width is 2/3 of `d_ff`,
+    rounded to a multiple of 8, and the parameters are as many.
+
+    Args:
+      d_model: D.
+      d_ff: F.
+      activation: one of `FEED_FORWARDS`.
+      kernel_init: of the matrices.
+      dtype: of the computation; None: that which inputs and parameters promote to.
+      param_dtype: of the parameters.
+      rngs: for the parameters.
     """
 
     def __init__(
         self,
-        width: int,
-        ff_width: int,
+        d_model: int,
+        d_ff: int,
         *,
-        kind: str,
-        init: Callable[..., Array],
-        dtype: jnp.dtype,
+        activation: str = "relu",
+        kernel_init: Initializer = lecun_normal,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.activation, gated = FEED_FORWARDS[kind]
-        hidden = max(8, round(ff_width * 2 / 3 / 8) * 8) if gated else ff_width
+        self.activation, gated = FEED_FORWARDS[activation]
+        hidden = max(8, round(d_ff * 2 / 3 / 8) * 8) if gated else d_ff
+        options = {
+            "kernel_init": kernel_init,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
 
-        def expand():
+        def expand() -> Linear:
             return Linear(
-                width,
+                d_model,
                 hidden,
-                kernel_init=init,
-                kernel_metadata={"axes": ("embed", "mlp")},
-                bias_metadata={"axes": ("mlp",)},
-                dtype=dtype,
-                rngs=rngs,
+                kernel_metadata=axis_names("embed", "mlp"),
+                bias_metadata=axis_names("mlp"),
+                **options,
             )
 
         self.expand = expand()
-        self.gate = expand() if gated else None
+        self.gate = expand() if gated else nnx.data(None)
         self.contract = Linear(
             hidden,
-            width,
-            kernel_init=init,
-            kernel_metadata={"axes": ("mlp", "embed")},
-            bias_metadata={"axes": ("norm",)},
-            dtype=dtype,
-            rngs=rngs,
+            d_model,
+            kernel_metadata=axis_names("mlp", "embed"),
+            bias_metadata=axis_names("norm"),
+            **options,
         )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         hidden = self.activation(self.expand(x))
         hidden = hidden if self.gate is None else hidden * self.gate(x)
-        return self.contract(constrain(hidden, "batch", "length", "mlp"))
+        if hidden.ndim == 3:
+            hidden = constrain(hidden, "batch", "length", "mlp")
+        return self.contract(hidden)
 
 
 class Residual(nnx.Module):
-    """The connection around a sublayer, which owns the place of the norm and the dropout.
+    """The connection around a sublayer, with its norm and its dropout.
 
         post:  x ← norm(x + dropout(sublayer(x)))       (Vaswani et al. 2017, section 3.1)
         pre:   x ← x + dropout(sublayer(norm(x)))       (Xiong et al. 2020)
         both:  x ← x + dropout(norm₂(sublayer(norm(x))))  (Ding et al. 2021, "sandwich")
 
-    A sublayer f is written `x = residual.add(x, f(residual.input(x, …)), …)`.
+    Args:
+      d_model: D.
+      norm: one of `NORMS`.
+      placement: one of `NORM_PLACEMENTS`.
+      epsilon: of the norm.
+      dropout_rate: of the sublayer's output.
+      dtype: of the norm's output.
+      param_dtype: of the parameters.
+      rngs: for the parameters and dropout.
     """
 
-    def __init__(self, width: int, *, norm: str, epsilon: float, placement: str):
-        self.norm = NORMS[norm](width, epsilon=epsilon)
-        self.output_norm = NORMS[norm](width, epsilon=epsilon) if placement == "both" else None
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        norm: str = "layer",
+        placement: str = "pre",
+        epsilon: float = 1e-6,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def make_norm() -> Any:
+            options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+            return NORMS[norm](d_model, epsilon=epsilon, **options)
+
+        self.norm = make_norm()
+        self.output_norm = make_norm() if placement == "both" else nnx.data(None)
+        self.dropout = Dropout(dropout_rate, rngs=rngs)
         self.placement = placement
 
-    def input(
-        self, x: Float[Array, "B T D"], training: Training | None = None
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sublayer: Callable[[Array], Array],
+        *,
+        token_mask: Bool[Array, "B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
     ) -> Float[Array, "B T D"]:
-        """What the sublayer reads."""
-        return x if self.placement == "post" else self.norm(x, training)
+        """The stream `x` with the output of `sublayer` added."""
 
-    def add(
-        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], training: Training | None = None
+        def normalized(norm: Any, x: Array) -> Array:
+            return apply_norm(norm, x, token_mask, deterministic)
+
+        y = sublayer(x if self.placement == "post" else normalized(self.norm, x))
+        y = y if self.output_norm is None else normalized(self.output_norm, y)
+        x = x + self.dropout(y, deterministic=deterministic, rngs=rngs)
+        x = constrain(x, "batch", "length", "width")
+        return normalized(self.norm, x) if self.placement == "post" else x
+
+
+def apply_norm(
+    norm: Any,
+    x: Float[Array, "B T D"],
+    token_mask: Bool[Array, "B T"] | None = None,
+    deterministic: bool | None = None,
+) -> Float[Array, "B T D"]:
+    """`norm(x)`; batch norm alone is told its mode and which positions hold tokens."""
+    if not isinstance(norm, BatchNorm):
+        return norm(x)
+    mask = None if token_mask is None else token_mask[..., None]
+    return norm(x, use_running_average=deterministic, mask=mask)
+
+
+class Layer(nnx.Module):
+    """What the layers of encoder and decoder share: their arguments and their parts.
+
+    Args:
+      d_model: D.
+      num_heads: N.
+      d_ff: F.
+      dropout_rate: of each sublayer's output.
+      attention_dropout_rate: of the attention weights.
+      norm: one of `NORMS`.
+      norm_placement: one of `NORM_PLACEMENTS`.
+      norm_epsilon: of the norms.
+      feed_forward: one of `FEED_FORWARDS`.
+      kernel_init: of the matrices.
+      dtype: of the computation; None: that which inputs and parameters promote to.
+      param_dtype: of the parameters.
+      rngs: for the parameters; with a dropout rate, the streams of calls without `rngs` too.
+      **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
+    """
+
+    attentions: tuple[str, ...] = ()
+    self_attention: MultiHeadAttention
+    cross_attention: MultiHeadAttention
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        *,
+        dropout_rate: float = 0.0,
+        attention_dropout_rate: float = 0.0,
+        norm: str = "layer",
+        norm_placement: str = "pre",
+        norm_epsilon: float = 1e-6,
+        feed_forward: str = "relu",
+        kernel_init: Initializer = lecun_normal,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **attention: Any,
+    ):
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        for name in self.attentions:
+            made = MultiHeadAttention(
+                num_heads,
+                d_model,
+                kernel_init=kernel_init,
+                dropout_rate=attention_dropout_rate,
+                deterministic=False,
+                **common,
+                **attention,
+            )
+            setattr(self, name, made)
+        self.feed_forward = FeedForward(
+            d_model, d_ff, activation=feed_forward, kernel_init=kernel_init, **common
+        )
+        self.residuals = nnx.List(
+            Residual(
+                d_model,
+                norm=norm,
+                placement=norm_placement,
+                epsilon=norm_epsilon,
+                dropout_rate=dropout_rate,
+                **common,
+            )
+            for _ in range(len(self.attentions) + 1)
+        )
+
+
+class EncoderLayer(Layer):
+    """Self-attention, then feed-forward, each inside a residual connection; see `Layer`."""
+
+    attentions = ("self_attention",)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        token_mask: Bool[Array, "B S"] | None = None,
+        bias: Float[Array, "#B N S S"] | None = None,
+        rotate: Rotate | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The layer's output.
+
+        Args:
+          x: the stream.
+          mask: broadcastable to [B, N, S, S], True = may attend.
+          deterministic: overrides the mode that `train()` and `eval()` set.
+          rngs: keys for dropout, from the streams `dropout` and `attention` (or `dropout` again).
+          token_mask: which positions hold tokens, for batch norm; None: all.
+          bias: see `MultiHeadAttention`.
+          rotate: see `MultiHeadAttention`.
+        """
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        attention, feed_forward = self.residuals
+        x = attention(
+            x,
+            lambda h: self.self_attention(h, mask=mask, bias=bias, rotate=rotate, **mode),
+            token_mask=token_mask,
+            **mode,
+        )
+        return feed_forward(x, self.feed_forward, token_mask=token_mask, **mode)
+
+
+class DecoderLayer(Layer):
+    """Masked self-attention, attention to the encoder's memory, feed-forward; see `Layer`."""
+
+    attentions = ("self_attention", "cross_attention")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B S D"],
+        *,
+        mask: AttentionMask = None,
+        memory_mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
+        bias: Float[Array, "#B N T T"] | None = None,
+        rotate: Rotate | None = None,
     ) -> Float[Array, "B T D"]:
-        """The stream `x` with the sublayer's output `y` added."""
-        y = y if self.output_norm is None else self.output_norm(y, training)
-        x = constrain(x + drop(y, training), "batch", "length", "width")
-        return self.norm(x, training) if self.placement == "post" else x
+        """The layer's output.
+
+        Args:
+          x: the stream of the target.
+          memory: the encoder's output.
+          mask: from target positions to target positions, such as `masking.causal(T)`.
+          memory_mask: from target positions to source positions.
+          deterministic: see `EncoderLayer`, as for the others.
+          rngs: see there.
+          token_mask: see there.
+          bias: of self-attention.
+          rotate: of self-attention.
+        """
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        attentions = (
+            lambda h: self.self_attention(h, mask=mask, bias=bias, rotate=rotate, **mode),
+            lambda h: self.cross_attention(h, memory, mask=memory_mask, **mode),
+        )
+        return self.through(x, *attentions, token_mask=token_mask, **mode)
+
+    def through(
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable[[Array], Array],
+        attend_memory: Callable[[Array], Array],
+        **options: Any,
+    ) -> Float[Array, "B T D"]:
+        """The three sublayers, each inside its residual connection."""
+        for residual, sublayer in zip(
+            self.residuals, (attend, attend_memory, self.feed_forward), strict=True
+        ):
+            x = residual(x, sublayer, **options)
+        return x
+
+    def decode_step(
+        self,
+        x: Float[Array, "B T D"],
+        memory: KeyValue,
+        cache: KeyValue,
+        index: Int[Array, ""],
+        *,
+        mask: AttentionMask,
+        memory_mask: AttentionMask,
+        bias: Float[Array, "#B N T S"] | None = None,
+        rotate: Rotate | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """The output for the next target positions, and the cache with them in it.
+
+        Args:
+          x: the stream of the next target positions.
+          memory: what `cross_attention.project_kv` made of the encoder's memory.
+          cache: keys and values of the earlier target positions.
+          index: where those of `x` are written.
+          mask: from the next positions to the cache's.
+          memory_mask: from the next positions to source positions.
+          bias: of self-attention.
+          rotate: of self-attention.
+        """
+
+        def attend(h: Array) -> Array:
+            nonlocal cache
+            query, new = self.self_attention.project(h, h, h, rotate)
+            cache = cache.write(new, index)
+            return self.self_attention.attend(
+                query, cache, mask=mask, bias=bias, deterministic=True
+            )
+
+        def attend_memory(h: Array) -> Array:
+            query = self.cross_attention.project_query(h)
+            return self.cross_attention.attend(query, memory, mask=memory_mask, deterministic=True)
+
+        return self.through(x, attend, attend_memory, deterministic=True), cache

@@ -139,9 +139,14 @@ class Mask:
         return segment(self.queries, self.keys)[:, 0].any(-1)
 
 
-def written_out(mask: Mask | Bool[Array, "#B #N #T S"] | None) -> Bool[Array, "#B #N #T S"] | None:
+def as_array(mask: Mask | Bool[Array, "#B #N #T S"] | None) -> Bool[Array, "#B #N #T S"] | None:
     """The array of a mask, whichever form it has."""
     return mask.array() if isinstance(mask, Mask) else mask
+
+
+def segments_of(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """The given segments, or else 1 for each token that is not 0, the padding."""
+    return (tokens != 0).astype(jnp.int32) if segments is None else segments
 
 
 def padding(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:

@@ -1,120 +1,191 @@
-"""Normalisation of the residual stream, and `NORMS`, the table of its kinds.
+"""Normalisation, with `nnx`'s arguments and parameter names, and `NORMS`, the table of its kinds.
 
-A norm is made from `(width, *, epsilon)` and called with x and with what training brings
-(`dropout.Training`; None in evaluation), which batch norm alone looks at.
+An entry is called with `(features, *, epsilon, dtype, param_dtype, rngs)`, and the module that it
+makes with x.
 """
+
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from transformer.modules.dropout import Training
+from transformer.modules.linear import Initializer, axis_names, compute_dtype, zeros
 
-
-class Statistic(nnx.Variable):
-    """What a module has seen in training: carried in the train state, not trained."""
+ones = nnx.initializers.ones_init()
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation: mean 0 and variance 1 over the width, then gain and bias.
+class Norm(nnx.Module):
+    """The scale and the bias after a normalisation, with `nnx`'s arguments.
+
+    Initialising them does not advance `rngs`, so that the norm of a model has no part in how its
+    matrices begin.
+
+    Args:
+      num_features: D.
+      epsilon: added to the variance.
+      dtype: of the output; None: that which the input and the parameters promote to.
+      param_dtype: of the parameters.
+      use_bias: whether to add a bias.
+      use_scale: whether to multiply by a scale.
+      bias_init: of the bias.
+      scale_init: of the scale.
+      rngs: for the parameters.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        rngs: nnx.Rngs,
+    ):
+        def parameter(init: Initializer) -> nnx.Param[Array]:
+            value = init(rngs.params.key[...], (num_features,), param_dtype)
+            return nnx.Param(value, **axis_names("norm"))
+
+        self.num_features, self.epsilon, self.dtype = num_features, epsilon, dtype
+        self.scale: nnx.Param[Array] | None = nnx.data(parameter(scale_init) if use_scale else None)
+        self.bias: nnx.Param[Array] | None = nnx.data(parameter(bias_init) if use_bias else None)
+
+    def scaled(self, normalised: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Array:
+        """`normalised` (float32) times scale plus bias, in the dtype for the input `x`."""
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        if scale is not None:
+            normalised = normalised * scale.astype(jnp.float32)
+        if bias is not None:
+            normalised = normalised + bias.astype(jnp.float32)
+        return normalised.astype(compute_dtype(self.dtype, x, scale, bias))
+
+
+class LayerNorm(Norm):
+    """Layer normalisation: mean 0 and variance 1 over the features, then scale and bias.
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ = mean(x),  σ² = mean((x - μ)²)
 
-    Each position of each example is normalised by itself: before gain and bias the
-    output has mean 0 and variance 1 whatever weights made x, and neither the batch
-    nor its size matters, in training as in use, unlike batch normalisation.
-    (Ba, Kiros and Hinton 2016, section 3.)
+    Each position of each example is normalised by itself: before scale and bias the output has
+    mean 0 and variance 1 whatever weights made x, and neither the batch nor its size matters, in
+    training as in evaluation, unlike batch normalisation. (Ba, Kiros and Hinton 2016, section 3.)
 
-    Statistics are taken in float32 whatever the dtype of x, and in two passes: the
-    one-pass form mean(x²) - mean(x)² loses every digit where the mean is large.
+    Statistics are taken in float32 whatever the dtype of x, and in two passes: the one-pass form
+    mean(x²) - mean(x)², Flax's default, loses every digit where the mean is large.
     """
 
-    def __init__(self, width: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.gain = nnx.Param(jnp.ones(width), axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros(width), axes=("norm",))
-
-    def __call__(
-        self, x: Float[Array, "*B D"], training: Training | None = None
-    ) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         centred = x.astype(jnp.float32)
         centred = centred - centred.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        normalised = centred / jnp.sqrt(variance + self.epsilon)
-        return (normalised * self.gain[...] + self.bias[...]).astype(x.dtype)
+        return self.scaled(centred / jnp.sqrt(variance + self.epsilon), x)
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Norm):
     """Layer normalisation without the centring: y = g · x / √(mean(x²) + ε).
 
-    Statistics in float32. (Zhang and Sennrich 2019, equation 4.)
+    Statistics in float32; the arguments are those of `Norm` without the bias's. (Zhang and
+    Sennrich 2019, equation 4.)
     """
 
-    def __init__(self, width: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.gain = nnx.Param(jnp.ones(width), axes=("norm",))
+    def __init__(self, num_features: int, **options: Any):
+        super().__init__(num_features, use_bias=False, bias_init=zeros, **options)
 
-    def __call__(
-        self, x: Float[Array, "*B D"], training: Training | None = None
-    ) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        return (wide / jnp.sqrt(mean_square + self.epsilon) * self.gain[...]).astype(x.dtype)
+        return self.scaled(wide / jnp.sqrt(mean_square + self.epsilon), x)
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Norm):
     """Batch normalisation: mean 0 and variance 1 of each feature over the tokens of the batch.
 
-        y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over all real tokens of the batch
+        y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over all positions that `mask` allows
 
-    In training an output therefore depends on the other examples, and on later
-    positions of its own; padding has no part in it. Evaluation uses running averages
-    of μ and of the unbiased σ², old · 0.9 + new · 0.1, which begin at 0 and 1. On a
-    mesh the batch is the whole one, over all devices. (Ioffe and Szegedy 2015,
-    algorithms 1 and 2.)
+    In training an output therefore depends on the other examples, and on later positions of its
+    own. Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased
+    one), old · momentum + new · (1 - momentum), which begin at 0 and 1. On a mesh the batch is
+    the whole one, over all devices. (Ioffe and Szegedy 2015, algorithms 1 and 2.)
+
+    Args:
+      num_features: D.
+      use_running_average: whether to normalise by the running averages, as in evaluation.
+      momentum: of the running averages.
+      epsilon: added to the variance.
+      **options: those of `Norm`.
     """
 
-    momentum = 0.9
-
-    def __init__(self, width: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.gain = nnx.Param(jnp.ones(width), axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros(width), axes=("norm",))
-        self.mean = Statistic(jnp.zeros(width), axes=("norm",))
-        self.variance = Statistic(jnp.ones(width), axes=("norm",))
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        **options: Any,
+    ):
+        super().__init__(num_features, epsilon=epsilon, **options)
+        self.use_running_average, self.momentum = use_running_average, momentum
+        self.mean = nnx.BatchStat(jnp.zeros(num_features), **axis_names("norm"))
+        self.var = nnx.BatchStat(jnp.ones(num_features), **axis_names("norm"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], training: Training | None = None
-    ) -> Float[Array, "B T D"]:
-        wide = x.astype(jnp.float32)
-        if training is None:
-            mean, variance = self.mean[...], self.variance[...]
-        else:
-            assert training.real is not None
-            real = training.real[..., None]
-            count = jnp.maximum(real.sum().astype(jnp.float32), 1.0)
-            mean = jnp.where(real, wide, 0.0).sum((0, 1)) / count
-            variance = jnp.where(real, jnp.square(wide - mean), 0.0).sum((0, 1)) / count
-            self.remember(mean, variance * count / jnp.maximum(count - 1.0, 1.0))
-        normalised = (wide - mean) / jnp.sqrt(variance + self.epsilon)
-        return (normalised * self.gain[...] + self.bias[...]).astype(x.dtype)
+        self,
+        x: Float[Array, "*B D"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "*B D"]:
+        """Normalises x; by its own statistics it also updates the running averages.
 
-    def remember(self, mean: Float[Array, "D"], variance: Float[Array, "D"]) -> None:
-        """Moves the running averages towards a batch's."""
-        for running, new in ((self.mean, mean), (self.variance, variance)):
+        Args:
+          x: the input.
+          use_running_average: overrides the module's attribute.
+          mask: broadcastable to x, such as [B, T, 1]; True where a position counts.
+        """
+        wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average:
+            mean, variance = self.mean[...], self.var[...]
+        else:
+            mask = jnp.ones(1, bool) if mask is None else mask
+            real = jnp.broadcast_to(mask, (*x.shape[:-1], mask.shape[-1]))
+            count = jnp.maximum(real.sum(axes).astype(jnp.float32), 1.0)
+            mean = jnp.where(real, wide, 0.0).sum(axes) / count
+            variance = jnp.where(real, jnp.square(wide - mean), 0.0).sum(axes) / count
+            self.update(mean, variance * count / jnp.maximum(count - 1.0, 1.0))
+        return self.scaled((wide - mean) / jnp.sqrt(variance + self.epsilon), x)
+
+    def update(self, mean: Float[Array, "D"], variance: Float[Array, "D"]) -> None:
+        """Moves the running averages towards a batch's statistics."""
+        for running, new in ((self.mean, mean), (self.var, variance)):
             running[...] = self.momentum * running[...] + (1.0 - self.momentum) * new
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
 
 class NoNorm(nnx.Module):
     """No normalisation: y = x."""
 
-    def __init__(self, width: int, *, epsilon: float):
+    def __init__(self, num_features: int, **options: Any):
         pass
 
-    def __call__(
-        self, x: Float[Array, "*B D"], training: Training | None = None
-    ) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return x
 
 
-NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm, "none": NoNorm}
+NORMS = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "batch": partial(BatchNorm, momentum=0.9),
+    "none": NoNorm,
+}

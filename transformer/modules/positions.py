@@ -1,97 +1,112 @@
-"""Where a token stands, told to the model; `POSITIONS` is the table of the ways."""
+"""Position encodings, and `POSITIONS`, the table of them."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from transformer.modules.linear import axis_names
+
 
 class Position(nnx.Module):
-    """How positions enter the model: three hooks, of which a way overrides those that it needs.
+    """How positions enter the model: three hooks, of which an encoding overrides what it needs.
 
-    Each stack has one of its own, which all of its layers share. `rotate` and `bias` act
-    in self-attention alone: a source and its target have no common place to count from.
-    As it stands here it tells nothing: order is then known only through the causal mask.
+    Each stack has one of its own, which all of its layers share. `rotate` and `bias` act in
+    self-attention alone: source and target positions are not comparable. This base class
+    encodes nothing: order is then known only through the causal mask.
 
     Args:
-      width: of the model, D.
-      heads: of attention, N.
-      causal: whether the stack's keys are never later than the query (the decoder).
-      max_length: positions are below it where `limited`.
-      rngs: for parameters.
+      features: D, the width of the model.
+      num_heads: N.
+      max_length: number of positions, for encodings that are `limited`.
+      causal: whether keys are never later than the query (the decoder).
+      rngs: for parameters; encodings without parameters need none.
     """
 
     # Whether there are only `max_length` positions.
     limited = False
 
-    def __init__(self, width: int, heads: int, *, causal: bool, max_length: int, rngs: nnx.Rngs):
-        pass
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 1,
+        max_length: int = 512,
+        causal: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.num_heads, self.causal = num_heads, causal
 
-    def embed(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The embedded tokens `x`, told that they stand at `positions`."""
+        """The embedded tokens `x` with their positions added; None: 0 … T - 1."""
         return x
 
     def rotate(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
+        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T N H"]:
-        """The queries or keys `x`, told that they stand at `positions`."""
+        """The queries or keys `x`, rotated by their positions."""
         return x
 
     def bias(
         self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
     ) -> Float[Array, "#B N T S"] | None:
-        """What is added to the scores between queries and keys that stand there."""
+        """Added to the scores between queries and keys at these positions; None: nothing."""
         return None
+
+
+def in_row(x: Array, positions: Int[Array, "#B T"] | None) -> Int[Array, "#B T"]:
+    """The given positions, or else the places in the row of x [B, T, …]."""
+    return jnp.arange(x.shape[1])[None] if positions is None else positions
 
 
 class Sinusoidal(Position):
     """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(p / 10000^(2i/D)), added.
 
-    Computed in float32 from the positions themselves, so any length will do.
+    Computed in float32 from the positions themselves, for any length.
     (Vaswani et al. 2017, section 3.5.)
     """
 
-    def embed(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T D"]:
+        positions = in_row(x, positions)
         angle = angles(positions, x.shape[-1])
         encoding = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
         return x + encoding.reshape(*positions.shape, x.shape[-1]).astype(x.dtype)
 
 
 class Learned(Position):
-    """A trained vector for each position, added.
+    """A trained vector for each position, added; past `max_length`, NaN.
 
-    Begins with variance 1, as embedded tokens do. (Vaswani et al. 2017, Table 3, row E;
+    Initialised with variance 1, that of embedded tokens. (Vaswani et al. 2017, Table 3, row E;
     Gehring et al. 2017.)
     """
 
     limited = True
 
-    def __init__(self, width: int, heads: int, *, causal: bool, max_length: int, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(1.0)
-        self.table = nnx.Param(init(rngs.params(), (max_length, width)), axes=("position", "embed"))
+    def __init__(self, features: int, *, max_length: int = 512, rngs: nnx.Rngs, **unused):
+        value = nnx.initializers.normal(1.0)(rngs.params(), (max_length, features))
+        self.embedding = nnx.Param(value, **axis_names("position", "embed"))
 
-    def embed(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        # Past the table the answer is NaN, not the last row.
-        return x + self.table[...].at[positions].get(mode="fill").astype(x.dtype)
+        rows = self.embedding[...].at[in_row(x, positions)].get(mode="fill")
+        return x + rows.astype(x.dtype)
 
 
 class Rotary(Position):
-    """Queries and keys turned by angles in proportion to their positions.
+    """Queries and keys are rotated by their position: scores depend on the distance alone.
 
-    Coordinates i and i + H/2 of a head turn together by p / 10000^(2i/H), so that a score
-    depends on the distance between query and key. (Su et al. 2021, section 3.2; which
-    coordinates make a pair is a matter of naming, and halves are cheaper than neighbours.)
+    Coordinates i and i + H/2 of a head are a pair that is rotated by p / 10000^(2i/H). (Su et
+    al. 2021, section 3.2, who pair neighbours: a matter of numbering, and halves are faster.)
     """
 
     def rotate(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
+        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T N H"]:
-        angle = angles(positions, x.shape[-1])[:, :, None]
+        angle = angles(in_row(x, positions), x.shape[-1])[:, :, None]
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         turned = jnp.concatenate([one * cos - other * sin, one * sin + other * cos], axis=-1)
@@ -108,11 +123,19 @@ class RelativeBias(Position):
 
     buckets, farthest = 32, 128
 
-    def __init__(self, width: int, heads: int, *, causal: bool, max_length: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 1,
+        causal: bool = False,
+        rngs: nnx.Rngs,
+        **unused,
+    ):
         self.causal = causal
-        init = nnx.initializers.normal(width**-0.5)
-        shape = (self.buckets, heads)
-        self.table = nnx.Param(init(rngs.params(), shape), axes=("position", "heads"))
+        init = nnx.initializers.normal(features**-0.5)
+        value = init(rngs.params(), (self.buckets, num_heads))
+        self.embedding = nnx.Param(value, **axis_names("position", "heads"))
 
     def bucket(self, distance: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The bucket of key position - query position."""
@@ -131,7 +154,7 @@ class RelativeBias(Position):
         self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
     ) -> Float[Array, "#B N T S"]:
         bucket = self.bucket(keys[:, None, :] - queries[:, :, None])
-        return jnp.moveaxis(self.table[...][bucket], -1, 1)
+        return jnp.moveaxis(self.embedding[...][bucket], -1, 1)
 
 
 class ALiBi(Position):
@@ -142,13 +165,11 @@ class ALiBi(Position):
     no power of 2.)
     """
 
-    def __init__(self, width: int, heads: int, *, causal: bool, max_length: int, rngs: nnx.Rngs):
-        self.heads = heads
-
     def bias(
         self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
     ) -> Float[Array, "#B N T S"]:
-        slopes = 2.0 ** (-8.0 * jnp.arange(1, self.heads + 1, dtype=jnp.float32) / self.heads)
+        heads = self.num_heads
+        slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
         distance = jnp.abs(queries[:, None, :, None] - keys[:, None, None, :])
         return -slopes[:, None, None] * distance.astype(jnp.float32)
 

@@ -1,11 +1,11 @@
 """The recurrent sequence-to-sequence model that the Transformer is compared with.
 
-A bidirectional encoder and a decoder that attends to it, behind the interface of
-`model.Transformer`. Position t cannot be computed before position t - 1: each layer is a
+A bidirectional encoder and a decoder that attends to it, with the interface of
+`transformer.Transformer`. Position t cannot be computed before position t - 1: each layer is a
 loop of as many sequential steps as there are tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
-from transformer.modules.dropout import Training, drop
-from transformer.modules.layers import INITIALIZERS, Embedding, Linear
+from transformer.modules.dot_product_attention import attention_weights
+from transformer.modules.dropout import Dropout
+from transformer.modules.linear import (
+    INITIALIZERS,
+    Embed,
+    Linear,
+    axis_names,
+    embed_scaled,
+    logits_of,
+    scaled_embedding,
+)
 from transformer.parallel.mesh import constrain
 
 # What a cell hands on from step to step, each [B, D]; the first is its output.
@@ -23,7 +32,10 @@ State = tuple[Array, ...]
 
 
 class Cell(nnx.Module):
-    """A recurrent layer's step. What it makes of its input alone is computed ahead, for all steps.
+    """A recurrent layer's step, after `input` has projected the inputs of all steps at once.
+
+    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate: a
+    loop of smaller products. Their LSTM begins without the forget gate's bias of 1.
 
     Args:
       inputs: width of the input.
@@ -43,8 +55,8 @@ class Cell(nnx.Module):
                 self.parts * width,
                 use_bias=use_bias,
                 kernel_init=init,
-                kernel_metadata={"axes": ("embed", "mlp")},
-                bias_metadata={"axes": ("mlp",)},
+                kernel_metadata=axis_names("embed", "mlp"),
+                bias_metadata=axis_names("mlp"),
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -157,109 +169,110 @@ class Recurrent(nnx.Module):
 
     Args:
       vocab_size: V of the source.
-      target_vocab_size: V of the target.
-      width: D, even.
-      layers: L, of the encoder and of the decoder.
-      heads: N, of the attention.
+      target_vocab_size: V of the target; None: the same.
+      d_model: D, even.
+      num_layers: L, of the encoder and of the decoder.
+      num_heads: N, of the attention.
       cell: one of `CELLS`.
-      tie_embeddings: one table for source, target and logits.
+      dropout_rate: of embedded tokens and of each layer's output.
+      tie_embeddings: whether one table serves source, target and logits.
       backend: of the attention.
-      dtype: of the computation.
-      rngs: for parameters.
+      dtype: of the computation; None: float32.
+      rngs: for parameters; with a dropout rate, the stream of calls without `rngs` too.
     """
 
     def __init__(
         self,
         vocab_size: int,
-        target_vocab_size: int,
+        target_vocab_size: int | None = None,
         *,
-        width: int,
-        layers: int,
-        heads: int,
-        cell: str,
-        tie_embeddings: bool,
-        backend: str,
-        dtype: jnp.dtype,
+        d_model: int,
+        num_layers: int = 1,
+        num_heads: int = 1,
+        cell: str = "lstm",
+        dropout_rate: float = 0.0,
+        tie_embeddings: bool = True,
+        backend: str = "einsum",
+        dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        def embedding(size: int):
-            return Embedding(size, width, dtype=dtype, rngs=rngs)
+        dtype = dtype or jnp.dtype("float32")
+        init = INITIALIZERS["glorot_uniform"]
 
-        def linear(inputs: int):
+        def embedding(size: int) -> Embed:
+            return scaled_embedding(size, d_model, dtype, rngs)
+
+        def linear(inputs: int) -> Linear:
             return Linear(
                 inputs,
-                width,
-                kernel_init=INITIALIZERS["glorot_uniform"],
-                kernel_metadata={"axes": ("mlp", "embed")},
-                bias_metadata={"axes": ("norm",)},
+                d_model,
+                kernel_init=init,
+                kernel_metadata=axis_names("mlp", "embed"),
+                bias_metadata=axis_names("norm"),
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        def cells(inputs: int, width: int, number: int):
-            return nnx.List(
-                CELLS[cell](inputs if i == 0 else width, width, dtype=dtype, rngs=rngs)
-                for i in range(number)
-            )
+        def make_cell(inputs: int, width: int) -> Cell:
+            return CELLS[cell](inputs, width, dtype=dtype, rngs=rngs)
 
-        half = width // 2
+        half, target_size = d_model // 2, target_vocab_size or vocab_size
         self.embedding = embedding(vocab_size)
-        self.target_embedding = None if tie_embeddings else embedding(target_vocab_size)
-        self.output_embedding = None if tie_embeddings else embedding(target_vocab_size)
-        self.forward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
-        self.backward = nnx.List(cells(width, half, 1)[0] for _ in range(layers))
-        self.bridge = nnx.List(linear(half) for _ in range(layers))
-        self.decoder = cells(2 * width, width, layers)
+        self.target_embedding = nnx.data(None if tie_embeddings else embedding(target_size))
+        self.output_embedding = nnx.data(None if tie_embeddings else embedding(target_size))
+        self.forward = nnx.List(make_cell(d_model, half) for _ in range(num_layers))
+        self.backward = nnx.List(make_cell(d_model, half) for _ in range(num_layers))
+        self.bridge = nnx.List(linear(half) for _ in range(num_layers))
+        self.decoder = nnx.List(
+            make_cell(2 * d_model if i == 0 else d_model, d_model) for i in range(num_layers)
+        )
         self.attention = MultiHeadAttention(
-            width,
-            heads,
-            width // heads,
-            value_width=width // heads,
-            kv_heads=heads,
+            num_heads,
+            d_model,
             use_bias=False,
-            qk_norm=False,
-            fused=False,
-            init=INITIALIZERS["glorot_uniform"],
+            kernel_init=init,
             backend=backend,
             dtype=dtype,
             rngs=rngs,
         )
-        self.combine = linear(2 * width)
+        self.combine = linear(2 * d_model)
+        self.dropout = Dropout(dropout_rate, rngs=rngs)
 
     def __call__(
         self,
         source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"],
         target_in: Int[Array, "B T"],
-        target_segments: Int[Array, "B T"],
         *,
+        source_segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
         source_positions: None = None,
         target_positions: None = None,
-        training: Training | None = None,
-        maps: dict[str, list[Array]] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits for each target position; the arguments are those of `model.Transformer`.
+        """Logits for each target position; the arguments are those of `transformer.Transformer`.
 
         One example a row: there are no positions to give.
         """
-        memory = self.encode(source, source_segments, training=training)
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        source_segments = masking.segments_of(source, source_segments)
+        memory = self.encode(source, source_segments, **mode)
         cache = self.start_cache(memory, source_segments, target_in.shape[1])
-        return self.advance(target_in, cache, training, maps)[0]
+        return self.advance(target_in, cache, **mode)[0]
 
     def encode(
         self,
         source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"],
-        *,
-        training: Training | None = None,
+        source_segments: Int[Array, "B S"] | None = None,
+        **mode: Any,
     ) -> Float[Array, "B S D"]:
-        """The encoder's memory of `source`."""
-        real = source_segments > 0
-        x = drop(self.embedding(source), training)
+        """The encoder's memory of `source`; `mode` is `deterministic` and `rngs` of the call."""
+        real = masking.segments_of(source, source_segments) > 0
+        x = self.dropout(embed_scaled(self.embedding, source), **mode)
         for forward, backward in zip(self.forward, self.backward, strict=True):
             halves = run(forward, x, real, reverse=False), run(backward, x, real, reverse=True)
             x = constrain(jnp.concatenate(halves, axis=-1), "batch", "length", "width")
-            x = drop(x, training)
+            x = self.dropout(x, **mode)
         return x
 
     def start_cache(
@@ -279,7 +292,7 @@ class Recurrent(nnx.Module):
             filled=jnp.zeros((), jnp.int32),
             states=states,
             attended=jnp.zeros((first.shape[0], memory.shape[-1]), memory.dtype),
-            memory=self.attention.project(memory),
+            memory=self.attention.project_kv(memory),
             mask=masking.padding(source_segments > 0),
         )
 
@@ -291,24 +304,22 @@ class Recurrent(nnx.Module):
         With a cache of several hypotheses the tokens are the next one of each.
         """
         if cache.hypotheses() == 1:
-            return self.advance(tokens, cache)
-        logits, cache = self.advance(tokens.reshape(-1, 1), cache)
+            return self.advance(tokens, cache, deterministic=True)
+        logits, cache = self.advance(tokens.reshape(-1, 1), cache, deterministic=True)
         return logits.reshape(*tokens.shape, -1), cache
 
     def advance(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: Cache,
-        training: Training | None = None,
-        maps: dict[str, list[Array]] | None = None,
+        self, tokens: Int[Array, "B T"], cache: Cache, **mode: Any
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Reads `tokens` one after another, as training and decoding do alike."""
-        x = drop((self.target_embedding or self.embedding)(tokens), training)
-        # Between stacked layers; drawn ahead, for a key drawn in the loop would be one for all.
+        """Reads `tokens` one after another, in training and decoding alike."""
+        x = embed_scaled(self.target_embedding or self.embedding, tokens)
+        x = self.dropout(x, **mode)
+        # Between stacked layers; drawn ahead, since a key drawn in the loop would serve all steps.
         between = jnp.ones((len(self.decoder) - 1, *x.shape), x.dtype)
-        between = drop(between, training)
+        between = self.dropout(between, **mode)
+        attention = self.attention
 
-        def step(carry, inputs):
+        def step(carry: Any, inputs: Any) -> Any:
             states, attended = carry
             x, between = inputs
             x, fresh = jnp.concatenate([x, attended], axis=-1), []
@@ -316,18 +327,23 @@ class Recurrent(nnx.Module):
                 x = x if i == 0 else x * between[i - 1]
                 fresh.append(cell.step(states[i], cell.input(x)))
                 x = fresh[-1][0]
-            weights: list[Array] | None = None if maps is None else []
             # Hypotheses of one source, each with a row of its own, are queries to one memory.
-            query = self.attention.project_query(x.reshape(cache.mask.shape[0], -1, x.shape[-1]))
-            read = self.attention(query, cache.memory, cache.mask, maps=weights).reshape(x.shape)
+            query = attention.project_query(x.reshape(cache.mask.shape[0], -1, x.shape[-1]))
+            weights = None  # a loop cannot sow: they are sown after it
+            if attention.sow_weights:
+                weights = attention_weights(query, cache.memory.key, cache.mask)
+            heads = attention.backend(query, *cache.memory, cache.mask)
+            read = attention.out(heads.swapaxes(1, 2)).reshape(x.shape)
             attended = jnp.tanh(self.combine(jnp.concatenate([x, read], axis=-1)))
             return (tuple(fresh), attended), (attended, weights)
 
         by_time = jnp.swapaxes(x, 0, 1), jnp.moveaxis(between, 2, 0)
         carry, (outputs, weights) = jax.lax.scan(step, (cache.states, cache.attended), by_time)
-        if maps is not None and weights:
-            maps["cross"].append(jnp.moveaxis(weights[0][:, :, :, 0], 0, 2))
-        x = drop(constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width"), training)
-        logits = (self.output_embedding or self.embedding).logits(x)
+        if weights is not None:
+            weights = jnp.moveaxis(weights[:, :, :, 0], 0, 2)
+            attention.sow(nnx.Intermediate, "attention_weights", weights)
+        x = constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width")
+        x = self.dropout(x, **mode)
+        logits = logits_of(self.output_embedding or self.embedding, x)
         filled = cache.filled + tokens.shape[1]
         return logits, cache._replace(filled=filled, states=carry[0], attended=carry[1])

@@ -1,7 +1,6 @@
-"""The encoder and the decoder: stacks of layers, and the layers."""
+"""The encoder and the decoder: stacks of layers, run one by one, scanned or rematerialised."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,285 +9,248 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
-from transformer.modules import masking
-from transformer.modules.attention import KeyValue, MultiHeadAttention, Relations
-from transformer.modules.config import DTYPES, REMATS, ModelConfig
-from transformer.modules.dropout import Training
+from transformer.modules.attention import KeyValue, Rotate
+from transformer.modules.dropout import is_deterministic, stream_of, training_rngs
 from transformer.modules.layers import (
-    INITIALIZERS,
-    FeedForward,
-    Residual,
+    AttentionMask,
+    DecoderLayer,
+    EncoderLayer,
+    apply_norm,
 )
-from transformer.modules.normalization import NORMS, Statistic
+from transformer.modules.normalization import NORMS
 
-# The attention weights [B, N, T, S] of each layer, under "encoder", "decoder", "cross".
-Maps = dict[str, list[Array]]
-
-
-def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
-    """Multi-head attention of the model's sizes."""
-    return MultiHeadAttention(
-        config.d_model,
-        config.num_heads,
-        config.attention_width(),
-        value_width=config.values_width(),
-        kv_heads=config.num_kv_heads or config.num_heads,
-        use_bias=config.attention_bias,
-        qk_norm=config.normalize_qk,
-        epsilon=config.qk_norm_epsilon or config.norm_epsilon,
-        fused=config.fused_qkv,
-        init=INITIALIZERS[config.kernel_init],
-        backend=config.attention_backend,
-        dtype=DTYPES[config.dtype],
-        rngs=rngs,
-    )
+# What a layer keeps for its gradient; the rest is rematerialised.
+REMATS: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-def make_feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
-    """The feed-forward sublayer of the model's sizes."""
-    return FeedForward(
-        config.d_model,
-        config.d_ff,
-        kind=config.feed_forward,
-        init=INITIALIZERS[config.kernel_init],
-        dtype=DTYPES[config.dtype],
-        rngs=rngs,
-    )
+class Stack(nnx.Module):
+    """A stack of L layers; unless post-norm, with one more norm at its end.
+
+    Args:
+      num_layers: L.
+      d_model: D.
+      num_heads: N.
+      d_ff: F.
+      scan_layers: whether one layer is compiled for all of them, in a `jax.lax.scan`. Their
+        variables are stacked for it: as much memory again as the parameters take.
+      remat: one of `REMATS`.
+      norm: one of `NORMS`.
+      norm_placement: one of `NORM_PLACEMENTS`.
+      norm_epsilon: of the norms.
+      dtype: of the computation; None: that which inputs and parameters promote to.
+      param_dtype: of the parameters.
+      rngs: for the parameters and dropout.
+      **options: further arguments of `EncoderLayer` or `DecoderLayer`.
+    """
+
+    layer: type[Any]
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        *,
+        scan_layers: bool = False,
+        remat: str = "none",
+        norm: str = "layer",
+        norm_placement: str = "pre",
+        norm_epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.scan_layers, self.remat = scan_layers, remat
+        self.deterministic: bool | None = False
+        self.layers: Any = nnx.List(
+            self.layer(
+                d_model,
+                num_heads,
+                d_ff,
+                norm=norm,
+                norm_placement=norm_placement,
+                norm_epsilon=norm_epsilon,
+                **common,
+                **options,
+            )
+            for _ in range(num_layers)
+        )
+        # With post-norm the last layer has normalised the stream.
+        last = norm_placement != "post"
+        self.final_norm: Any = nnx.data(
+            NORMS[norm](d_model, epsilon=norm_epsilon, **common) if last else None
+        )
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        call: Callable[..., Array],
+        *,
+        token_mask: Bool[Array, "B T"] | None,
+        deterministic: bool | None,
+        rngs: nnx.Rngs | None,
+    ) -> Float[Array, "B T D"]:
+        """The layers one after another, then the final norm.
+
+        Each layer gets random keys of its own, which do not depend on how the layers are run.
+
+        Args:
+          x: the stream.
+          call: (layer, x, deterministic=, rngs=, token_mask=) → x.
+          token_mask: see `EncoderLayer`, as for the others.
+          deterministic: see there.
+          rngs: see there.
+
+        Raises:
+          UserError: layers that differ are to be scanned.
+        """
+        training = not is_deterministic(deterministic, self.deterministic)
+        stream = stream_of("layers", rngs) if training else None
+        keys = None if stream is None else jax.random.split(stream(), len(self.layers))
+        options = {"token_mask": token_mask, "deterministic": deterministic}
+
+        def step(layer: nnx.Module, x: Array, key: Array | None) -> Array:
+            return call(layer, x, rngs=None if key is None else training_rngs(key), **options)
+
+        if self.scan_layers or self.remat != "none":
+            x = self.run_transformed(step, x, keys, training)
+        else:
+            for i, layer in enumerate(self.layers):
+                x = step(layer, x, None if keys is None else keys[i])
+        if self.final_norm is None:
+            return x
+        return apply_norm(self.final_norm, x, token_mask, deterministic)
+
+    def run_transformed(
+        self,
+        step: Callable[..., Array],
+        x: Float[Array, "B T D"],
+        keys: Array | None,
+        training: bool,
+    ) -> Float[Array, "B T D"]:
+        """The layers scanned, rematerialised or both, as functions of their variables."""
+        structures, states = zip(*map(nnx.split, self.layers), strict=True)
+
+        def pure(structure: Any) -> Callable:
+            def function(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, Any]:
+                state, key = inputs
+                layer = nnx.merge(structure, state)
+                x = step(layer, x, key)
+                return x, nnx.state(layer, nnx.Any(nnx.BatchStat, nnx.RngState))
+
+            if self.remat == "none":
+                return function
+            # Inside a scan nothing can be shared with the forward pass by accident.
+            return jax.checkpoint(
+                function, policy=REMATS[self.remat], prevent_cse=not self.scan_layers
+            )
+
+        if self.scan_layers:
+            if any(structure != structures[0] for structure in structures):
+                raise UserError(
+                    "model.scan_layers=True compiles one layer for all of a stack, and the layers "
+                    "of this one differ in more than their variables; set it to False"
+                )
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            x, updates = jax.lax.scan(pure(structures[0]), x, (stacked, keys))
+            changed = [jax.tree.map(lambda leaf, i=i: leaf[i], updates) for i in range(len(states))]
+        else:
+            changed = []
+            for i, (structure, state) in enumerate(zip(structures, states, strict=True)):
+                x, update = pure(structure)(x, (state, None if keys is None else keys[i]))
+                changed.append(update)
+        if training:
+            for layer, update in zip(self.layers, changed, strict=True):
+                nnx.update(layer, update)
+        return x
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
 
-def make_residual(config: ModelConfig) -> Residual:
-    """The connection around one sublayer."""
-    return Residual(
-        config.d_model,
-        norm=config.norm,
-        epsilon=config.norm_epsilon,
-        placement=config.norm_placement,
-    )
+class Encoder(Stack):
+    """A stack of encoder layers; see `Stack`."""
 
-
-class EncoderLayer(nnx.Module):
-    """Self-attention, then feed-forward, each inside a residual connection."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.self_attention = make_attention(config, rngs)
-        self.feed_forward = make_feed_forward(config, rngs)
-        self.residuals = nnx.List([make_residual(config) for _ in range(2)])
+    layer = EncoderLayer
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        relations: Relations,
-        training: Training | None = None,
-        maps: list[Array] | None = None,
+        *,
+        mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        token_mask: Bool[Array, "B S"] | None = None,
+        bias: Float[Array, "#B N S S"] | None = None,
+        rotate: Rotate | None = None,
     ) -> Float[Array, "B S D"]:
-        attention, feed_forward = self.residuals
-        h = attention.input(x, training)
-        query, key_value = self.self_attention.project_all(h, relations.rotate)
-        y = self.self_attention(
-            query, key_value, relations.mask, relations.bias, training=training, maps=maps
-        )
-        x = attention.add(x, y, training)
-        return feed_forward.add(x, self.feed_forward(feed_forward.input(x, training)), training)
+        """The stack's output; the arguments are those of `EncoderLayer`."""
+
+        def call(layer: EncoderLayer, x: Array, **options: Any) -> Array:
+            return layer(x, mask=mask, bias=bias, rotate=rotate, **options)
+
+        return self.run(x, call, token_mask=token_mask, deterministic=deterministic, rngs=rngs)
 
 
-class DecoderLayer(nnx.Module):
-    """Masked self-attention, attention to the encoder's memory, feed-forward."""
+class Decoder(Stack):
+    """A stack of decoder layers; see `Stack`."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.self_attention = make_attention(config, rngs)
-        self.cross_attention = make_attention(config, rngs)
-        self.feed_forward = make_feed_forward(config, rngs)
-        self.residuals = nnx.List([make_residual(config) for _ in range(3)])
+    layer = DecoderLayer
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        relations: Relations,
-        memory: KeyValue,
-        memory_mask: masking.Mask | Bool[Array, "#B 1 #T S"],
-        cache: tuple[KeyValue, Int[Array, ""]] | None = None,
-        training: Training | None = None,
-        maps: Maps | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Returns the layer's output and its self-attention keys and values.
+        memory: Float[Array, "B S D"],
+        *,
+        mask: AttentionMask = None,
+        memory_mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
+        bias: Float[Array, "#B N T T"] | None = None,
+        rotate: Rotate | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The stack's output for a whole target; the arguments are those of `DecoderLayer`."""
 
-        Args:
-          x: the target positions to compute.
-          relations: among the target positions, or of them to the cache's.
-          memory: keys and values that `cross_attention` projected from the memory.
-          memory_mask: from target positions to source positions.
-          cache: keys and values of earlier positions, and where x's are to be written.
-          training: for dropout and batch norm; None in evaluation.
-          maps: takes the attention weights.
-        """
-        self_attention, cross_attention, feed_forward = self.residuals
-        h = self_attention.input(x, training)
-        query, key_value = self.self_attention.project_all(h, relations.rotate)
-        if cache is not None:
-            earlier, index = cache
-            key_value = earlier.write(key_value, index)
-        into = maps["decoder"] if maps else None
-        y = self.self_attention(
-            query, key_value, relations.mask, relations.bias, training=training, maps=into
-        )
-        x = self_attention.add(x, y, training)
-        h = cross_attention.input(x, training)
-        into = maps["cross"] if maps else None
-        query = self.cross_attention.project_query(h)
-        y = self.cross_attention(query, memory, memory_mask, training=training, maps=into)
-        x = cross_attention.add(x, y, training)
-        y = self.feed_forward(feed_forward.input(x, training))
-        return feed_forward.add(x, y, training), key_value
+        def call(layer: DecoderLayer, x: Array, **options: Any) -> Array:
+            attention = {"mask": mask, "memory_mask": memory_mask, "bias": bias, "rotate": rotate}
+            return layer(x, memory, **attention, **options)
 
-
-def run_layers(
-    layers: Sequence[Any],
-    call: Callable[..., Array],
-    x: Float[Array, "B T D"],
-    config: ModelConfig,
-    training: Training | None,
-) -> Float[Array, "B T D"]:
-    """A stack of layers, one after another, as `scan_layers` and `remat` say.
-
-    Scanned, a layer is compiled once for all of them, whose variables are put side by side
-    for it: as much memory again as the parameters take.
-
-    Args:
-      layers: modules; to be scanned they must differ in nothing but their variables.
-      call: (layer, x, training) → x.
-      x: what goes in.
-      config: the model's.
-      training: what training brings.
-
-    Raises:
-      UserError: layers that differ are to be scanned.
-    """
-    structures, states = zip(*map(nnx.split, layers), strict=True)
-    keys = None if training is None else training.of_each_layer(len(layers))
-
-    def step(structure, x, inputs):
-        state, key = inputs
-        layer = nnx.merge(structure, state)
-        x = call(layer, x, training and training.of_layer(key))
-        return x, nnx.state(layer, Statistic)
-
-    if config.remat != "none":
-        # Inside a scan nothing can be shared with the forward pass by accident.
-        step = jax.checkpoint(
-            step,
-            policy=REMATS[config.remat],
-            prevent_cse=not config.scan_layers,
-            static_argnums=0,
-        )
-    if config.scan_layers:
-        if any(structure != structures[0] for structure in structures):
-            raise UserError(
-                "model.scan_layers=True compiles one layer for all of a stack, and the layers of "
-                "this one differ in more than their variables; set it to False"
-            )
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        x, seen = jax.lax.scan(partial(step, structures[0]), x, (stacked, keys))
-        statistics = [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for i in range(len(layers))]
-    else:
-        statistics = []
-        for i, (structure, state) in enumerate(zip(structures, states, strict=True)):
-            x, seen = step(structure, x, (state, None if keys is None else keys[i]))
-            statistics.append(seen)
-    if training is not None:
-        for layer, seen in zip(layers, statistics, strict=True):
-            nnx.update(layer, seen)
-    return x
-
-
-class Encoder(nnx.Module):
-    """A stack of L encoder layers; unless post-norm, with one more norm at its end."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = final_norm(config)
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        relations: Relations,
-        training: Training | None = None,
-        maps: list[Array] | None = None,
-    ) -> Float[Array, "B S D"]:
-        if maps is None:
-            x = run_layers(
-                self.layers,
-                lambda layer, x, training: layer(x, relations, training),
-                *(x, self.config, training),
-            )
-        else:
-            for layer in self.layers:
-                x = layer(x, relations, training, maps)
-        return x if self.final_norm is None else self.final_norm(x, training)
-
-
-class Decoder(nnx.Module):
-    """A stack of L decoder layers; unless post-norm, with one more norm at its end."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = final_norm(config)
+        return self.run(x, call, token_mask=token_mask, deterministic=deterministic, rngs=rngs)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Each layer's cross-attention keys and values."""
-        return tuple(layer.cross_attention.project(memory) for layer in self.layers)
+        return tuple(layer.cross_attention.project_kv(memory) for layer in self.layers)
 
-    def __call__(
+    def decode_step(
         self,
         x: Float[Array, "B T D"],
-        relations: Relations,
-        memory: Float[Array, "B S D"],
-        memory_mask: masking.Mask | Bool[Array, "B 1 #T S"],
-        training: Training | None = None,
-        maps: Maps | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The stack's output for a whole target, given the encoder's memory."""
-
-        def call(layer, x, training, maps=None):
-            read = layer.cross_attention.project(memory)
-            return layer(x, relations, read, memory_mask, training=training, maps=maps)[0]
-
-        if maps is None:
-            x = run_layers(self.layers, call, x, self.config, training)
-        else:
-            for layer in self.layers:
-                x = call(layer, x, training, maps)
-        return x if self.final_norm is None else self.final_norm(x, training)
-
-    def step(
-        self,
-        x: Float[Array, "B T D"],
-        relations: Relations,
         memory: tuple[KeyValue, ...],
-        memory_mask: Bool[Array, "B 1 #T S"],
         cache: tuple[KeyValue, ...],
         index: Int[Array, ""],
+        **attention: Any,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
-        """The next positions' output, given what `project_memory` made, and the cache with them.
+        """The output for the next target positions, and the cache with them in it.
 
         Args:
-          x: the target positions to compute.
-          relations: of them to the cache's.
-          memory: keys and values for each layer's cross-attention.
-          memory_mask: from target positions to source positions.
-          cache: each layer's keys and values of earlier positions.
-          index: the entry where x's begin.
+          x: the stream of the next target positions.
+          memory: each layer's keys and values, from `project_memory`.
+          cache: each layer's keys and values of the earlier target positions.
+          index: the entry where those of `x` begin.
+          **attention: `mask`, `memory_mask`, `bias` and `rotate` of `DecoderLayer.decode_step`.
         """
         decoded = []
         for layer, read, earlier in zip(self.layers, memory, cache, strict=True):
-            x, key_value = layer(x, relations, read, memory_mask, (earlier, index))
+            x, key_value = layer.decode_step(x, read, earlier, index, **attention)
             decoded.append(key_value)
-        return x if self.final_norm is None else self.final_norm(x), tuple(decoded)
-
-
-def final_norm(config: ModelConfig) -> Any:
-    """The norm after a stack whose stream nothing else has normalised; None with post-norm."""
-    if config.norm_placement == "post":
-        return None
-    return NORMS[config.norm](config.d_model, epsilon=config.norm_epsilon)
+        x = x if self.final_norm is None else apply_norm(self.final_norm, x, deterministic=True)
+        return x, tuple(decoded)

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from transformer.data.batches import Batch, BatchWindow, Dataset
 from transformer.loss import cross_entropy
-from transformer.modules.dropout import Training, streams
+from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params, flatten
-from transformer.modules.normalization import Statistic
+from transformer.modules.transformer import set_dropout_rates
 from transformer.parallel.mesh import add_replica_axis, parameter_shardings, replicated
 from transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -248,17 +248,8 @@ def make_train_step(
 
         def loss_of(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
             module = model.bind(params | state.batch_stats)
-            logits = module(
-                part.source,
-                part.source_segments,
-                part.target_in,
-                part.target_segments,
-                source_positions=part.source_positions,
-                target_positions=part.target_positions,
-                training=Training(
-                    streams(key), hparams.dropout_rate, hparams.attention_dropout_rate
-                ),
-            )
+            set_dropout_rates(module, hparams.dropout_rate, hparams.attention_dropout_rate)
+            logits = module(**part.inputs(), deterministic=False, rngs=training_rngs(key))
             losses = cross_entropy(logits, part.target_out)
             loss = losses.smoothed(hparams.label_smoothing)
             correct = jnp.where(logits.argmax(-1) == part.target_out, part.weights, 0.0)
@@ -268,7 +259,7 @@ def make_train_step(
                 "correct": correct.sum(),
                 "tokens": part.weights.sum(),
             }
-            seen = flatten(nnx.state(module, Statistic))
+            seen = flatten(nnx.state(module, nnx.BatchStat))
             return sums["loss"] / total, (sums, seen)
 
         def gradients_of(part: Batch, key: Array) -> tuple[Params, tuple[Sums, Params]]:

@@ -61,12 +61,11 @@ def dependence(backend: str, length: int, seed: int) -> Float[np.ndarray, "T T"]
     model = model_of(first + length, attention_backend=backend, tie_embeddings=False)
     params = model.init(jax.random.key(seed))
     tokens = jnp.arange(first, first + length)[None]
-    segments = jnp.ones_like(tokens)
     (name,) = (name for name in params if name.startswith("target_embedding/"))
 
     def logits(rows: Array) -> Array:
         variables = params | {name: params[name].at[first:].set(rows)}
-        return model.bind(variables)(tokens, segments, tokens, segments)[0]
+        return model.bind(variables)(tokens, tokens)[0]
 
     jacobian = jax.jit(jax.jacrev(logits))(params[name][first:])  # [T, V, T, D]
     return np.abs(np.asarray(jacobian)).max((1, 3))

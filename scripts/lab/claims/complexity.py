@@ -18,7 +18,7 @@ from lab.tables import markdown
 from lab.timing import interleaved
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import einsum_attention
-from transformer.modules.layers import INITIALIZERS
+from transformer.modules.linear import INITIALIZERS
 from transformer.modules.recurrent import LSTM, run
 
 ROWS = 4  # sequences at a time
@@ -51,29 +51,17 @@ def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...
         structure, state = nnx.split(LSTM(d, d, dtype=dtype, rngs=nnx.Rngs(0)))
         real = jnp.ones((ROWS, n), bool)
         return lambda s, x: run(nnx.merge(structure, s), x, real, reverse=False), (state, x)
-    attention = MultiHeadAttention(
-        d,
-        1,
-        d,
-        value_width=d,
-        kv_heads=1,
-        use_bias=False,
-        qk_norm=False,
-        fused=False,
-        init=INITIALIZERS["glorot_uniform"],
-        backend="einsum",
-        dtype=dtype,
-        rngs=nnx.Rngs(0),
-    )
+    init = INITIALIZERS["glorot_uniform"]
+    attention = MultiHeadAttention(1, d, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))
     structure, state = nnx.split(attention)
 
     def whole(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
-        return module(*module.project_all(x))
+        return module(x)
 
     def projections(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
-        query, (key, value) = module.project_all(x)
+        query, (key, value) = module.project(x, x, x)
         # The output projection reads the values in place of what the core would give.
         return query, key, module.out(value.swapaxes(1, 2))
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array
 
 from lab import plots
@@ -13,8 +14,8 @@ from lab.claims.claim import Check, Claim, Setting
 from lab.claims.learning import REPLICAS, bests, records, sweep_of
 from lab.sweeps.sweep import plan
 from transformer.config import default_config
-from transformer.modules.dropout import Training, streams
-from transformer.modules.model import Model, Params, relations
+from transformer.modules.linear import embed_scaled
+from transformer.modules.model import Model, Params
 from transformer.modules.normalization import BatchNorm, LayerNorm
 from transformer.run import Run
 from transformer.training.metrics import by_replica
@@ -28,7 +29,8 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
     """The mean and the variance of a norm's output for weights of several scales before it."""
     inputs = jax.random.normal(jax.random.key(0), (rows // 8, 8, width))
     matrix = jax.random.normal(jax.random.key(1), (width, width)) * width**-0.5
-    layer, batch = LayerNorm(width, epsilon=EPSILON), BatchNorm(width, epsilon=EPSILON)
+    options = {"epsilon": EPSILON, "rngs": nnx.Rngs(0)}
+    layer, batch = LayerNorm(width, **options), BatchNorm(width, **options)
     weights = {f"weights × {10.0**power:g}": 10.0**power * matrix for power in POWERS}
     uneven = {"one row of the weights × 1000": matrix.at[0].multiply(1e3)}
     checks = []
@@ -38,14 +40,12 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
         text = f"means within ±{mean:.1g}; variance {variance.min():.4f} to {variance.max():.4f}"
         checks.append(Check(name, text, bool(mean < 1e-3 and np.abs(variance - 1).max() < 1e-2)))
     before = projected(inputs, matrix)
-    training = np.asarray(batch(before, in_training(before)), np.float64).var(-1)
-    batch.mean[...], batch.variance[...] = before.mean((0, 1)), before.var((0, 1))
-    in_use = np.asarray(batch(projected(inputs, 10.0 * matrix)), np.float64).var(-1)
+    training = np.asarray(batch(before), np.float64).var(-1)
     others = inputs.at[1:].multiply(3.0)
-    ours, theirs = (
-        bool((norm(inputs, mode)[0] == norm(others, mode)[0]).all())
-        for norm, mode in ((layer, None), (batch, in_training(inputs)))
-    )
+    ours, theirs = (bool((norm(inputs)[0] == norm(others)[0]).all()) for norm in (layer, batch))
+    batch.mean[...], batch.var[...] = before.mean((0, 1)), before.var((0, 1))
+    batch.eval()
+    in_use = np.asarray(batch(projected(inputs, 10.0 * matrix)), np.float64).var(-1)
     for name, variance in (
         ("unlike batch norm in training", training),
         ("unlike batch norm in evaluation, weights × 10 since its averages", in_use),
@@ -89,24 +89,17 @@ def projected(inputs: Array, weights: Array) -> Array:
     return x + jnp.sqrt(x.var())
 
 
-def in_training(x: Array) -> Training:
-    """The training mode of a norm where all of `x` is real."""
-    training = Training(streams(jax.random.key(0)), 0.0, 0.0)
-    return training.over(jnp.ones(x.shape[:-1], jnp.int32))
-
-
 def scales_by_layer(model: Model, params: Params, tokens: Array) -> dict[str, list[float]]:
     """Root mean squares of the encoder's residual stream after each layer, and of the inputs of
     its attention."""
     module = model.bind(params)
-    positions = jnp.arange(tokens.shape[1])[None]
-    everywhere = jnp.ones((1, 1, tokens.shape[1], tokens.shape[1]), bool)
-    related = relations(module.source_position, everywhere, positions, positions)
-    x = module.source_position.embed(module.embedding(tokens), positions)
+    x = module.source_position(embed_scaled(module.embedding, tokens))
     found: dict[str, list[float]] = {"inputs": [], "stream": []}
     for layer in module.encoder.layers:
-        found["inputs"].append(rms(layer.residuals[0].input(x, None)))
-        x = layer(x, related)
+        attention = layer.residuals[0]
+        inputs = x if attention.placement == "post" else attention.norm(x)
+        found["inputs"].append(rms(inputs))
+        x = layer(x)
         found["stream"].append(rms(x))
     return found
 

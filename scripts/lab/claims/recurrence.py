@@ -47,9 +47,7 @@ def gradient_call(kind: str, n: int) -> tuple[Callable[..., Any], tuple]:
     batch = make_batch(tokens[0], tokens[1])
 
     def loss(params: Any, batch: Any) -> Any:
-        logits = model.bind(params | statistics)(
-            batch.source, batch.source_segments, batch.target_in, batch.target_segments
-        )
+        logits = model.bind(params | statistics)(**batch.inputs())
         return cross_entropy(logits, batch.target_out).nll.mean()
 
     return jax.grad(loss), (params, batch)

@@ -1,0 +1,178 @@
+"""Linear transformations and embeddings, with `nnx`'s arguments and parameter layouts."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from transformer.parallel.mesh import constrain
+
+Initializer = Callable[..., Any]
+
+lecun_normal = nnx.initializers.lecun_normal()
+zeros = nnx.initializers.zeros_init()
+default_embed_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+# How the matrices of attention and feed-forward are initialised.
+INITIALIZERS: dict[str, Initializer] = {
+    "glorot_uniform": nnx.initializers.glorot_uniform(),  # Glorot and Bengio 2010
+    "glorot_normal": nnx.initializers.glorot_normal(),
+    "lecun_normal": lecun_normal,
+    "he_normal": nnx.initializers.he_normal(),  # He et al. 2015
+    "normal": nnx.initializers.normal(0.02),  # Radford et al. 2019 (GPT-2)
+}
+
+
+def axis_names(*names: str) -> dict[str, Any]:
+    """Flax's sharding metadata of a parameter: the logical name of each of its axes.
+
+    `nnx.get_partition_spec` reads them; `parallel/mesh.py: RULES` maps them to mesh axes.
+    Creating the parameter does not shard it: a module works under any mesh.
+    """
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
+    """`dtype`, or if it is None the type that the arrays promote to, as in Flax."""
+    if dtype is not None:
+        return dtype
+    return jnp.result_type(*(each for each in arrays if each is not None))
+
+
+class Linear(nnx.Module):
+    """x W + b over the last axis, or over several axes at once, as `nnx.Linear(General)`.
+
+    The gradient of the bias is summed in the dtype of the bias, whatever the dtype of the
+    computation: bfloat16 cannot count above 256.
+
+    Args:
+      in_features: size of the input's last axis, or of its last axes.
+      out_features: size of the output's last axis, or axes.
+      use_bias: whether to add b.
+      dtype: of the computation; None: that which inputs and parameters promote to.
+      param_dtype: of the parameters.
+      kernel_init: of W, called with its shape as a matrix.
+      bias_init: of b.
+      rngs: for the parameters.
+      kernel_metadata: of the parameter `kernel`.
+      bias_metadata: of the parameter `bias`.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = zeros,
+        rngs: nnx.Rngs,
+        kernel_metadata: dict[str, Any] | None = None,
+        bias_metadata: dict[str, Any] | None = None,
+    ):
+        self.in_features = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+        self.out_features = (
+            (out_features,) if isinstance(out_features, int) else tuple(out_features)
+        )
+        self.use_bias = use_bias
+        self.dtype = dtype
+        inputs, outputs = math.prod(self.in_features), math.prod(self.out_features)
+        kernel = kernel_init(rngs.params(), (inputs, outputs), param_dtype)
+        kernel = reshaped(kernel, (*self.in_features, *self.out_features))
+        self.kernel = nnx.Param(kernel, **(kernel_metadata or {}))
+        self.bias: nnx.Param[Array] | None = nnx.data(None)
+        if use_bias:
+            bias = reshaped(bias_init(rngs.params(), (outputs,), param_dtype), self.out_features)
+            self.bias = nnx.Param(bias, **(bias_metadata or {}))
+
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        dtype = compute_dtype(self.dtype, inputs, kernel, bias)
+        product = jnp.tensordot(
+            inputs.astype(dtype), kernel.astype(dtype), axes=len(self.in_features)
+        )
+        return product if bias is None else add_bias(product, bias)
+
+
+def reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+    """An initial value in its shape, with the metadata that `nnx.with_partitioning` adds to it."""
+    if isinstance(value, nnx.VariableMetadata):
+        return dataclasses.replace(value, raw_value=value.raw_value.reshape(shape))
+    return value.reshape(shape)
+
+
+def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x + bias. Cast after it is broadcast: the gradient's sum is then in the bias's dtype."""
+    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """One vector for each token, as `nnx.Embed`; its transpose gives logits (`attend`).
+
+    A token outside the vocabulary becomes NaN. Gradients are summed in the dtype of the parameter.
+
+    Args:
+      num_embeddings: V.
+      features: D.
+      dtype: of the vectors; None: that of the parameter.
+      param_dtype: of the parameter.
+      embedding_init: of the parameter, [V, D].
+      rngs: for the parameter.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: Initializer = default_embed_init,
+        rngs: nnx.Rngs,
+    ):
+        self.num_embeddings, self.features = num_embeddings, features
+        self.dtype = dtype or param_dtype
+        embedding = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
+        self.embedding = nnx.Param(embedding, **axis_names("vocab", "embed"))
+
+    def __call__(self, inputs: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        # Gathered over fsdp first: a lookup in a table split along D would come out
+        # split along D, and XLA could only make it whole again on every device.
+        table = constrain(self.embedding[...], "vocab", "width")
+        # Cast afterwards: the gradient sums over a token's occurrences in the table's dtype.
+        return table.at[inputs].get(mode="fill").astype(self.dtype)
+
+    def attend(
+        self, query: Float[Array, "*B D"], *, preferred_element_type: Any = None
+    ) -> Float[Array, "*B V"]:
+        """query Eᵀ, in `dtype`, or summed in and of `preferred_element_type`."""
+        return jnp.einsum(
+            "...D,VD->...V",
+            query.astype(self.dtype),
+            self.embedding[...].astype(self.dtype),
+            preferred_element_type=preferred_element_type,
+        )
+
+
+def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Embed:
+    """An `Embed` of variance 1/D: embedded tokens times √D have variance 1, and logits about 1."""
+    init = nnx.initializers.normal(d_model**-0.5)
+    return Embed(size, d_model, dtype=dtype, embedding_init=init, rngs=rngs)
+
+
+def embed_scaled(embedding: Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The embedded tokens times √D. (Vaswani et al. 2017, section 3.4.)"""
+    x = embedding(tokens) * embedding.features**0.5
+    return constrain(x, "batch", "length", "width")
+
+
+def logits_of(embedding: Embed, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """x Eᵀ, summed in float32."""
+    logits = embedding.attend(x, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "length", "vocab")

@@ -1,0 +1,342 @@
+"""The encoder-decoder Transformer: the one place where the parts are assembled from the config."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.modules import masking
+from transformer.modules.attention import KeyValue, MultiHeadAttention
+from transformer.modules.config import DTYPES, ModelConfig
+from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
+from transformer.modules.dropout import Dropout, is_deterministic, set_rate, stream_of
+from transformer.modules.linear import (
+    INITIALIZERS,
+    Embed,
+    embed_scaled,
+    logits_of,
+    scaled_embedding,
+)
+from transformer.modules.normalization import RMSNorm
+from transformer.modules.positions import POSITIONS, in_row
+from transformer.modules.recurrent import Recurrent
+from transformer.modules.stacks import Decoder, Encoder
+
+
+class Cache(NamedTuple):
+    """What decoding carries from token to token; passed in and returned, never stored.
+
+    The J hypotheses of a source share it: what hypothesis j computed at position t is the entry
+    t · J + j of `decoded`, and stays there when another continues from it. A step of beam search
+    permutes `own`, one bit an entry; the keys and values never move.
+
+    filled: int32 scalar, how many target positions have been decoded.
+    decoded: each layer's self-attention keys and values, with room for the whole target.
+    own: [B, J, entries], which of the entries are a hypothesis' past.
+    memory: each layer's cross-attention keys and values, computed once.
+    source_segments: [B, S] int32.
+    """
+
+    filled: Int[Array, ""]
+    decoded: tuple[KeyValue, ...]
+    own: Bool[Array, "B J entries"]
+    memory: tuple[KeyValue, ...]
+    source_segments: Int[Array, "B S"]
+
+    def pick(self, parents: Int[Array, "B J"]) -> "Cache":
+        """The cache whose hypotheses continue from these."""
+        return self._replace(own=jnp.take_along_axis(self.own, parents[..., None], axis=1))
+
+
+class Transformer(nnx.Module):
+    """Vaswani et al. 2017, figure 1: tokens in, logits over the next target token out.
+
+    Args:
+      config: the architecture.
+      vocab_size: V of the source.
+      target_vocab_size: V of the target and the logits; None: the same.
+      rngs: for the parameters; with a dropout rate, the streams of calls without `rngs` too.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        target_vocab_size: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        target_vocab_size = target_vocab_size or vocab_size
+        dtype = DTYPES[config.dtype]
+
+        def make_embedding(size: int) -> Embed:
+            return scaled_embedding(size, config.d_model, dtype, rngs)
+
+        def make_position(causal: bool) -> Any:
+            return POSITIONS[config.position_encoding](
+                config.d_model,
+                num_heads=config.num_heads,
+                max_length=config.random_positions or config.max_length,
+                causal=causal,
+                rngs=rngs,
+            )
+
+        self.config = config
+        self.deterministic: bool | None = False
+        self.embedding = make_embedding(vocab_size)
+        # Tied, one table embeds the source and the target and scores the output.
+        tied = config.tie_embeddings
+        self.target_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
+        self.output_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
+        self.source_position, self.target_position = make_position(False), make_position(True)
+        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
+        self.encoder = Encoder(**stack_arguments(config), rngs=rngs)
+        self.decoder = Decoder(**stack_arguments(config), rngs=rngs)
+
+    def __call__(
+        self,
+        source: Int[Array, "B S"],
+        target_in: Int[Array, "B T"],
+        *,
+        source_segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+        source_positions: Int[Array, "B S"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits for each target position, given the source and the target before it.
+
+        Args:
+          source: tokens that the encoder reads.
+          target_in: BOS and the target's tokens.
+          source_segments: 0 = padding; in packed rows, the number of a token's example in its
+            row. None: 1 where the token is not 0.
+          target_segments: likewise; attention does not cross segments.
+          source_positions: of each token in its segment; None: in its row.
+          target_positions: likewise.
+          deterministic: whether to evaluate; None: as `train()` and `eval()` say.
+          rngs: random keys of training, see `dropout.training_rngs`.
+        """
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        source_segments = masking.segments_of(source, source_segments)
+        target_segments = masking.segments_of(target_in, target_segments)
+        memory = self.encode(source, source_segments, positions=source_positions, **mode)
+        positions = self.positions(in_row(target_in, target_positions), **mode)
+        mask = self.mask(target_segments, target_segments, causal=True, window=self.config.window)
+        memory_mask = self.mask(target_segments, source_segments)
+        x = self.decoder(
+            self.embed_target(target_in, positions, **mode),
+            memory,
+            mask=mask,
+            memory_mask=memory_mask,
+            token_mask=target_segments > 0,
+            **attention_positions(self.target_position, positions, positions),
+            **mode,
+        )
+        return self.logits(x)
+
+    def encode(
+        self,
+        source: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"] | None = None,
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's memory of `source`; the arguments are those of the call."""
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        source_segments = masking.segments_of(source, source_segments)
+        positions = self.positions(in_row(source, positions), **mode)
+        x = self.source_position(embed_scaled(self.embedding, source), positions)
+        x = self.dropout(x, **mode)
+        return self.encoder(
+            x,
+            mask=self.mask(source_segments, source_segments, window=self.config.window),
+            token_mask=source_segments > 0,
+            **attention_positions(self.source_position, positions, positions),
+            **mode,
+        )
+
+    def positions(
+        self,
+        index: Int[Array, "#B T"],
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Int[Array, "#B T"]:
+        """The positions of the tokens that are the `index`-th of their sequences.
+
+        With `random_positions` L above 0, a batch's positions in training are a sorted
+        draw from 0 … L - 1 without replacement; so the model meets positions that
+        longer sequences have (Ruoss et al. 2023, section 3). In evaluation they are
+        evenly spaced, L / `max_length` apart, where the paper draws again: a token's
+        position then depends on no draw, and on no later token.
+        """
+        reach = self.config.random_positions
+        if not reach:
+            return index
+        if is_deterministic(deterministic, self.deterministic):
+            return index * (reach // self.config.max_length)
+        # As many as an example has tokens at most; a packed row may be longer.
+        length = self.config.max_length
+        length = min(index.shape[1], length) if index.shape[0] == 1 else length
+        stream = stream_of("positions", rngs, self.dropout.rngs)
+        if stream is None:
+            raise ValueError("random positions need random keys in training: pass rngs=")
+        drawn = jax.random.choice(stream(), reach, (length,), replace=False)
+        return jnp.sort(drawn)[index]
+
+    def mask(
+        self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], **structure: Any
+    ) -> masking.Mask | Bool[Array, "B 1 T S"]:
+        """The mask between segments in the form that the attention backend takes."""
+        mask = masking.Mask(queries, keys, **structure)
+        short = self.config.attention_backend in SHORT_MASK_BACKENDS
+        return mask if short else mask.array()
+
+    def embed_target(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], **mode: Any
+    ) -> Float[Array, "B T D"]:
+        """What the decoder reads: target tokens with their positions, after dropout."""
+        x = embed_scaled(self.target_embedding or self.embedding, tokens)
+        return self.dropout(self.target_position(x, positions), **mode)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The scores of the next target token, float32."""
+        return logits_of(self.output_embedding or self.embedding, x)
+
+    def start_cache(
+        self,
+        memory: Float[Array, "B S D"],
+        source_segments: Int[Array, "B S"],
+        length: int,
+        hypotheses: int = 1,
+    ) -> Cache:
+        """An empty cache for decoding up to `length` target positions of each hypothesis."""
+        heads, entries = self.config.num_kv_heads or self.config.num_heads, length * hypotheses
+        shape, widths = (len(memory), heads, entries), self.config.attention_widths()
+        empty = KeyValue(*(jnp.zeros((*shape, width), memory.dtype) for width in widths))
+        return Cache(
+            filled=jnp.zeros((), jnp.int32),
+            decoded=(empty,) * self.config.num_layers,
+            own=jnp.zeros((len(memory), hypotheses, entries), bool),
+            memory=self.decoder.project_memory(memory),
+            source_segments=source_segments,
+        )
+
+    def decode_step(
+        self, tokens: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits after each of the next T target tokens, and the cache with them in it.
+
+        The same as the positions `cache.filled … cache.filled + T - 1` of a call with
+        the whole target. With a cache of J > 1 hypotheses the tokens are the next one of each, and
+        T is J. Past the cache's length the logits are NaN.
+        """
+        filled, (hypotheses, entries) = cache.filled, cache.own.shape[1:]
+        steps, room = tokens.shape[1] // hypotheses, entries // hypotheses
+        index = jnp.full(tokens.shape, filled)
+        if hypotheses == 1:
+            index = filled + jnp.arange(steps)[None]
+            mask = masking.causal(steps, room, filled)
+        else:
+            new = jnp.eye(hypotheses, dtype=bool)[None].repeat(len(tokens), axis=0)
+            own = jax.lax.dynamic_update_slice_in_dim(cache.own, new, filled * hypotheses, axis=2)
+            cache, mask = cache._replace(own=own), own[:, None]
+        if self.config.window is not None:
+            near = masking.window(steps, room, self.config.window, filled)
+            mask = mask & jnp.repeat(near, hypotheses, axis=3)
+        positions = self.positions(index, True)
+        keys = self.positions(jnp.arange(entries)[None] // hypotheses, True)
+        x, decoded = self.decoder.decode_step(
+            self.embed_target(tokens, positions, deterministic=True),
+            cache.memory,
+            cache.decoded,
+            filled * hypotheses,
+            mask=mask,
+            memory_mask=masking.padding(cache.source_segments > 0),
+            **attention_positions(self.target_position, positions, keys),
+        )
+        logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
+        return logits, cache._replace(filled=filled + steps, decoded=decoded)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def stack_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `Encoder` and `Decoder`, every one of them."""
+    qk_epsilon = config.qk_norm_epsilon or config.norm_epsilon
+    return {
+        "num_layers": config.num_layers,
+        "d_model": config.d_model,
+        "num_heads": config.num_heads,
+        "d_ff": config.d_ff,
+        "scan_layers": config.scan_layers,
+        "remat": config.remat,
+        "dropout_rate": config.dropout_rate,
+        "attention_dropout_rate": config.attention_dropout_rate,
+        "norm": config.norm,
+        "norm_placement": config.norm_placement,
+        "norm_epsilon": config.norm_epsilon,
+        "feed_forward": config.feed_forward,
+        "kernel_init": INITIALIZERS[config.kernel_init],
+        "dtype": DTYPES[config.dtype],
+        "param_dtype": jnp.float32,
+        "qkv_features": config.num_heads * config.attention_width(),
+        "value_features": config.num_heads * config.values_width(),
+        "num_kv_heads": config.num_kv_heads,
+        "use_bias": config.attention_bias,
+        "normalize_qk": config.normalize_qk,
+        "qk_norm": partial(RMSNorm, epsilon=qk_epsilon),
+        "fused_qkv": config.fused_qkv,
+        "backend": config.attention_backend,
+    }
+
+
+def attention_positions(
+    position: Any, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
+) -> dict[str, Any]:
+    """What self-attention gets of a position encoding: `rotate` and `bias` of its call."""
+    rotate = partial(position.rotate, positions=queries)
+    return {"rotate": rotate, "bias": position.bias(queries, keys)}
+
+
+def make_recurrent(
+    config: ModelConfig,
+    vocab_size: int,
+    target_vocab_size: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+) -> Recurrent:
+    """The recurrent baseline of the config's sizes; it ignores the knobs that it has no use for."""
+    return Recurrent(
+        vocab_size,
+        target_vocab_size,
+        d_model=config.d_model,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        cell=config.cell,
+        dropout_rate=config.dropout_rate,
+        tie_embeddings=config.tie_embeddings,
+        backend=config.attention_backend,
+        dtype=DTYPES[config.dtype],
+        rngs=rngs,
+    )
+
+
+# What `config.ARCHITECTURES` names.
+MODULES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent": make_recurrent}
+
+
+def set_dropout_rates(module: nnx.Module, dropout_rate: Any, attention_dropout_rate: Any) -> None:
+    """Sets the rates of all dropout in a model, to numbers or to traced scalars."""
+    set_rate(module, Dropout, rate=dropout_rate)
+    set_rate(module, MultiHeadAttention, dropout_rate=attention_dropout_rate)
