@@ -92,17 +92,20 @@ def test_the_peers_have_our_schedule():
     assert theirs == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-def test_a_worker_trains_to_the_end_evaluates_and_ignores_what_follows_eos(setting, monkeypatch):
+def test_training_to_the_target_ends_with_the_schedule(bench, monkeypatch):
     target = np.array([[5, 6, EOS], [7, EOS, PAD], [8, EOS, PAD], [9, EOS, PAD]])
     decoded = [[5, 6, EOS, EOS], [7, EOS, PAD, PAD], [8, 3, EOS, PAD], [9, 9, 9, 9]]
     assert worker.exact_match(worker.until_eos(np.array(decoded)), target) == 0.5
     peer = Mock(spec=contender.Contender)
     peer.train.return_value = (1, 0.5)
     peer.decode = lambda source, batch, beams, room: np.zeros((len(source), room), int)
-    monkeypatch.setattr(worker, "EVERY", 4)
-    learned = worker.Worker(peer, setting).learn(
-        seed=0, schedule=SCHEDULE | {"steps": 10}, batching="x", target=0.5, limit=1e9
-    )
+    own = worker.Worker(peer, bench.setting)
+    remote = Mock(ask=lambda method, **arguments: getattr(own, method)(**arguments))
+    training = {"schedule": SCHEDULE | {"steps": 10}, "batching": "x"}
+    monkeypatch.setattr(measure, "EVERY", 4)
+    monkeypatch.setattr(measure.Bench, "training_of", lambda *_: training)
+    remote.contender = "marian"
+    learned = bench.learn(remote, 0)
     assert [step for step, *_ in learned["curve"]] == [4, 8, 10]
     assert (learned["steps"], learned["reached"]) == (10, False)
     # The first step compiles; training then starts again.
@@ -219,8 +222,7 @@ def test_a_contender_learns_to_reverse_and_others_decode_with_its_parameters(
             assert second["loss"] < first["loss"] < 1.2 * np.log(task.VOCABULARY)
             # 20 steps; strings of 1 to 4 symbols have 3.5 tokens on average, EOS included.
             assert first["tokens"] + second["tokens"] == pytest.approx(70 * TRIAL.batch, rel=0.1)
-        ends = {"target": 0.97, "limit": 60.0}
-        learned = remote.ask("learn", seed=0, schedule=SCHEDULE, batching=batchings[-1], **ends)
+        learned = measure.Bench("trial", setting, [name], 1, 1, 0.97, 60.0).learn(remote, 0)
         assert max(each[2] for each in learned["curve"]) > 0.8
         check_decoding(remote, name)
         assert remote.ask("memory") > 2**27

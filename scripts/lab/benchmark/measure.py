@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lab.benchmark import task
 from lab.benchmark.contender import CONTENDERS, OURS, TUNED, Schedule, Setting
 from lab.benchmark.page import comparison
 from lab.benchmark.worker import ContenderError, Remote
@@ -17,6 +18,7 @@ from lab.timing import rotate
 from transformer.console import console
 
 STRINGS = {128: 512, 1: 32}  # batch size of decoding → held-out strings in a turn
+EVERY = 50  # steps between evaluations in training to the target
 PAUSE = 0.3  # seconds between turns, until the threads of the last process sleep
 
 Part = tuple[list[dict[str, Any]], Any]  # tables of `page.comparison`; the result of every turn
@@ -87,16 +89,30 @@ class Bench:
         return {"schedule": dataclasses.asdict(schedule), "batching": batching}
 
     def learn(self, remote: Remote, seed: int) -> Any:
-        """Trains a contender to the target, and saves its parameters."""
-        ends = {"target": self.target, "limit": self.limit}
-        found = self.ask(remote, "learn", seed=seed, **self.training_of(remote.contender), **ends)
+        """Trains until the exact match of greedy decoding reaches the target; saves parameters.
+
+        It gives up where the schedule ends, or after `limit` seconds of training. Neither
+        compilation nor evaluation counts.
+        """
+        own, decode = self.training_of(remote.contender), {"batch": 128, "beams": 1, "shortest": 0}
+        curve, seconds, step, right = [], 0.0, 0, 0.0
+        self.ask(remote, "start", seed=seed, schedule=own["schedule"])
+        self.ask(remote, "train", steps=1, batching=own["batching"])  # compiles
+        self.ask(remote, "start", seed=seed, schedule=own["schedule"])
+        while step < own["schedule"]["steps"] and right < self.target and seconds < self.limit:
+            steps = min(EVERY, own["schedule"]["steps"] - step)
+            done = self.ask(remote, "train", steps=steps, batching=own["batching"])
+            found = self.ask(remote, "decode", strings=task.HELD_OUT, **decode)
+            if not found:
+                return None
+            step, seconds, right = step + steps, seconds + done["seconds"], found["exact"]
+            curve.append([step, seconds, right, done["loss"]])
         self.ask(remote, "save", path=str(self.weights(remote.contender)))
-        if found:
-            console.print(
-                f"{CONTENDERS[remote.contender].title}, seed {seed}: {found['curve'][-1][2]:.1%} "
-                f"exact match after {found['steps']:,} steps, {found['seconds']:.1f} s"
-            )
-        return found
+        console.print(
+            f"{CONTENDERS[remote.contender].title}, seed {seed}: {right:.1%} exact match after "
+            f"{step:,} steps, {seconds:.1f} s"
+        )
+        return {"reached": right >= self.target, "steps": step, "seconds": seconds, "curve": curve}
 
     def weights(self, name: str) -> Path:
         """The file with a contender's trained parameters."""

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ nn, functional = torch.nn, torch.nn.functional
 
 
 class TorchPeer(Contender):
-    """A `torch.nn.Module` from (source [B, S], target_in [B, T]) to logits [B, T, V]."""
+    """A network in PyTorch.
 
-    network: Any  # Size → module
+    Args:
+      network: Size → module from (source [B, S], target_in [B, T]) to logits [B, T, V], which also
+        has `generate(source, beams, length)` → outputs [B, at most length].
+      setting: what the process is started with.
+      compiled: `torch.compile` with its defaults: for one length, then once more for all others.
+    """
 
-    def __init__(self, setting: Setting):
+    def __init__(self, network: Any, setting: Setting, compiled: bool = False):
+        self.network, self.compiled = network, compiled
         torch.set_num_threads(setting.threads)
         self.size = setting.size
         self.device = torch.device("cuda" if setting.device == "gpu" else "cpu")
@@ -30,14 +37,10 @@ class TorchPeer(Contender):
         sides = torch.from_numpy(np.stack(strings))
         self.source, self.target = sides.long().to(self.device)
 
-    def outputs(self, source: Any, beams: int, length: int) -> Any:
-        """The outputs [B, at most length] for a batch of sources on the device."""
-        raise NotImplementedError
-
     def start(self, seed: int, schedule: Schedule) -> None:
         torch.manual_seed(seed)
         self.module = self.network(self.size).to(self.device)
-        self.forward = self.module
+        self.forward = torch.compile(self.module) if self.compiled else self.module
         parameters, rate = self.module.parameters(), schedule.learning_rate
         self.optimizer = torch.optim.Adam(parameters, rate, (0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule.factor)
@@ -85,7 +88,7 @@ class TorchPeer(Contender):
         with torch.inference_mode(), self.precision():
             for rows in task.by_length(lengths, batch):
                 part = torch.from_numpy(source[rows, : lengths[rows].max()]).long()
-                out = self.outputs(part.to(self.device), beams, length).cpu().numpy()
+                out = self.module.generate(part.to(self.device), beams, length).cpu().numpy()
                 decoded[rows, : out.shape[1]] = out
         return decoded
 
@@ -131,32 +134,18 @@ class TransformerNetwork(nn.Module):
     def forward(self, source: Any, target_in: Any) -> Any:
         return self.decode(target_in, self.encode(source), source)
 
-
-class PyTorch(TorchPeer):
-    """Eager `nn.Transformer`, which has no cache and no beam search: greedy recomputes."""
-
-    network = TransformerNetwork
-
-    def outputs(self, source: Any, beams: int, length: int) -> Any:
-        memory = self.module.encode(source)
+    def generate(self, source: Any, beams: int, length: int) -> Any:
+        """Greedy. PyTorch has no cache, so each token recomputes the whole target."""
+        memory = self.encode(source)
         tokens = torch.full_like(source[:, :1], BOS)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
         for _ in range(length):
-            logits = self.module.decode(tokens, memory, source)[:, -1]
-            token = logits.argmax(-1).masked_fill(done, PAD)
+            token = self.decode(tokens, memory, source)[:, -1].argmax(-1).masked_fill(done, PAD)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             done |= token == EOS
             if done.all():
                 break
         return tokens[:, 1:]
-
-
-class Compiled(PyTorch):
-    """`torch.compile` with its defaults: for one length, then once more for all others."""
-
-    def start(self, seed: int, schedule: Schedule) -> None:
-        super().start(seed, schedule)
-        self.forward = torch.compile(self.module)
 
 
 class MarianNetwork(nn.Module):
@@ -195,14 +184,8 @@ class MarianNetwork(nn.Module):
             use_cache=False,
         ).logits
 
-
-class Marian(TorchPeer):
-    """Marian with Hugging Face's `generate`."""
-
-    network = MarianNetwork
-
-    def outputs(self, source: Any, beams: int, length: int) -> Any:
-        tokens = self.module.model.generate(
+    def generate(self, source: Any, beams: int, length: int) -> Any:
+        tokens = self.model.generate(
             input_ids=source,
             attention_mask=(source != PAD).long(),
             max_new_tokens=length,
@@ -236,14 +219,14 @@ class XNetwork(nn.Module):
         # What its own loss computes after shifting the target.
         return self.model.decoder.net(target_in, context=memory, context_mask=mask)
 
+    def generate(self, source: Any, beams: int, length: int) -> Any:
+        """Greedy: its beam search does not stop at EOS."""
+        start, mask = torch.full_like(source[:, :1], BOS), source != PAD
+        options = {"temperature": 0.0, "eos_token": EOS}
+        return self.model.generate(source, start, length, mask=mask, **options)
 
-class XTransformers(TorchPeer):
-    """x-transformers with its `generate`; its beam search does not stop at EOS."""
 
-    network = XNetwork
-
-    def outputs(self, source: Any, beams: int, length: int) -> Any:
-        start = torch.full_like(source[:, :1], BOS)
-        return self.module.model.generate(
-            source, start, length, mask=source != PAD, temperature=0.0, eos_token=EOS
-        )
+PyTorch = partial(TorchPeer, TransformerNetwork)
+Compiled = partial(TorchPeer, TransformerNetwork, compiled=True)
+Marian = partial(TorchPeer, MarianNetwork)
+XTransformers = partial(TorchPeer, XNetwork)

@@ -24,7 +24,6 @@ from lab.benchmark.contender import CONTENDERS, Contender, Schedule, Setting
 from lab.benchmark.task import EOS, PAD, Size
 
 ROOT = Path(__file__).parents[3]
-EVERY = 50  # steps between evaluations
 SHORTEST = 0.5  # seconds that a timing of decoding takes at least, by repeating it
 
 
@@ -63,25 +62,6 @@ class Worker:
             "exact": exact_match(decoded, target),
             "tokens": float((decoded != PAD).sum(1).mean()),
         }
-
-    def learn(
-        self, seed: int, schedule: dict[str, Any], batching: str, target: float, limit: float
-    ) -> dict[str, Any]:
-        """Trains until the exact match of greedy decoding on held-out strings reaches the target.
-
-        It gives up where the schedule ends, or after `limit` seconds of training. Neither
-        compilation nor evaluation counts.
-        """
-        self.start(seed, schedule)
-        self.train(1, batching)  # compiles
-        self.start(seed, schedule)
-        curve, seconds, step, right = [], 0.0, 0, 0.0
-        while step < schedule["steps"] and right < target and seconds < limit:
-            done = self.train(min(EVERY, schedule["steps"] - step), batching)
-            step, seconds = step + done["steps"], seconds + done["seconds"]
-            right = self.decode(task.HELD_OUT, 128, 1, shortest=0.0)["exact"]
-            curve.append([step, seconds, right, done["loss"]])
-        return {"reached": right >= target, "steps": step, "seconds": seconds, "curve": curve}
 
     def memory(self) -> int:
         """Peak bytes: on the device, or on a CPU of this process."""

@@ -56,17 +56,13 @@ class Instruction(NamedTuple):
 class Traffic:
     """What one device moves in one execution of a program.
 
-    sent: collective → bytes sent to other devices.
-    counts: collective → how many of them.
-    memory: bytes read from and written to main memory; an upper bound where a fusion reads only
-      some rows of an operand.
-    unknown_loops: loops of unknown trip count, whose bodies are counted once.
+    Memory traffic is an upper bound where a fusion reads only some rows of an operand.
     """
 
-    sent: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    memory: float = 0.0
-    unknown_loops: int = 0
+    sent: dict[str, float] = field(default_factory=dict)  # collective → bytes to other devices
+    counts: dict[str, int] = field(default_factory=dict)  # collective → how many
+    memory: float = 0.0  # bytes read from and written to main memory
+    unknown_loops: int = 0  # loops of unknown trip count, whose bodies are counted once
 
 
 def traffic(text: str, devices: int) -> Traffic:
