@@ -67,21 +67,6 @@ def test_a_platform_that_fails_to_start_is_named_too():
     assert "UserError: JAX finds no tpu (Unable to initialize backend 'tpu'" in done.stderr
 
 
-def test_an_old_jax_that_is_still_loaded_asks_for_a_restart(monkeypatch):
-    monkeypatch.setattr(jax, "__version__", "0.7.2")
-    with pytest.raises(UserError, match=r"jax 0.7.2 is loaded and .* Restart session"):
-        start(2)
-
-
-def test_an_old_package_asks_for_a_new_runtime(monkeypatch):
-    version = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "0.1.9" if name == "optax" else version(name)
-    )
-    with pytest.raises(UserError, match=r"optax.*>=.* is needed and 0.1.9 is installed: .* delete"):
-        start(2)
-
-
 # What takes minutes in the notebook, and seconds here.
 SMALLER = {
     "run = transformer.Run(RunConfig.from_config_dict(toy_reverse.get_config()), workdir.path)": """

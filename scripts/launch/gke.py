@@ -15,76 +15,60 @@ Usage:
 import json
 import math
 import re
-from typing import Any
 
 from absl import flags
 
 from transformer import cli
 from transformer.errors import UserError
 
-flags.DEFINE_string("name", None, "Name of the JobSet.", required=True)
-flags.DEFINE_string("image", None, "Container image.", required=True)
-flags.DEFINE_string("claim", None, "PersistentVolumeClaim mounted at /runs.", required=True)
-flags.DEFINE_string("accelerator", None, "TPU type, by GKE's name.", required=True)
-flags.DEFINE_string("topology", None, "Topology of the slice, such as 4x4.", required=True)
-flags.DEFINE_integer("hosts", None, "Hosts in the slice.", required=True, lower_bound=1)
-flags.DEFINE_integer("chips", 4, "TPU chips per host.", lower_bound=1)
-flags.DEFINE_integer("restarts", 10, "How many times GKE restarts a slice that fails.")
-flags.DEFINE_string("command", None, "train.py or eval.py, with its flags.", required=True)
-
-MANIFEST = """\
-apiVersion: jobset.x-k8s.io/v1alpha2
-kind: JobSet
-metadata:
-  name: {name}
-spec:
-  failurePolicy: {{maxRestarts: {restarts}}}
-  replicatedJobs:
-    - name: slice
-      replicas: 1
-      template:
-        spec:
-          parallelism: {hosts}
-          completions: {hosts}
-          completionMode: Indexed
-          backoffLimit: 0
-          template:
-            spec:
-              restartPolicy: Never
-              nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: {accelerator}
-                cloud.google.com/gke-tpu-topology: {topology}
-              containers:
-                - name: program
-                  image: {image}
-                  command: {command}
-                  resources:
-                    requests: {{google.com/tpu: {chips}}}
-                    limits: {{google.com/tpu: {chips}}}
-                  volumeMounts:
-                    - {{name: runs, mountPath: /runs}}
-              volumes:
-                - name: runs
-                  persistentVolumeClaim: {{claimName: {claim}}}
-"""
-FIELDS = ("name", "restarts", "hosts", "accelerator", "topology", "image", "chips", "claim")
+NAME = flags.DEFINE_string("name", None, "Name of the JobSet.", required=True)
+IMAGE = flags.DEFINE_string("image", None, "Container image.", required=True)
+CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim for /runs.", required=True)
+ACCELERATOR = flags.DEFINE_string("accelerator", None, "GKE's name of the TPU.", required=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Such as 4x4 or 2x2x4.", required=True)
+HOSTS = flags.DEFINE_integer("hosts", None, "Hosts in the slice.", required=True, lower_bound=1)
+CHIPS = flags.DEFINE_integer("chips", 4, "TPU chips per host.", lower_bound=1)
+RESTARTS = flags.DEFINE_integer("restarts", 10, "How many times a failed slice is restarted.")
+COMMAND = flags.DEFINE_string("command", None, "train.py or eval.py, and its flags.", required=True)
 
 
 def main() -> None:
-    """Prints the manifest."""
-    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in FIELDS}
-    if not re.fullmatch(r"\d+(x\d+)+", given["topology"]):
-        raise UserError(f"--topology={given['topology']}: write it like 4x4 or 2x2x4")
-    chips = math.prod(map(int, given["topology"].split("x")))
-    if chips != given["hosts"] * given["chips"]:
+    """Prints the manifest, as JSON, which is also YAML."""
+    shape, hosts, chips = TOPOLOGY.value or "", HOSTS.value or 1, CHIPS.value
+    if not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise UserError(f"--topology={shape}: write it like 4x4 or 2x2x4")
+    if (wanted := math.prod(map(int, shape.split("x")))) != hosts * chips:
         raise UserError(
-            f"--topology={given['topology']} has {chips} chips, but --hosts={given['hosts']} with "
-            f"--chips={given['chips']} each have {given['hosts'] * given['chips']}; make them agree"
+            f"--topology={shape} has {wanted} chips, but --hosts={hosts} with --chips={chips} each "
+            f"have {hosts * chips}; make them agree"
         )
-    words = cli.host_command(flags.FLAGS.command)
-    given["command"] = ["python", *words, "--data_dir=/runs/data"]
-    # Strings, numbers and lists in JSON are also YAML.
-    print(MANIFEST.format(**{name: json.dumps(value) for name, value in given.items()}), end="")
+    tpu = {"google.com/tpu": chips}
+    container = {
+        "name": "program",
+        "image": IMAGE.value,
+        "command": ["python", *cli.host_command(COMMAND.value), "--data_dir=/runs/data"],
+        "resources": {"requests": tpu, "limits": tpu},
+        "volumeMounts": [{"name": "runs", "mountPath": "/runs"}],
+    }
+    gke = "cloud.google.com/gke-tpu-"
+    pod = {
+        "restartPolicy": "Never",
+        "nodeSelector": {f"{gke}accelerator": ACCELERATOR.value, f"{gke}topology": shape},
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM.value}}],
+    }
+    job = {"parallelism": hosts, "completions": hosts, "completionMode": "Indexed"}
+    template = {"spec": {**job, "backoffLimit": 0, "template": {"spec": pod}}}
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": NAME.value},
+        "spec": {
+            "failurePolicy": {"maxRestarts": RESTARTS.value},
+            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": template}],
+        },
+    }
+    print(json.dumps(manifest, indent=2))
 
 
 if __name__ == "__main__":
