@@ -51,7 +51,7 @@ class PerReplica:
     learning_rate: Sequence[Any] = ()  # optimizer.learning_rate
     warmup_steps: Sequence[Any] = ()  # optimizer.warmup_steps
     weight_decay: Sequence[Any] = ()  # optimizer.weight_decay
-    label_smoothing: Sequence[Any] = ()
+    label_smoothing: Sequence[Any] = ()  # label_smoothing
     dropout_rate: Sequence[Any] = ()  # model.dropout_rate
     attention_dropout_rate: Sequence[Any] = ()  # model.attention_dropout_rate
 

@@ -49,6 +49,15 @@ SizeOrZero = Annotated[int, Range(0, 2**20)]
 Rate = Annotated[float, Range(0, 1, exclusive=True)]
 
 
+def constraints(config: type) -> dict[str, list[Range | Choice]]:
+    """Returns field → its constraints of a dataclass."""
+    hints = get_type_hints(config, include_extras=True)
+    return {  # `Size | None` and `Sequence[Size]` hold theirs inside
+        name: [c for part in (hint, *get_args(hint)) for c in getattr(part, "__metadata__", ())]
+        for name, hint in hints.items()
+    }
+
+
 def constrained(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range | Choice]]:
     """Yields the knob, the value and the constraint of each value of a config.
 
@@ -58,14 +67,11 @@ def constrained(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range | Ch
       config: an instance of a dataclass.
       prefix: of the names of knobs, such as `model.`.
     """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+    for name, declared in constraints(type(config)).items():
         value = getattr(config, name)
-        values = value if isinstance(value, tuple | list) else (value,)
-        for part in (hint, *get_args(hint)):  # `Size | None` and `Sequence[…]` hold theirs inside
-            for constraint in getattr(part, "__metadata__", ()):
-                for each in values:
-                    if each is not None:
-                        yield prefix + name, each, constraint
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if each is not None:
+                yield from ((prefix + name, each, constraint) for constraint in declared)
 
 
 def validate(config: Any, prefix: str) -> None:

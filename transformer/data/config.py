@@ -16,21 +16,21 @@ Tokenizer = Annotated[str, Choice(TOKENIZERS)]
 class DataConfig:
     """Which dataset, which of its splits serve what, and as which tokens."""
 
-    dataset: str = "toy_strings"  # in data/datasets.py, or a name of TFDS
-    task: Annotated[str, Choice(TASKS)] = "reverse"  # of toy_strings
-    size: Annotated[str, Choice(SIZES)] = "small"  # of toy_strings
-    source: str = "source"  # what the dataset calls the two texts of a pair
-    target: str = "target"
-    train: str = "train"  # TFDS splits, slices too: train[:10%]; of files, the file
-    validation: str = "validation"
-    test: str = "test"
-    tokenizer: Tokenizer = "characters"  # in data/tokenizer.py
-    target_tokenizer: Tokenizer | None = None  # None: one for both languages
-    vocab_size: Annotated[int, Range(264, 2**20)] = 8_000  # at most; bpe, unigram
-    max_length: SizeOrZero = 0  # tokens; longer examples are left out of training; 0: none is
-    metrics: Sequence[str] = ()  # of decoded text; transformer/inference/text_metrics.py
-    bleu_tokenizer: str = "13a"  # sacrebleu's; of Chinese zh, of Japanese ja-mecab or char
-    num_workers: Annotated[int, Range(0, 1_000)] = 0  # that batch on the host; 0: on devices
+    dataset: str = "toy_strings"  # of data/datasets.py, or a name of TFDS
+    task: Annotated[str, Choice(TASKS)] = "reverse"  # of toy_strings; TASKS in data/toy.py
+    size: Annotated[str, Choice(SIZES)] = "small"  # of toy_strings; SIZES in data/toy.py
+    source: str = "source"  # the field of the source text
+    target: str = "target"  # the field of the target text
+    train: str = "train"  # TFDS split or slice, such as train[:10%]; for files, a file
+    validation: str = "validation"  # likewise
+    test: str = "test"  # likewise
+    tokenizer: Tokenizer = "characters"  # TOKENIZERS in data/tokenizer.py
+    target_tokenizer: Tokenizer | None = None  # None: one for both sides
+    vocab_size: Annotated[int, Range(264, 2**20)] = 8_000  # at most, of bpe and unigram
+    max_length: SizeOrZero = 0  # filters out longer training examples; 0: no filter
+    metrics: Sequence[str] = ()  # of decoded text; TEXT_METRICS in inference/text_metrics.py
+    bleu_tokenizer: str = "13a"  # of sacrebleu; for Chinese zh, for Japanese ja-mecab or char
+    num_workers: Annotated[int, Range(0, 1_000)] = 0  # that make batches; 0: rows on devices
     pack_length: SizeOrZero = 0  # tokens of a packed training row; 0: one example a row
 
     def __post_init__(self):

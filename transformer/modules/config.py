@@ -40,34 +40,36 @@ class ModelConfig:
 
     architecture: Annotated[str, Choice(ARCHITECTURES)] = "transformer"  # or recurrent
     num_layers: Annotated[int, Range(1, 1_000)] = 1  # L, of the encoder and of the decoder
-    d_model: Size = 64  # D
-    num_heads: Size = 4  # N
-    d_k: Size | None = None  # H, d_k; None: d_model / num_heads
-    d_v: Size | None = None  # E, d_v; None: d_k
-    num_kv_heads: Size | None = None  # K, of keys and values; None: num_heads
-    d_ff: Size = 256  # F; the gated kinds have 2/3 of it, and as many parameters
-    feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # in layers.py
-    cell: Annotated[str, Choice(CELLS)] = "lstm"  # of architecture=recurrent
-    kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # of kernels
-    dropout_rate: Rate = 0.0  # on each sublayer's output and on the embedded tokens
+    d_model: Size = 64  # D, model width
+    num_heads: Size = 4  # N, attention heads
+    d_k: Size | None = None  # H, width of a query or key; None: d_model / num_heads
+    d_v: Size | None = None  # E, width of a value; None: d_k
+    num_kv_heads: Size | None = None  # K, heads of keys and values; None: num_heads
+    d_ff: Size = 256  # F, feed-forward width; gated kinds take 2/3 of it, for as many parameters
+    feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # modules/layers.py
+    cell: Annotated[str, Choice(CELLS)] = "lstm"  # of architecture=recurrent; modules/recurrent.py
+    kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/layers.py
+    dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
-    norm: Annotated[str, Choice(NORMS)] = "layer"  # in normalization.py
-    norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # post: the paper
+    norm: Annotated[str, Choice(NORMS)] = "layer"  # NORMS in modules/normalization.py
+    norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # pre, post (paper) or both
     norm_epsilon: Epsilon = 1e-6  # added to the variance
-    position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # in positions.py
-    max_length: Size = 512  # tokens, where positions are learned or random
-    random_positions: SizeOrZero = 0  # draw them from so many in training (Ruoss 2023); 0: do not
-    window: Size | None = None  # self-attention reaches less far; None: all
-    tie_embeddings: bool = True  # one table for source, target and logits
-    separate_vocabularies: bool = True  # each side's table has its own size; False: the larger
+    position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # modules/positions.py
+    max_length: Size = 512  # tokens, for learned or random positions
+    random_positions: SizeOrZero = 0  # drawn from so many in training (Ruoss 2023); 0: not drawn
+    window: Size | None = None  # tokens of self-attention to each side; None: all
+    tie_embeddings: bool = True  # one embedding for source, target and logits
+    separate_vocabularies: bool = True  # a table size for each side; False: the larger for both
     attention_bias: bool = False  # on the four projections of attention
     normalize_qk: bool = False  # RMS norm of queries and keys, head by head
     qk_norm_epsilon: Epsilon | None = None  # of that norm; None: norm_epsilon
-    fused_qkv: bool = False  # queries, keys and values of a sequence in one product
-    attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = "einsum"  # how it is computed
-    scan_layers: bool = False  # compiled once for all layers of a stack
-    remat: Annotated[str, Choice(REMATS)] = "none"  # what is recomputed in the backward pass
-    dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of computation; parameters: float32
+    fused_qkv: bool = False  # one product for queries, keys and values
+    attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = (
+        "einsum"  # modules/dot_product_attention.py
+    )
+    scan_layers: bool = False  # scan over the layers of a stack, which compiles once
+    remat: Annotated[str, Choice(REMATS)] = "none"  # what the backward pass recomputes
+    dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of the computation; parameters are float32
 
     def __post_init__(self):
         validate(self, "model.")

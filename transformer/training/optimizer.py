@@ -142,7 +142,7 @@ NonNegative = Annotated[float, Range(0, LARGEST)]
 class OptimizerConfig:
     """The update rule."""
 
-    name: Annotated[str, Choice(OPTIMIZERS)] = "adam"  # in training/optimizer.py
+    name: Annotated[str, Choice(OPTIMIZERS)] = "adam"  # OPTIMIZERS in training/optimizer.py
     learning_rate: NonNegative = 4e-3  # the peak
     schedule: Annotated[str, Choice(SCHEDULES)] = "linear"  # after the warm-up
     warmup_steps: Annotated[int, Range(0, LARGEST)] = 50  # of linear warm-up
