@@ -143,7 +143,7 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
 
 def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting, monkeypatch):
     model = small_model(num_layers=4)
-    monkeypatch.setattr(norms, "trained_deep", lambda _: [(model, random_params(model, 0))])
+    monkeypatch.setattr(norms, "trained", lambda _: [(model, random_params(model, 0))])
     found = norms.same_scale(setting, layers=4, width=32)
     attention_reads, stream = [True, True, True], [True, False, False]  # post-norm first
     assert [*holding(found).values()] == attention_reads + stream
@@ -302,7 +302,7 @@ def test_the_layers_cost_what_the_page_says_and_are_timed_in_every_round():
     sizes = [(part, 8, 4) for part in ("attention core", "recurrent layer", "attention layer")]
     found = complexity.measure(sizes, rounds=2)
     assert list(found) == sizes
-    assert all(len(each.seconds) == 2 and each.flops > 0 for each in found.values())
+    assert all(len(each["time"]) == 2 and each["FLOPs"][0] > 0 for each in found.values())
 
 
 def laws(core=lambda n, d: n * n * d, recurrent=lambda n, d: 4 * n * d * d, noise=0.01):
@@ -317,7 +317,7 @@ def laws(core=lambda n, d: n * n * d, recurrent=lambda n, d: 4 * n * d * d, nois
     for part, n, d in {*complexity.growth_sizes(), *complexity.meeting_sizes()}:
         value = float(law[part](n, d))
         seconds = 1e-9 * value * np.exp(noise * rng.normal(size=5))
-        found[part, n, d] = complexity.Measured(value, value, seconds.tolist())
+        found[part, n, d] = {"FLOPs": [value], "memory": [value], "time": seconds.tolist()}
     return found
 
 

@@ -110,9 +110,7 @@ def test_a_diverged_seed_makes_everything_nan(diverged):
     assert np.isnan([interval.mean, interval.low, interval.high]).all()
     one = paired([1.0, diverged, 2.0], [1.0, np.inf, 3.0])
     assert np.isnan([one.mean, one.low, one.high, one.p, one.detectable]).all()
-    assert (
-        verdict(one, one.p, unit=str, higher_is_better=False) == "a seed is not finite: no verdict"
-    )
+    assert verdict(one, str, higher_is_better=False) == "a seed is not finite: no verdict"
 
 
 def test_what_is_not_one_value_for_each_seed_is_refused():
@@ -145,11 +143,11 @@ NONE = "no evidence of a difference at 10 seeds; smallest detectable: 0.8 points
     ],
 )
 def test_verdicts(mean, p, higher_is_better, words):
-    difference = Difference(mean, mean - 0.01, mean + 0.01, p=1e-6, n=10, detectable=0.008)
-    assert verdict(difference, p, unit=points, higher_is_better=higher_is_better) == words
+    difference = Difference(mean, mean - 0.01, mean + 0.01, p=p, n=10, detectable=0.008)
+    assert verdict(difference, points, higher_is_better) == words
 
 
 def test_verdicts_on_seeds_that_cannot_tell():
     one, same = paired([0.5], [0.5]), paired([0.5] * 5, [0.5] * 5)
-    assert verdict(one, one.p, unit=points, higher_is_better=True) == "one seed: no verdict"
-    assert verdict(same, same.p, unit=points, higher_is_better=True) == "identical on all 5 seeds"
+    assert verdict(one, points, True) == "one seed: no verdict"
+    assert verdict(same, points, True) == "identical on all 5 seeds"

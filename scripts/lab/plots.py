@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lab.statistics import Interval
+from lab.statistics import ALPHA, Difference, Interval
 from transformer.inference.plots import GRID, INK, SECOND, finish
 
 
@@ -23,7 +23,8 @@ class Panel:
     series: name → (x, y), or (x, y, low, high) with a band.
     log: the logarithmic axes: "", "x", "y" or "xy".
     share: whether y is a share, shown in percent from 0 to 100.
-    vertical, horizontal: label → position of a dotted line.
+    vertical: label → position of a dotted line.
+    horizontal: position of a dotted line.
     """
 
     title: str
@@ -33,7 +34,7 @@ class Panel:
     log: str = ""
     share: bool = False
     vertical: Mapping[str, float] = field(default_factory=dict)
-    horizontal: Mapping[str, float] = field(default_factory=dict)
+    horizontal: float | None = None
 
 
 def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
@@ -53,8 +54,8 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
             axes.axvline(position, color="gray", linestyle=":", linewidth=1.0)
             where = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": "gray"}
             axes.annotate(name, (position, 0.02), **where)
-        for position in panel.horizontal.values():
-            axes.axhline(position, color="gray", linestyle=":", linewidth=1.0)
+        if panel.horizontal is not None:
+            axes.axhline(panel.horizontal, color="gray", linestyle=":", linewidth=1.0)
         if "x" in panel.log:
             axes.set_xscale("log", base=2)
         if "y" in panel.log:
@@ -79,27 +80,24 @@ def line_styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
 
 
 def intervals(
-    panels: Mapping[str, Mapping[str, Interval | None]],
-    path: Path,
-    *,
-    title: str = "",
-    hollow: Collection[tuple[str, str]] = (),
+    panels: Mapping[str, Mapping[str, Interval | None]], path: Path, title: str = ""
 ) -> None:
     """Draws means with their intervals, a panel for each label of an x axis, a row for each name.
 
-    None is shown as "not compared"; the (panel, name) pairs of `hollow` have unfilled markers.
+    None is shown as "not compared". Differences with p > α have unfilled markers.
     """
     rows = max(2, *(len(each) for each in panels.values()))
     figure = Figure(figsize=(1.5 + 3.6 * len(panels), 1.4 + 0.3 * rows), layout="constrained")
     shared = len({tuple(each) for each in panels.values()}) == 1
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=shared)[0]
     for axes, (label, each) in zip(all_axes, panels.items(), strict=True):
-        for row, (name, interval) in enumerate(each.items()):
+        for row, interval in enumerate(each.values()):
             if interval is None:
                 axes.annotate("not compared", (0, row), color="gray", fontsize=7, va="center")
                 continue
             axes.plot([interval.low, interval.high], [row, row], color=INK, linewidth=1.5)
-            face = "white" if (label, name) in hollow else INK
+            shown = not isinstance(interval, Difference) or interval.p <= ALPHA
+            face = INK if shown else "white"
             axes.plot([interval.mean], [row], "o", color=INK, markerfacecolor=face)
         axes.axvline(0.0, color=SECOND, linewidth=1.0, linestyle="--", zorder=0)
         axes.set_xlabel(label, fontsize=9)

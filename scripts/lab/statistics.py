@@ -88,19 +88,20 @@ def holm(p_values: Values) -> list[float]:
     return adjusted.tolist()
 
 
-def verdict(
-    difference: Difference, p_adjusted: float, unit: Callable[[float], str], higher_is_better: bool
-) -> str:
-    """A sentence on what `difference` shows; `unit` formats a magnitude: 1.2 as "1.2 points"."""
+def verdict(difference: Difference, unit: Callable[[float], str], higher_is_better: bool) -> str:
+    """A sentence on what a difference shows, whose p is adjusted for all comparisons.
+
+    `unit` formats a magnitude: 1.2 as "1.2 points".
+    """
     if difference.n == 1:
         return "one seed: no verdict"
     if np.isnan(difference.mean):
         return "a seed is not finite: no verdict"
     if difference.mean == difference.detectable == 0.0:
         return f"identical on all {difference.n} seeds"
-    if p_adjusted <= ALPHA:
+    if difference.p <= ALPHA:
         word = "better" if (difference.mean > 0.0) == higher_is_better else "worse"
-        return f"{word} by {unit(abs(difference.mean))} ({p_text(p_adjusted)})"
+        return f"{word} by {unit(abs(difference.mean))} ({p_text(difference.p)})"
     return (
         f"no evidence of a difference at {difference.n} seeds; "
         f"smallest detectable: {unit(difference.detectable)}"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ FITTED = 4  # largest sizes that exponents are fitted to: small ones are overhea
 CROSSED = (64, 128, 256)  # widths at which attention and recurrence are compared
 CONTENDERS = ("attention core", "attention layer")
 Size = tuple[str, int, int]  # part, n, d
+Cost = Mapping[str, Sequence[float]]  # `UNITS` → one value, or for time one per round
 
 
 def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -68,26 +69,8 @@ def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...
     return whole if part == "attention layer" else projections, (state, x)
 
 
-class Measured(NamedTuple):
-    """The cost of a part at one size.
-
-    flops: of the compiled program according to the compiler, loops counted as often as they run.
-    memory: bytes of temporaries of the compiled program.
-    seconds: in each round.
-    """
-
-    flops: float
-    memory: float
-    seconds: list[float]
-
-    def of(self, quantity: str) -> float:
-        """FLOPs, memory or median seconds."""
-        values = {"FLOPs": self.flops, "memory": self.memory, "time": np.median(self.seconds)}
-        return float(values[quantity])
-
-
-def measure(sizes: Sequence[Size], rounds: int) -> dict[Size, Measured]:
-    """The cost at all of the sizes, timed in turns."""
+def measure(sizes: Sequence[Size], rounds: int) -> dict[Size, Cost]:
+    """The cost at all of the sizes, timed in turns; FLOPs and memory are the compiler's."""
     programs, calls = {}, {}
     for size in sizes:
         function, args = layer(*size)
@@ -95,11 +78,11 @@ def measure(sizes: Sequence[Size], rounds: int) -> dict[Size, Measured]:
         calls[size] = partial(programs[size], *args)
     seconds = interleaved(calls, rounds)
     return {
-        size: Measured(
-            compiled_flops(program, *size),
-            float(program.memory_analysis().temp_size_in_bytes),
-            seconds[size],
-        )
+        size: {
+            "FLOPs": [compiled_flops(program, *size)],
+            "memory": [float(program.memory_analysis().temp_size_in_bytes)],
+            "time": seconds[size],
+        }
         for size, program in programs.items()
     }
 
@@ -153,11 +136,11 @@ def growth(setting: Setting, *, rounds: int = 9) -> Claim:
             for part, exponents in PARTS.items():
                 sizes = [(part, *((x, WIDTH) if axis == "n" else (LENGTH, x))) for x in along]
                 each = [found[size] for size in sizes]
-                series[part] = line(along, each, quantity)
+                series[part] = (along, *band([cost[quantity] for cost in each]))
                 # Memory is claimed, and has one law, for the core alone: its n² probabilities.
                 if quantity != "memory" or (part, axis) == ("attention core", "n"):
                     name = f"{quantity} of the {part} against {axis}"
-                    checks.append(exponent(name, quantity, along, each, exponents[axis == "d"]))
+                    checks.append(exponent(name, along, each, quantity, exponents[axis == "d"]))
             fixed = f"d = {WIDTH}" if axis == "n" else f"n = {LENGTH}"
             panels.append(plots.Panel(f"{quantity}, {fixed}", axis, unit, series, log="xy"))
     plots.lines(panels, setting.folder / "growth.png", columns=2)
@@ -178,27 +161,17 @@ def growth(setting: Setting, *, rounds: int = 9) -> Claim:
     )
 
 
-def line(along: Sequence[int], each: Sequence[Measured], quantity: str) -> tuple:
-    """One quantity of a part over its sizes, times with a band."""
-    if quantity == "time":
-        return along, *band([one.seconds for one in each])
-    return along, [one.of(quantity) for one in each]
-
-
 def exponent(
-    name: str, quantity: str, along: Sequence[int], each: Sequence[Measured], expected: int
+    name: str, along: Sequence[int], each: Sequence[Cost], quantity: str, expected: int
 ) -> Check:
     """Whether a quantity grows with the expected exponent."""
-    x, each = along[-FITTED:], each[-FITTED:]
-    if quantity == "time":
-        fit = mean_interval([slope(x, y) for y in zip(*(one.seconds for one in each), strict=True)])
-        low, high, text = fit.low, fit.high, shown(fit)
-    else:
-        low = high = slope(x, [one.of(quantity) for one in each])
-        text = f"{low:.2f}"
+    values = zip(*(cost[quantity] for cost in each[-FITTED:]), strict=True)
+    fit = mean_interval([slope(along[-FITTED:], y) for y in values])
+    low, high = (fit.low, fit.high) if fit.n > 1 else (fit.mean, fit.mean)
     inside = [abs(end - expected) <= TOLERANCE[quantity] for end in (low, high)]
     across = any(inside) or low < expected < high
     holds = True if all(inside) else None if across else False
+    text = shown(fit) if fit.n > 1 else f"{fit.mean:.2f}"
     return Check(name, f"exponent {text}, the text has {expected}", holds)
 
 
@@ -219,29 +192,23 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
     cases, rows, panels = {}, [], []
     for d in CROSSED:
         along = lengths_around(d)
-        costs = {
-            part: [found[part, n, d] for n in along] for part in (*CONTENDERS, "recurrent layer")
+        costs = {k: [found[k, n, d] for n in along] for k in (*CONTENDERS, "recurrent layer")}
+        series = {
+            part: (along, *band([one["time"] for one in each])) for part, each in costs.items()
         }
-        series = {part: line(along, each, "time") for part, each in costs.items()}
-        panels.append(
-            plots.Panel(f"d = {d}", "n", "seconds", series, log="xy", vertical={"n = d": d})
-        )
+        labels = f"d = {d}", "n", "seconds"
+        panels.append(plots.Panel(*labels, series, log="xy", vertical={"n = d": d}))
         other = costs["recurrent layer"]
         for part in CONTENDERS:
             for n, ours, theirs in zip(along, costs[part], other, strict=True):
                 if n < d:
-                    ratio = log_ratio(theirs.seconds, ours.seconds)
+                    ratio = log_ratio(theirs["time"], ours["time"])
                     cases[f"{part}, d = {d}, n = {n}"] = ratio
-            pairs = [
-                [[one.seconds[k] for one in each] for each in (costs[part], other)]
-                for k in range(len(other[0].seconds))
-            ]
-            crossings = [crossing(along, *pair) for pair in pairs]
-            middle, low, high = (
-                where(each, d) for each in np.quantile(crossings, [0.5, 0, 1], method="nearest")
+            flops, *_ = crossings(along, costs[part], other, "FLOPs")
+            by_time = np.quantile(
+                crossings(along, costs[part], other, "time"), [0.5, 0, 1], method="nearest"
             )
-            flops = [[one.flops for one in each] for each in (costs[part], other)]
-            rows.append((str(d), part, where(crossing(along, *flops), d), middle, low, high))
+            rows.append((str(d), part, *(where(each, d) for each in (flops, *by_time))))
     plots.lines(panels, setting.folder / "meeting.png")
     columns = ("d", "attention", "by FLOPs", "by time: median round", "first", "last")
     return Claim(
@@ -261,20 +228,23 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
     )
 
 
-def crossing(x: Sequence[int], rising: Sequence[float], other: Sequence[float]) -> float:
-    """The x from which `rising` exceeds `other` for good, interpolated between logarithms.
+def crossings(
+    x: Sequence[int], rising: Sequence[Cost], other: Sequence[Cost], quantity: str
+) -> list[float]:
+    """The x from which `rising` costs more than `other` for good, interpolated, of each round.
 
     0.0 if it does from the first x on, infinity if it does not at the last.
     """
-    ahead = np.log(rising) - np.log(other)
-    below = np.flatnonzero(ahead < 0.0)
-    if below.size == 0:
-        return 0.0
-    i = below[-1]
-    if i == len(x) - 1:
-        return np.inf
-    share = -ahead[i] / (ahead[i + 1] - ahead[i])
-    return float(np.exp(np.log(x[i]) + share * (np.log(x[i + 1]) - np.log(x[i]))))
+    costs = [np.log([cost[quantity] for cost in each]) for each in (rising, other)]
+    found = []
+    for ahead in (costs[0] - costs[1]).T:
+        below = np.flatnonzero(ahead < 0.0)
+        if below.size == 0 or below[-1] == len(x) - 1:
+            found.append(np.inf if below.size else 0.0)
+        else:
+            ends = slice(below[-1], below[-1] + 2)
+            found.append(float(np.exp(np.interp(0.0, ahead[ends], np.log(x[ends])))))
+    return found
 
 
 def where(n: float, d: int) -> str:
@@ -284,6 +254,6 @@ def where(n: float, d: int) -> str:
     return f"beyond {lengths_around(d)[-1] / d:g} d" if np.isinf(n) else f"{n / d:.1f} d"
 
 
-def as_json(found: Mapping[Size, Measured]) -> dict[str, Any]:
+def as_json(found: Mapping[Size, Cost]) -> dict[str, Any]:
     """Measurements for a JSON file."""
-    return {f"{part}, n {n}, d {d}": each._asdict() for (part, n, d), each in found.items()}
+    return {f"{part}, n {n}, d {d}": dict(each) for (part, n, d), each in found.items()}

@@ -222,8 +222,8 @@ def rates_rows(found: Records, target: float) -> list[tuple[str, ...]]:
     """Rows (variant, seeds that arrive, mean steps, whether best) of every rate tried."""
     best = {each.variant for each in bests(found, target).values()}
     rows = []
-    for variant, each in found.items():
-        steps = [step for one in each if (step := arrival(one, target)) is not None]
+    for variant, each in arrivals_of(found, target).items():
+        steps = [step for step in each if step is not None]
         mean = f"{np.mean(steps):,.0f}" if steps else ""
         rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in best)))
     return rows

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lab import plots
 from lab.claims.attention import model_of
-from lab.claims.claim import Check, Claim, Setting
+from lab.claims.claim import Check, Claim, Setting, band
 from lab.claims.learning import REPLICAS, bests, records, sweep_of
 from lab.sweeps.sweep import plan
 from transformer.config import default_config
@@ -33,7 +33,7 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
     layer, batch = LayerNorm(width, **options), BatchNorm(width, **options)
     weights = {f"weights × {10.0**power:g}": 10.0**power * matrix for power in POWERS}
     uneven = {"one row of the weights × 1000": matrix.at[0].multiply(1e3)}
-    checks = []
+    checks, series = [], {}
     for name, each in (weights | uneven).items():
         y = np.asarray(layer(projected(inputs, each)), np.float64)
         mean, variance = np.abs(y.mean(-1)).max(), y.var(-1)
@@ -58,12 +58,9 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
     )
     name = "one example's output, others of its batch changed"
     checks.append(Check(name, text, ours and not theirs))
-    series = {}
     for name, norm in (("layer norm", layer), ("batch norm in evaluation", batch)):
-        found = np.array([np.asarray(norm(projected(inputs, w))).var(-1) for w in weights.values()])
-        found = found.reshape(len(weights), -1)
-        bounds = found.mean(1), found.min(1), found.max(1)
-        series[name] = ([10.0**power for power in POWERS], *bounds)
+        found = [np.var(norm(projected(inputs, each)), -1).ravel() for each in weights.values()]
+        series[name] = ([10.0**power for power in POWERS], *band(found))
     labels = "after the norm", "scale of the weights before it", "variance over the width"
     plots.lines([plots.Panel(*labels, series, log="xy")], setting.folder / "moments.png")
     return Claim(
@@ -77,9 +74,7 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
         "normalises over the batch instead, and in evaluation by its running averages, here for "
         "weights × 1. Bands go from the lowest to the highest.",
         checks=checks,
-        data={
-            name: [each.tolist() for each in bounds[1:]] for name, (_, *bounds) in series.items()
-        },
+        data={name: np.array(each).tolist() for name, each in series.items()},
     )
 
 
@@ -109,24 +104,17 @@ def rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
-def trained(setting: Setting, name: str, variant: str) -> list[tuple[Model, Params]]:
-    """The model of each seed of a variant of a shipped sweep that has been run."""
-    found = []
+def trained(setting: Setting) -> list[tuple[Model, Params]]:
+    """The pre-norm models of 4 layers of the convergence sweep, at their best learning rate."""
+    name, found = "convergence_128", []
+    best = bests(records(setting, name), sweep_of(name).target)["layer, 4 layers"]
     for program in plan(sweep_of(name), REPLICAS):
-        if variant in (each for each, _ in program.members):
+        replicas = [k for k, (variant, _) in enumerate(program.members) if variant == best.variant]
+        if replicas:
             run = Run.saved(setting.root / name / program.name)
             variables = by_replica(run.restore().variables(), len(program.members))
-            for (each, _), own in zip(program.members, variables, strict=True):
-                if each == variant:
-                    found.append((run.model, jax.tree.map(jnp.asarray, own)))
+            found += [(run.model, jax.tree.map(jnp.asarray, variables[k])) for k in replicas]
     return found
-
-
-def trained_deep(setting: Setting) -> list[tuple[Model, Params]]:
-    """The pre-norm models of 4 layers of the convergence sweep."""
-    name = "convergence_128"
-    best = bests(records(setting, name), sweep_of(name).target)["layer, 4 layers"]
-    return trained(setting, name, best.variant)
 
 
 def growth(values: Sequence[float]) -> float:
@@ -146,7 +134,7 @@ def same_scale(setting: Setting, *, layers: int = 16, width: int = 64) -> Claim:
             larger = {k: factor * v if k.endswith("kernel") else v for k, v in params.items()}
             name = "no norm" if norm == "none" else f"{placement}-norm"
             series[f"{name}, weights × {factor:g}"] = scales_by_layer(model, larger, tokens)
-    after = [scales_by_layer(*each, tokens) for each in trained_deep(setting)]
+    after = [scales_by_layer(*each, tokens) for each in trained(setting)]
     checks = []
     kinds = {"inputs": "the inputs of attention", "stream": "the residual stream"}
     for what, words in kinds.items():

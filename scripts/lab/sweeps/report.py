@@ -6,7 +6,6 @@ the baseline are paired by seed, which removes what a seed does to all variants 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,62 +34,52 @@ PAPER_CONFIG = str(Path(__file__).parents[3] / "configs" / "vaswani_base.py")
 
 
 class Outcome(NamedTuple):
-    """A quantity that variants are compared in.
-
-    write: formats a value.
-    unit: formats the magnitude of a difference.
-    factor: from a value to the figure's axis.
-    """
+    """A quantity that variants are compared in, and how its values are written."""
 
     title: str
     write: Callable[[float], str]
-    unit: Callable[[float], str]
     higher_is_better: bool
-    axis: str
-    factor: float = 1.0
+
+    def unit(self, difference: float) -> str:
+        """The magnitude of a difference; of shares, in percentage points."""
+        points = 100 * difference
+        if self.write is not percent:
+            return self.write(difference)
+        return f"{points:.2g} points" if points < 10 else f"{points:.0f} points"
+
+    def signed(self, difference: float) -> str:
+        """A difference with its sign."""
+        return f"{'−' if difference < 0 else '+'}{self.write(abs(difference))}"
 
 
 def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
     """The metrics that the sweep compares, by their declarations, and the steps to the target."""
-    found = {}
-    for name in sweep.metrics:
-        metric, title = METRICS[name], name.replace("_", " ").capitalize()
-        share = metric.format is percent
-        axis = (f"{title.lower()}, points", 100.0) if share else (title.lower(), 1.0)
-        unit = points if share else metric.format
-        found[name] = Outcome(title, metric.format, unit, metric.better > 0, *axis)
-    whole = "{:,.0f}".format
-    steps = Outcome("Steps to the target", whole, "{:,.0f} steps".format, False, "steps to target")
-    return found | {"steps": steps}
-
-
-def points(difference: float) -> str:
-    """The magnitude of a difference of shares, in percentage points."""
-    return (
-        f"{100 * difference:.2g} points" if difference < 0.1 else f"{100 * difference:.0f} points"
-    )
+    titles = {name: name.replace("_", " ").capitalize() for name in sweep.metrics}
+    return {
+        name: Outcome(title, METRICS[name].format, METRICS[name].better > 0)
+        for name, title in titles.items()
+    } | {"steps": Outcome("Steps to the target", "{:,.0f}".format, False)}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant in one outcome, and its difference from the baseline.
+    """A variant in one outcome.
 
     values: of the seeds in order; None where the target was not reached.
     interval: of the mean over the seeds that have a value.
-    difference, p: None where there is no comparison; p is corrected by Holm.
+    difference: from the baseline, with p and `detectable` corrected by Holm; None if not compared.
     """
 
     values: list[float | None]
     interval: Interval | None
     difference: Difference | None
-    p: float | None
     verdict: str
 
 
 def compare(
     records: Mapping[str, Sequence[Record]], baseline: str, name: str, outcome: Outcome
 ) -> dict[str, Comparison]:
-    """Each variant against the baseline in one outcome, p-values corrected by Holm for all.
+    """Each variant against the baseline in one outcome.
 
     A variant with a seed that did not reach the target is not compared: to leave that seed out
     would flatter it.
@@ -100,30 +89,29 @@ def compare(
     }
     complete = {variant for variant, each in values.items() if None not in each}
     others = [each for each in values if each != baseline and {each, baseline} <= complete]
+    tests = [paired(values[variant], values[baseline]) for variant in others]
     # Holm's strictest step, which the smallest of the p-values has to pass.
     strict = 1.0 - ALPHA / max(len(others), 1)
     differences = {
         variant: replace(
-            paired(values[variant], values[baseline]),
-            detectable=paired(values[variant], values[baseline], strict).detectable,
+            test, p=p, detectable=paired(values[variant], values[baseline], strict).detectable
         )
-        for variant in others
+        for variant, test, p in zip(others, tests, holm([each.p for each in tests]), strict=True)
     }
-    corrected = dict(zip(others, holm([differences[each].p for each in others]), strict=True))
     result = {}
     for variant, each in values.items():
         known = [value for value in each if value is not None]
-        difference, p = differences.get(variant), corrected.get(variant)
+        difference = differences.get(variant)
         if variant == baseline:
             words = "baseline"
-        elif difference is None or p is None:
+        elif difference:
+            words = verdict(difference, outcome.unit, outcome.higher_is_better)
+        else:
             short, who = (each, "") if None in each else (values[baseline], " of the baseline")
             reached = sum(value is not None for value in short)
             words = f"not compared: {reached} of {len(short)} seeds{who} reach the target"
-        else:
-            words = verdict(difference, p, outcome.unit, outcome.higher_is_better)
         interval = mean_interval(known) if known else None
-        result[variant] = Comparison(each, interval, difference, p, words)
+        result[variant] = Comparison(each, interval, difference, words)
     return result
 
 
@@ -200,46 +188,35 @@ def draw(
     panels = []
     for title, names in groups.items():
         series = {name: curve(records[name]) for name in dict.fromkeys([sweep.baseline, *names])}
-        panels.append(learning_panel(title, "step", series, sweep.target))
+        panels.append(learning_panel(title, "step", series, horizontal=sweep.target))
     plots.lines(panels, root / "learning_curves.png", columns=3)
-    forest: dict[str, dict[str, Interval | None]] = {}
-    hollow = set()
-    for outcome, by in zip(outcomes_of(sweep).values(), compared.values(), strict=True):
-        label, factor = outcome.axis, outcome.factor
-        others = {name: each for name, each in by.items() if name != sweep.baseline}
-        forest[label] = {name: scaled(each.difference, factor) for name, each in others.items()}
-        hollow |= {(label, k) for k, each in others.items() if each.p is None or each.p > ALPHA}
+    forest = {
+        name: {
+            variant: each.difference for variant, each in by.items() if variant != sweep.baseline
+        }
+        for name, by in compared.items()
+    }
     title = f"difference from {sweep.baseline}, 95% interval; filled: p ≤ {ALPHA} after Holm"
-    plots.intervals(forest, root / "forest.png", title=title, hollow=hollow)
+    plots.intervals(forest, root / "forest.png", title=title)
     figures = {"Learning curves": "learning_curves.png", "Differences": "forest.png"}
     for split in sweep.splits:
         series = {}
         for name, each in records.items():
-            rows = list(zip(*(record.by_length[split] for record in each), strict=True))
-            found = [mean_interval([tokens for _, _, tokens in row]) for row in rows]
-            bounds = ([getattr(one, k) for one in found] for k in ("mean", "low", "high"))
-            series[name] = ([row[0][0] for row in rows], *bounds)
+            sizes, _, tokens = np.array([record.by_length[split] for record in each]).T
+            found = [mean_interval(row) for row in tokens]
+            series[name] = (
+                sizes[:, 0],
+                *zip(*((x.mean, x.low, x.high) for x in found), strict=True),
+            )
         panel = plots.Panel("", "source length", f"token accuracy, {split}", series, share=True)
         figures[f"Accuracy by source length, {split}"] = file = f"by_length_{split}.png"
         plots.lines([panel], root / file)
     return figures
 
 
-def learning_panel(
-    title: str, x: str, series: Mapping[str, Any], target: float | None = None
-) -> plots.Panel:
+def learning_panel(title: str, x: str, series: Mapping[str, Any], **marks: Any) -> plots.Panel:
     """Learning curves in one pair of axes."""
-    horizontal = {} if target is None else {"target": target}
-    y = "validation sequence accuracy"
-    return plots.Panel(title, x, y, series, share=True, horizontal=horizontal)
-
-
-def scaled(interval: Interval | None, factor: float) -> Interval | None:
-    """An interval in another unit."""
-    if interval is None:
-        return None
-    mean, low, high = (factor * each for each in (interval.mean, interval.low, interval.high))
-    return Interval(mean, low, high, interval.n)
+    return plots.Panel(title, x, "validation sequence accuracy", series, share=True, **marks)
 
 
 def heading(sweep: Sweep, root: Path, facts: Mapping[str, Any]) -> str:
@@ -269,16 +246,13 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
         found, size = each.interval, len(each.values)
         mean = f"not reached (0/{size})" if found is None else interval_text(found, outcome.write)
         mean += f" ({found.n}/{size})" if found is not None and found.n < size else ""
-        difference = each.difference and interval_text(each.difference, partial(signed, outcome))
-        p = "" if each.p is None else p_text(each.p).removeprefix("p ").removeprefix("= ")
-        rows.append((name, mean, difference or "", p, each.verdict))
+        difference, p = "", ""
+        if each.difference:
+            difference = interval_text(each.difference, outcome.signed)
+            p = p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+        rows.append((name, mean, difference, p, each.verdict))
     columns = ("variant", "mean", "difference", "p", "verdict")
     return f"## {outcome.title}\n\n{markdown(columns, rows, align='lrrrl')}"
-
-
-def signed(outcome: Outcome, x: float) -> str:
-    """A difference with its sign."""
-    return f"{'−' if x < 0 else '+'}{outcome.write(abs(x))}"
 
 
 def interval_text(interval: Interval, write: Callable[[float], str]) -> str:
@@ -312,12 +286,10 @@ def length_table(split: str, records: Mapping[str, Sequence[Record]]) -> str:
     rows, sizes = [], []
     for name, each in records.items():
         by_length = np.array([record.by_length[split] for record in each])  # [seeds, lengths, 3]
-        sizes, *means = by_length.mean(0).T
-        cells = [
-            f"{sequences:.1%} ({tokens:.1%})" for sequences, tokens in zip(*means, strict=True)
-        ]
-        rows.append((name, *cells))
-    table = markdown(("variant", *(f"{size:.0f}" for size in sizes)), rows)
+        means = by_length.mean(0)
+        sizes = [f"{size:.0f}" for size, _, _ in means]
+        rows.append((name, *(f"{whole:.1%} ({tokens:.1%})" for _, whole, tokens in means)))
+    table = markdown(("variant", *sizes), rows)
     return f"## {split}: sequence accuracy (token accuracy) by source length\n\n{table}"
 
 
@@ -328,9 +300,8 @@ def paper_table(paper: Mapping[str, PaperRow]) -> str:
     rows = []
     for name, row in paper.items():
         count = parameters(PAPER_CONFIG, row.overrides, PAPER_VOCABULARY)
-        printed = "" if row.millions is None else f"{row.millions}M"
-        difference = "" if row.millions is None else f"{count / 1e6 - row.millions:+.1f}M"
-        rows.append((name, f"{count:,}", printed, difference))
+        printed = row.millions and (f"{row.millions}M", f"{count / 1e6 - row.millions:+.1f}M")
+        rows.append((name, f"{count:,}", *(printed or ("", ""))))
     table = markdown(("variant", "parameters", "the paper's column", "difference"), rows)
     return f"""## Parameters at the paper's size, {PAPER_VOCABULARY:,} shared pieces
 
