@@ -156,7 +156,7 @@ def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting
         patch.setattr(norms, "LayerNorm", RMSNorm)
         assert not holding(norms.moments(setting, rows=64))["weights × 1"]
     monkeypatch.setattr(norms, "BatchNorm", norms.LayerNorm)
-    for name in ("mean", "variance"):
+    for name in ("mean", "var"):
         monkeypatch.setattr(norms.LayerNorm, name, np.zeros(64), raising=False)
     found = holding(norms.moments(setting, rows=64))
     assert [found[case] for case in found if "batch" in case] == [False] * 3
