@@ -42,7 +42,7 @@ class Command:
         self.words = words
 
     def __call__(self) -> None:
-        # SLURM signals every process of the job before its end; submitit handles it for them.
+        # SLURM signals every process of a job before its end; submitit handles the signal.
         ignore = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
         subprocess.run(self.words, cwd=ROOT, check=True, preexec_fn=ignore)
 

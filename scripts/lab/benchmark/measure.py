@@ -159,22 +159,22 @@ def time_to_accuracy(bench: Bench) -> Part:
         }
         results = rotate(calls, bench.seeds, PAUSE)
     found = {label(name): each for name, each in results.items() if name not in bench.failures}
-    extra: dict[str, dict[str, str]] = {"batches, learning rate": {}, "seeds": {}, "steps": {}}
-    values = {}
-    for name in names:
-        if (key := label(name)) not in found:
-            continue
-        runs, trained = found[key], bench.training_of(name)
-        reached = sum(run["reached"] for run in runs)
-        rate = trained["schedule"]["learning_rate"]
-        extra["batches, learning rate"][key] = f"{trained['batching']}, {rate:g}"
-        extra["seeds"][key] = f"{reached} of {len(runs)}"
-        # Without a seed that gave up, the median of the others would flatter.
-        complete = reached == len(runs)
-        extra["steps"][key] = spread([run["steps"] for run in runs]) if complete else ""
-        values[key] = [run["seconds"] for run in runs] if complete else []
+    # Without a seed that gave up, the median of the others would flatter.
+    done = {key: all(run["reached"] for run in runs) for key, runs in found.items()}
+    seconds, steps = (
+        {key: [run[what] for run in runs] if done[key] else [] for key, runs in found.items()}
+        for what in ("seconds", "steps")
+    )
+    trained = {label(name): bench.training_of(name) for name in names}
+    reached = {key: sum(run["reached"] for run in runs) for key, runs in found.items()}
+    extra = {
+        "batches": {key: own["batching"] for key, own in trained.items()},
+        "learning rate": {k: f"{o['schedule']['learning_rate']:g}" for k, o in trained.items()},
+        "seeds": {key: f"{reached[key]} of {len(runs)}" for key, runs in found.items()},
+        "steps": {key: spread(each) if each else "" for key, each in steps.items()},
+    }
     title = f"seconds to {bench.target:.1%}"
-    return [comparison(title, values, extra, lower=True, write="{:.1f}".format)], found
+    return [comparison(title, seconds, extra, lower=True, write="{:.1f}".format)], found
 
 
 def decoding(bench: Bench) -> Part:

@@ -14,6 +14,7 @@ from transformer.inference.plots import GRID, INK
 from transformer.workdir import write_json
 
 PEER = "#9aa5b1"
+OURS_TITLE = CONTENDERS[OURS].title
 HEAD = """# Benchmark
 
     python scripts/benchmark.py
@@ -37,11 +38,6 @@ NOTES = {
 }
 
 
-def is_ours(contender: str) -> bool:
-    """Whether a row is this library's."""
-    return contender.startswith(CONTENDERS[OURS].title)
-
-
 def comparison(
     title: str,
     values: Mapping[str, Sequence[float]],
@@ -61,15 +57,14 @@ def comparison(
       lower: whether lower is better.
       write: formats a value.
     """
-    ours = next((each for name, each in values.items() if is_ours(name)), [])
-    medians = {
-        name: statistics.median(each) for name, each in values.items() if each and not is_ours(name)
-    }
+    measured = {name: each for name, each in values.items() if each}
+    ours = next((each for name, each in measured.items() if name.startswith(OURS_TITLE)), [])
+    medians = {name: statistics.median(each) for name, each in measured.items() if each is not ours}
     fastest = (min if lower else max)(medians, key=lambda name: medians[name], default="")
     rows = []
     for name, each in values.items():
         ratio = ""
-        if ours and each and not is_ours(name):
+        if ours and name in medians:
             ratio = spread(ratios(ours, each), "{:.2f}".format)
             ratio = f"**{ratio}**" if name == fastest else ratio
         others = [column[name] for column in extra.values()]
@@ -115,7 +110,7 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
     for axes, (title, values) in zip(places, panels.items(), strict=False):
         values = {name: each for name, each in values.items() if each}
         for row, (name, each) in enumerate(values.items()):
-            color = INK if is_ours(name) else PEER
+            color = INK if name.startswith(OURS_TITLE) else PEER
             axes.barh(row, statistics.median(each), height=0.7, color=color)
             axes.plot([min(each), max(each)], [row, row], color="black", linewidth=1.2)
         axes.set_yticks(range(len(values)), list(values), fontsize=8)
