@@ -85,14 +85,14 @@ def show_samples(run: Run, count: int = 3) -> None:
     samples = run.data["validation"].head(count)
     length = run.config.model.reach(samples.source.shape[1] + run.config.decode_margin)
     variables = by_replica(run.state.variables(), run.config.replicas)[0]
-    decode = partial(evaluation.decode, run.model, length=length)
+    decode = partial(evaluation.decode, run.model, max_length=length)
     decode = jax.jit(decode, compiler_options=evaluation.compiler_options())
     with jax.set_mesh(run.mesh):
         decoded = hosts.fetch(decode(variables, samples))
     source, target = run.tokenizers
     rows = zip(
         map(source.decode, samples.source.tolist()),
-        *(map(target.decode, each.tolist()) for each in (samples.target, decoded.tokens)),
+        *(map(target.decode, each.tolist()) for each in (samples.target, decoded.tokens[:, 0])),
         strict=True,
     )
     table("samples", ("source", "target", "output"), list(rows))

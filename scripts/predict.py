@@ -1,23 +1,25 @@
-"""Writes what a trained model makes of each line it reads.
+"""Writes the outputs of a trained model for each line of standard input.
 
 Usage:
     python scripts/predict.py --workdir=runs/x < in.txt > out.txt
     python scripts/predict.py --workdir=runs/x --beam_size=4 --n_best=4 --scores < in.txt
     python scripts/predict.py --workdir=runs/x --temperature=1 --top_p=0.9 --n_best=3 < in.txt
-    python scripts/predict.py --workdir=runs/x --alignments=looked.jsonl < in.txt > out.txt
+    python scripts/predict.py --workdir=runs/x --alignments=alignments.jsonl < in.txt > out.txt
 
-A line of input gives a line of output, or `--n_best` of them, in the order of the input; an empty
-line gives empty ones. So does a line that cannot be processed, such as one longer than the model's
-positions: standard error has its number and the reason. With `--strict` it is an error. Standard
-error also counts the lines that are no UTF-8, which are read with � in the place of what is none,
-and the symbols that the model never learned.
+Each input line gives one output line, or `--n_best` of them, in the order of the input. An empty
+line gives empty outputs, and so does a line that cannot be processed, such as one longer than the
+model's positions; standard error has its number and the reason. With `--strict` it is an error.
+Standard error also counts the lines that are not UTF-8 (undecodable bytes are read as �), the
+symbols that are not in the tokenizer's vocabulary, and the outputs truncated at their length limit.
 
-With `--scores` a line is the input's number, from 1, the score (log p in nats; of beam search over
-the length penalty), and the text, with tabs between. A line break in an output, and with `--scores`
-a tab, is written as a space. `--json` keeps them: an object a line with `line`, `score` and `text`.
+With `--scores` an output line is the number of the input line, from 1, the score (log p in nats, of
+beam search divided by the length penalty) and the text, separated by tabs. A line break in an
+output, and with `--scores` a tab, is written as a space. `--json` keeps them: each line is an
+object with `line`, `score` and `text`.
 
-`--alignments` takes an object a line for each best output: its number, the tokens of source and
-output, and for each layer the cross-attention, the mean of its heads: [layers][output][source].
+`--alignments` writes an object per line for each best output: the line's number, the tokens of
+source and output, and the cross-attention of each layer, averaged over heads:
+[layers][output][source].
 """
 
 import io
@@ -33,24 +35,25 @@ from typing import IO, cast
 import numpy as np
 from absl import flags
 
+import transformer
 from transformer import cli
-from transformer.config import RunConfig
 from transformer.data.text import numbered
 from transformer.errors import UserError
-from transformer.inference.generation import Decoding, Generator, Output, Prepared
-from transformer.workdir import Workdir
+from transformer.inference.config import DecodingConfig
+from transformer.inference.generation import Generator, Output, Prepared
+from transformer.run import Run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or the number of a step.")
-REPLICA = flags.DEFINE_integer("replica", 0, "Of a population, which one.")
-N_BEST = flags.DEFINE_integer("n_best", 1, "Outputs of each line.", lower_bound=1)
-SCORES = flags.DEFINE_bool("scores", False, "Whether to write number, score and text.")
-JSON = flags.DEFINE_bool("json", False, "Whether to write number, score and text as JSON.")
-STRICT = flags.DEFINE_bool("strict", False, "Whether a line that cannot be processed is an error.")
-ALIGNMENTS = flags.DEFINE_string("alignments", None, "A file that takes where outputs looked.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Lines that are decoded at once.")
+REPLICA = flags.DEFINE_integer("replica", 0, "Which replica of a population.")
+N_BEST = flags.DEFINE_integer("n_best", 1, "Outputs per line.", lower_bound=1)
+SCORES = flags.DEFINE_bool("scores", False, "Write line number, score and text.")
+JSON = flags.DEFINE_bool("json", False, "Write line number, score and text as JSON.")
+STRICT = flags.DEFINE_bool("strict", False, "A line that cannot be processed is an error.")
+ALIGNMENTS = flags.DEFINE_string("alignments", None, "A file to write alignments to.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Lines decoded at once.")
 WINDOW = flags.DEFINE_integer(
-    "window", 10_000, "Lines that are read before the first is written; 1: each at once.", 1
+    "window", 10_000, "Lines read before the first output is written; 1: each at once.", 1
 )
 cli.define_decoding_flags()
 cli.define_plugins_flag()
@@ -58,87 +61,88 @@ cli.define_plugins_flag()
 
 @dataclass
 class Report:
-    """What standard error is told of the lines, by their numbers.
+    """What standard error says about the lines, by their numbers.
 
-    broken: those that are no UTF-8.
-    unknown: how many of a line's symbols the tokenizer never learned.
-    cut: those with an output that reached its limit.
+    invalid: lines that are not UTF-8.
+    truncated: lines with an output that reached its length limit.
+    unknown: line → symbols that are not in the tokenizer's vocabulary.
     """
 
-    broken: list[int] = field(default_factory=list)
-    cut: list[int] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
     unknown: dict[int, int] = field(default_factory=dict)
 
     def refuse(self, prepared: Prepared, numbers: Sequence[int]) -> None:
-        """Names the lines that cannot be processed; with `--strict` the first is an error."""
+        """Prints the lines that cannot be processed; with `--strict` the first is an error."""
         for index, reason in sorted(prepared.refused.items()):
             if STRICT.value:
                 raise UserError(f"line {numbers[index]}: {reason}")
             print(f"line {numbers[index]}: {reason}; its output is empty", file=sys.stderr)
 
     def finish(self) -> None:
-        """Writes the counts."""
-        for what, count, which in (
-            ("lines that are no UTF-8", len(self.broken), self.broken),
-            ("symbols that were never learned", sum(self.unknown.values()), self.unknown),
-            ("outputs cut at their limit (--decode_margin)", len(self.cut), self.cut),
+        """Prints the counts."""
+        for what, count, lines in (
+            ("lines that are not UTF-8", len(self.invalid), self.invalid),
+            ("unknown symbols", sum(self.unknown.values()), self.unknown),
+            ("outputs truncated (--decode_margin)", len(self.truncated), self.truncated),
         ):
             if count:
-                where = numbered("line", which, len(which))
+                where = numbered("line", lines, len(lines))
                 print(f"{what}: {count:,} ({where})", file=sys.stderr)
 
 
 def main() -> None:
-    """Reads, decodes, writes."""
+    """Reads, decodes and writes a window of lines at a time."""
     decoding = cli.decoding()
-    cfg = RunConfig.from_config_dict(Workdir(WORKDIR.value).read_config())
-    cli.set_up_jax(cfg)
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # as what is read
+    cli.set_up_jax(Run.saved(WORKDIR.value).config)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # like the input
     report = Report()
-    enumerated = enumerate(lines(sys.stdin.buffer, report.broken), 1)
-    with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as looked:
-        generator = Generator(WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value)
+    lines = enumerate(read_lines(sys.stdin.buffer, report.invalid), 1)
+    with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
+        generator = transformer.load(
+            WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value
+        )
         try:
-            while window := list(itertools.islice(enumerated, WINDOW.value)):
-                write(generator, decoding, window, looked, report)
-        except BrokenPipeError:  # `| head` has all that it wants
+            while window := list(itertools.islice(lines, WINDOW.value)):
+                write(generator, decoding, window, alignments, report)
+        except BrokenPipeError:  # the reader has ended, like `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     report.finish()
 
 
-def lines(file: IO[bytes], broken: list[int]) -> Iterator[str]:
-    """The lines; the numbers of those that are no UTF-8 go to `broken`."""
+def read_lines(file: IO[bytes], invalid: list[int]) -> Iterator[str]:
+    """The lines of `file`; the numbers of those that are not UTF-8 are added to `invalid`."""
     for number, line in enumerate(file, 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
             if STRICT.value:
-                raise UserError(f"line {number}: no UTF-8; convert the input to it") from error
-            broken.append(number)
+                raise UserError(f"line {number}: not UTF-8; convert the input") from error
+            invalid.append(number)
             text = line.decode(errors="replace")
         yield text
 
 
 def write(
     generator: Generator,
-    decoding: Decoding,
+    decoding: DecodingConfig,
     window: list[tuple[int, str]],
-    looked: IO[str],
+    alignments: IO[str],
     report: Report,
 ) -> None:
-    """Decodes some numbered lines, and writes what comes of them."""
+    """Decodes a window of numbered lines and writes the outputs."""
     numbers, texts = zip(*window, strict=True)
     prepared = generator.prepare(texts)
     report.unknown |= {numbers[index]: count for index, count in prepared.unknown.items()}
     if STRICT.value:
         report.refuse(prepared, numbers)
     found = generator.generate(
-        prepared, decoding, n_best=N_BEST.value, batch_size=BATCH_SIZE.value, first=numbers[0] - 1
+        prepared, decoding, n_best=N_BEST.value, batch_size=BATCH_SIZE.value, offset=numbers[0] - 1
     )
     report.refuse(prepared, numbers)
-    for number, own in zip(numbers, found, strict=True):
-        sys.stdout.write("".join(written(number, output) + "\n" for output in own))
-        report.cut += [number] * any(output.cut for output in own)
+    for number, outputs in zip(numbers, found, strict=True):
+        sys.stdout.write("".join(formatted(number, output) + "\n" for output in outputs))
+        report.truncated += [number] * any(output.truncated for output in outputs)
     sys.stdout.flush()
     if ALIGNMENTS.value:
         for index in np.flatnonzero(prepared.tokens.lengths() > 1).tolist():
@@ -147,15 +151,15 @@ def write(
             (one,) = generator.align([texts[index]], found[index][:1])
             record = {"line": numbers[index], "source": one.source, "output": one.output}
             record |= {"weights": one.weights.round(4).tolist()}
-            looked.write(json.dumps(record, ensure_ascii=False) + "\n")
+            alignments.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def written(number: int, output: Output) -> str:
-    """A line of output."""
+def formatted(number: int, output: Output) -> str:
+    """A line of standard output."""
     if JSON.value:
         record = {"line": number, "score": output.score, "text": output.text}
         return json.dumps(record, ensure_ascii=False)
-    text = " ".join(output.text.splitlines())  # a line feed that a model made would be a line more
+    text = " ".join(output.text.splitlines())
     if SCORES.value:
         return "\t".join((str(number), f"{output.score:.4f}", text.replace("\t", " ")))
     return text

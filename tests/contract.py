@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import beam_search, greedy, scores_of
+from transformer.inference.decoding import beam_search, greedy, next_log_p
 from transformer.modules.linear import Embed
 from transformer.modules.model import Model, Params
 from transformer.parallel.mesh import (
@@ -222,10 +222,10 @@ def searching(model: Model, outputs) -> None:
     for seed in range(1, 4):
         params = random_params(model, seed)
         found, beam = search(params)
-        np.testing.assert_array_equal(beam.tokens[:3, 0], found.tokens[:3])
-        np.testing.assert_allclose(beam.scores[:3, 0], found.log_p[:3], rtol=1e-5)
+        np.testing.assert_array_equal(beam.tokens[:3], found.tokens[:3])
+        np.testing.assert_allclose(beam.scores[:3], found.scores[:3], rtol=1e-5)
         np.testing.assert_array_equal(found.tokens[3:], PAD)  # without a source nothing is said
-        tokens = np.asarray(found.tokens)
+        tokens = np.asarray(found.tokens)[:, 0]
         ended = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) > 0
         np.testing.assert_array_equal(tokens[ended], PAD)
         forced = batch._replace(
@@ -233,12 +233,12 @@ def searching(model: Model, outputs) -> None:
             target_segments=jnp.asarray(~ended, jnp.int32),
             target_positions=jnp.broadcast_to(jnp.arange(T), (B, T)),
         )
-        log_p = np.asarray(scores_of(jnp.asarray(outputs(params, forced).logits), None))
+        log_p = np.asarray(next_log_p(jnp.asarray(outputs(params, forced).logits), None))
         for row in range(3):
             said = np.flatnonzero(~ended[row])
             np.testing.assert_array_equal(log_p[row, said].argmax(-1), tokens[row, said])
             total = log_p[row, said, tokens[row, said]].sum()
-            np.testing.assert_allclose(found.log_p[row], total, rtol=1e-4)
+            np.testing.assert_allclose(found.scores[row, 0], total, rtol=1e-4)
 
 
 def sharding(model: Model, outputs, params: Params) -> None:

@@ -18,7 +18,7 @@ from tests.test_programs import results
 from transformer.config import RunConfig, default_config, differences, flat_knobs
 from transformer.errors import UserError
 from transformer.inference import evaluation, plots
-from transformer.inference.decoding import Decoded
+from transformer.inference.decoding import Hypotheses
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place
 from transformer.run import Run
@@ -207,9 +207,9 @@ class Dispatches:
         names = ("uniform", "correct", "tokens")
         return {"nll": (20.0 - self.step) * ones} | dict.fromkeys(names, ones)
 
-    def decode(self, model, variables, samples, *, length):
-        self.calls.append(("decode", samples.source.shape, length))
-        return Decoded(samples.target, jnp.zeros(len(samples)))
+    def decode(self, model, variables, samples, *, max_length):
+        self.calls.append(("decode", samples.source.shape, max_length))
+        return Hypotheses(samples.target[:, None], jnp.zeros((len(samples), 1)))
 
 
 def digest(data):

@@ -10,7 +10,7 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import beam_search, greedy, likelier, sample
+from transformer.inference.decoding import METHODS, beam_search, greedy, sample, truncate
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
@@ -19,11 +19,7 @@ SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
 SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
 
 
-SEARCHES = {
-    "greedy": greedy,
-    "sample": partial(sample, temperature=2.0),
-    "beams": partial(beam_search, beam_size=3, length_penalty=0.6),
-}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
 @cache
@@ -43,7 +39,7 @@ def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE, segmen
 
 
 def steady(logits):
-    """A model that says the same at each step: these logits, and 0 for all other tokens."""
+    """A model with the same logits at each step: these, and 0 for all other tokens."""
     model = small_model(tie_embeddings=False)
     params = random_params(model, 0)
     gain, table = params["decoder/final_norm/scale"], 0 * params["output_embedding/embedding"]
@@ -53,27 +49,25 @@ def steady(logits):
     return model.bind(params | {"output_embedding/embedding": table})
 
 
-@pytest.mark.parametrize("search", ["greedy", "sample", "beams"])
-def test_neither_pad_nor_bos_nor_what_fills_up_the_vocabulary_is_said(search):
-    """However likely they are; the score of what is said is that of teacher forcing."""
+@each_method
+def test_no_output_has_pad_bos_or_padding_of_the_vocabulary(method):
+    """However likely they are; the score is that of teacher forcing."""
     likely = dict.fromkeys((PAD, BOS, 30, 31), 16.0) | {7: 12.0, EOS: 11.0}
-    module, keys = steady(likely), {"keys": jax.random.split(jax.random.key(0), 3)}
-    given = keys if search == "sample" else {}
-    find = SEARCHES[search]
-    found = find(module, BATCH.source, BATCH.source_segments, 3, tokens=30, **given)
-    tokens = np.asarray(found.tokens).reshape(3, -1, 3)[:, 0]
+    module, keys = steady(likely), jax.random.split(jax.random.key(0), 3)
+    found = method(module, BATCH.source, BATCH.source_segments, 3, num_tokens=30, keys=keys)
+    tokens = np.asarray(found.tokens)[:, 0]
     real = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) == 0
     assert set(tokens[real].tolist()) <= {7, EOS}
-    if search == "greedy":
+    if method is greedy:
         logits = jnp.zeros(32).at[jnp.array([*likely])].set(jnp.array([*likely.values()]))
         each = float(jax.nn.log_softmax(logits)[7])
-        np.testing.assert_allclose(found.log_p, [3 * each] * 3, rtol=1e-4)
+        np.testing.assert_allclose(found.scores, [[3 * each]] * 3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("find", [greedy, partial(beam_search, beam_size=1, length_penalty=0.6)])
-def test_rows_end_with_eos_and_the_loop_when_nothing_can_get_better(find, monkeypatch):
-    """Every source ends at once with probability nearly 1: one step is enough."""
-    module, steps = steady({EOS: 16.0}), []
+@each_method
+def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeypatch):
+    """Each source's output ends at once with probability nearly 1: one step is enough."""
+    module, steps, keys = steady({EOS: 16.0}), [], jax.random.split(jax.random.key(0), 3)
     original = type(module).decode_step
 
     def counted(self, tokens, cache):
@@ -81,10 +75,11 @@ def test_rows_end_with_eos_and_the_loop_when_nothing_can_get_better(find, monkey
         return original(self, tokens, cache)
 
     monkeypatch.setattr(type(module), "decode_step", counted)
-    tokens = find(module, BATCH.source, BATCH.source_segments, 50).tokens.reshape(3, 50)
+    width = {"beam_size": 1} if method is beam_search else {}
+    found = method(module, BATCH.source, BATCH.source_segments, 50, keys=keys, **width)
     jax.effects_barrier()
     assert steps == [0]
-    np.testing.assert_array_equal(tokens, [[EOS] + [PAD] * 49] * 3)
+    np.testing.assert_array_equal(found.tokens[:, 0], [[EOS] + [PAD] * 49] * 3)
 
 
 def test_without_a_source_there_is_no_output():
@@ -92,7 +87,7 @@ def test_without_a_source_there_is_no_output():
     segments = SEGMENTS.at[1].set(0)
     decoded = greedy(model.bind(params), SOURCE, segments, 4)
     np.testing.assert_array_equal(decoded.tokens[1], PAD)
-    assert decoded.log_p[1] == 0.0
+    assert decoded.scores[1] == 0.0
     found, whole = (search(model, params, 2, 0.6, segments=each) for each in (segments, SEGMENTS))
     np.testing.assert_array_equal(found.tokens[1], PAD)
     np.testing.assert_array_equal(found.scores[1], -np.inf)
@@ -142,20 +137,20 @@ def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
 
 def searched_by_definition(log_p_after, width, alpha, length):
     """Beam search over lists of tokens, which never stops early and has no cache."""
-    going, ended = [((), 0.0)], []
+    live, finished = [((), 0.0)], []
     for place in range(length):
         grown = [
             ((*tokens, token), total + log_p)
-            for tokens, total in going
+            for tokens, total in live
             for token, log_p in enumerate(log_p_after(tokens))
             if token not in (PAD, BOS)
         ]
         likely = sorted(grown, key=lambda each: -each[1])[: 2 * width]
         penalty = ((5 + place + 1) / 6) ** alpha
-        ended += [(one, total / penalty) for one, total in likely[:width] if one[-1] == EOS]
-        ended = sorted(ended, key=lambda each: -each[1])[:width]
-        going = [each for each in likely if each[0][-1] != EOS][:width]
-    return (ended + [(one, total / penalty) for one, total in going])[:width]
+        finished += [(one, total / penalty) for one, total in likely[:width] if one[-1] == EOS]
+        finished = sorted(finished, key=lambda each: -each[1])[:width]
+        live = [each for each in likely if each[0][-1] != EOS][:width]
+    return (finished + [(one, total / penalty) for one, total in live])[:width]
 
 
 @pytest.mark.parametrize(
@@ -191,22 +186,21 @@ def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
     @jax.jit
     def tokens(params):
         call = model.bind(params), SOURCE, SEGMENTS, 6
-        return beam(*call).tokens[:, 0], greedy(*call).tokens
+        return beam(*call).tokens, greedy(*call).tokens
 
     for seed in range(20):
         np.testing.assert_array_equal(*tokens(random_params(model, seed)))
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_an_output_is_as_long_as_its_own_source_allows(name):
-    """With a margin a batch gives what each source alone gives in so much room."""
+@each_method
+def test_an_output_is_as_long_as_its_own_source_allows(method):
+    """With a margin a batch has the outputs of each source alone with that maximal length."""
     model, _ = tiny_tokens(tie_embeddings=False)
     lengths, margin, keys = (3, 2, 4), 2, jax.random.split(jax.random.key(0), 3)
 
     def found(params, rows, length, **options):
-        given = {"keys": keys[rows]} if name == "sample" else {}
         call = model.bind(params), SOURCE[rows], SEGMENTS[rows], length
-        return SEARCHES[name](*call, **given, **options)
+        return method(*call, keys=keys[rows], **options)
 
     together = jax.jit(lambda params: found(params, slice(0, 3), 9, margin=margin))
     alone = [
@@ -235,7 +229,7 @@ KEYS = jax.random.split(jax.random.key(7), 4000)
 
 def drawn(module, source, segments, length, keys, **settings):
     call = partial(sample, module, source, segments, length, **settings)
-    return np.asarray(jax.jit(lambda keys: call(keys=keys).tokens)(keys))
+    return np.asarray(jax.jit(lambda keys: call(keys=keys).tokens[:, 0])(keys))
 
 
 @pytest.mark.parametrize(
@@ -282,11 +276,11 @@ def kept(logits, top_k, top_p):
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 100])
 @pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.77, 0.999, 1.0])
-def test_the_likelier_tokens_are_those_of_brute_force(top_k, top_p, rng):
+def test_truncated_logits_are_those_of_brute_force(top_k, top_p, rng):
     """With ties at every place, and with all alike."""
     logits = rng.integers(-3, 4, size=(200, 9)) * 0.37 * rng.choice([0, 1, 5], size=(200, 1))
     logits = np.asarray(logits, np.float32)
-    found = np.asarray(likelier(jnp.asarray(logits), top_k, top_p))
+    found = np.asarray(truncate(jnp.asarray(logits), top_k, top_p))
     for row, own in zip(logits.astype(np.float64), found, strict=True):
         np.testing.assert_array_equal(np.isfinite(own), kept(row, top_k, top_p))
     np.testing.assert_array_equal(found[np.isfinite(found)], logits[np.isfinite(found)])
@@ -300,7 +294,7 @@ def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
     params["output_embedding/embedding"] = table.at[jnp.array([PAD, BOS])].set(0.0)
     module = model.bind(params)
     call = module, BATCH.source, BATCH.source_segments, 6
-    wanted = jax.jit(lambda: greedy(*call).tokens)()
+    wanted = jax.jit(lambda: greedy(*call).tokens[:, 0])()
     found = drawn(*call, KEYS[:3], **settings)
     np.testing.assert_array_equal(found, wanted)
     assert len(set(found.ravel().tolist())) > 3

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from tests.helpers import data_config, program, strings
 from tests.test_average import files_of, make_run
+from transformer import cli
+from transformer.data.batches import Dataset
 from transformer.data.corpus import open_corpus
-from transformer.inference import plots
-from transformer.inference.decoding import Beams
-from transformer.inference.generation import Decoding
+from transformer.inference import plots, results
+from transformer.inference.decoding import Hypotheses
 
 # A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
 PAIRS = [("$18_$", r"$1^\$"), ("k3", "a" * 70), ("a\tb", "c\nd\\"), ("器", "語")]
@@ -67,9 +68,9 @@ def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_pa
     assert drawn == {f"attention_train_{i}_cross.png" for i in (0, 2, 3)}
     said = " ".join(capsys.readouterr().out.split())
     assert "train: 4 examples" in said
-    assert "1 targets are longer; --decode_margin=68 has room for all" in said
-    assert "the font lacks '\\t' '\\n' '器' '語': the numbers of tokens" in said
-    assert "texts of at most 64 tokens: 3 here" in said
+    assert "1 targets are longer; --decode_margin=68 suffices for all" in said
+    assert "the font lacks '\\t' '\\n' '器' '語': token ids are" in said
+    assert "drawn for 3 texts of at most 64 tokens" in said
     assert "is not drawn" not in said
 
 
@@ -89,17 +90,18 @@ def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, m
 
 
 def test_files_are_named_after_what_is_not_the_default(capsys):
-    with program("eval.py", "--workdir=none") as module:
-        for name, settings in (
-            ("test", (Decoding(), "latest", None)),
-            ("test_checkpoint=best", (Decoding(length_penalty=1.0), "best", None)),
-            ("test_beam_size=4", (Decoding(beam_size=4), "latest", None)),
-            (
-                "test_temperature=1.0_seed=3_data=a.de,a.en-012345",
-                (Decoding(temperature=1.0, seed=3), "latest", "x/a.de, x/a.en"),
-            ),
-        ):
-            assert module.name_of("test", *settings, "text_pairs/0123456789/1.0.0") == name
+    for name, *words in (
+        ("test",),
+        ("test_checkpoint=best", "--length_penalty=1.0", "--checkpoint=best"),
+        ("test_beam_size=4", "--beam_size=4"),
+        (
+            "test_temperature=1.0_seed=3_data=a.de,a.en-012345",
+            *("--temperature=1", "--seed=3", "--data=x/a.de, x/a.en"),
+        ),
+    ):
+        with program("eval.py", "--workdir=none", *words) as module:
+            found = module.file_name("test", cli.decoding(), "text_pairs/0123456789/1.0.0")
+        assert found == name
     with pytest.raises(SystemExit), program("eval.py"):
         pass
     assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err
@@ -111,12 +113,11 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     target = np.array(batch.target_out)
     tokens = np.where(np.array([[False], [True], [True]]), 7, target)
     tokens = np.stack([tokens, target], axis=1)  # the second hypothesis is not looked at
-    found = Beams(tokens=tokens, scores=np.zeros((3, 2), np.float32))
+    found = Hypotheses(tokens=tokens, scores=np.zeros((3, 2), np.float32))
     right = np.array([3.0, 3.0, 2.0])
-    scores = dict.fromkeys(("nll", "uniform", "correct", "tokens"), right)
-    with program("eval.py", "--workdir=none") as evaluate:
-        data = evaluate.Dataset(np.array(batch.source), target, 1)
-        record = evaluate.results("test", data, scores, found)
+    totals = dict.fromkeys(("nll", "uniform", "correct", "tokens"), right)
+    data = Dataset(np.array(batch.source), target, 1)
+    record = results.summarize("test", data, totals, found)
     assert record["outputs_cut"] == 2  # those without an end
     assert record["metrics"]["test/sequence_accuracy"] == pytest.approx(1 / 3)
     assert record["metrics"]["test/token_accuracy"] == 1.0

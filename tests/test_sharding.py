@@ -103,8 +103,8 @@ def train(run, sizes=(1, 1, 1), context=1):
 
 
 def decode(model, *variables_and_data):  # greedily, and by beam search
-    run = partial(evaluation.decode, model, *variables_and_data, length=6)
-    return run().tokens, run(search=partial(beam_search, beam_size=3, length_penalty=0.6)).tokens
+    run = partial(evaluation.decode, model, *variables_and_data, max_length=6)
+    return run().tokens, run(method=partial(beam_search, beam_size=3, length_penalty=0.6)).tokens
 
 
 @pytest.mark.parametrize(("run", "sizes", "context"), MESHES)

@@ -9,7 +9,13 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, bleu, edit_distance
+from transformer.inference.text_metrics import (
+    BLEU_TOKENIZERS,
+    TEXT_METRICS,
+    Texts,
+    bleu,
+    edit_distance,
+)
 
 approx = pytest.approx
 OUTPUTS = ["the cat sat on the mat", "there is no place like home .", ""]
@@ -19,7 +25,7 @@ ONE += [["at night a dog barks in the yard"], ["kein Wort"]]
 SEVERAL = [[*own, f"{own[0]} indeed", "so be it then"] for own in ONE]
 UNEQUAL = [own[: 1 + k % 3] for k, own in enumerate(SEVERAL)]
 SACREBLEU = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}
-WORST = {name: 100.0 if name.endswith("error_rate") else 0.0 for name in TEXT_METRICS}
+WORST = {name: 0.0 if metric.better > 0 else 100.0 for name, metric in TEXT_METRICS.items()}
 PROPORTIONS = ("exact_match", "sequence_error_rate")
 each_metric = pytest.mark.parametrize("name", TEXT_METRICS)
 
@@ -41,8 +47,12 @@ def test_edit_distance_is_that_of_its_definition(one, other):
     assert edit_distance(one, other) == by_definition(one, other)
 
 
-def value(name, outputs, references):
-    return TEXT_METRICS[name](outputs, references).value
+def score(name, outputs, references):
+    return TEXT_METRICS[name].score(Texts(outputs, references))
+
+
+def value(*case):
+    return score(*case).value
 
 
 def test_rates_by_hand():
@@ -77,61 +87,62 @@ def test_the_interval_of_a_rate_is_that_of_a_ratio_of_sums():
     lengths = rng.integers(1, 20, 500)
     edits = rng.binomial(lengths, lengths / 40)
     outputs = [" ".join(["x"] * e + ["a"] * (n - e)) for e, n in zip(edits, lengths, strict=True)]
-    score = TEXT_METRICS["unit_error_rate"](outputs, [[" ".join(["a"] * n)] for n in lengths])
+    found = score("unit_error_rate", outputs, [[" ".join(["a"] * n)] for n in lengths])
     rate = edits.sum() / lengths.sum()
-    assert score.value == approx(100 * rate)
+    assert found.value == approx(100 * rate)
     half = 1.96 * 100 * (edits - rate * lengths).std() / lengths.mean() / 500**0.5
-    assert score.high - score.value == approx(half, rel=0.15)
-    assert score.value - score.low == approx(half, rel=0.15)
+    assert found.high - found.value == approx(half, rel=0.15)
+    assert found.value - found.low == approx(half, rel=0.15)
     case = outputs[:30], [["a"]] * 30
-    wrong, right = TEXT_METRICS["sequence_error_rate"](*case), TEXT_METRICS["exact_match"](*case)
+    wrong, right = score("sequence_error_rate", *case), score("exact_match", *case)
     assert (100 - wrong.value, 100 - wrong.high, 100 - wrong.low) == approx(right[:3])
 
 
 @pytest.mark.parametrize("name", SACREBLEU)
 @pytest.mark.parametrize("references", [ONE, SEVERAL, UNEQUAL], ids=["one", "several", "unequal"])
 def test_values_are_sacrebleus(name, references):
-    score = TEXT_METRICS[name](OUTPUTS, references)
+    found = score(name, OUTPUTS, references)
     streams = [list(each) for each in itertools.zip_longest(*references)]
     theirs = SACREBLEU[name]().corpus_score(OUTPUTS, streams, n_bootstrap=1_000)
-    assert score.value == theirs.score
-    assert 0 < score.low <= score.value <= score.high < 100
-    assert (score.high - score.low) / 2 == approx(theirs._ci, rel=0.1)
+    half = float(theirs.format(width=9, score_only=True).split("±")[1].rstrip(")"))
+    assert found.value == theirs.score
+    assert 0 < found.low <= found.value <= found.high < 100
+    assert (found.high - found.low) / 2 == approx(half, rel=0.1)
     count = {len(own) for own in references}
-    assert score.signature.startswith(f"nrefs:{count.pop() if len(count) == 1 else 'var'}|")
-    assert score.signature.endswith(f"|version:{sacrebleu.__version__}")
+    assert found.signature.startswith(f"nrefs:{count.pop() if len(count) == 1 else 'var'}|")
+    assert found.signature.endswith(f"|version:{sacrebleu.__version__}")
     twice = [own * (1 + k % 2) for k, own in enumerate(references)]
-    assert value(name, OUTPUTS, twice) == score.value
+    assert value(name, OUTPUTS, twice) == found.value
 
 
 @each_metric
 def test_empty_outputs_are_as_wrong_as_can_be_and_right_ones_are_right(name):
-    empty = TEXT_METRICS[name]([""] * 5, UNEQUAL)
-    right = TEXT_METRICS[name]([own[-1] for own in SEVERAL], SEVERAL)
+    empty = score(name, [""] * 5, UNEQUAL)
+    right = score(name, [own[-1] for own in SEVERAL], SEVERAL)
     assert (empty.value, right.value) == approx((WORST[name], 100 - WORST[name]))
-    for score in (empty, right):  # Wilson: z² / (n + z²), of 5 all or none
+    for found in (empty, right):  # Wilson: z² / (n + z²), of 5 all or none
         width = 100 * 1.96**2 / (5 + 1.96**2) if name in PROPORTIONS else 0
-        assert score.high - score.low == approx(width, rel=1e-4)
+        assert found.high - found.low == approx(width, rel=1e-4)
     assert bool(right.signature) == (name in SACREBLEU)
 
 
 @each_metric
 def test_one_good_output_among_bad_ones_has_an_interval(name):
     """Then some of what is drawn scores nothing at all."""
-    score = TEXT_METRICS[name](["", "", "", "so be it then"], [["so be it then"]] * 4)
-    worst = [score.low, score.high][WORST[name] > 0]
+    found = score(name, ["", "", "", "so be it then"], [["so be it then"]] * 4)
+    worst = [found.low, found.high][WORST[name] > 0]
     assert (worst == WORST[name]) == (name not in PROPORTIONS)
-    assert score.low < score.value < score.high
+    assert found.low < found.value < found.high
 
 
 def test_bleu_has_the_tokenizer_of_its_signature_and_warns_where_it_says_nothing():
     assert set(BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
     references = [["他們在公園裡吃了一個很大的蘋果"]] * 3
     outputs = ["他們在公園裡吃了一個很大的梨子"] * 3
-    plain, zh = (bleu(outputs, references, tokenizer) for tokenizer in ("13a", "zh"))
+    plain, zh = (bleu(Texts(outputs, references, tokenizer)) for tokenizer in ("13a", "zh"))
     assert plain.value == 0.0
     assert zh.value > 70
     assert "|tok:zh|" in zh.signature
     assert "set it to zh" in plain.warning
-    assert "no reference has 4 tokens" in bleu(["a b c"], [["a b c", "a"]]).warning
-    assert not any((zh.warning, bleu(["a"], [["a b c d", "a"]]).warning))
+    assert "no reference has 4 tokens" in bleu(Texts(["a b c"], [["a b c", "a"]])).warning
+    assert not any((zh.warning, bleu(Texts(["a"], [["a b c d", "a"]])).warning))

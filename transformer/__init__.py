@@ -25,9 +25,11 @@ Nouns, with their shapes and dtypes:
     metrics                          ratios of sums, on the host
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformer.inference.generation import Generator
     from transformer.run import Run as Run
 
 __version__ = "0.1.0"
@@ -41,15 +43,30 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def load(workdir: str, **options: Any) -> Any:
-    """A trained model that makes texts of texts: `load("runs/x").generate(["hello"])`.
+def load(
+    workdir: str,
+    *,
+    checkpoint: str = "latest",
+    replica: int = 0,
+    mesh: Any = None,
+    plugins: Sequence[str] = (),
+) -> "Generator":
+    """A trained model for texts: `load("runs/x").generate(["hello"])`.
 
     Args:
       workdir: the run's folder.
-      **options: as of `generation.Generator`, which this is.
-    """
-    from transformer.inference.generation import (
-        Generator,  # most imports of this package need none of it
-    )
+      checkpoint: latest, best, or the number of a step.
+      replica: of a population, which one.
+      mesh: the devices; None: all, over which batches are sharded.
+      plugins: the modules that the run names as its plugins, which are imported.
 
-    return Generator(workdir, **options)
+    Raises:
+      UserError: the folder holds no run, or the checkpoint is missing or damaged.
+    """
+    from transformer import plugins as plugin_modules
+    from transformer.parallel.mesh import data_parallel_mesh
+    from transformer.run import Run
+
+    plugin_modules.load(plugins)
+    run = Run.saved(workdir, mesh=mesh or data_parallel_mesh())
+    return run.generator(checkpoint, replica)

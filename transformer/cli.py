@@ -23,7 +23,7 @@ from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, outlive_readers
 from transformer.errors import UserError, nearest
 from transformer.files import home
-from transformer.inference.generation import Decoding
+from transformer.inference.config import DecodingConfig
 from transformer.parallel import hosts
 from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
@@ -229,11 +229,13 @@ def define_decoding_flags() -> None:
     )
 
 
-def decoding() -> Decoding:
+def decoding() -> DecodingConfig:
     """What the flags of `define_decoding_flags` say."""
     given = flags.FLAGS
-    settings: dict[str, Any] = {each.name: given[each.name].value for each in fields(Decoding)}
-    return Decoding(**settings)
+    settings: dict[str, Any] = {
+        each.name: given[each.name].value for each in fields(DecodingConfig)
+    }
+    return DecodingConfig(**settings)
 
 
 def host_command(text: str) -> list[str]:

@@ -49,12 +49,14 @@ class Metric:
       `label_smoothing` are among them.
     format: value → text.
     better: 1 if more is better, -1 if less is.
+    printed: whether tables have it, under its name.
     """
 
     sums: Mapping[str, Callable[[Predictions], Array]]
     value: Callable[[Mapping[str, Any]], float]
     format: Callable[[float], str] = figure
     better: int = 1
+    printed: bool = True
 
 
 def per_token(totals: Mapping[str, Any], name: str) -> float:
@@ -80,7 +82,7 @@ METRICS: dict[str, Metric] = {
     # Nats a target token, without label smoothing.
     "loss": Metric(sums=NLL, value=lambda totals: per_token(totals, "nll"), better=-1),
     # With label smoothing: what training minimises.
-    "objective": Metric(sums=NLL | UNIFORM, value=objective, better=-1),
+    "objective": Metric(sums=NLL | UNIFORM, value=objective, better=-1, printed=False),
     "perplexity": Metric(
         sums=NLL,
         value=lambda totals: float(np.exp(per_token(totals, "nll"))),
@@ -100,6 +102,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
+PRINTED = {name: metric for name, metric in METRICS.items() if metric.printed}
+
+
 def token_sums(predictions: Predictions) -> dict[str, Float[Array, "B T"]]:
     """What the metrics sum over target tokens, before it is weighted and summed."""
     sums = {name: of for metric in METRICS.values() for name, of in metric.sums.items()}
@@ -107,9 +112,9 @@ def token_sums(predictions: Predictions) -> dict[str, Float[Array, "B T"]]:
 
 
 def finalize(
-    totals: Mapping[str, Any], prefix: str, label_smoothing: float = 0.0
+    totals: Mapping[str, Any], prefix: str = "", label_smoothing: float = 0.0
 ) -> dict[str, float]:
-    """`prefix/name` → value of each metric.
+    """`prefix/name` → value of each metric; `name` without a prefix.
 
     Args:
       totals: `token_sums` of each example over its tokens, and their number `tokens`; [examples].
@@ -117,7 +122,8 @@ def finalize(
       label_smoothing: ε of the objective.
     """
     totals = {**totals, "label_smoothing": label_smoothing}
-    return {f"{prefix}/{name}": metric.value(totals) for name, metric in METRICS.items()}
+    before = f"{prefix}/" if prefix else ""
+    return {f"{before}{name}": metric.value(totals) for name, metric in METRICS.items()}
 
 
 def mean_over(metrics: Sequence[Mapping[str, float | int]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from transformer.config import RunConfig, continued
 from transformer.console import facts
+from transformer.data import datasets
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
 from transformer.data.packing import (
@@ -23,8 +24,11 @@ from transformer.data.packing import (
     unpacked_rows,
 )
 from transformer.data.streaming import StreamedDataset
-from transformer.errors import UserError
+from transformer.errors import UserError, within
 from transformer.inference import evaluation
+from transformer.inference.config import DecodingConfig
+from transformer.inference.decoding import Hypotheses
+from transformer.inference.generation import Generator
 from transformer.metrics import finalize, mean_over
 from transformer.modules.model import Model
 from transformer.parallel import hosts
@@ -132,6 +136,22 @@ class Run:
         corpus = open_corpus(self.config.data, self.data_dir, saved)
         if self.is_trained and not self.allow_changes:
             self.workdir.check_corpus(corpus.identity())
+        return corpus
+
+    def evaluation_corpus(self, file: str | None = None) -> Corpus:
+        """The run's dataset, found by the name it was recorded by; or a file, as split `test`.
+
+        Raises:
+          UserError: it is missing, or is not the one that the run was trained on.
+        """
+        config, data_dir = self.config.data, self.data_dir
+        if file is not None:
+            opened = partial(datasets.evaluated_file, config, file, data_dir)
+            return Corpus(hosts.in_turn(opened), self.tokenizers)
+        recorded = self.workdir.read_record()["corpus"]["dataset"]
+        opened = partial(datasets.reopened, config, recorded, data_dir)
+        corpus = Corpus(hosts.in_turn(opened), self.tokenizers)
+        self.workdir.check_corpus(corpus.identity())
         return corpus
 
     @cached_property
@@ -441,6 +461,31 @@ class Run:
             self.state = checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
         return self.state
 
+    def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
+        """The trained model for texts, on the run's mesh.
+
+        Args:
+          checkpoint: latest, best, or the number of a step.
+          replica: of a population, which one.
+        """
+        within("replica", replica, 0, self.config.replicas - 1)
+        with jax.set_mesh(self.mesh), jax.enable_x64(False):
+            variables = by_replica(self.restore(checkpoint).variables(), self.config.replicas)
+        margin = self.config.decode_margin
+        return Generator(
+            self.model, variables[replica], self.tokenizers, decode_margin=margin, mesh=self.mesh
+        )
+
+    def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
+        """The hypotheses of every source of `data`, of all replicas."""
+        decode = partial(decoding.decode, self.model, margin=self.config.decode_margin)
+        program = jax.jit(
+            self._each_replica(decode, 0, None),
+            out_shardings=self.replicated,
+            compiler_options=evaluation.compiler_options(),
+        )
+        return program(variables, data)
+
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
 
@@ -454,7 +499,7 @@ class Run:
         state = self.state or self.restore()
         watchman = Watchman(state, self.config.max_skipped_steps)
         data = self.data[split]
-        scores = evaluation.in_parts(self.score, state.variables(), data, self.place)
+        scores = evaluation.score_in_batches(self.score, state.variables(), data, self.place)
         metrics = [
             finalize(one, split, smoothing)
             for one, smoothing in zip(

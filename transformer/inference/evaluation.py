@@ -1,4 +1,7 @@
-"""How well a model does on a whole split, in one dispatch, with a result for each example."""
+"""Evaluation of a model on a whole split: teacher-forced totals, decoded outputs, attention maps.
+
+Each function is pure, is compiled into one program, and keeps the order of the examples.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import PAD
-from transformer.inference.decoding import greedy
+from transformer.inference.decoding import Hypotheses, greedy
 from transformer.loss import cross_entropy
 from transformer.metrics import Predictions, token_sums
 from transformer.modules.attention import MultiHeadAttention
@@ -20,12 +23,14 @@ from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Stack
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
+# Totals over the target tokens of each example, [examples] float32: `token_sums`, and `tokens`.
+Totals = dict[str, Any]
+# The attention weights [examples, N, T, S] of each layer, under "encoder", "decoder", "cross".
+Maps = dict[str, list[Array]]
+
 
 def map_batches(function: Callable, data: Dataset) -> Any:
-    """`function` of each batch's (source, target), the rows' results joined in order.
-
-    A batch is split over the devices as one of training is.
-    """
+    """`function(source, target)` of each batch, sharded as in training; the results of all rows."""
     rows, size = len(data), data.batch_size
     batches = -(-rows // size)
 
@@ -40,16 +45,9 @@ def map_batches(function: Callable, data: Dataset) -> Any:
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
 
 
-# The attention weights [B, N, T, S] of each layer, under "encoder", "decoder", "cross".
-Maps = dict[str, list[Array]]
-
-# Totals over the target tokens of each example, [examples] float32: `token_sums`, and `tokens`.
-Totals = dict[str, Any]
-
-
-def score(model: Model, params: Params, data: Dataset) -> Totals:
+def score(model: Model, variables: Params, data: Dataset) -> Totals:
     """The totals of every example under teacher forcing, for `metrics.finalize`."""
-    module = model.bind(params)
+    module = model.bind(variables)
 
     def score_batch(source, target):
         batch = make_batch(source, target)
@@ -62,30 +60,30 @@ def score(model: Model, params: Params, data: Dataset) -> Totals:
     return map_batches(score_batch, data)
 
 
-def in_parts(
+def score_in_batches(
     score: Callable[[Params, Dataset], Totals],
-    params: Params,
+    variables: Params,
     data: Dataset,
     place: Callable[[Dataset], Dataset],
     between: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """Scores of every example as NumPy's arrays, a batch in a dispatch, of which one waits.
+    """The totals of every example as NumPy arrays, a batch per dispatch.
 
     Args:
       score: `score` of a model, jitted.
-      params: its variables.
+      variables: the model's.
       data: the examples, on the host.
       place: puts a batch on the devices.
-      between: called before each dispatch; what it raises ends the evaluation.
+      between: called before each dispatch; an exception it raises ends the evaluation.
     """
     size, parts = min(data.batch_size, len(data)), []
     for first in range(0, len(data), size):
         between()
-        start = min(first, len(data) - size)  # all have one shape, and some rows come twice
+        start = min(first, len(data) - size)  # the last batch overlaps: all have one shape
         rows = slice(start, start + size)
         batch = Dataset(data.source[rows], data.target[rows], data.batch_size, data.packed)
-        parts.append((first - start, score(params, place(batch))))
-        if len(parts) > 1:
+        parts.append((first - start, score(variables, place(batch))))
+        if len(parts) > 1:  # one dispatch computes, one waits
             jax.block_until_ready(parts[-2])
     whole = [jax.tree.map(lambda x, k=k: np.asarray(x)[..., k:], part) for k, part in parts]
     return jax.tree.map(lambda *each: np.concatenate(each, axis=-1), *whole)
@@ -93,67 +91,65 @@ def in_parts(
 
 def decode(
     model: Model,
-    params: Params,
+    variables: Params,
     data: Dataset,
-    length: int,
-    search: Callable[..., Any] = greedy,
+    max_length: int,
+    method: Callable[..., Hypotheses] = greedy,
     keys: Array | None = None,
-) -> Any:
-    """What `search` finds for every source of `data`, at most `length` tokens with EOS.
+) -> Hypotheses:
+    """The hypotheses of every source of `data`, in the order of the examples.
 
-    A batch takes as many steps as its longest output, so sources of like length are
-    decoded together, and each device has some of every length.
+    A batch takes as many steps as its longest output, so sources of similar length are decoded
+    together, and each device has some of every length.
 
     Args:
       model: the model.
-      params: its variables.
+      variables: its variables.
       data: the examples, of which only the sources are read.
-      length: of an output, at most.
-      search: `decoding.greedy`, or `beam_search` or `sample` with its settings.
-      keys: of each example, [examples], which `sample` takes.
-
-    Returns:
-      What `search` returns, with the examples in their order: Decoded, or Beams.
+      max_length: tokens in an output at most, EOS included.
+      method: of `decoding.METHODS`, with its settings.
+      keys: PRNG keys of the examples, [examples], for sampling.
     """
-    source, ways = jnp.asarray(data.source), row_shards()
+    source, shards = jnp.asarray(data.source), row_shards()
     order = jnp.argsort((source != PAD).sum(1))
-    order = jnp.pad(order, (0, -len(data) % ways), constant_values=len(data))
-    order = order.reshape(-1, ways).T.reshape(-1)
+    order = jnp.pad(order, (0, -len(data) % shards), constant_values=len(data))
+    order = order.reshape(-1, shards).T.reshape(-1)
 
-    def decode_part(params, rows):
-        module, (source, numbers) = model.bind(params), rows
+    def decode_shard(variables, rows):
+        module, (source, key_data) = model.bind(variables), rows
 
-        def decode_batch(source, numbers):
-            given = {} if keys is None else {"keys": jax.random.wrap_key_data(numbers)}
+        def decode_batch(source, key_data):
+            own = {} if keys is None else {"keys": jax.random.wrap_key_data(key_data)}
             segments = (source != PAD).astype(jnp.int32)
-            return search(module, source, segments, length, tokens=model.tokens, **given)
+            return method(module, source, segments, max_length, num_tokens=model.tokens, **own)
 
-        return map_batches(decode_batch, Dataset(source, numbers, max(data.batch_size // ways, 1)))
+        batch_size = max(data.batch_size // shards, 1)
+        return map_batches(decode_batch, Dataset(source, key_data, batch_size))
 
-    def dealt(rows):
+    def in_order(rows):
         return rows.at[order].get(mode="fill", fill_value=PAD)
 
-    numbers = source if keys is None else jax.random.key_data(keys)
-    found = shard_rows(decode_part, ways)(params, (dealt(source), dealt(numbers)))
+    key_data = source if keys is None else jax.random.key_data(keys)
+    rows = in_order(source), in_order(key_data)
+    found = shard_rows(decode_shard, shards)(variables, rows)
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
 
 def compiler_options() -> dict[str, str]:
-    """What `jax.jit` is to be told of a program that decodes.
+    """The `compiler_options` of `jax.jit` for a program that decodes.
 
-    On a CPU XLA makes two operations of each sum over more than 32 numbers, so that large ones
-    use all of a core. A step of decoding has a norm's width of them: one operation is faster, by
-    5% for one source and by 10% for one of four beams.
+    XLA's CPU backend rewrites each sum over more than 32 elements as two operations. One is
+    faster for the widths of a decoding step: 5% for one source, 10% for one of four beams.
     """
     if jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
-def attention_maps(model: Model, params: Params, data: Dataset) -> Maps:
+def attention_maps(model: Model, variables: Params, data: Dataset) -> Maps:
     """The attention weights [examples, N, T, S] of each layer under teacher forcing."""
     batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
-    module = model.bind(params)
+    module = model.bind(variables)
     module.set_attributes(MultiHeadAttention, sow_weights=True)
     # Inside a scan or a checkpoint nothing can be sown.
     module.set_attributes(Stack, raise_if_not_found=False, scan_layers=False, remat="none")
@@ -165,13 +161,13 @@ def attention_maps(model: Model, params: Params, data: Dataset) -> Maps:
 
 
 def exact_match(
-    decoded: Int[np.ndarray, "examples _"], target: Int[np.ndarray, "examples _"]
+    outputs: Int[np.ndarray, "examples _"], targets: Int[np.ndarray, "examples _"]
 ) -> Bool[np.ndarray, "examples"]:
-    """Which outputs are their target, token for token, EOS included."""
-    width = max(decoded.shape[1], target.shape[1])
+    """Whether each output is its target, token for token, EOS included."""
+    width = max(outputs.shape[1], targets.shape[1])
     pad = partial(np.pad, constant_values=PAD)
     return np.all(
-        pad(decoded, ((0, 0), (0, width - decoded.shape[1])))
-        == pad(target, ((0, 0), (0, width - target.shape[1]))),
+        pad(outputs, ((0, 0), (0, width - outputs.shape[1])))
+        == pad(targets, ((0, 0), (0, width - targets.shape[1]))),
         axis=1,
     )

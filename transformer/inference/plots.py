@@ -1,6 +1,7 @@
-"""Pictures of a run. Matplotlib is imported by those who call, not with the package."""
+"""Plots of a run and of an evaluation; importing this imports Matplotlib."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +10,52 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
+from transformer.console import facts
+from transformer.data.batches import Dataset
+from transformer.data.corpus import Tokenizers
+from transformer.data.tokenizer import BOS, PAD, Tokenizer
+from transformer.inference.evaluation import Maps
+from transformer.metrics import METRICS, percent
+from transformer.parallel import hosts
+
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
-PANELS = 8  # layers, and heads, of a picture of attention at most
-PIXELS = 16e6  # of such a picture at most
+LINES = ("-", "--", ":", "-.")
+EXAMPLES = 3  # whose attention is drawn
+MAX_TOKENS = 64  # of a text whose attention is drawn
+PANELS = 8  # layers, and heads, in a picture of attention
+PIXELS = 16e6  # of such a picture
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and accuracies over steps, from the rows of `metrics.jsonl`."""
+    """Loss and percentages over steps, from the rows of `metrics.jsonl`."""
 
-    def series(name: str) -> tuple[list[int], list[float]]:
+    def plot(axes: Any, name: str, label: str, **style: Any) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
-        return [step for step, _ in points], [value for _, value in points]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(*series("train/loss"), color=INK, label="train")
-    loss.plot(*series("validation/loss"), color=SECOND, marker="o", label="validation")
-    loss.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
-    accuracy.plot(*series("train/accuracy"), color=INK, label="train, tokens")
-    accuracy.plot(
-        *series("validation/token_accuracy"), color=SECOND, marker="o", label="validation, tokens"
-    )
-    accuracy.plot(
-        *series("validation/sequence_accuracy"),
-        color=SECOND,
-        marker="o",
-        linestyle="--",
-        label="validation, whole sequences",
-    )
+    plot(loss, "train/loss", "train", color=INK)
+    plot(loss, "validation/loss", "validation", color=SECOND, marker="o")
+    loss.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    plot(accuracy, "train/accuracy", "train, token accuracy", color=INK)
+    for k, name in enumerate(name for name, each in METRICS.items() if each.format is percent):
+        style = {"color": SECOND, "marker": "o", "linestyle": LINES[k % len(LINES)]}
+        label = f"validation, {name.replace('_', ' ')}"
+        plot(accuracy, f"validation/{name}", label, **style)
     accuracy.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
     finish(figure, (loss, accuracy), path)
 
 
-def accuracy_by_length(
-    lengths: Sequence[float], tokens: Sequence[float], sequences: Sequence[float], path: Path
-) -> None:
-    """Token and sequence accuracy for each source length."""
+def accuracy_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The metrics that are percentages over the source length; `rows` as of an evaluation."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(lengths, tokens, color=INK, marker="o", label="tokens")
-    axes.plot(lengths, sequences, color=SECOND, marker="o", linestyle="--", label="whole sequences")
+    lengths = [row["length"] for row in rows]
+    for k, name in enumerate(name for name, each in METRICS.items() if each.format is percent):
+        values, color = [row[name] for row in rows], (INK, SECOND)[k % 2]
+        style: Any = {"color": color, "linestyle": LINES[k % len(LINES)], "marker": "o"}
+        axes.plot(lengths, values, label=name.replace("_", " "), **style)
     axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(figure, (axes,), path, legend="lower left")
@@ -65,6 +72,74 @@ def finish(figure: Figure, axes: Sequence, path: Path, legend: str = "best") -> 
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def draw_evaluation(
+    folder: Path,
+    name: str,
+    by_length: Sequence[Mapping[str, Any]],
+    maps_of: Callable[[Dataset], Maps],
+    data: Dataset,
+    tokenizers: Tokenizers,
+) -> None:
+    """Draws accuracy by source length, and the attention maps of the first short examples.
+
+    Args:
+      folder: takes the pictures.
+      name: of the evaluation, part of the files' names.
+      by_length: metrics for each source length.
+      maps_of: the attention maps of a dataset; every host calls it.
+      data: the evaluated examples.
+      tokenizers: of source and target.
+    """
+    lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
+    shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:EXAMPLES]
+    if len(shown) < min(EXAMPLES, len(data)) or (shown != np.arange(len(shown))).any():
+        facts(
+            {"plots": f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens"}
+        )
+    source, target = (np.asarray(side)[shown, :MAX_TOKENS] for side in (data.source, data.target))
+    maps = {}
+    with attempted("attention"):
+        maps = hosts.fetch(maps_of(Dataset(source, target, len(shown))))
+    if not hosts.first():
+        return
+    with attempted("accuracy by length"):
+        accuracy_by_length(by_length, folder / f"accuracy_by_length_{name}.png")
+    missing = ""
+    for i, example in enumerate(shown):
+        keys, lost = labels(tokenizers.source, source[i])
+        outputs, lost_too = labels(tokenizers.target, target[i])
+        missing += lost + lost_too
+        inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
+        axes = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
+        for kind in (kind for kind in axes if maps.get(kind)):  # recurrence: no self-attention
+            with attempted(f"{kind} attention of example {example + 1}"):
+                title = f"{kind} attention, {(' ' * bool(lost)).join(keys[:-1])}"
+                file = folder / f"attention_{name}_{example}_{kind}.png"
+                attention([layer[i] for layer in maps[kind]], *axes[kind], title, file)
+    if missing:
+        characters = " ".join(map(repr, dict.fromkeys(missing)))[:60]
+        facts({"plots": f"the font lacks {characters}: token ids are drawn instead"})
+
+
+@contextlib.contextmanager
+def attempted(what: str) -> Iterator[None]:
+    """Prints an error that drawing raises: no picture is worth an evaluation."""
+    try:
+        yield
+    except Exception as error:  # whatever Matplotlib or a full memory may raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        facts({"plots": f"{what} is not drawn ({reason[:200]})"})
+
+
+def labels(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[list[str], str]:
+    """A row's tokens as text, or as ids if the font lacks characters; and those it lacks."""
+    own = [token for token in tokens.tolist() if token != PAD]
+    symbols = [tokenizer.symbol(token) for token in own]
+    known = get_font(findfont(FontProperties())).get_charmap()
+    lost = "".join(c for c in dict.fromkeys("".join(symbols)) if ord(c) not in known)
+    return ([str(token) for token in own] if lost else symbols), lost
 
 
 def attention(
@@ -119,9 +194,3 @@ def attention(
 def shortened(text: str, most: int) -> str:
     """`text`, or its beginning and … in the place of what is too long."""
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def without_glyph(text: str) -> str:
-    """The characters of `text` that the font of the pictures cannot draw."""
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(character for character in dict.fromkeys(text) if ord(character) not in known)

@@ -1,4 +1,4 @@
-"""How near decoded text is to its references: BLEU, chrF, exact match, and rates of edits."""
+"""Metrics of decoded text against its references, each declared once in `TEXT_METRICS`."""
 
 import itertools
 import re
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
+from jaxtyping import Float
 
 from transformer.errors import UserError, needs
 
 LEVEL = 0.95
 RESAMPLES = 1_000
-References = Sequence[Sequence[str]]  # of each output, one or more
+CHRF_ORDER, CHRF_BETA = 6, 2  # chrF2
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200")
 BLEU_TOKENIZERS += ("spm", "spBLEU-1K", "none")  # all of sacrebleu's
 # Letters of scripts without spaces between words: Thai to Burmese, Khmer, kana, Chinese.
@@ -22,11 +23,24 @@ UNSPACED = re.compile(
 )
 
 
+class Texts(NamedTuple):
+    """What is scored.
+
+    outputs: of the model.
+    references: one or more of each output.
+    bleu_tokenizer: one of `BLEU_TOKENIZERS`; part of BLEU's signature.
+    """
+
+    outputs: Sequence[str]
+    references: Sequence[Sequence[str]]
+    bleu_tokenizer: str = "13a"
+
+
 class Score(NamedTuple):
     """A percentage with a 95% interval over the examples.
 
-    low, high: Wilson's interval of a proportion, else the bootstrap's (percentiles).
-    signature: of sacrebleu's metrics, so that others can compute the same value; else empty.
+    low, high: Wilson's interval of a proportion, the percentile bootstrap of the others.
+    signature: of sacrebleu's metrics, with which others can compute the same value; else empty.
     warning: why the value may mislead; else empty.
     """
 
@@ -37,94 +51,139 @@ class Score(NamedTuple):
     warning: str = ""
 
 
-def bleu(outputs: Sequence[str], references: References, tokenizer: str = "13a") -> Score:
-    """Papineni et al. 2002, as sacrebleu computes it (Post 2018).
+class TextMetric(NamedTuple):
+    """How a metric is computed, and whether more of it is better (1) or less (-1)."""
 
-    Args:
-      outputs: of the model.
-      references: one or more of each.
-      tokenizer: one of `BLEU_TOKENIZERS`; it is part of the signature.
+    score: Callable[[Texts], Score]
+    better: int = 1
+
+
+def bleu(texts: Texts) -> Score:
+    """Papineni et al. 2002, by sacrebleu (Post 2018).
 
     Raises:
-      UserError: the tokenizer lacks a package, or a model that it downloads.
+      UserError: the tokenizer needs a package or a download that is missing.
     """
     with needs("text"):
         from sacrebleu.metrics import BLEU
+    tokenizer = texts.bleu_tokenizer
     try:
         metric = BLEU(tokenize=tokenizer)
-    except Exception as error:  # each tokenizer has its own
+    except Exception as error:  # each tokenizer raises its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"bleu_tokenizer={tokenizer}: {reason}; or choose another") from error
 
-    warning, order = "", metric.max_ngram_order
-    texts = [text for own in references for text in own]
-    unspaced = sum(bool(UNSPACED.search(text)) for text in texts)
-    if tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(texts):
-        warning = (
-            f"the references have no spaces between words, which bleu_tokenizer={tokenizer} "
-            "needs; set it to zh, ja-mecab or char"
-        )
-    elif all(len(metric.tokenizer(text).split()) < order for text in texts):
-        warning = (
-            f"no reference has {order} tokens, so that BLEU is 0 whatever the outputs are; "
-            "exact_match and chrf tell more"
-        )
-    return by_sacrebleu(metric, outputs, references)._replace(warning=warning)
+    score = metric.corpus_score([*texts.outputs], by_position(texts.references))
+    signature = str(metric.get_signature())
+    single = [
+        metric.corpus_score([output], [[reference] for reference in own])
+        for output, own in zip(texts.outputs, texts.references, strict=True)
+    ]
+    counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
+
+    def resampled(index: np.ndarray) -> float:
+        sys_len, ref_len, *ngrams = counts[index].sum(0)
+        correct, total = ngrams[: len(ngrams) // 2], ngrams[len(ngrams) // 2 :]
+        lengths = int(sys_len), int(ref_len)
+        return BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp").score
+
+    warning = bleu_warning(texts, metric)
+    return Score(float(score.score), *bootstrap(resampled, len(counts)), signature, warning)
 
 
-def chrf(outputs: Sequence[str], references: References) -> Score:
-    """chrF2 of Popović 2015, as sacrebleu computes it."""
+def bleu_warning(texts: Texts, metric: Any) -> str:
+    """Why BLEU with this tokenizer says little about these references; empty if it does not."""
+    references = [reference for own in texts.references for reference in own]
+    unspaced = sum(bool(UNSPACED.search(text)) for text in references)
+    if texts.bleu_tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(references):
+        return (
+            "the references have no spaces between words, which "
+            f"bleu_tokenizer={texts.bleu_tokenizer} needs; set it to zh, ja-mecab or char"
+        )
+    order = metric.max_ngram_order
+    if all(len(metric.tokenizer(text).split()) < order for text in references):
+        return (
+            f"no reference has {order} tokens, so BLEU is 0 for any output; "
+            "use exact_match or chrf instead"
+        )
+    return ""
+
+
+def chrf(texts: Texts) -> Score:
+    """chrF2 of Popović 2015, by sacrebleu."""
     with needs("text"):
         from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-    return by_sacrebleu(CHRF(), outputs, references)
+    metric = CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA)
+    score = metric.corpus_score([*texts.outputs], by_position(texts.references))
+
+    # Not sacrebleu's bootstrap: version 2.6 fails where a resample scores 0.
+    def counts_of(output: str, reference: str) -> Float[np.ndarray, "order 3"]:
+        ngrams = zip(
+            *(extract_all_char_ngrams(text, CHRF_ORDER) for text in (output, reference)),
+            strict=True,
+        )
+        # As sacrebleu: n-grams of the output count where the reference has any of that order.
+        return np.array(
+            [[own.total() if ref else 0, ref.total(), (own & ref).total()] for own, ref in ngrams],
+            float,
+        )
+
+    counts = np.array(
+        [
+            max((counts_of(output, reference) for reference in own), key=chrf_of)
+            for output, own in zip(texts.outputs, texts.references, strict=True)
+        ]
+    )
+    interval = bootstrap(lambda index: chrf_of(counts[index].sum(0)), len(counts))
+    return Score(float(score.score), *interval, str(metric.get_signature()))
 
 
-def by_sacrebleu(metric: Any, outputs: Sequence[str], references: References) -> Score:
-    """Of a metric of sacrebleu."""
-    # It wants the first reference of each output, the second of each, and so on; None: no more.
-    streams = list(map(list, itertools.zip_longest(*references)))
-    value = metric.corpus_score(list(outputs), streams).score
-    # Not its own bootstrap: sacrebleu 2.6 cannot take the mean of chrF where some drawn are 0.
-    counts = np.array(metric._extract_corpus_statistics(list(outputs), streams), float)
-
-    def of_drawn(index: np.ndarray) -> float:
-        return metric._compute_score_from_stats(counts[index].sum(0)).score
-
-    return Score(float(value), *interval(of_drawn, len(counts)), str(metric.get_signature()))
+def chrf_of(counts: Float[np.ndarray, "order 3"]) -> float:
+    """The score of counts of n-grams: of the output, of the reference, of both."""
+    output, reference, both = counts[(counts[:, :2] > 0).all(1)].T
+    if not both.any():
+        return 0.0
+    precision, recall = (both / output).mean(), (both / reference).mean()
+    weight = CHRF_BETA**2
+    return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
 
 
-def exact_match(outputs: Sequence[str], references: References) -> Score:
-    """Outputs that are one of their references."""
-    right = [output in own for output, own in zip(outputs, references, strict=True)]
-    test = scipy.stats.binomtest(sum(right), len(right))
+def by_position(references: Sequence[Sequence[str]]) -> list[Any]:
+    """As sacrebleu takes them: the first reference of each output, the second, …; None: no more."""
+    return [*map(list, itertools.zip_longest(*references))]
+
+
+def exact_match(texts: Texts) -> Score:
+    """Outputs that equal one of their references."""
+    hits = [output in own for output, own in zip(texts.outputs, texts.references, strict=True)]
+    test = scipy.stats.binomtest(sum(hits), len(hits))
     low, high = test.proportion_ci(LEVEL, method="wilson")
     return Score(100 * test.statistic, 100 * float(low), 100 * float(high))
 
 
-def sequence_error_rate(outputs: Sequence[str], references: References) -> Score:
-    """Outputs that are none of their references."""
-    right = exact_match(outputs, references)
-    return Score(100 - right.value, 100 - right.high, 100 - right.low)
+def sequence_error_rate(texts: Texts) -> Score:
+    """Outputs that equal none of their references."""
+    match = exact_match(texts)
+    return Score(100 - match.value, 100 - match.high, 100 - match.low)
 
 
-def error_rate(
-    split: Callable[[str], Sequence[str]], outputs: Sequence[str], references: References
-) -> Score:
-    """Edits that lead to the reference, for each of its units; of several, to the nearest.
-
-    Args:
-      split: a text's units.
-      outputs: of the model.
-      references: one or more of each.
-    """
+def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
+    """Edits per unit of the reference, the nearest one of several; `split` gives a text's units."""
     edits, lengths = [], []
-    for output, own in zip(outputs, references, strict=True):
+    for output, own in zip(texts.outputs, texts.references, strict=True):
         pairs = [(edit_distance(split(output), split(one)), len(split(one))) for one in own]
         nearest = min(pairs, key=lambda pair: (pair[0] / max(pair[1], 1), pair))
         edits.append(nearest[0])
         lengths.append(nearest[1])
-    return ratio(np.array(edits, float), np.array(lengths, float))
+    counts = np.array([edits, lengths], float)
+
+    def resampled(index: np.ndarray) -> float:
+        total, length = counts[:, index].sum(1)
+        return float(100 * total / max(length, 1))
+
+    return Score(resampled(np.arange(len(edits))), *bootstrap(resampled, len(edits)))
 
 
 def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
@@ -140,35 +199,34 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
     return int(row[-1])
 
 
-def ratio(over: np.ndarray, under: np.ndarray) -> Score:
-    """Σ over / Σ under in percent."""
-
-    def of_drawn(index: np.ndarray) -> float:
-        return float(100 * over[index].sum() / max(under[index].sum(), 1))
-
-    return Score(of_drawn(np.arange(len(over))), *interval(of_drawn, len(over)))
-
-
-def interval(value: Callable[[np.ndarray], float], examples: int) -> tuple[float, float]:
-    """The percentile interval of the bootstrap; the same examples are drawn for every metric.
-
-    Args:
-      value: the metric of the examples with these numbers.
-      examples: how many there are.
-    """
+def bootstrap(value: Callable[[np.ndarray], float], examples: int) -> tuple[float, float]:
+    """The percentile interval of `value(indices)` over resampled examples; one seed for all."""
     rng = np.random.default_rng(0)
     drawn = [value(rng.integers(examples, size=examples)) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-TEXT_METRICS: dict[str, Callable[[Sequence[str], References], Score]] = {
-    "bleu": bleu,
-    "chrf": chrf,
-    "exact_match": exact_match,
-    # Where a target is the phonemes of a word, with spaces between them, the literature calls
-    # these two the word error rate and the phoneme error rate.
-    "sequence_error_rate": sequence_error_rate,
-    "unit_error_rate": partial(error_rate, str.split),
-    "character_error_rate": partial(error_rate, list),
+TEXT_METRICS: dict[str, TextMetric] = {
+    "bleu": TextMetric(bleu),
+    "chrf": TextMetric(chrf),
+    "exact_match": TextMetric(exact_match),
+    # The word and the phoneme error rate of the literature on pronunciations, whose targets are
+    # the phonemes of a word with spaces between them.
+    "sequence_error_rate": TextMetric(sequence_error_rate, better=-1),
+    "unit_error_rate": TextMetric(partial(error_rate, str.split), better=-1),
+    "character_error_rate": TextMetric(partial(error_rate, list), better=-1),
 }
+
+
+def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
+    """The scores that `names` asks for; of several references also against the first alone."""
+    against = {"": texts}
+    if any(len(own) > 1 for own in texts.references):
+        first = texts._replace(references=[own[:1] for own in texts.references])
+        against = {", any reference": texts, ", first reference": first}
+    return {
+        f"{name}{which}": TEXT_METRICS[name].score(own)
+        for name in names
+        for which, own in against.items()
+    }

@@ -170,7 +170,7 @@ class Loop:
         score, variables = self.score, self.state.variables()
         # Several processes must stop at one dispatch of training, and none stops here.
         stop = (lambda: None) if hosts.several() else self.leave_if_asked
-        scores = evaluation.in_parts(score, variables, self.validation, self.place, stop)
+        scores = evaluation.score_in_batches(score, variables, self.validation, self.place, stop)
         metrics = [
             finalize(one, "validation", smoothing)
             for one, smoothing in zip(

@@ -74,14 +74,14 @@ class Ours(Contender):
         return tokens, float(sums["loss"]) / tokens
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        search = decoding.greedy
+        method = decoding.greedy
         if beams > 1:
-            search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
+            method = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
         mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
-            decode = partial(evaluation.decode, self.run.model, length=length, search=search)
+            decode = partial(evaluation.decode, self.run.model, max_length=length, method=method)
             options = evaluation.compiler_options()
             self.decoders[key] = jax.jit(decode, compiler_options=options)
         parts = [without_padding(row) for row in source] if batch == 1 else [source]
@@ -91,7 +91,7 @@ class Ours(Contender):
             call = partial(self.decoders[key], self.placed[mesh])
             found = [jax.block_until_ready(call(Dataset(part, part, batch))) for part in parts]
         tokens = np.concatenate([np.asarray(each.tokens) for each in found])
-        return tokens if beams == 1 else tokens[:, 0]
+        return tokens[:, 0]
 
     def memory(self) -> int | None:
         statistics = jax.devices()[0].memory_stats()  # None on a CPU

@@ -1,0 +1,110 @@
+"""How outputs are decoded: the settings of `transformer.inference.decoding`'s methods."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from transformer.data.batches import Dataset
+from transformer.errors import UserError, within
+from transformer.inference import evaluation
+from transformer.inference.decoding import Hypotheses, beam_search, greedy, sample
+from transformer.modules.model import Model, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """Greedy decoding by default; sampling with a temperature; beam search with beam_size > 1.
+
+    Raises:
+      UserError: a setting is out of range, or belongs to another method.
+    """
+
+    beam_size: int = 1  # hypotheses of each source; above 1: beam search
+    length_penalty: float = 0.6  # α of beam search; 0 ranks by log p, more favours longer outputs
+    temperature: float = 0.0  # divides the logits of sampling; 0: no sampling
+    top_k: int = 0  # sample among the k most likely tokens; 0: all
+    top_p: float = 1.0  # sample among the most likely tokens of total probability p; 1: all
+    seed: int = 0  # of sampling
+    decode_margin: int | None = None  # tokens an output may be longer than its source; None: run's
+
+    def __post_init__(self):
+        within("beam_size", self.beam_size, 1, 1_000)
+        within("length_penalty", self.length_penalty, 0.0, 100.0)
+        if self.temperature:  # below 1e-6 logits overflow float32
+            within("temperature", self.temperature, 1e-6, 1e6)
+        within("top_k", self.top_k, 0, 2**20)
+        within("top_p", self.top_p, 0.0, 1.0)
+        within("seed", self.seed, 0, 2**32 - 1)
+        within("decode_margin", self.decode_margin or 0, 0, 2**16)
+        if self.temperature and self.beam_size > 1:
+            raise UserError(
+                f"temperature={self.temperature}, beam_size={self.beam_size}: sampling and beam "
+                "search exclude each other; set temperature=0 or beam_size=1"
+            )
+        if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
+            raise UserError(
+                f"top_k={self.top_k}, top_p={self.top_p}: only sampling uses them; set "
+                "temperature=1, for example"
+            )
+
+    def describe(self) -> dict[str, int | float]:
+        """The settings that the decoding method uses."""
+        if self.temperature:
+            names = ["temperature", "top_k", "top_p", "seed"]
+        else:
+            names = ["beam_size"] + ["length_penalty"] * (self.beam_size > 1)
+        names += ["decode_margin"] * (self.decode_margin is not None)
+        return {name: getattr(self, name) for name in names}
+
+    def margin(self, default: int) -> int:
+        """Tokens that an output may be longer than its source, by default those of the run."""
+        return default if self.decode_margin is None else self.decode_margin
+
+    def method(self) -> Callable[..., Hypotheses]:
+        """The decoding method with its settings."""
+        if self.beam_size > 1:
+            settings = {"beam_size": self.beam_size, "length_penalty": self.length_penalty}
+            return partial(beam_search, **settings)
+        if self.temperature:
+            settings = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            return partial(sample, **settings)
+        return greedy
+
+    def decode(
+        self,
+        model: Model,
+        variables: Params,
+        data: Dataset,
+        margin: int,
+        streams: Int[Array, "examples 2"] | None = None,
+    ) -> Hypotheses:
+        """The hypotheses of every source of `data`.
+
+        Args:
+          model: the model.
+          variables: its variables.
+          data: the examples, of which only the sources are read.
+          margin: of the run; tokens that an output may be longer than its source.
+          streams: two integers for each example that, with the seed, determine what is sampled;
+            None: its index, and 0.
+        """
+        margin = self.margin(margin)
+        max_length = model.config.reach(data.source.shape[1] + margin)
+        keys = None
+        if self.temperature:
+            index = jnp.arange(len(data))
+            keys = self.keys(jnp.stack([index, 0 * index], 1) if streams is None else streams)
+        method = partial(self.method(), margin=margin)
+        return evaluation.decode(model, variables, data, max_length, method, keys)
+
+    def keys(self, streams: Int[Array, "examples 2"]) -> Array:
+        """A PRNG key for each pair of integers."""
+        key = jax.random.key(self.seed)
+        return jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n[0]), n[1]))(streams)
+
+
+GREEDY = DecodingConfig()
