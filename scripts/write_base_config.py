@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from transformer.config import RunConfig
+from transformer.config import RunConfig, sections
 
 BASE = Path(__file__).parent.parent / "configs" / "base.py"
 WIDTH = 100
@@ -69,11 +69,9 @@ def shown(config: type, prefix: str) -> Iterator[str]:
         else:
             yield textwrap.fill(meaning, WIDTH, initial_indent="    # ", subsequent_indent="    # ")
             yield line
-    for each in fields(config):
-        section: Any = each.default_factory
-        if is_dataclass(section):
-            yield f"\n    # {(section.__doc__ or '').splitlines()[0]}"
-            yield from shown(section, f"{each.name}.")
+    for name, section in sections(config).items():
+        yield f"\n    # {(section.__doc__ or '').splitlines()[0]}"
+        yield from shown(section, f"{name}.")
 
 
 def literal(value: Any) -> str:
