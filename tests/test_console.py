@@ -5,15 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from transformer.console import TrainingBar, console, doing, facts, over_replicas, table
+from transformer.console import TrainingBar, facts, over_replicas, status, table
 from transformer.metrics import figure
 
 PROGRAM = """
 import sys
-from transformer.console import console, outlive_readers
+from transformer.console import console, tolerate_closed_output
 
-outlive_readers()
+tolerate_closed_output()
 for _ in range(2):
     print("printed")
     console.print("shown")
@@ -37,9 +38,9 @@ def test_a_program_goes_on_when_nobody_reads_what_it_prints(closed, tmp_path):
 
 
 def test_a_narrow_terminal_shows_whole_figures(capsys, monkeypatch):
-    monkeypatch.setattr(console, "_force_terminal", True)
     for width, shown in ((60, "│ 1,234.5678 │"), (20, "  perplexity: 1,234.5678")):
-        monkeypatch.setattr(console, "width", width)
+        terminal = Console(force_terminal=True, width=width, soft_wrap=True)
+        monkeypatch.setattr("transformer.console.console", terminal)
         table("title", ("length", "perplexity", "right"), [("1", "1,234.5678", "100.00%")])
         assert shown in capsys.readouterr().out
 
@@ -76,7 +77,7 @@ def test_nothing_takes_long_without_a_word(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("transformer.console.time.monotonic", lambda: now[0])
     monkeypatch.setattr("transformer.console.time.perf_counter", lambda: now[0])
-    with doing("compiling", "compiled"):
+    with status("compiling", "compiled"):
         assert capsys.readouterr().out == "compiling …\n"
         now[0] = 7.0
     assert capsys.readouterr().out.split() == ["compiled", "in", "7.0", "s"]

@@ -1,6 +1,7 @@
-"""What every command line shares: flags, and errors that end in one line."""
+"""What the command lines share: flags, JAX's configuration, and errors that end in one line."""
 
 import functools
+import logging
 import os
 import re
 import shlex
@@ -13,14 +14,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from transformer import plugins
 from transformer.config import RunConfig, flat_knobs, load_config
-from transformer.console import console, outlive_readers
+from transformer.console import console, tolerate_closed_output
 from transformer.errors import UserError, nearest
 from transformer.files import home
 from transformer.inference.config import DecodingConfig
@@ -29,50 +31,47 @@ from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
 GRACE = 5  # seconds for the other processes to stop too, after an error
-# What to do when memory is full.
-SMALLER = (
-    "lower batch_size or model.d_model, take the batch in parts by accumulate, or compute anew in "
-    "the gradient by model.remat (docs/performance.md)"
+OUT_OF_MEMORY = (
+    "lower batch_size or model.d_model, raise accumulation_steps, or set model.remat "
+    "(docs/performance.md)"
 )
-# What JAX's own variables may ask for, and no program here could do: another value of these.
-NEEDED: dict[str, Any] = {
+# Settings of JAX's environment variables that are overridden.
+REQUIRED: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_disable_jit": False,
     "jax_numpy_rank_promotion": "allow",
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": None,
 }
-SMALL = 256  # the width up to which a CPU's cores work better side by side than together
+# Up to this width the cores of a CPU work better as one device each: most operations of a small
+# model are too small to be divided.
+SMALL_WIDTH = 256
 
-flags.disclaim_key_flags()  # those that are defined here are the program's own in its --help
+flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
 
 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`.
 
-    What a person can cause ends with one line on standard error and exit status 2:
-    a `UserError`, a flag that does not parse, and what the disk or the system refuses. A run
-    that was asked to stop ends with status 75: the same command goes on with it.
+    A user mistake, a flag that does not parse, and what the disk or the system refuses end with one
+    line on standard error and exit status 2. A run that was asked to stop ends with status 75: the
+    same command resumes it.
 
     Args:
       main: the program.
-      outlives_readers: whether it goes on when nobody reads its output any more (`| head`).
+      outlives_readers: whether it continues when its output is no longer read (`| head`).
     """
     if outlives_readers:
-        outlive_readers()
+        tolerate_closed_output()
     elif sys.stdout is None:  # closed from the start
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     end_with_parent()
-    one_line_for_a_failed_save()
+    silence_failed_saves()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
 
 
-def one_line_for_a_failed_save() -> None:
-    """Holds back what Orbax and TensorStore print of a save that failed, beside the `UserError`.
-
-    Their threads go on reporting to an event loop that has ended, and what was still to be
-    written is never begun.
-    """
+def silence_failed_saves() -> None:
+    """Hides what threads of Orbax report of a failed save, which ends with a UserError anyway."""
     show = sys.unraisablehook
 
     def hook(raised: Any) -> None:
@@ -84,7 +83,7 @@ def one_line_for_a_failed_save() -> None:
 
 
 def explained(function: Callable, *args) -> Any:
-    """Calls `function`; an error that a person can cause becomes one line and status 2."""
+    """Calls `function`; an error that the user can mend becomes one line and status 2."""
     try:
         return function(*args)
     except UserError as error:
@@ -93,11 +92,11 @@ def explained(function: Callable, *args) -> Any:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; mend that, or choose another place"
     except MemoryError as error:
-        message = f"this machine's memory is full ({error}); {SMALLER}"
+        message = f"this machine's memory is full ({error}); {OUT_OF_MEMORY}"
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         if "RESOURCE_EXHAUSTED" in reason:
-            message = f"a device's memory is full ({reason}); {SMALLER}"
+            message = f"a device's memory is full ({reason}); {OUT_OF_MEMORY}"
         elif hosts.several():
             message = f"stopped together with another process, which may say why: {reason}"
         else:
@@ -108,15 +107,11 @@ def explained(function: Callable, *args) -> Any:
             jax.distributed.shutdown()
         sys.exit(RESUME)
     except KeyboardInterrupt:
-        print(
-            "interrupted; training goes on from its last checkpoint, if any",
-            file=sys.stderr,
-        )
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     print(f"error: {message}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        # Those who stop for the same reason part in order. Others would keep this one waiting;
-        # they are ended by JAX, which misses it.
+        # Processes with the same error shut down together; JAX ends the others.
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()
         parting.join(GRACE)
@@ -125,7 +120,7 @@ def explained(function: Callable, *args) -> Any:
 
 
 def together(main: Callable[[], None]) -> None:
-    """Calls `main`; of several processes none ends before all have come to its end."""
+    """Calls `main`; of several processes none ends before all have finished."""
     main()
     if hosts.several():
         multihost_utils.sync_global_devices("end")
@@ -133,78 +128,77 @@ def together(main: Callable[[], None]) -> None:
 
 
 def set_up_jax(config: RunConfig | None = None) -> None:
-    """Keeps compiled programs for the next start, and makes each core of a CPU a device.
+    """Sets the compilation cache and, on a CPU, the number of devices.
 
-    As many as divide the replicas or, in a single run, a batch. Side by side, with a part
-    of the batch each, they use the cores better than one program over all of them does, for most
-    operations of a small model are too small to be shared out one by one. A single run of a
-    model wider than `SMALL` has one device: its products keep all cores busy, and several
-    would each update all of its parameters.
+    A population or a model up to `SMALL_WIDTH` has as many devices as there are cores and divide
+    its replicas or its batch; a wider one has one device, whose products keep all cores busy.
 
     Args:
-      config: the run's; None: all cores are one device.
+      config: the run's; None: one device.
     """
+    for name, value in REQUIRED.items():
+        if getattr(jax.config, name) != value:
+            asked = f"{name.upper()}={getattr(jax.config, name)}"
+            print(f"{asked} is not used: it is {value} here", file=sys.stderr)
+            jax.config.update(name, value)
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     )
-    for name, wanted in NEEDED.items():
-        if getattr(jax.config, name) != wanted:
-            asked = f"{name.upper()}={getattr(jax.config, name)}"
-            print(f"{asked} is not used: it is {wanted} here", file=sys.stderr)
-            jax.config.update(name, wanted)
     if config is not None and not chosen:
-        if config.replicas > 1:
-            parts = config.replicas
-        else:
-            parts = (
-                config.batch_size // config.accumulation_steps
-                if config.model.d_model <= SMALL
-                else 1
-            )
-        number = max(n for n in range(1, cpu_cores() + 1) if parts % n == 0)
+        shards = config.replicas
+        if shards == 1 and config.model.d_model <= SMALL_WIDTH:
+            shards = config.batch_size // config.accumulation_steps
+        number = max(n for n in range(1, cpu_cores() + 1) if shards % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    warnings.showwarning = functools.partial(mend_cache, Path(cache), warnings.showwarning)
+    logging.captureWarnings(True)
+    shown = logging.getLogger("py.warnings")
+    shown.propagate = False
+    shown.addHandler(CacheWarnings(cache))
 
 
-def mend_cache(
-    directory: Path, show: Callable, message: Warning | str, *more: Any, **where: Any
-) -> None:
-    """Takes a compiled program that cannot be read away, and says so in a line.
+class CacheWarnings(logging.Handler):
+    """Prints warnings; deletes compiled programs that JAX warns it cannot read.
 
-    A process that is killed while it writes one, and a full disk, leave half of it, which JAX
-    (0.12) finds damaged at each start and never replaces. The warning does not say which of a
-    function's it is: all of them go, and are compiled anew when they are needed.
+    A killed process or a full disk leaves a truncated program in the cache, which JAX (0.12) finds
+    damaged at every start and never replaces. The warning names the function only: all programs of
+    that name are deleted and compiled again when they are needed.
 
     Args:
-      directory: where they are.
-      show: shows other warnings.
-      message: of a warning, as `warnings.showwarning` takes it, and what follows it there.
+      directory: the cache.
     """
-    said = re.match(r"Error (reading|writing) persistent .* for '(\w+)': (.*)", str(message), re.S)
-    if not said:
-        show(message, *more, **where)
-        return
-    did, name, reason = said.groups()
-    if did == "reading":
-        for file in directory.glob(f"{name}-*"):
-            file.unlink(missing_ok=True)
-        what = f"compiled {name} is damaged and was deleted; it is compiled anew"
-    else:
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = directory
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Handles a warning, as `logging.captureWarnings` formats it."""
+        text = record.getMessage()
+        pattern = r"Error (reading|writing) persistent .* for '(\w+)': (.*)"
+        if not (found := re.search(pattern, text, re.S)):
+            print(text, end="", file=sys.stderr, flush=True)
+            return
+        action, name, reason = found.groups()
         what = f"compiled {name} could not be kept for the next start"
-    print(f"{directory}: {what} ({' '.join(reason.split())[:100]})", file=sys.stderr, flush=True)
+        if action == "reading":
+            for file in self.directory.glob(f"{name}-*"):
+                file.unlink(missing_ok=True)
+            what = f"compiled {name} is damaged and was deleted; it is compiled again"
+        reason = " ".join(reason.split())[:100]
+        print(f"{self.directory}: {what} ({reason})", file=sys.stderr, flush=True)
 
 
 def define_plugins_flag() -> None:
-    """Defines the flag of a program that loads runs: what `parse` imports."""
+    """Defines the flag of a program that loads runs; `parse` imports the plugins."""
     flags.DEFINE_list("plugins", [], "The modules that the run names as its plugins.")
 
 
 def define_host_flags() -> None:
-    """Defines the flags by which a program is told of its other processes; see `hosts.join`."""
+    """Defines the flags of a program that may run as several processes; see `hosts.join`."""
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, of several; or auto: JAX finds them."
     )
@@ -239,10 +233,10 @@ def decoding() -> DecodingConfig:
 
 
 def host_command(text: str) -> list[str]:
-    """The words of a `--command` that is to run on several hosts.
+    """Returns the words of a `--command` that is to run on several hosts.
 
     Raises:
-      UserError: it is no program that joins other hosts.
+      UserError: it is not a program that joins other hosts.
     """
     words = shlex.split(text)
     if not words or words[0] not in ("train.py", "eval.py"):
@@ -255,13 +249,14 @@ def host_command(text: str) -> list[str]:
 def join_hosts(*, interruptible: bool = False) -> None:
     """Joins the other processes, if there are any; only the first of them prints.
 
-    `interruptible` is said by a program that looks for requests to stop (`interruption`).
+    Args:
+      interruptible: whether the program uses `interruption.StopRequests`.
     """
     given = flags.FLAGS
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():
         find_devices()
-        # Now, while all have just come: over Gloo (CPUs) a first meeting fails after 30 s.
+        # Now, while all have just started: over Gloo (CPUs) a first meeting fails after 30 s.
         multihost_utils.sync_global_devices("start")
         console.quiet = not hosts.first()
 
@@ -272,7 +267,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: a flag or an override is unknown or ill-typed, or the config file fails.
     """
-    # As the shell does where `~` begins a word.
+    # `~` as the shell expands it where it begins a word.
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
     config = read_config_file(argv)
     try:
@@ -287,17 +282,16 @@ def parse(argv: Sequence[str]) -> list[str]:
     if "plugins" in flags.FLAGS:
         plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.FATAL)  # libraries log, with tracebacks, what they raise
+        absl.logging.set_verbosity(absl.logging.FATAL)  # libraries log what they then raise
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
 
 
 def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
-    """The config of the file that `--config=` names, without overrides; None if none is named."""
-    words = [re.sub(r"^--?config$", "--config=", word) for word in argv]
-    joined = "\n".join(words).replace("--config=\n", "--config=").split("\n")
-    paths = [match[1] for word in joined if (match := re.match(r"--?config=(.+)", word))]
+    """Returns the config of the file that `--config` names, without overrides, if any."""
+    words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
+    paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
     if not paths:
         return None
     try:
@@ -307,14 +301,15 @@ def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
 
 
 def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:
-    """One line on why the flags did not parse."""
-    if config is None and "config" in flags.FLAGS and "--config must" in str(error):
+    """Returns one line on why the flags did not parse."""
+    message = " ".join(str(error).split())
+    if config is None and "config" in flags.FLAGS and "--config must" in message:
         return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
-    if missing := re.search(r"--(\w+) must have a value other than None", str(error)):
+    if missing := re.search(r"--(\w+) must have a value other than None", message):
         name = missing[1]
         return f"--{name} is missing; set --{name}=…: {flags.FLAGS[name].help}"
     if config is None:
-        return " ".join(str(error).split())
+        return message
     knobs = flat_knobs(config)
     pattern = r"--?config\.([\w.]+)(?:=(.*))?$"
     overrides = [match.groups() for each in argv if (match := re.match(pattern, each))]
@@ -323,21 +318,17 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
             return f"--config.{name} is a section; set one of its knobs: --config.{name}.NAME=value"
         if name not in knobs:
             return f"--config.{name}: there is no such knob{nearest(name, knobs)}"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    kinds[tuple] = "a tuple such as (1,2)"
     for name, value in overrides:
-        if f"--config.{name}=" in str(error) or value is None:
-            kinds = {
-                bool: "true or false",
-                int: "a whole number",
-                float: "a number",
-                tuple: "a tuple such as (1,2)",
-            }
+        if f"--config.{name}=" in message or value is None:
             kind = kinds.get(knob_type(config, name), "a word")
             given = f"--config.{name}" + ("" if value is None else f"={value}")
             return f"{given}: it takes {kind}; without this flag it is {knobs[name]}"
-    return " ".join(str(error).split())
+    return message
 
 
 def knob_type(config: ConfigDict, name: str) -> type:
-    """The type of the knob called `name`, a placeholder's too."""
+    """Returns the type of a knob, also of a placeholder."""
     *sections, knob = name.split(".")
     return functools.reduce(getattr, sections, config).get_type(knob)

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal."""
+"""Output on the terminal: tables, progress, and streams whose reader may leave."""
 
 import contextlib
 import errno
@@ -28,18 +28,18 @@ from rich.table import Column, Table
 
 from transformer.metrics import mean_over, percent
 
-Part = TypeVar("Part")
+Item = TypeVar("Item")
 
 QUIET = 30.0  # seconds without a line, at most, where there is no bar
 
 console = Console(highlight=False, soft_wrap=True)
 
 
-class LastingFile(io.FileIO):
-    """A standard stream whose reader may leave (`| head`): what is written afterwards is lost."""
+class TolerantFile(io.FileIO):
+    """A standard stream that discards its output once the reader has gone (`| head`)."""
 
     def write(self, data: Any) -> int:
-        """Writes `data`; once nobody reads, to the null device."""
+        """Writes `data`; without a reader, to the null device."""
         try:
             return super().write(data)
         except OSError as error:
@@ -47,42 +47,41 @@ class LastingFile(io.FileIO):
                 raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         if self.fileno() == 1:
-            note = "standard output is closed: the program goes on, what it prints is lost"
+            note = "standard output is closed: the program continues, and its output is lost"
             print(note, file=sys.stderr, flush=True)
         return len(data)
 
 
-def outlive_readers() -> None:
-    """Makes `sys.stdout` and `sys.stderr` survive the end of whoever reads them."""
+def tolerate_closed_output() -> None:
+    """Lets the program continue when nobody reads `sys.stdout` or `sys.stderr` any more."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # closed from the start: a file opened later must not take its number
+        if stream is None:  # closed from the start: a file opened later must not get its number
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        lasting = io.TextIOWrapper(
-            io.BufferedWriter(LastingFile(number, "w", closefd=False)),
+        tolerant = io.TextIOWrapper(
+            io.BufferedWriter(TolerantFile(number, "w", closefd=False)),
             encoding=stream and stream.encoding,
-            errors="replace",  # of what an ASCII terminal has no sign for
+            errors="replace",  # characters that an ASCII terminal lacks
             line_buffering=True,
         )
-        setattr(sys, name, lasting)
+        setattr(sys, name, tolerant)
 
 
 def facts(rows: Mapping[str, str]) -> None:
-    """Prints a name and its value a line."""
+    """Prints one name and its value per line."""
     for name, value in rows.items():
         console.print(f"[bold]{name:<12}[/bold]{escape(value)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table; the first column is text, the others are figures.
+    """Prints a table whose first column is text and whose others are numbers.
 
-    As wide as the terminal, or, in a file or a pipe, as it is itself. In a terminal that is too
-    narrow for its words and figures, each row is a list.
+    In a file or a pipe it is as wide as its contents. In a terminal that is narrower than its
+    words, each row becomes a list.
     """
     rows = [list(map(escape, row)) for row in rows]
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        # Folded, where there is too little room: a name that is cut off names nothing.
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
@@ -98,16 +97,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     console.print(drawn)
 
 
-def watched(parts: Iterable[Part], total: int, what: str) -> Iterable[Part]:
-    """`parts`, of which there are `total`, with a bar while they are gone through."""
+def progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
+    """Yields `items`, of which there are `total`, with a progress bar."""
     return track(
-        parts, what, total, console=console, transient=True, disable=not console.is_terminal
+        items, what, total, console=console, transient=True, disable=not console.is_terminal
     )
 
 
 @contextlib.contextmanager
-def doing(what: str, done: str) -> Iterator[None]:
-    """Shows that something is under way, and for how long; then that it is done, and how soon."""
+def status(what: str, done: str) -> Iterator[None]:
+    """Shows an activity while it lasts, then that it is done and how long it took."""
     started = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
     with Progress(
@@ -122,16 +121,16 @@ def doing(what: str, done: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back what TFDS and Orbax log of what is as it should be, and each try to download."""
-    before, tries = logging.get_verbosity(), getLogger("urllib3")
-    tries_before = tries.level
+    """Hides what TFDS and Orbax log when all is well, and retries of downloads."""
+    before, downloads = logging.get_verbosity(), getLogger("urllib3")
+    downloads_before = downloads.level
     logging.set_verbosity(logging.ERROR)
-    tries.setLevel("ERROR")
+    downloads.setLevel("ERROR")
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        tries.setLevel(tries_before)
+        downloads.setLevel(downloads_before)
 
 
 def over_replicas(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformer.console import doing, watched
+from transformer.console import progress, status
 from transformer.data import toy
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
@@ -117,7 +117,7 @@ class Corpus:
 
         def make() -> Iterator[TokenPairs]:
             texts = texts_in_parts(self.opened, name)
-            for sources, targets in watched(texts, parts, f"tokens of {name}"):
+            for sources, targets in progress(texts, parts, f"tokens of {name}"):
                 yield self.tokenizers.encode(sources, targets)
 
         made_of = f"{name} {self.opened.fields} {self.tokenizers.digests()} {VERSION}"
@@ -283,5 +283,5 @@ def learned(kind: str, side: str, vocab_size: int, opened: Opened, split: str) -
     some = f"{-(-count // stride):,} of " if stride > 1 else ""
     parts = texts_in_parts(opened, split, stride)
     texts = (text for part in parts for which in taken for text in part[which])
-    with doing(f"learning {kind} from {some}{count:,} texts", "learned"):
+    with status(f"learning {kind} from {some}{count:,} texts", "learned"):
         return TOKENIZERS[kind].learn(texts, vocab_size)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from transformer.config import RunConfig
-from transformer.console import TrainingBar, doing, facts
+from transformer.console import TrainingBar, facts, status
 from transformer.data.batches import BatchWindow, Dataset
 from transformer.data.streaming import StreamedDataset
 from transformer.inference import evaluation
@@ -101,7 +101,7 @@ class Loop:
           Interrupted: somebody asked for it; the state is saved.
           NonfiniteError: more steps than may be left out had a NaN or Inf.
         """
-        with doing("compiling", "compiled"):  # it takes no step
+        with status("compiling", "compiled"):  # it takes no step
             self.dispatch(self.feed.empty_window(), self.place(np.array(0, np.int32)))
         with contextlib.closing(self.feed), TrainingBar(self.step, self.cfg.steps) as self.bar:
             self.requests.something_to_save = True
