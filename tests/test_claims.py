@@ -193,17 +193,22 @@ def test_each_kind_is_taken_at_its_best_rate_and_tested_on_other_seeds():
     best = learning.bests(found, 0.5)
     assert {kind: each.rate for kind, each in best.items()} == {"a": 0.2, "b": 0.2}
     assert best["a"].arrivals == [pytest.approx(231), None]
-    assert best["b"].arrived == []
+    assert best["b"].arrivals == [None]
     del found["a, 0.4"]
     assert (best["a"].at_end, learning.bests(found, 0.5)["a"].at_end) == (False, True)
 
 
-def race(ours, theirs, step_times=(0.0,), at_end=(False, False)):
-    best = [
-        learning.Best("x", 0.1, last, planted(*steps), [s and float(s) for s in steps])
-        for steps, last in zip((ours, theirs), at_end, strict=True)
-    ]
-    return learning.Race("x", *best, step_times)
+def race(ours, theirs, seconds=(1.0,), at_end=(False, False)):
+    """Two kinds; a step of the first takes 1 s, of the second `seconds`, one value per process."""
+    times = [1.0] * len(seconds), seconds
+    return tuple(
+        learning.Best("x", 0.1, last, planted(*steps), [s and float(s) for s in steps], each)
+        for steps, last, each in zip((ours, theirs), at_end, times, strict=True)
+    )
+
+
+def judged(*races):
+    return [each.holds for each in learning.judge(dict(zip("abcdefghijk", races, strict=False)))]
 
 
 def test_who_wins_a_race_and_what_many_of_them_show():
@@ -223,14 +228,13 @@ def test_who_wins_a_race_and_what_many_of_them_show():
         (SLOW, QUICK, (True, False), None),
         (SLOW, QUICK, (False, True), False),
     ):
-        assert learning.judge([race(ours, theirs, at_end=at_end)])[0].holds is holds, (ours, theirs)
+        assert judged(race(ours, theirs, at_end=at_end))[0] is holds, (ours, theirs)
     # Fewer steps that take longer are no win in seconds.
     for ratios, holds in (([0.1, 0.11, 0.105], False), ([0.1, 10.0, 1.0], None)):
-        checks = learning.judge([race(QUICK, SLOW, tuple(np.log(ratios)))])
-        assert [each.holds for each in checks] == [True, holds]
+        assert judged(race(QUICK, SLOW, ratios)) == [True, holds]
     # Races and ratios are corrected for each other.
     close, noise = race((100, 110, 120), (110, 125, 130)), race((1, 200, 3), (300, 2, 100))
-    assert [learning.judge([close] + [noise] * n)[0].holds for n in (0, 9)] == [True, None]
+    assert [judged(close, *[noise] * n)[0] for n in (0, 9)] == [True, None]
     up, many = {"a": [1.0, 1.1, 1.3]}, {str(i): [1.0, -1.0, 0.1] for i in range(9)}
     for values, holds in ((up, True), (up | many, None), ({"a": [-1.0, -1.1, -1.3]}, False)):
         assert above_zero(values, shown)[0].holds is holds

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ REPLICAS = 8  # the default of scripts/sweep.py, so that both share runs
 
 Records = Mapping[str, Sequence[Record]]
 METHOD = """\
+The target is a validation sequence accuracy of {target:.0%}. \
 Each kind is taken at the best of the same five learning rates, chosen on {choosing} seeds; the \
 other seeds test it. A run arrives where its learning curve crosses the target, interpolated \
 between evaluations; seconds are steps times the time of a step, measured in turns in fresh \
@@ -60,8 +61,7 @@ def records(setting: Setting, name: str) -> dict[str, list[Record]]:
 def seconds_per_step(name: str, variants: Sequence[str], data_dir: str | None) -> dict[str, float]:
     """Median seconds of a training step of each variant, as a single run on all cores, in turns."""
     sweep = sweep_of(name)
-    calls = {variant: trainer(sweep, variant, data_dir) for variant in variants}
-    found = interleaved(calls, ROUNDS)
+    found = interleaved({each: trainer(sweep, each, data_dir) for each in variants}, ROUNDS)
     return {variant: float(np.median(each)) / STEPS for variant, each in found.items()}
 
 
@@ -70,15 +70,14 @@ def trainer(sweep: Sweep, variant: str, data_dir: str | None) -> Callable[[], An
     overrides = {**sweep.overrides, **sweep.variants[variant]}
     config = Program(variant, sweep.config, overrides, ((variant, 0),)).resolved()
     run = Run(RunConfig.from_config_dict(config), data_dir=data_dir)
-    state = run.initial_state()
+    with jax.set_mesh(run.mesh):
+        state, sums, window = run.initial_state(), run.zero_sums(), run.feed.empty_window()
 
     def call() -> Any:
         nonlocal state
         with jax.set_mesh(run.mesh):
-            state, sums = run.train_steps(
-                state, run.zero_sums(), run.feed.empty_window(), np.int32(STEPS)
-            )
-        return sums
+            state, found = run.train_steps(state, sums, window, np.int32(STEPS))
+        return found
 
     return call
 
@@ -110,6 +109,7 @@ class Best:
     at_end: whether it is the lowest or the highest of those tried.
     records: the seeds that it was not chosen on.
     arrivals: the step at which each of them reaches the target; None: it does not.
+    seconds: per step, of each process that measured them.
     """
 
     variant: str
@@ -117,13 +117,8 @@ class Best:
     at_end: bool
     records: Sequence[Record]
     arrivals: Sequence[float | None]
+    seconds: Sequence[float] = (1.0,)
 
-    @property
-    def arrived(self) -> list[float]:
-        """The arrivals of the seeds that reach the target."""
-        return [step for step in self.arrivals if step is not None]
-
-    @property
     def log_steps(self) -> list[float]:
         """Logarithms of the arrivals, or of the last step: less than such a seed would need."""
         last = self.records[0].curve[-1][0]
@@ -131,7 +126,7 @@ class Best:
 
     def text(self) -> str:
         """The mean of the arrivals, and how many there are if not all."""
-        steps, number = self.arrived, len(self.arrivals)
+        steps, number = [each for each in self.arrivals if each is not None], len(self.arrivals)
         if not steps:
             return f"none of {number} seeds"
         text = shown(mean_interval(steps), ".0f") if len(steps) > 1 else f"{steps[0]:.0f}"
@@ -165,86 +160,71 @@ def bests(found: Records, target: float) -> dict[str, Best]:
     return best
 
 
-@dataclass(frozen=True)
-class Race:
-    """One kind against another to the target.
-
-    step_times: log(their seconds per step / ours), of each process that measured them.
-    """
-
-    case: str
-    ours: Best
-    theirs: Best
-    step_times: Sequence[float]
-
-    def in_steps(self) -> Difference:
-        """The test of log(their steps / ours), paired by seed."""
-        return paired(self.theirs.log_steps, self.ours.log_steps)
-
-    def in_seconds(self) -> Difference:
-        """The test of log(their seconds / ours): means and variances of steps and times add."""
-        steps, time = self.in_steps(), mean_interval(self.step_times)
-        errors = [
-            (each.high - each.mean) / critical(each.n, LEVEL) if each.n > 1 else 0.0
-            for each in (steps, time)
-        ]
-        return t_test(steps.mean + time.mean, float(math.hypot(*errors)), steps.n)
+def timed_bests(
+    setting: Setting, name: str, processes: int
+) -> tuple[dict[str, Best], list[tuple[str, ...]], dict[str, Any]]:
+    """The best of each kind with its seconds per step, rows for every rate, and data for JSON."""
+    found, target = records(setting, name), sweep_of(name).target
+    best = bests(found, target)
+    seconds = step_times(setting, name, [each.variant for each in best.values()], processes)
+    best = {kind: replace(each, seconds=seconds[each.variant]) for kind, each in best.items()}
+    arrivals = {k: [arrival(one, target) for one in each] for k, each in found.items()}
+    rows = []
+    for variant, each in arrivals.items():
+        steps = [step for step in each if step is not None]
+        mean = f"{np.mean(steps):,.0f}" if steps else ""
+        rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in seconds)))
+    return best, rows, {"seconds per step": seconds, "arrivals": arrivals}
 
 
-def judge(races: Sequence[Race]) -> list[Check]:
-    """Checks that ours arrives first, in steps and in seconds, corrected by Holm for all of them.
+def in_steps(ours: Best, theirs: Best) -> Difference:
+    """The test of log(their steps / ours), paired by seed."""
+    return paired(theirs.log_steps(), ours.log_steps())
+
+
+def in_seconds(ours: Best, theirs: Best) -> Difference:
+    """The test of log(their seconds / ours): means and variances of steps and step times add."""
+    terms = in_steps(ours, theirs), mean_interval(log_ratio(theirs.seconds, ours.seconds))
+    errors = [(x.high - x.mean) / critical(x.n, LEVEL) if x.n > 1 else 0.0 for x in terms]
+    return t_test(sum(each.mean for each in terms), math.hypot(*errors), terms[0].n)
+
+
+def judge(races: Mapping[str, tuple[Best, Best]]) -> list[Check]:
+    """Checks that the first of each pair arrives first, in steps and in seconds, after Holm.
 
     The winner must arrive on every seed. Nothing is decided if the loser's learning rate is at
     the end of those tried: another might have served it better.
     """
-    tests = [
-        (race, unit, test)
-        for race in races
-        for unit, test in (("steps", race.in_steps()), ("seconds", race.in_seconds()))
-    ]
+    units = {"steps": in_steps, "seconds": in_seconds}
+    tests = [(case, unit, test(*races[case])) for case in races for unit, test in units.items()]
     checks, adjusted = [], holm([test.p for _, _, test in tests])
-    for (race, unit, test), p in zip(tests, adjusted, strict=True):
+    for (case, unit, test), p in zip(tests, adjusted, strict=True):
+        ours, theirs = races[case]
         holds = answer(test.mean, p)
-        winner, loser = (race.ours, race.theirs) if holds else (race.theirs, race.ours)
+        winner, loser = (ours, theirs) if holds else (theirs, ours)
         if None in winner.arrivals:
             holds = None
         text = f"the other takes {times(test)} as {'many' if unit == 'steps' else 'long'}"
         text += f" ({p_text(p)})"
         if unit == "steps":
-            text = f"{race.ours.text()} against {race.theirs.text()}; {text}"
+            text = f"{ours.text()} against {theirs.text()}; {text}"
         if holds is not None and loser.at_end:
             text, holds = f"{text}; but {loser.rate:g} is the last learning rate tried", None
-        checks.append(Check(f"{race.case}, {unit}", text, holds))
+        checks.append(Check(f"{case}, {unit}", text, holds))
     return checks
 
 
-def rates_rows(found: Records, target: float) -> list[tuple[str, ...]]:
-    """Rows (variant, seeds that arrive, mean steps, whether best) of every rate tried."""
-    best = {each.variant for each in bests(found, target).values()}
-    rows = []
-    for variant, each in arrivals_of(found, target).items():
-        steps = [step for step in each if step is not None]
-        mean = f"{np.mean(steps):,.0f}" if steps else ""
-        rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in best)))
-    return rows
-
-
-def panels_of(
-    title: str, best: Mapping[str, Best], seconds: Mapping[str, Sequence[float]]
-) -> list[plots.Panel]:
+def panels_of(title: str, best: Mapping[str, Best]) -> list[plots.Panel]:
     """Learning curves over steps and over seconds."""
     by_steps = {kind: curve(each.records) for kind, each in best.items()}
-    by_time = {
-        kind: curve(each.records, float(np.median(seconds[each.variant])))
-        for kind, each in best.items()
-    }
+    by_time = {k: curve(each.records, float(np.median(each.seconds))) for k, each in best.items()}
     found = {"step": by_steps, "seconds of training": by_time}
     return [learning_panel(title, x, series) for x, series in found.items()]
 
 
-def arrivals_of(found: Records, target: float) -> dict[str, list[float | None]]:
-    """Variant → the arrival of each seed."""
-    return {variant: [arrival(one, target) for one in each] for variant, each in found.items()}
+def method_text(sweep: str, ours: str) -> str:
+    """How the races of a sweep are judged."""
+    return METHOD.format(target=sweep_of(sweep).target, choosing=CHOOSING, ours=ours)
 
 
 def convergence(
@@ -254,34 +234,29 @@ def convergence(
     processes: int = 5,
 ) -> Claim:
     """Layer norm against none and batch norm to the target, at two batch sizes."""
-    races, panels, rows, data, target = [], [], [], {}, sweep_of(sweeps[0]).target
+    races, panels, rows, data = {}, [], [], {}
     for name in sweeps:
-        found, batch = records(setting, name), f"batch {name.rpartition('_')[2]}"
-        best = bests(found, target)
-        seconds = step_times(setting, name, [each.variant for each in best.values()], processes)
+        batch = f"batch {name.rpartition('_')[2]}"
+        best, tried, data[name] = timed_bests(setting, name, processes)
+        rows += [(batch, *row) for row in tried]
         for kind, rival in best.items():
             norm, depth = kind.split(", ")
-            ours = best[f"layer, {depth}"]
-            if rival is not ours:
+            if norm != "layer":
                 case = f"{batch}, {depth}, against {'no' if norm == 'none' else norm} norm"
-                ratio = log_ratio(seconds[rival.variant], seconds[ours.variant])
-                races.append(Race(case, ours, rival, ratio))
+                races[case] = best[f"layer, {depth}"], rival
         for depth in dict.fromkeys(kind.split(", ")[1] for kind in best):
             chosen = {kind.split(", ")[0]: one for kind, one in best.items() if depth in kind}
-            panels += panels_of(f"{batch}, {depth}", chosen, seconds)
-        rows += [(batch, *row) for row in rates_rows(found, target)]
-        data[name] = {"seconds per step": seconds, "arrivals": arrivals_of(found, target)}
+            panels += panels_of(f"{batch}, {depth}", chosen)
     plots.lines(panels, setting.folder / "convergence.png")
     columns = ("batch", "norm, layers, learning rate", "seeds that arrive", "steps", "")
     return Claim(
         title="Convergence with layer norm",
         says="With layer normalisation training converges faster than without, and than with batch "
         "normalisation.",
-        method=f"Pre-norm models with 4 layers and with 1, trained on reverse to a validation "
-        f"sequence accuracy of {target:.0%}, in batches of 4 and of 128: `configs/ablations/"
-        "convergence_4.py` and `convergence_128.py`. All clip gradients at a norm of 1. Batch norm "
-        "sees later target positions in training, and running averages in evaluation. "
-        + METHOD.format(choosing=CHOOSING, ours="layer norm"),
+        method="Pre-norm models with 4 layers and with 1, trained on reverse in batches of 4 and "
+        "of 128: `configs/ablations/convergence_4.py` and `convergence_128.py`. All clip gradients at "
+        "a norm of 1. Batch norm sees later target positions in training, and running averages in "
+        "evaluation. " + method_text(sweeps[0], "layer norm"),
         checks=judge(races),
         tables=[markdown(columns, rows, align="lllll")],
         data=data,
@@ -290,38 +265,29 @@ def convergence(
 
 def learning(setting: Setting, *, sweep: str = "recurrence", processes: int = 5) -> Claim:
     """The Transformer against recurrent models to the target."""
-    found, target = records(setting, sweep), sweep_of(sweep).target
-    best = bests(found, target)
-    seconds = step_times(setting, sweep, [each.variant for each in best.values()], processes)
+    best, rows, data = timed_bests(setting, sweep, processes)
     ours = best["transformer"]
-    races = [
-        Race(
-            f"against the {kind.upper()}",
-            ours,
-            each,
-            log_ratio(seconds[each.variant], seconds[ours.variant]),
-        )
-        for kind, each in best.items()
-        if each is not ours
-    ]
-    plots.lines(panels_of("reverse", best, seconds), setting.folder / "learning.png")
+    races = {
+        f"against the {kind.upper()}": (ours, each) for kind, each in best.items() if each != ours
+    }
+    plots.lines(panels_of("reverse", best), setting.folder / "learning.png")
     sizes = ", ".join(f"{kind} {each.records[0].parameters:,}" for kind, each in best.items())
     milliseconds = [
-        (kind, shown(mean_interval([1e3 * one for one in seconds[each.variant]])))
+        (kind, shown(mean_interval([1e3 * one for one in each.seconds])))
         for kind, each in best.items()
     ]
     columns = ("kind, learning rate", "seeds that arrive", "steps", "")
     return Claim(
         title="Steps and seconds to learn",
         says="Recurrent networks need more steps to train.",
-        method=f"Models of about equal parameters ({sizes}), trained on reverse to a validation "
-        f"sequence accuracy of {target:.0%}: `configs/ablations/recurrence.py`. The recurrent "
-        "decoder feeds its attended output back, as Luong et al. 2015 do, so attention is inside "
-        "its loop. " + METHOD.format(choosing=CHOOSING, ours="the Transformer"),
+        method=f"Models of about equal parameters ({sizes}), trained on reverse: "
+        "`configs/ablations/recurrence.py`. The recurrent decoder feeds its attended output back, "
+        "as Luong et al. 2015 do, so attention is inside its loop. "
+        + method_text(sweep, "the Transformer"),
         checks=judge(races),
         tables=[
-            markdown(columns, rates_rows(found, target), align="llll"),
+            markdown(columns, rows, align="llll"),
             markdown(("kind", "milliseconds per step"), milliseconds),
         ],
-        data={"seconds per step": seconds, "arrivals": arrivals_of(found, target)},
+        data=data,
     )
