@@ -98,11 +98,12 @@ def test_masked_attention_is_blind_and_a_mask_that_leaks_is_noticed(setting, mon
 
 def test_heads_are_judged_by_distance_by_loss_and_by_number(setting, monkeypatch):
     def judged(trained, untrained, one_head, four_heads):
-        lost = {(kind, r): [9.0 / r, 10.0 / r, 11.0 / r] for kind in kinds for r in (1, 2)}
-        heads = (dict.fromkeys(kinds, each) for each in (trained, untrained))
+        ranks = {f"rank {r}": [9.0 / r, 10.0 / r, 11.0 / r] for r in (1, 2)}
+        each = {"trained": trained, "untrained": untrained} | ranks
+        heads = {f"{kind}, {what}": x for kind, *_ in kinds for what, x in each.items()}
         found = {"1 head": planted(accuracy=one_head), "4 heads": planted(accuracy=four_heads)}
         monkeypatch.setattr(attention, "records", lambda *_: found)
-        monkeypatch.setattr(attention, "measure_heads", lambda *_: attention.Heads(*heads, lost))
+        monkeypatch.setattr(attention, "measure_heads", lambda *_: heads)
         return attention.heads(setting)
 
     one, other = np.eye(3), np.roll(np.eye(3), 1, axis=1)
@@ -110,7 +111,7 @@ def test_heads_are_judged_by_distance_by_loss_and_by_number(setting, monkeypatch
     assert [attention.distance(p[:, h], real) for h in ([0, 0], [0, 1], [0, 1, 2])] == [0, 1, 0.5]
     p[0, 1, 2] = p[0, 0, 2]  # the same where there is padding
     assert attention.distance(p[:, :2], np.array([[True, True, False]])) == 1.0
-    kinds, few, many = attention.KINDS, [0.90, 0.91, 0.89], [0.95, 0.965, 0.935]
+    kinds, few, many = attention.KINDS.values(), [0.90, 0.91, 0.89], [0.95, 0.965, 0.935]
     apart, alike = [0.5, 0.6, 0.7], [0.01, 0.02, 0.04]
     assert verdict(judged(apart, alike, few, many).checks) == "holds"
     for case, holds in holding(judged(alike, apart, many, few)).items():
@@ -134,11 +135,11 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
     more = ("--config.steps=40", "--config.replicas=2", f"--data_dir={data_dir}")
     finish(start("train.py", *TINY, *more, f"--workdir={folder}"))
     heads = attention.measure_heads(folder, data_dir, examples=20)
-    for each in (heads.trained, heads.untrained):
-        assert all(0.0 < apart < 1.0 for seeds in each.values() for apart in seeds)
-    assert all(len(seeds) == 2 for each in heads for seeds in each.values())
-    assert heads.trained != heads.untrained
-    assert set(heads.lost) == {(kind, rank) for kind in attention.KINDS for rank in (1, 2)}
+    assert all(len(seeds) == 2 for seeds in heads.values())
+    assert all(0.0 < x < 1.0 for k, seeds in heads.items() if "trained" in k for x in seeds)
+    for kind, *_ in attention.KINDS.values():
+        assert heads[f"{kind}, trained"] != heads[f"{kind}, untrained"]
+        assert {f"{kind}, rank 1", f"{kind}, rank 2"} <= heads.keys()
 
 
 def test_norms_have_their_moments_and_scales_and_what_has_not_is_noticed(setting, monkeypatch):

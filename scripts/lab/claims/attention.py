@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,10 @@ from transformer.run import Run
 from transformer.training.metrics import by_replica
 from transformer.training.step import stream
 
-KINDS = {"encoder": "encoder", "decoder": "masked decoder", "cross": "cross"}
-MODULES = {  # in which layers, and under which name, each kind of attention is
-    "encoder": ("encoder/layers", "self_attention"),
-    "decoder": ("decoder/layers", "self_attention"),
-    "cross": ("decoder/layers", "cross_attention"),
+KINDS = {  # of attention maps → name, place and module
+    "encoder": ("encoder", "encoder/layers", "self_attention"),
+    "decoder": ("masked decoder", "decoder/layers", "self_attention"),
+    "cross": ("cross", "decoder/layers", "cross_attention"),
 }
 APART = 0.1  # total variation beyond which the maps of two heads are said to differ
 # Those that compute in float32 on any device; a kernel falls back to einsum where it cannot run.
@@ -154,7 +153,7 @@ def distances(model: Model, variables: Params, data: Dataset) -> dict[str, float
 
 def without_head(variables: Params, kind: str, head: int) -> Params:
     """The variables with one head of one kind of attention silenced in every layer."""
-    layers, attention = MODULES[kind]
+    _, layers, attention = KINDS[kind]
     return {
         name: leaf.at[head].set(0.0)
         if name.startswith(layers) and name.endswith(f"{attention}/out/kernel")
@@ -163,21 +162,13 @@ def without_head(variables: Params, kind: str, head: int) -> Params:
     }
 
 
-class Heads(NamedTuple):
-    """Measurements of the heads of a trained population, a value for each seed.
+def measure_heads(folder: Path, data_dir: str | None, examples: int) -> dict[str, list[float]]:
+    """Measurements of the heads of the population trained in a folder, a value for each seed.
 
-    trained, untrained: kind of attention → `distance` after and before training.
-    lost: (kind, rank) → points of sequence accuracy lost without that head, which is ranked on
-      one half of the examples and measured on the other.
+    `encoder, trained` and `encoder, untrained` are `distance` after and before training;
+    `encoder, rank 1` is the loss of accuracy, in points, without the most useful head, which is
+    ranked on one half of the test examples and measured on the other.
     """
-
-    trained: dict[str, list[float]]
-    untrained: dict[str, list[float]]
-    lost: dict[tuple[str, int], list[float]]
-
-
-def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
-    """The heads of the population trained in a folder, on so many test examples."""
     run = Run.saved(folder, data_dir=data_dir)
     model, state = run.model, run.restore()
     data, half = run.data["test"].head(examples), examples // 2
@@ -188,23 +179,23 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> Heads:
         totals = (jax.device_get(score(variables, each)) for each in halves)
         return [finalize(each, "test")["test/sequence_accuracy"] for each in totals]
 
-    heads = Heads({kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}, {})
+    found: dict[str, list[float]] = {}
     seeds, replicas = np.atleast_1d(run.config.seeds()), run.config.replicas
     for variables, seed in zip(by_replica(state.variables(), replicas), seeds, strict=True):
-        variables = jax.tree.map(jnp.asarray, variables)
+        trained = jax.tree.map(jnp.asarray, variables)
         initial = model.init(stream(jnp.asarray(seed), "init"))
-        for into, each in ((heads.trained, variables), (heads.untrained, initial)):
+        for when, each in (("trained", trained), ("untrained", initial)):
             for kind, apart in distances(model, each, halves[0]).items():
-                into[kind].append(apart)
-        whole = accuracies(variables)
-        for kind in KINDS:
+                found.setdefault(f"{KINDS[kind][0]}, {when}", []).append(apart)
+        whole = accuracies(trained)
+        for kind, (name, *_) in KINDS.items():
             costs = []
             for head in range(model.config.num_heads):
-                left = accuracies(without_head(variables, kind, head))
+                left = accuracies(without_head(trained, kind, head))
                 costs.append([100 * (a - b) for a, b in zip(whole, left, strict=True)])
             for rank, (_, cost) in enumerate(sorted(costs, reverse=True), 1):
-                heads.lost.setdefault((kind, rank), []).append(cost)
-    return heads
+                found.setdefault(f"{name}, rank {rank}", []).append(cost)
+    return found
 
 
 def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
@@ -213,27 +204,24 @@ def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
         name: [100 * each.outcomes["sequence_accuracy"] for each in found]
         for name, found in records(setting, "heads").items()
     }
-    trained, untrained, lost = measure_heads(
-        setting.root / "heads" / "4_heads", setting.data_dir, examples
-    )
+    folder = setting.root / "heads" / "4_heads"
+    found = measure_heads(folder, setting.data_dir, examples)
     cases: dict[str, Sequence[float]] = {}
-    for kind, name in KINDS.items():
+    for name, *_ in KINDS.values():
+        trained, untrained = found[f"{name}, trained"], found[f"{name}, untrained"]
         cases[f"{name}: the two most similar heads are more than {APART} apart"] = [
-            each - APART for each in trained[kind]
+            each - APART for each in trained
         ]
         cases[f"{name}: they are further apart than before training"] = [
-            a - b for a, b in zip(trained[kind], untrained[kind], strict=True)
+            a - b for a, b in zip(trained, untrained, strict=True)
         ]
-        cases[f"{name}: points lost without its most useful head"] = lost[kind, 1]
+        cases[f"{name}: points lost without its most useful head"] = found[f"{name}, rank 1"]
     cases["points lost with one head as wide as four"] = [
         a - b for a, b in zip(accuracy["4 heads"], accuracy["1 head"], strict=True)
     ]
-    ranks = {f"{KINDS[kind]}, rank {k}": mean_interval(each) for (kind, k), each in lost.items()}
-    apart = {
-        f"{KINDS[kind]}, {when}": mean_interval(values[kind])
-        for kind in KINDS
-        for when, values in (("trained", trained), ("untrained", untrained))
-    }
+    means = {name: mean_interval(each) for name, each in found.items()}
+    ranks = {name: each for name, each in means.items() if "rank" in name}
+    apart = {name: each for name, each in means.items() if "rank" not in name}
     panels: Mapping[str, Any] = {
         "distance of the two most similar heads (total variation)": apart,
         "points of sequence accuracy lost without that head": ranks,
@@ -253,14 +241,7 @@ def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
         checks=above_zero(cases, shown),
         tables=[
             markdown(("most similar heads", "apart"), [(k, shown(x)) for k, x in apart.items()]),
-            markdown(
-                ("attention", "points lost"), [(k, shown(x, ".1f")) for k, x in ranks.items()]
-            ),
+            markdown(("head", "points lost"), [(k, shown(x, ".1f")) for k, x in ranks.items()]),
         ],
-        data={
-            "trained": trained,
-            "untrained": untrained,
-            "lost": {f"{kind}, rank {rank}": each for (kind, rank), each in lost.items()},
-            "accuracy": accuracy,
-        },
+        data=found | {"accuracy": accuracy},
     )

@@ -254,9 +254,9 @@ def convergence(
         says="With layer normalisation training converges faster than without, and than with batch "
         "normalisation.",
         method="Pre-norm models with 4 layers and with 1, trained on reverse in batches of 4 and "
-        "of 128: `configs/ablations/convergence_4.py` and `convergence_128.py`. All clip gradients at "
-        "a norm of 1. Batch norm sees later target positions in training, and running averages in "
-        "evaluation. " + method_text(sweeps[0], "layer norm"),
+        "of 128: `configs/ablations/convergence_4.py` and `convergence_128.py`. "
+        "All clip gradients at a norm of 1. Batch norm sees later target positions in "
+        "training, and running averages in evaluation. " + method_text(sweeps[0], "layer norm"),
         checks=judge(races),
         tables=[markdown(columns, rows, align="lllll")],
         data=data,
