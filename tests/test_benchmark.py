@@ -97,7 +97,9 @@ def test_the_peers_have_our_schedule():
 def test_training_to_the_target_ends_with_the_schedule(bench, monkeypatch):
     target = np.array([[5, 6, EOS], [7, EOS, PAD], [8, EOS, PAD], [9, EOS, PAD]])
     decoded = [[5, 6, EOS, EOS], [7, EOS, PAD, PAD], [8, 3, EOS, PAD], [9, 9, 9, 9]]
-    assert worker.exact_match(worker.until_eos(np.array(decoded)), target) == 0.5
+    monkeypatch.setattr(task, "load", lambda *_: task.Strings(target, target))
+    judged = bench.judge({"seconds": 1.0, "outputs": decoded})
+    assert judged == {"seconds": 1.0, "exact": 0.5, "tokens": 3.0}
     peer = Mock(spec=contender.Contender)
     peer.train.return_value = (1, 0.5)
     peer.decode = lambda source, batch, beams, room: np.zeros((len(source), room), int)
@@ -200,11 +202,12 @@ def installed(name):
     return pytest.param(name, marks=marks if name == OURS else (*marks, pytest.mark.oracle))
 
 
-def check_decoding(remote, contender):
+def check_decoding(bench, remote):
     """Greedy and beams, one at a time and many, give the same: most strings are right."""
-    for beams in CONTENDERS[contender].beams:
+    for beams in CONTENDERS[remote.contender].beams:
         for batch in (1, 64):
-            found = remote.ask("decode", strings=100, batch=batch, beams=beams, shortest=0.0)
+            options = {"strings": 100, "batch": batch, "beams": beams, "shortest": 0.0}
+            found = bench.ask(remote, "decode", **options)
             assert found["exact"] > 0.75, (beams, batch)
             assert found["tokens"] == pytest.approx(3.5, abs=0.4)
 
@@ -214,7 +217,7 @@ LEARNERS = [name for name, entry in CONTENDERS.items() if entry.batchings and en
 
 @pytest.mark.parametrize("name", [installed(name) for name in LEARNERS])
 def test_a_contender_learns_to_reverse_and_others_decode_with_its_parameters(
-    name, setting, tmp_path
+    name, bench, setting, tmp_path
 ):
     file, batchings = str(tmp_path / "weights"), CONTENDERS[name].batchings
     with worker.Remote(name, setting, tmp_path / "log") as remote:
@@ -224,20 +227,20 @@ def test_a_contender_learns_to_reverse_and_others_decode_with_its_parameters(
             assert second["loss"] < first["loss"] < 1.2 * np.log(task.VOCABULARY)
             # 20 steps; strings of 1 to 4 symbols have 3.5 tokens on average, EOS included.
             assert first["tokens"] + second["tokens"] == pytest.approx(70 * TRIAL.batch, rel=0.1)
-        learned = measure.Bench("trial", setting, [name], 1, 1, 0.97, 60.0).learn(remote, 0)
+        learned = dataclasses.replace(bench, target=0.97).learn(remote, 0)
         assert max(each[2] for each in learned["curve"]) > 0.8
-        check_decoding(remote, name)
+        check_decoding(bench, remote)
         assert remote.ask("memory") > 2**27
         remote.ask("save", path=file)
         # New parameters know nothing; the saved ones do.
         remote.ask("start", seed=1, schedule=SCHEDULE)
-        assert remote.ask("decode", strings=50, batch=50, beams=1, shortest=0.0)["exact"] < 0.1
+        assert bench.ask(remote, "decode", strings=50, batch=50, beams=1)["exact"] < 0.1
         remote.ask("load", path=file)
-        check_decoding(remote, name)
+        check_decoding(bench, remote)
     for decoder in DECODERS_OF[name]:
         with worker.Remote(decoder, setting, tmp_path / "log") as remote:
             remote.ask("load", path=file)
-            check_decoding(remote, decoder)
+            check_decoding(bench, remote)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

@@ -9,13 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lab.benchmark import task
 from lab.benchmark.contender import CONTENDERS, OURS, TUNED, Schedule, Setting
 from lab.benchmark.page import comparison
+from lab.benchmark.task import EOS, PAD
 from lab.benchmark.worker import ContenderError, Remote
 from lab.tables import spread
 from lab.timing import rotate
 from transformer.console import console
+from transformer.inference.evaluation import exact_match
 
 STRINGS = {128: 512, 1: 32}  # batch size of decoding → held-out strings in a turn
 EVERY = 50  # steps between evaluations in training to the target
@@ -61,13 +65,23 @@ class Bench:
         if remote.contender in self.failures:
             return None
         try:
-            return remote.ask(method, **arguments)
+            found = remote.ask(method, **arguments)
         except ContenderError as error:
             if remote.contender == OURS:
                 raise
             self.failures[remote.contender] = str(error)
             console.print(f"{CONTENDERS[remote.contender].title} failed: {error}")
             return None
+        return self.judge(found) if method == "decode" else found
+
+    def judge(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What a worker has decoded as its exact match and its tokens per output."""
+        outputs = np.array(found.pop("outputs"))
+        # Some contenders repeat EOS.
+        outputs[np.cumsum(outputs == EOS, axis=1) - (outputs == EOS) > 0] = PAD
+        target = task.load(self.setting.folder, "test").target[: len(outputs)]
+        exact = float(exact_match(outputs, target).mean())
+        return {**found, "exact": exact, "tokens": float((outputs != PAD).sum(1).mean())}
 
     def rotate(
         self, remotes: Mapping[str, Remote], turns: Turns, rounds: int
@@ -201,7 +215,7 @@ def decoding(bench: Bench) -> Part:
             bench.rotate(remotes, turns, 1)
             found = bench.rotate(remotes, turns, bench.rounds)
             title = f"{'greedy' if beams == 1 else f'beam {beams}'}, batch {batch}, strings/s"
-            rates = {key: [r["sequences"] / r["seconds"] for r in f] for key, f in found.items()}
+            rates = {key: [r["strings"] / r["seconds"] for r in f] for key, f in found.items()}
             extra = {
                 "exact match": {key: f"{each[-1]['exact']:.1%}" for key, each in found.items()},
                 "tokens": {key: f"{each[-1]['tokens']:.1f}" for key, each in found.items()},
