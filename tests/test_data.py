@@ -19,7 +19,7 @@ from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import open_corpus
 from transformer.data.permutation import ROUNDS, permute
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.data.toy import SIZES, TASKS, draw, split_of
+from transformer.data.toy import ALPHABET, SIZES, TASKS, draw, split_of
 from transformer.errors import UserError
 
 SPLITS = ("train", "validation", "test", "test_longer")
@@ -34,40 +34,50 @@ cli.explained(lambda: open_corpus(data_config(), sys.argv[1]).tokens("train"))
 def loaded(data_dir):
     """Every split, byte for byte."""
     corpus = open_corpus(data_config(), str(data_dir))
-    splits = {split: corpus.load(split, 1) for split in corpus.opened.builder.info.splits}
+    splits = {split: corpus.load(split, 1) for split in corpus.dataset.builder.info.splits}
     return {split: (each.source.tobytes(), each.target.tobytes()) for split, each in splits.items()}
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_splits_share_no_string_and_are_as_large_as_they_say(size):
-    sizes = SIZES[size]
+@pytest.mark.parametrize(
+    ("name", "size"), [("reverse", "small"), *((name, "tiny") for name in TASKS)]
+)
+def test_splits_share_no_string_and_are_as_large_as_they_say(name, size):
+    task, sizes = TASKS[name], SIZES[size]
     everything = set()
     for split in SPLITS:
         lengths = sizes.longer if split == "test_longer" else sizes.lengths
-        drawn = draw(split, sizes.train if split == "train" else sizes.held_out, lengths)
+        drawn = draw(task, split, sizes.train if split == "train" else sizes.held_out, lengths)
         everything.update(drawn)
-        assert set(map(len, drawn)) == set(lengths)
+        assert set(map(len, drawn)) <= set(lengths)
+        assert set(map(len, drawn)) == set(lengths) or task.alphabet != ALPHABET
+        for source in drawn:
+            assert set(source) <= set(task.alphabet)
+            assert set(task.function(source)) <= set(task.alphabet + task.target_only)
         assert split == "test_longer" or set(map(split_of, drawn)) == {split}
     assert len(everything) == sizes.train + 3 * sizes.held_out
 
 
 def test_tasks_by_example_and_drawing_is_deterministic_with_uniform_lengths():
-    found = {name: task("hello") for name, task in TASKS.items()}
-    assert found == {"copy": "hello", "reverse": "olleh", "sort": "ehllo"}
-    counts = Counter(map(len, draw("test", 1_000, range(1, 17))))
+    for task in TASKS.values():
+        source, target = task.function.__doc__.split(" → ")
+        assert task.function(source) == target
+    reverse = TASKS["reverse"]
+    counts = Counter(map(len, draw(reverse, "test", 1_000, range(1, 17))))
     assert counts[1] < 10  # a tenth of 26, all of them
     assert set(counts.values()) - {counts[1]} <= {66, 67}
-    assert draw("train", 50, range(3, 9)) == draw("train", 50, range(3, 9))
+    assert draw(reverse, "train", 50, range(3, 9)) == draw(reverse, "train", 50, range(3, 9))
     moved = "the strings moved: raise ToyStrings.VERSION with a note, then pin the new ones"
-    assert draw("validation", 3, range(8, 9)) == ["loalwojr", "lxjqqehs", "wowzefmg"], moved
+    assert draw(reverse, "validation", 3, range(8, 9)) == ["loalwojr", "lxjqqehs", "wowzefmg"], (
+        moved
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_it_is_a_tfds_dataset_like_any_other(task, data_dir):
-    builder = open_corpus(data_config(task=task), data_dir).opened.builder
+    builder = open_corpus(data_config(task=task), data_dir).dataset.builder
     source = tfds.data_source(f"toy_strings/{task}_tiny", split="test", data_dir=data_dir)
     pairs = [(each["source"].decode(), each["target"].decode()) for each in source]
-    assert pairs == [(text, TASKS[task](text)) for text, _ in pairs]
+    assert pairs == [(text, TASKS[task].function(text)) for text, _ in pairs]
     assert len(pairs) == SIZES["tiny"].held_out
     assert set(builder.info.splits) == set(SPLITS)
     assert len(builder.as_data_source("train[:10%]")) == 200
@@ -99,7 +109,7 @@ def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path):
 def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_path):
     """Each file gone, cut off, or with a bit turned over in 4 places."""
     rng, refused, whole = random.Random(0), [], loaded(data_dir)
-    folder = Path(open_corpus(data_config(), data_dir).opened.builder.data_dir)
+    folder = Path(open_corpus(data_config(), data_dir).dataset.builder.data_dir)
     for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
         content = (folder / name).read_bytes()
         places = [rng.randrange(len(content)) for _ in range(4 if content else 0)]

@@ -1,20 +1,21 @@
 """Datasets of TFDS by name: WMT14 in small, from archives of the form in which it is downloaded."""
 
+import importlib.util
 import io
 import json
 import shutil
 import socket
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sacrebleu
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.download import downloader, extractor
 
 from tests.helpers import data_config
 from tests.test_programs import finish, start
-from transformer.data import datasets
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
 
@@ -75,6 +76,10 @@ def wmt(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("wmt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(downloader._Downloader, "_sync_download", fetch)
+        if importlib.util.find_spec("tensorflow") is None:  # TFDS unpacks archives with it
+            files = SimpleNamespace(gfile=SimpleNamespace(GFile=open))
+            tensorflow = SimpleNamespace(io=files, compat=SimpleNamespace(as_text=str))
+            patch.setattr(extractor, "tf", tensorflow)
         opened(data_dir)
     return data_dir
 
@@ -120,7 +125,7 @@ def config(name):
 
 data_dir, name, *others = sys.argv[1:]
 print(name, len(open_corpus(config(name), data_dir).load("test", 4)))
-datasets.prepared = lambda make, name, data_dir: make(data_dir)
+datasets.prepare = lambda make, name, data_dir: make(data_dir)
 for other in others:
     builder = datasets.open_dataset(config(other), data_dir).builder
     print(builder.info.full_name.rpartition("/")[0], *sorted(dict(builder.info.features.items())))
@@ -144,7 +149,7 @@ def test_names_are_found_and_splits_are_read_without_tensorflow(wmt):
 
 
 NO_SUCH = {
-    "wmt14_translat/de-en": r"choose one of toy_strings, files, or .*mean wmt14_translate\?\)$",
+    "wmt14_translat/de-en": r"choose one .*, or a name that TFDS .*mean wmt14_translate\?\)$",
     "toy_string": r"\(did you mean toy_strings\?\)$",
     "wmt14_translate/de-fr": r"choose one of wmt14_translate/cs-en, .*mean wmt14_translate/de-en\?",
     "wmt14_translate/de-en:9.9.9": r"cannot be loaded at version 9\.9\.9, only: 1\.0\.0\.$",
@@ -165,13 +170,13 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr(datasets, "RETRIES", 1)
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 1)  # ten take minutes
     address = "http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz"
     with pytest.raises(UserError) as refused:
         opened(tmp_path)
     assert str(refused.value) == (
-        f"cannot prepare {NAME}/1.0.0: {address} cannot be reached; mend the network, or copy the "
-        f"dataset to {tmp_path}/{NAME}/1.0.0 from a machine that has one"
+        f"cannot prepare {NAME}/1.0.0: {address} cannot be reached; check the network, or copy "
+        f"the dataset to {tmp_path}/{NAME}/1.0.0 from a machine that has one"
     )
     assert capfd.readouterr().out == f"preparing {NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0\n"
     assert not caplog.records
@@ -185,9 +190,9 @@ def test_what_cannot_be_prepared_without_tensorflow_has_a_remedy(tmp_path, monke
     with pytest.raises(UserError) as refused:
         opened(tmp_path)
     assert str(refused.value) == (
-        f"cannot prepare {NAME}/1.0.0 without the package tensorflow_that_is_not_there; do that "
-        f"where it is installed, tfds build {NAME} --file_format=array_record, and copy it to "
-        f"{tmp_path}/{NAME}/1.0.0"
+        f"cannot prepare {NAME}/1.0.0 without the package tensorflow_that_is_not_there; install "
+        f"it, or run tfds build {NAME} --file_format=array_record where it is installed, and copy "
+        f"the dataset to {tmp_path}/{NAME}/1.0.0"
     )
 
 
@@ -199,7 +204,7 @@ def test_a_dataset_kept_for_tensorflow_alone_as_is_usual_is_refused(wmt, tmp_pat
     info.write_text(json.dumps(record | {"fileFormat": "tfrecord"}))
     for file in folder.glob("*.array_record-*"):
         file.rename(str(file).replace("array_record", "tfrecord"))
-    message = "is kept as tfrecord, which only TensorFlow reads(?=.*another --data_dir)"
+    message = "is stored as tfrecord, which only TensorFlow reads(?=.*another --data_dir)"
     with pytest.raises(UserError, match=rf"{message}(?=.*file_format=array_record)"):
         opened(tmp_path)
 

@@ -122,7 +122,7 @@ def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
     said = corpus.left_out()
     tabs = "1 with 0 tabs instead of 1 (line 3)", "1 with 2 tabs instead of 1 (line 30)"
     empty = "4 empty (lines 9, 31, 32, …)", "1 with an empty text (line 10)"
-    for words in (*tabs, *empty, "1 no UTF-8 (line 20)"):
+    for words in (*tabs, *empty, "1 not UTF-8 (line 20)"):
         assert words in said
     assert opened(tmp_path, path).left_out() == said  # at each start, not the first alone
     lines = [json.dumps({"source": source, "target": target}) for source, target in GOOD]
@@ -130,7 +130,11 @@ def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
     lines[8:10] = "[" * 100_000, r'{"source": "\ud800", "target": "a"}'
     corpus = opened(tmp_path, write(tmp_path / "train.jsonl", lines))
     said = corpus.left_out()
-    for words in ("2 no JSON (lines 5, 9)", "1 no JSON object (line 6)", "without a text 'target'"):
+    for words in (
+        "2 not JSON (lines 5, 9)",
+        "1 not a JSON object (line 6)",
+        "without a text 'target'",
+    ):
         assert words in said
     assert "1 with a lone surrogate (line 10)" in said
     assert len(everything(corpus)) == len(GOOD) - 6
@@ -156,15 +160,15 @@ def test_unknown_symbols_are_counted(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.tsv", None, "there is no such file; name one"),
-        ("a.tsv", "", "0 of 0 lines hold no pair: it is empty; mend"),
+        ("a.tsv", "", "0 of 0 lines have no pair: it is empty; corr"),
         ("a.tsv", "no tab\n" * 20, r"20 of 20 lines .*\(lines 1, 2, 3, …\)"),
         ("a.jsonl", '{"de": "a", "en": "b"}\n' * 9, r"data\.source and data\.tar"),
         ("train", None, "data.train=train: .* name one with pairs"),
         ("a.tsv", "a\tb\n", r"data\.validation=train\[:10\]"),
-        ("a.tsv.gz", "a\tb\n", "is damaged: Not a gzipped file.*fetch or make it"),
+        ("a.tsv.gz", "a\tb\n", "is damaged: Not a gzipped file.*fetch it or make"),
         ("a.de,b.en", "3 lines", "they have 3 and 2 lines; make them agree"),
         ("a.de,b.en,a.de", "3 lines", "one file with pairs, or two"),
-        ("train.tsv.gz", "cut off", r"train\.tsv\.gz is damaged: .*; fetch or make"),
+        ("train.tsv.gz", "cut off", r"train\.tsv\.gz is damaged: .*; fetch it or make"),
     ],
 )
 def test_what_is_no_corpus_is_refused_in_a_line(name, content, message, tmp_path, monkeypatch):

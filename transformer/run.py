@@ -146,10 +146,10 @@ class Run:
         """
         config, data_dir = self.config.data, self.data_dir
         if file is not None:
-            opened = partial(datasets.evaluated_file, config, file, data_dir)
+            opened = partial(datasets.open_test_files, config, file, data_dir)
             return Corpus(hosts.in_turn(opened), self.tokenizers)
         recorded = self.workdir.read_record()["corpus"]["dataset"]
-        opened = partial(datasets.reopened, config, recorded, data_dir)
+        opened = partial(datasets.reopen_dataset, config, recorded, data_dir)
         corpus = Corpus(hosts.in_turn(opened), self.tokenizers)
         self.workdir.check_corpus(corpus.identity())
         return corpus

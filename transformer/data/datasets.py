@@ -1,98 +1,167 @@
-"""Datasets by name: `DATASETS`, and all that TFDS knows. Each is prepared when it is first used."""
+"""Datasets by name: those of `DATASETS`, and all that TFDS knows, prepared when first used."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import downloader, extractor
-from tensorflow_datasets.core.file_adapters import FileFormat
-from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from transformer.console import quiet
-from transformer.data import (
-    pronunciations,  # noqa: F401  which registers them with TFDS
-    text,
-    toy,
-)
+from transformer.data import text, toy
 from transformer.data.config import DataConfig
-from transformer.errors import UserError, nearest
+from transformer.data.pronunciations import Pronunciations
+from transformer.data.ragged import chunk_ranges
+from transformer.errors import UserError, check_choice, nearest
 
-RETRIES = 7  # of a download, which take 25 s; those of TFDS take 205
+CHUNK = 20_000  # examples in memory as text
+TFDS_MODULES = ("summarization", "text", "text_simplification", "translate")
 
 
-class Opened(NamedTuple):
-    """A dataset that is there.
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A dataset on disk.
 
-    builder: TFDS's.
-    fields: what it calls a pair's texts.
-    named: what the config calls some of its splits → their names.
+    builder: of TFDS.
+    fields: the features with the two texts of a pair.
+    split_names: the config's name of a split → the dataset's, where they differ.
     """
 
     builder: Any
     fields: tuple[str, str]
-    named: Mapping[str, str]
+    split_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """With config and version: `wmt14_translate/de-en/1.0.0`."""
+        return self.builder.info.full_name
+
+    def split(self, name: str) -> str:
+        """The dataset's name of a split of the config."""
+        return self.split_names.get(name, name)
+
+    def damage_explained(self) -> contextlib.AbstractContextManager[None]:
+        """See `damage_explained`."""
+        return damage_explained(f"{self.name} under {self.builder.data_dir}")
+
+    def num_examples(self, split: str) -> int:
+        """The number of examples of a split, named as the dataset does; a slice too.
+
+        Raises:
+          UserError: there is no such split, or it is empty.
+        """
+        held = self.builder.info.splits
+        try:
+            count = held[split].num_examples
+            if count < 0:  # the slice ends before it begins
+                raise ValueError(split)
+        except (KeyError, ValueError, AssertionError) as error:
+            sizes = {name: info.num_examples for name, info in held.items()}
+            named = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+            raise UserError(
+                f"{split!r} is not a split of {self.name}, or not a slice of one: "
+                f"{named}{nearest(split, sizes)}"
+            ) from error
+        if count == 0:
+            raise UserError(f"split {split!r} of {self.name} is empty")
+        return count
+
+    def columns(
+        self, split: str, fields: Sequence[str], stride: int = 1
+    ) -> Iterator[list[list[Any]]]:
+        """Some features of every `stride`-th example, in chunks; errors as of `num_examples`."""
+        count = self.num_examples(split)
+        with self.damage_explained():
+            source = self.builder.as_data_source(split=split)
+            if len(source) != count:
+                raise ValueError(f"{len(source)} examples in {split} instead of {count}")
+            every = range(0, count, stride)
+            for chunk in chunk_ranges(len(every), CHUNK):
+                found = source.__getitems__(every[chunk.start : chunk.stop])
+                yield [[each[name] for each in found] for name in fields]
+
+    def texts(self, split: str, stride: int = 1) -> Iterator[tuple[list[str], list[str]]]:
+        """Sources and targets of every `stride`-th example, in chunks.
+
+        Raises:
+          UserError: as `num_examples`, or a feature does not exist.
+        """
+        features = list(self.builder.info.features)
+        for knob, name in zip(("data.source", "data.target"), self.fields, strict=True):
+            check_choice(features, name, knob)
+        for chunk in self.columns(split, self.fields, stride):
+            with self.damage_explained():
+                sources, targets = ([text.cleaned(x.decode()) for x in side] for side in chunk)
+            yield sources, targets
 
 
-def toy_strings(config: DataConfig, data_dir: str | None) -> Opened:
-    """Strings of letters that a seed draws: `toy`."""
+def open_dataset(config: DataConfig, data_dir: str | None) -> PreparedDataset:
+    """The dataset of `config`, prepared if it is not yet.
+
+    Raises:
+      UserError: there is none of that name, it cannot be prepared, or it is damaged.
+    """
+    return DATASETS.get(config.dataset.partition("/")[0], from_tfds)(config, data_dir)
+
+
+def toy_strings(config: DataConfig, data_dir: str | None) -> PreparedDataset:
+    """The strings of a toy task."""
     name = f"{config.task}_{config.size}"
-    builder = prepared(partial(toy.ToyStrings, config=name), f"toy_strings/{name}", data_dir)
-    return Opened(builder, config.fields(), {})
+    builder = prepare(partial(toy.ToyStrings, config=name), f"toy_strings/{name}", data_dir)
+    return PreparedDataset(builder, config.fields())
 
 
-def named_files(config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Of a config that names files: split → its file, and what `Opened.named` is to hold."""
-    named, given = {}, {}
+def text_files(config: DataConfig, data_dir: str | None) -> PreparedDataset:
+    """Your own text files. A split is a file, or `validation` or `test`, cut from train."""
+    files, split_names = files_of_splits(config)
+    builder = prepare_files(files, config, data_dir)
+    for split in text.CUT.values():
+        if getattr(config, split) == split and split not in builder.info.splits:
+            raise UserError(
+                f"data.{split}={split}: {config.train} is too small to cut one source in a hundred "
+                f"from it; name a file, or a slice: --config.data.{split}=train[:10]"
+            )
+    return PreparedDataset(builder, text.COLUMNS, split_names)
+
+
+def files_of_splits(config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Split → its file, and `PreparedDataset.split_names`."""
+    files, split_names = {}, {}
     for split in text.SPLITS:
         wanted = getattr(config, split)
         file, bracket, part = wanted.partition("[")
         if file not in text.SPLITS:
-            given[split] = file
-            named[wanted] = f"{split}{bracket}{part}"
+            files[split] = file
+            split_names[wanted] = f"{split}{bracket}{part}"
         elif split == "train":
             raise UserError(
                 f"data.train={wanted}: data.dataset=files reads a file; name one with pairs "
                 "(.tsv, .jsonl), or two: sources,targets"
             )
-    return given, named
+    return files, split_names
 
 
-def files(config: DataConfig, data_dir: str | None) -> Opened:
-    """Files of one's own: `text`. A split is a file, or `validation` or `test`, cut from train."""
-    given, named = named_files(config)
-    builder = text_pairs(given, config, data_dir)
-    for split in text.CUT.values():
-        if getattr(config, split) == split and split not in builder.info.splits:
-            raise UserError(
-                f"data.{split}={split}: {config.train} is so small that of one source in a "
-                f"hundred none is cut; name a file, or a part, --config.data.{split}=train[:10]"
-            )
-    return Opened(builder, text.COLUMNS, named)
-
-
-def text_pairs(given: Mapping[str, str], config: DataConfig, data_dir: str | None) -> Any:
-    """The builder of a dataset of the files `given` for some splits."""
+def prepare_files(files: Mapping[str, str], config: DataConfig, data_dir: str | None) -> Any:
+    """The builder of a dataset of these files of splits."""
     fields = config.fields()
-    own = text.FilesConfig(name=text.digest(given, fields), files=dict(given), fields=fields)
-    return prepared(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
+    own = text.FilesConfig(name=text.digest(files, fields), files=dict(files), fields=fields)
+    return prepare(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
 
 
-def reopened(config: DataConfig, name: str, data_dir: str | None) -> Opened:
-    """The dataset that a run recorded as `name`; its files may have moved, or changed, since."""
+def reopen_dataset(config: DataConfig, name: str, data_dir: str | None) -> PreparedDataset:
+    """The dataset that a run recorded as `name`, even if its files have moved or changed since."""
     if config.dataset == "files":
         own = text.FilesConfig(name=name.split("/")[1], files={}, fields=config.fields())
         make = partial(text.TextPairs, config=own)
         with damage_explained(f"{name} under {data_dir or 'the default of TFDS'}"):
             there = is_prepared(make(data_dir=data_dir))
         if there:
-            return Opened(prepared(make, name, data_dir), text.COLUMNS, named_files(config)[1])
+            names = files_of_splits(config)[1]
+            return PreparedDataset(prepare(make, name, data_dir), text.COLUMNS, names)
     try:
         return open_dataset(config, data_dir)
     except UserError as error:
@@ -103,66 +172,62 @@ def reopened(config: DataConfig, name: str, data_dir: str | None) -> Opened:
         ) from error
 
 
-def evaluated_file(config: DataConfig, name: str, data_dir: str | None) -> Opened:
-    """A file of pairs, or two, as the split `test` of a dataset.
-
-    The texts of JSON are called as `config` says; those of columns have no names of their own.
-    """
-    if not any(text.kind(path) in text.JSON for path in text.paths(name)):
+def open_test_files(config: DataConfig, files: str, data_dir: str | None) -> PreparedDataset:
+    """A file of pairs, or two, as the split `test`; `config` names the texts of JSON."""
+    if not any(text.kind(path) in text.JSON for path in text.paths(files)):
         config = replace(config, source=text.COLUMNS[0], target=text.COLUMNS[1])
-    return Opened(text_pairs({"test": name}, config, data_dir), text.COLUMNS, {})
+    return PreparedDataset(prepare_files({"test": files}, config, data_dir), text.COLUMNS)
 
 
-DATASETS = {"toy_strings": toy_strings, "files": files}
-
-
-def from_tfds(config: DataConfig, data_dir: str | None) -> Opened:
-    """A dataset that TFDS knows, such as `wmt14_translate/de-en`, or `pronunciations/plain`.
+def from_tfds(config: DataConfig, data_dir: str | None) -> PreparedDataset:
+    """A dataset that is registered with TFDS, such as `wmt14_translate/de-en`.
 
     Raises:
-      UserError: it knows none of that name.
+      UserError: there is none of that name.
     """
-    # Without TensorFlow TFDS does not find these families of datasets by itself.
-    import tensorflow_datasets.summarization
-    import tensorflow_datasets.text
-    import tensorflow_datasets.text_simplification
-    import tensorflow_datasets.translate  # noqa: F401
-
+    for module in TFDS_MODULES:  # importing one registers its datasets
+        importlib.import_module(f"tensorflow_datasets.{module}")
     name = config.dataset
 
     def make(data_dir: str | None) -> Any:
         try:
             return tfds.builder(name, data_dir=data_dir)
-        except (DatasetNotFoundError, ValueError, AssertionError) as error:
-            known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
-            family, _, wanted = name.partition("/")
-            if family in known:
-                configs = tfds.builder_cls(family).builder_configs
-                if wanted and wanted.partition(":")[0] not in configs:
-                    names = [f"{family}/{config}" for config in configs] or [family]
-                    reason = f"choose one of {', '.join(names)}{nearest(name, names)}"
-                else:  # such as a version
-                    reason = " ".join(str(error).split()).rpartition('}": ')[2][:200]
-                raise UserError(f"data.dataset={name}: {reason}") from error
-            raise UserError(
-                f"data.dataset={name}: choose one of {', '.join(DATASETS)}, or a name that TFDS "
-                f"knows, such as wmt14_translate/de-en{nearest(name, known)}"
-            ) from error
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+            raise UserError(f"data.dataset={name}: {why_unknown(name, error)}") from error
 
-    return Opened(prepared(make, name, data_dir), config.fields(), {})
+    return PreparedDataset(prepare(make, name, data_dir), config.fields())
 
 
-def open_dataset(config: DataConfig, data_dir: str | None) -> Opened:
-    """The dataset of `config`, prepared now if it never was.
+def why_unknown(name: str, error: Exception) -> str:
+    """Which names there are in the place of one that TFDS does not know."""
+    known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+    family, _, wanted = name.partition("/")
+    if family not in known:
+        return (
+            f"choose one of {', '.join(DATASETS)}, or a name that TFDS knows, such as "
+            f"wmt14_translate/de-en{nearest(name, known)}"
+        )
+    configs = tfds.builder_cls(family).builder_configs
+    if wanted and wanted.partition(":")[0] not in configs:
+        names = [f"{family}/{config}" for config in configs] or [family]
+        return f"choose one of {', '.join(names)}{nearest(name, names)}"
+    return " ".join(str(error).split()).rpartition('}": ')[2][:200]  # such as the version
 
-    Raises:
-      UserError: there is none of that name, it cannot be prepared, or it is damaged.
-    """
-    return DATASETS.get(config.dataset, from_tfds)(config, data_dir)
+
+def registered(builder: type[tfds.core.DatasetBuilder]) -> Callable[..., PreparedDataset]:
+    """What opens the datasets of a builder class; importing it registers it with TFDS."""
+    return from_tfds
 
 
-def prepared(make: Callable, name: str, data_dir: str | None) -> Any:
-    """The builder that `make` makes, once its dataset, called `name`, is there.
+DATASETS: dict[str, Callable[[DataConfig, str | None], PreparedDataset]] = {
+    "toy_strings": toy_strings,
+    "files": text_files,
+    "pronunciations": registered(Pronunciations),
+}
+
+
+def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
+    """The builder that `make(data_dir=…)` returns, once its dataset, called `name`, is on disk.
 
     Raises:
       UserError: it cannot be prepared, or is damaged.
@@ -177,79 +242,68 @@ def prepared(make: Callable, name: str, data_dir: str | None) -> Any:
         print(f"preparing {builder.info.full_name} under {builder.data_dir}")
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
-        mend_downloads()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), quiet():  # TFDS speaks of downloads
+            with contextlib.redirect_stdout(io.StringIO()), quiet():  # TFDS prints notes
                 builder.download_and_prepare(file_format="array_record")
         except UserError:
             raise
         except Exception as error:  # TFDS and array_record each have their own
             builder = find()
             if not is_prepared(builder):  # nor by another process meanwhile
-                raise UserError(unprepared(builder, error)) from error
+                raise UserError(why_unprepared(builder, error)) from error
     with damage_explained(f"{builder.info.full_name} under {builder.data_dir}"):
-        if not builder.info.splits:  # TFDS takes any folder of that name for a dataset
+        if not builder.info.splits:  # TFDS accepts any folder of that name
             raise ValueError("it has no splits")
         formats = builder.info.available_file_formats()
-    if not formats & FileFormat.with_random_access():
+    if not formats & tfds.core.FileFormat.with_random_access():
         raise UserError(
-            f"the dataset {builder.info.full_name} under {builder.data_dir} is kept as "
+            f"the dataset {builder.info.full_name} under {builder.data_dir} is stored as "
             f"{', '.join(each.value for each in formats)}, which only TensorFlow reads; choose "
-            "another --data_dir, where it is prepared anew, or do that yourself with "
-            "file_format=array_record: tfds build --file_format=array_record"
+            "another --data_dir to prepare it again, or convert it with tfds build "
+            "--file_format=array_record"
         )
     return builder
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether a dataset is there."""
+    """Whether a dataset is on disk."""
     with quiet():
         return builder.is_prepared()
 
 
-def unprepared(builder: Any, error: Exception) -> str:
-    """A line on a dataset that cannot be prepared."""
+def why_unprepared(builder: Any, error: Exception) -> str:
+    """A line on a dataset that cannot be prepared, with the remedy."""
+    name, folder = builder.info.full_name, builder.data_dir
     request = getattr(error, "request", None)  # of the package requests, which downloads
     if request is not None:
         return (
-            f"cannot prepare {builder.info.full_name}: {request.url} cannot be reached; mend the "
-            f"network, or copy the dataset to {builder.data_dir} from a machine that has one"
+            f"cannot prepare {name}: {request.url} cannot be reached; check the network, or copy "
+            f"the dataset to {folder} from a machine that has one"
         )
-    if isinstance(error, ImportError):  # some read their files with TensorFlow or Beam
+    if isinstance(error, ImportError):  # TFDS unpacks archives with TensorFlow
         return (
-            f"cannot prepare {builder.info.full_name} without the package {error.name}; do that "
-            f"where it is installed, tfds build {builder.info.full_name.rpartition('/')[0]} "
-            f"--file_format=array_record, and copy it to {builder.data_dir}"
+            f"cannot prepare {name} without the package {error.name}; install it, or run tfds "
+            f"build {name.rpartition('/')[0]} --file_format=array_record where it is installed, "
+            f"and copy the dataset to {folder}"
         )
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return (
-        f"cannot prepare {builder.info.full_name} under {builder.data_dir}: {reason}; choose "
-        "another --data_dir, or, if it is downloaded, see that its source can be reached"
+        f"cannot prepare {name} under {folder}: {reason}; choose another --data_dir, or, if it is "
+        "downloaded, check that its source can be reached"
     )
-
-
-def mend_downloads() -> None:
-    """Lets TFDS unpack what it downloads without TensorFlow, and soon see that it has no network.
-
-    It has nothing to do with tensors there: it opens files.
-    """
-    downloader.MAX_RETRIES = RETRIES
-    if importlib.util.find_spec("tensorflow") is None:
-        files = SimpleNamespace(gfile=SimpleNamespace(GFile=open))
-        extractor.tf = SimpleNamespace(io=files, compat=SimpleNamespace(as_text=str))
 
 
 @contextlib.contextmanager
 def damage_explained(what: str) -> Iterator[None]:
-    """Turns what TFDS and array_record raise over files that they cannot read into a UserError."""
+    """Turns the errors of TFDS and array_record about unreadable files into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the disk's, and no damage
+            raise  # of the disk
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"the dataset {what} is damaged: {reason}; delete its folder, and it is prepared anew"
+            f"the dataset {what} is damaged: {reason}; delete its folder to prepare it again"
         ) from error

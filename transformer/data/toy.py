@@ -1,18 +1,13 @@
-"""Toy string-to-string tasks as a TFDS dataset: `toy_strings/reverse_small` and its siblings.
+"""Toy string-to-string tasks as the TFDS dataset `toy_strings/{task}_{size}`.
 
-    >>> import tensorflow_datasets as tfds
-    >>> import transformer.data.toy
-    >>> tfds.data_source("toy_strings/reverse_small", split="test")
+A seeded generator draws the strings, so every machine prepares the same bytes without a download
+and without TensorFlow.
 
-Nothing is downloaded: the strings are drawn by a seeded generator, so every machine
-prepares the same bytes, without TensorFlow.
-
-Splits. The split of a source string follows from its hash alone (8 in 10 strings
-may only be in `train`, 1 in `validation`, 1 in `test`), so no string is in two. All
-strings of a split are distinct. Lengths are drawn uniformly, as far as there are
-strings: a length with fewer than its share (there are 26 strings of 1 letter, 676 of
-2) gives all that the split has, and the longer lengths share what is missing.
-`test_longer` holds lengths beyond those of training, uniformly.
+The hash of a source decides its split (8 in 10 belong to `train`, 1 to `validation`, 1 to `test`),
+so no string is in two. The strings of a split are distinct. Lengths are uniform as far as there
+are enough strings: a length with fewer than its share (there are 26 strings of one letter)
+contributes all of them, and the longer lengths share the rest. `test_longer` has lengths beyond
+training's.
 """
 
 import hashlib
@@ -20,7 +15,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import tensorflow_datasets as tfds
 
@@ -42,12 +37,36 @@ def sort(source: str) -> str:
     return "".join(sorted(source))
 
 
-TASKS: dict[str, Callable[[str], str]] = {"copy": copy, "reverse": reverse, "sort": sort}
+def add(source: str) -> str | None:
+    """12+34 → 46"""
+    left, plus, right = source.partition("+")
+    return str(int(left) + int(right)) if plus and left.isdigit() and right.isdigit() else None
+
+
+class Task(NamedTuple):
+    """A function from source to target, and the characters of both.
+
+    function: its docstring is an example; it returns None for a string that is not a source.
+    alphabet: the characters that sources are drawn from.
+    target_only: further characters of targets.
+    """
+
+    function: Callable[[str], str | None]
+    alphabet: str = ALPHABET
+    target_only: str = ""
+
+
+TASKS = {
+    "copy": Task(copy),
+    "reverse": Task(reverse),
+    "sort": Task(sort),
+    "add": Task(add, alphabet="0123456789+"),
+}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many strings each split holds, and the lengths of its strings."""
+    """The number of strings in each split, and the lengths of the strings."""
 
     train: int
     held_out: int  # validation, test and test_longer each
@@ -70,45 +89,45 @@ class ToyConfig(tfds.core.BuilderConfig):
 
 
 def split_of(source: str) -> str:
-    """The one split that may hold `source`."""
+    """The split to which `source` belongs."""
     bucket = hashlib.sha256(source.encode()).digest()[0] * 10 // 256
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def draw(split: str, count: int, lengths: range) -> list[str]:
-    """`count` distinct strings of `split`, lengths as uniform as the supply allows.
-
-    The same call gives the same strings on every machine.
-    """
+def draw(task: Task, split: str, count: int, lengths: range) -> list[str]:
+    """`count` distinct sources of `split`; the same call gives the same ones on every machine."""
     rng = random.Random(f"{split} {count} {lengths}")
     chosen: list[str] = []
     for position, length in enumerate(lengths):
         quota = (count - len(chosen)) // (len(lengths) - position)
-        chosen += draw_length(split, quota, length, rng)
-    assert len(chosen) == count, f"{split}: the lengths {lengths} hold fewer than {count} strings"
+        chosen += draw_length(task, split, quota, length, rng)
+    assert len(chosen) == count, f"{split}: fewer than {count} sources have the lengths {lengths}"
     return chosen
 
 
-def draw_length(split: str, quota: int, length: int, rng: random.Random) -> list[str]:
-    """Up to `quota` distinct strings of one length that belong to `split`."""
+def draw_length(task: Task, split: str, quota: int, length: int, rng: random.Random) -> list[str]:
+    """Up to `quota` distinct sources of one length that belong to `split`."""
 
     def belongs(source: str) -> bool:
-        return split == "test_longer" or split_of(source) == split
+        is_here = split == "test_longer" or split_of(source) == split
+        return is_here and task.function(source) is not None
 
-    if len(ALPHABET) ** length <= 20 * quota:  # few enough to look at each
-        every = ("".join(letters) for letters in itertools.product(ALPHABET, repeat=length))
+    if len(task.alphabet) ** length <= 20 * quota:  # few enough to enumerate
+        every = map("".join, itertools.product(task.alphabet, repeat=length))
         supply = [source for source in every if belongs(source)]
         return rng.sample(supply, min(quota, len(supply)))
     found: dict[str, None] = {}
-    while len(found) < quota:
-        source = "".join(rng.choices(ALPHABET, k=length))
+    for _ in range(1_000 * quota):  # tries
+        if len(found) == quota:
+            break
+        source = "".join(rng.choices(task.alphabet, k=length))
         if belongs(source):
             found[source] = None
     return list(found)
 
 
 class ToyStrings(tfds.core.GeneratorBasedBuilder):
-    """Pairs of strings over a-z: the target is the source copied, reversed or sorted."""
+    """Pairs of a source string and the target that the task computes."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
@@ -118,12 +137,11 @@ class ToyStrings(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {"source": tfds.features.Text(), "target": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict({"source": text, "target": text}),
             supervised_keys=("source", "target"),
         )
 
@@ -138,5 +156,5 @@ class ToyStrings(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, count: int, lengths: range) -> Iterator:
         task = TASKS[cast(ToyConfig, self.builder_config).task]
-        for source in draw(split, count, lengths):
-            yield source, {"source": source, "target": task(source)}
+        for source in draw(task, split, count, lengths):
+            yield source, {"source": source, "target": task.function(source)}
