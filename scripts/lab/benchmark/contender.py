@@ -49,10 +49,6 @@ class Contender:
         """The outputs [n, length] for sources [n, S], in their order, `batch` at a time."""
         raise NotImplementedError
 
-    def memory(self) -> int | None:
-        """Peak bytes on the device; None on a CPU."""
-        return None
-
     def save(self, path: Path) -> None:
         """Writes the parameters."""
         raise NotImplementedError

@@ -139,7 +139,7 @@ def label(name: str, batching: str = "") -> str:
 
 
 def training(bench: Bench) -> Part:
-    """Steps and useful target tokens per second, and peak memory."""
+    """Steps and useful target tokens per second."""
     turns: Turns = {
         (name, batching): ("train", {"steps": bench.setting.size.round, "batching": batching})
         for name in bench.able("batchings")
@@ -149,18 +149,13 @@ def training(bench: Bench) -> Part:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)["schedule"])
         bench.rotate(remotes, turns, 1)  # compiles, and warms the caches
-        held = {name: bench.ask(remote, "memory") for name, remote in remotes.items()}
         found = bench.rotate(remotes, turns, bench.rounds)
 
     def rate(what: str) -> dict[str, list[float]]:
         return {key: [r[what] / r["seconds"] for r in each] for key, each in found.items()}
 
-    memory = {label(*key): held[key[0]] for key in turns}
-    extra = {
-        "steps/s": {key: spread(each, "{:.2f}".format) for key, each in rate("steps").items()},
-        "memory": {key: f"{memory[key] / 2**30:.2f} GiB" for key in found},
-    }
-    return [comparison("useful target tokens/s", rate("tokens"), extra)], found
+    steps = {key: spread(each, "{:.2f}".format) for key, each in rate("steps").items()}
+    return [comparison("useful target tokens/s", rate("tokens"), {"steps/s": steps})], found
 
 
 def time_to_accuracy(bench: Bench) -> Part:

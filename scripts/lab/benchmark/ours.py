@@ -93,10 +93,6 @@ class Ours(Contender):
         tokens = np.concatenate([np.asarray(each.tokens) for each in found])
         return tokens[:, 0]
 
-    def memory(self) -> int | None:
-        statistics = jax.devices()[0].memory_stats()  # None on a CPU
-        return statistics and statistics["peak_bytes_in_use"]
-
     def save(self, path: Path) -> None:
         arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}
         with path.open("wb") as file:

@@ -29,8 +29,7 @@ each round, in **bold** beside the fastest peer. Compare only within a table, wh
 NOTES = {
     "training": "Useful tokens are those of the targets, EOS included, without padding. *Padded* "
     "batches are in random order, *bucketed* ones hold strings of similar length, *packed* rows "
-    "several strings; a step trains on as many strings in each case. Memory is the peak on the "
-    "device, or on a CPU of the process.",
+    "several strings; a step trains on as many strings in each case.",
     "time_to_accuracy": "Seconds of training until greedy decoding reaches the target exact "
     "match on 1,000 held-out strings; neither compilation nor evaluation counts.",
     "decoding": "Held-out strings per second with trained parameters, sorted by length. Speeds are "

@@ -92,9 +92,6 @@ class TorchPeer(Contender):
                 decoded[rows, : out.shape[1]] = out
         return decoded
 
-    def memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-
     def save(self, path: Path) -> None:
         torch.save(self.module.state_dict(), path)
 

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -56,12 +55,6 @@ class Worker:
             decoded = self.contender.decode(source, batch, beams, self.setting.size.room)
             passes, seconds = passes + 1, time.perf_counter() - started
         return {"strings": strings, "seconds": seconds / passes, "outputs": decoded.tolist()}
-
-    def memory(self) -> int:
-        """Peak bytes: on the device, or on a CPU of this process."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return self.contender.memory() or resident
 
     def save(self, path: str) -> None:
         self.contender.save(Path(path))
