@@ -2,20 +2,16 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from lab.sweeps import Sweep, combined, grid, match_width, report, runner, zipped
 from lab.sweeps.report import PAPER_CONFIG
 from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
 from tests import helpers
-from tests.helpers import logits_of, random_params, small_model, strings
 from tests.test_programs import ROOT, kill_after, start
 from transformer.config import RunConfig
 from transformer.errors import UserError
-from transformer.modules import normalization
 from transformer.training.metrics import MetricsWriter
 from transformer.workdir import Workdir, write_json
 
@@ -234,32 +230,6 @@ def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named
     path = report.write_report(sweep, [plain, rms], {"rms": "killed"}, tmp_path, "the command")
     assert "Failed: rms." in path.read_text()
     assert list(json.loads((tmp_path / "report.json").read_text())["variants"]) == ["plain"]
-
-
-def test_a_norm_is_added_in_one_place(monkeypatch):
-    """A class and its line in the table: the model has it, in every placement, by its name."""
-
-    class ScaleNorm(nnx.Module):
-        """x / |x|, times one trained scalar (Nguyen and Salazar 2019)."""
-
-        def __init__(self, num_features: int, *, epsilon: float, **_):
-            self.epsilon = epsilon
-            self.scale = nnx.Param(jnp.full((1,), num_features**0.5))
-
-        def __call__(self, x):
-            norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-            return x / (norm + self.epsilon) * self.scale[...]
-
-    monkeypatch.setitem(normalization.NORMS, "scale", ScaleNorm)
-    batch = strings(("abcd", "dcba"), ("x", "x"))
-    for placement in ("pre", "post", "both"):
-        model = small_model.__wrapped__(norm="scale", norm_placement=placement)
-        assert model.axes["decoder/layers/0/residuals/2/norm/scale"] == ("norm",)
-        logits = logits_of(model, random_params(model, 0), batch)
-        # Later target tokens change no earlier logits: what holds for each norm holds for it.
-        changed = batch._replace(target_in=batch.target_in.at[0, 2:].set(9))
-        other = logits_of(model, random_params(model, 0), changed)
-        np.testing.assert_array_equal(logits[0, :2], other[0, :2])
 
 
 TINY_SWEEP = """

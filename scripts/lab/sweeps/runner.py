@@ -10,15 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from lab.sweeps.sweep import Program
 from transformer.config import RunConfig, continued, differences
-from transformer.console import console
+from transformer.console import console, progress
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError, needs
 from transformer.training.interruption import PARENT
-from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir
 
 ROOT = Path(__file__).parents[3]
@@ -78,7 +75,7 @@ def run_all(
     else:
         submitted = through_submitit(calls, root, cluster, parameters or {})
     with submitted as futures:
-        return watch(waiting, futures, root)
+        return watch(waiting, futures)
 
 
 Call = tuple[list[list[str]], Path]  # arguments of `run_commands`
@@ -171,34 +168,24 @@ def parameter(text: str) -> tuple[str, int | str]:
     return name, int(value) if value.isdigit() else value
 
 
-def watch(programs: Sequence[Program], futures: Sequence[Any], root: Path) -> dict[str, str]:
+def watch(programs: Sequence[Program], futures: Sequence[Any]) -> dict[str, str]:
     """Shows progress until all programs have ended; name → reason of those that failed."""
-    steps = {program.name: program.resolved().steps for program in programs}
-    reasons: dict[str, str | None] = {}  # of those that have ended
-    bar = Progress(
-        TextColumn("[bold]sweep"),
-        BarColumn(bar_width=28),
-        TextColumn("{task.percentage:.0f}% of the steps"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=sum(steps.values()))
-        while len(reasons) < len(programs):
+
+    def ended() -> Iterator[tuple[str, str | None]]:
+        left = {program.name: future for program, future in zip(programs, futures, strict=True)}
+        while left:
             time.sleep(0.5)
-            for name, future in zip(steps, futures, strict=True):
-                if name not in reasons and future.done():
-                    reasons[name] = reason = failure(future)
-                    end = "done" if reason is None else f"failed, {reason}"
-                    console.print(f"{len(reasons)}/{len(programs)}  {name}: {end}")
-            taken = (
-                total if name in reasons else min(last_step(root / name), total)
-                for name, total in steps.items()
-            )
-            bar.update(task, completed=sum(taken))
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+            for name in [name for name, future in left.items() if future.done()]:
+                yield name, failure(left.pop(name))
+
+    failures = {}
+    for number, (name, reason) in enumerate(progress(ended(), len(programs), "sweep"), 1):
+        console.print(
+            f"{number}/{len(programs)}  {name}: {f'failed, {reason}' if reason else 'done'}"
+        )
+        if reason:
+            failures[name] = reason
+    return failures
 
 
 def failure(future: Any) -> str | None:
@@ -207,12 +194,3 @@ def failure(future: Any) -> str | None:
         return future.result()
     except Exception as error:  # submitit has its own for a job that the cluster ended
         return " ".join(str(error).split())[-200:]
-
-
-def last_step(workdir: Path) -> int:
-    """The last step in the metrics of a run; 0 if there are none."""
-    try:
-        rows = read_metrics(Workdir(str(workdir)).metrics)
-    except (UserError, OSError):
-        return 0
-    return rows[-1]["step"] if rows else 0
