@@ -39,21 +39,14 @@ def arrays_of(workdir: Path, step: int) -> Groups:
 
 
 class Agreement(NamedTuple):
-    """How two groups of named numbers or arrays differ.
-
-    compared, missing, unequal: names that both have, that only one has, that both have with
-      other bits.
-    largest: relative difference: of a number to its size, of an array's element to the root
-      mean square of the array; NaN where one is NaN and the other is not.
-    where: the name with the largest difference.
-    """
+    """How two groups of named numbers or arrays differ."""
 
     group: str
-    compared: int
-    missing: int
-    unequal: int
-    largest: float
-    where: str
+    compared: int  # names that both have
+    missing: int  # names that only one has
+    unequal: int  # names that both have, with different bits
+    largest: float  # `distance`; NaN where one is NaN and the other is not
+    where: str  # the name with the largest distance
 
     @property
     def identical(self) -> bool:

@@ -17,24 +17,16 @@ from transformer.inference.plots import GRID, INK, SECOND, finish
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines in one pair of axes.
-
-    title, x, y: labels.
-    series: name → (x, y), or (x, y, low, high) with a band.
-    log: the logarithmic axes: "", "x", "y" or "xy".
-    share: whether y is a share, shown in percent from 0 to 100.
-    vertical: label → position of a dotted line.
-    horizontal: position of a dotted line.
-    """
+    """Lines in one pair of axes."""
 
     title: str
     x: str
     y: str
-    series: Mapping[str, Sequence[Any]]
-    log: str = ""
-    share: bool = False
-    vertical: Mapping[str, float] = field(default_factory=dict)
-    horizontal: float | None = None
+    series: Mapping[str, Sequence[Any]]  # name → (x, y), or (x, y, low, high) with a band
+    log: str = ""  # the logarithmic axes: "", "x", "y" or "xy"
+    share: bool = False  # whether y is a share, shown in percent
+    vertical: Mapping[str, float] = field(default_factory=dict)  # label → dotted line
+    horizontal: float | None = None  # dotted line
 
 
 def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:

@@ -27,14 +27,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Variant minus baseline over `n` paired seeds.
+    """Variant minus baseline over `n` paired seeds."""
 
-    p: of the two-sided paired t-test of "the mean difference is zero".
-    detectable: the smallest true difference that this test finds with power 0.8.
-    """
-
-    p: float
-    detectable: float
+    p: float  # of the two-sided paired t-test of "the mean difference is zero"
+    detectable: float  # the smallest true difference that this test finds with power 0.8
 
 
 def mean_interval(values: Values, level: float = LEVEL) -> Interval:

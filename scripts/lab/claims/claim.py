@@ -14,50 +14,33 @@ MOST_NAMED = 4  # exceptions that a verdict names; it counts more of them
 
 @dataclass(frozen=True)
 class Setting:
-    """Where claims find runs and leave figures.
+    """Where claims find runs and leave figures."""
 
-    root: the folder of the sweeps' folders.
-    data_dir: where TFDS keeps datasets; None: its default.
-    jobs: programs of a sweep at a time.
-    folder: of the figures and the data; the page is beside it.
-    """
-
-    root: Path
-    data_dir: str | None
-    jobs: int
-    folder: Path
+    root: Path  # the folder of the sweeps' folders
+    data_dir: str | None  # where TFDS keeps datasets; None: its default
+    jobs: int  # programs of a sweep at a time
+    folder: Path  # of the figures and the data; the page is beside it
 
 
 @dataclass(frozen=True)
 class Check:
-    """A case in which a claim is tested.
-
-    found: the measured value with its uncertainty.
-    holds: whether the claim is true of it; None: undecided.
-    """
+    """A case in which a claim is tested."""
 
     case: str
-    found: str
-    holds: bool | None
+    found: str  # the measured value with its uncertainty
+    holds: bool | None  # whether the claim is true of it; None: undecided
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim and its checks.
+    """A claim and its checks."""
 
-    title: of its section.
-    says: the claim, in a sentence.
-    method: what was measured, how, and when a check is true.
-    tables: Markdown, below the checks.
-    data: the measurements.
-    """
-
-    title: str
-    says: str
-    method: str
+    title: str  # of its section
+    says: str  # the claim, in a sentence
+    method: str  # what was measured, how, and when a check is true
     checks: Sequence[Check]
-    tables: Sequence[str] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
+    tables: Sequence[str] = ()  # Markdown, below the checks
+    data: Mapping[str, Any] = field(default_factory=dict)  # the measurements
 
 
 def verdict(checks: Sequence[Check]) -> str:
@@ -94,12 +77,7 @@ def answer(mean: float, p: float) -> bool | None:
 def above_zero(
     cases: Mapping[str, Sequence[float]], write: Callable[[Interval], str]
 ) -> list[Check]:
-    """A check per case that the mean of its values is positive: t-tests, corrected by Holm.
-
-    Args:
-      cases: name → a value for each independent repetition.
-      write: formats the mean and its interval.
-    """
+    """A check per case that the mean of its repetitions is positive: t-tests, corrected by Holm."""
     tests = {name: paired(values, [0.0] * len(values)) for name, values in cases.items()}
     adjusted = holm([test.p for test in tests.values()])
     return [

@@ -104,20 +104,14 @@ def arrival(record: Record, target: float) -> float | None:
 
 @dataclass(frozen=True)
 class Best:
-    """A kind at the learning rate at which it reaches the target soonest.
-
-    at_end: whether it is the lowest or the highest of those tried.
-    records: the seeds that it was not chosen on.
-    arrivals: the step at which each of them reaches the target; None: it does not.
-    seconds: per step, of each process that measured them.
-    """
+    """A kind at the learning rate at which it reaches the target soonest."""
 
     variant: str
     rate: float
-    at_end: bool
-    records: Sequence[Record]
-    arrivals: Sequence[float | None]
-    seconds: Sequence[float] = (1.0,)
+    at_end: bool  # whether the rate is the lowest or the highest of those tried
+    records: Sequence[Record]  # of the seeds that it was not chosen on
+    arrivals: Sequence[float | None]  # their steps to the target; None: not reached
+    seconds: Sequence[float] = (1.0,)  # per step, of each process that measured them
 
     def log_steps(self) -> list[float]:
         """Logarithms of the arrivals, or of the last step: less than such a seed would need."""

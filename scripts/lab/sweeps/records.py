@@ -19,24 +19,16 @@ TARGET_METRIC = "validation/sequence_accuracy"
 
 @dataclass(frozen=True)
 class Record:
-    """The results of one seed of one variant.
-
-    outcomes: metric of the test split → value, and the steps to the target; None: not reached.
-    seconds: of training up to the evaluation that first reached the target, without compilation
-      and evaluation; those of the program divided by its number of replicas.
-    tokens_per_second: useful target tokens, of this replica times the number of replicas.
-    curve: (step, validation sequence accuracy).
-    by_length: split → (source length, sequence accuracy, token accuracy).
-    """
+    """The results of one seed of one variant."""
 
     seed: int
-    outcomes: dict[str, Any]
-    seconds: float | None
-    tokens_per_second: float
+    outcomes: dict[str, Any]  # test metrics, and the steps to the target; None: not reached
+    seconds: float | None  # of training to the target: the program's divided by its replicas
+    tokens_per_second: float  # useful target tokens of this replica, times the replicas
     parameters: int
     flops_per_step: int
-    curve: list[tuple[int, float]]
-    by_length: dict[str, list[tuple[int, float, float]]]
+    curve: list[tuple[int, float]]  # step, validation sequence accuracy
+    by_length: dict[str, list[tuple[int, float, float]]]  # length, sequence and token accuracy
 
 
 def read_all(sweep: Sweep, programs: Iterable[Program], root: Path) -> dict[str, list[Record]]:

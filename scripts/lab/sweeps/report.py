@@ -63,16 +63,11 @@ def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant in one outcome.
+    """A variant in one outcome."""
 
-    values: of the seeds in order; None where the target was not reached.
-    interval: of the mean over the seeds that have a value.
-    difference: from the baseline, with p and `detectable` corrected by Holm; None if not compared.
-    """
-
-    values: list[float | None]
-    interval: Interval | None
-    difference: Difference | None
+    values: list[float | None]  # of the seeds in order; None: the target was not reached
+    interval: Interval | None  # of the mean over the seeds that have a value
+    difference: Difference | None  # from the baseline, corrected by Holm; None: not compared
     verdict: str
 
 
@@ -118,14 +113,9 @@ def compare(
 def write_report(
     sweep: Sweep, programs: Sequence[Program], failures: Mapping[str, str], root: Path, command: str
 ) -> Path:
-    """Writes `report.md`, `report.json` and the figures; returns the path of the first.
+    """Writes `report.md`, `report.json` and the figures into `root`; returns the first path.
 
-    Args:
-      sweep: what was compared.
-      programs: all of its programs.
-      failures: name → reason of those that failed.
-      root: the sweep's folder.
-      command: the one that produced it.
+    `failures` are the reasons of the programs that failed, by name; `command` is printed.
     """
     path, finished = root / "report.md", [each for each in programs if each.name not in failures]
     records = read_all(sweep, finished, root)

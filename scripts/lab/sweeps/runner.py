@@ -46,8 +46,8 @@ def run_all(
     """Runs the programs that are not done; a failing program does not stop the others.
 
     Args:
-      programs: of the sweep.
-      root: the sweep's folder, with a folder for each program.
+      programs: of the sweep; each has a folder in `root`.
+      root: the sweep's folder.
       data_dir: where TFDS keeps datasets.
       jobs: processes at a time on this machine, each on its share of the cores.
       cluster: None, or `slurm` or `local` to submit each program through submitit.
@@ -89,14 +89,8 @@ def run_commands(
 ) -> str | None:
     """Runs Python programs of the repository one after another, with their output in `log`.
 
-    Args:
-      commands: each a file and its arguments.
-      log: overwritten.
-      cores: the CPU cores to stay on; none: all.
-      started: called with each process.
-
-    Returns:
-      None, or the last line of output of the one that failed.
+    They stay on `cores`, if any; `started` is called with each process. Returns None, or the last
+    line of output of the one that failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:

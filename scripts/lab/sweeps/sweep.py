@@ -25,42 +25,26 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A row of a published table.
+    """A row of a published table."""
 
-    overrides: of `configs/vaswani_base.py`.
-    millions: the number of parameters that the paper prints; None if it prints none.
-    """
-
-    overrides: Overrides = field(default_factory=dict)
-    millions: int | None = None
+    overrides: Overrides = field(default_factory=dict)  # of `configs/vaswani_base.py`
+    millions: int | None = None  # parameters that the paper prints, if any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Variants of a config, each trained with the same seeds, and the baseline among them.
+    """Variants of a config, each trained with the same seeds, and the baseline among them."""
 
-    config: path of the config file of all runs.
-    variants: name → overrides, such as `{"model.norm": "rms"}`.
-    baseline: the variant that the others are compared with.
-    seeds: number of seeds, from 0.
-    overrides: of all runs.
-    target: validation sequence accuracy for "steps to the target".
-    metrics: names in `METRICS` that variants are compared in, on the test split.
-    splits: evaluated by source length in addition to the test split, such as `test_longer`.
-    paper: name → row of the published table that the sweep reproduces at a small size.
-    note: text at the top of the report.
-    """
-
-    config: str
-    variants: Mapping[str, Overrides]
-    baseline: str
-    seeds: int
-    overrides: Overrides = field(default_factory=dict)
-    target: float = 0.9
-    metrics: Sequence[str] = ("sequence_accuracy", "loss")
-    splits: Sequence[str] = ()
-    paper: Mapping[str, PaperRow] = field(default_factory=dict)
-    note: str = ""
+    config: str  # path of the config file of all runs
+    variants: Mapping[str, Overrides]  # name → overrides, such as `{"model.norm": "rms"}`
+    baseline: str  # the variant that the others are compared with
+    seeds: int  # number of seeds, from 0
+    overrides: Overrides = field(default_factory=dict)  # of all runs
+    target: float = 0.9  # validation sequence accuracy for "steps to the target"
+    metrics: Sequence[str] = ("sequence_accuracy", "loss")  # compared on the test split
+    splits: Sequence[str] = ()  # evaluated by source length as well, such as `test_longer`
+    paper: Mapping[str, PaperRow] = field(default_factory=dict)  # rows of the published table
+    note: str = ""  # text at the top of the report
 
     def __post_init__(self):
         if self.baseline not in self.variants:
@@ -137,20 +121,13 @@ def parameters(path: str, overrides: Overrides, vocab_size: int = 32) -> int:
 
 @dataclass(frozen=True)
 class Program:
-    """Runs that are trained together as the replicas of one call of `train.py`.
+    """Runs that are trained together as the replicas of one call of `train.py`."""
 
-    name: of its folder.
-    config: path of the config file.
-    overrides: of the config, those of the population included.
-    members: the variant and the seed of each replica.
-    splits: evaluated in addition to the test split.
-    """
-
-    name: str
-    config: str
-    overrides: Overrides
-    members: tuple[tuple[str, int], ...]
-    splits: tuple[str, ...] = ()
+    name: str  # of its folder
+    config: str  # path of the config file
+    overrides: Overrides  # those of the population included
+    members: tuple[tuple[str, int], ...]  # the variant and the seed of each replica
+    splits: tuple[str, ...] = ()  # evaluated in addition to the test split
 
     def commands(self, workdir: Path, data_dir: str | None) -> list[list[str]]:
         """The command lines of training and evaluation, without the interpreter."""
