@@ -1,4 +1,4 @@
-"""How soon each norm gets to a target, at a batch of 128 strings (after Ba et al. 2016).
+"""Steps to a target accuracy with each norm, in batches of 128 strings (after Ba et al. 2016).
 
 Usage:
     python scripts/sweep.py --sweep=configs/ablations/convergence_128.py --jobs=4

@@ -1,4 +1,4 @@
-"""How soon each norm gets to a target, at a batch of 4 strings (after Ba et al. 2016).
+"""Steps to a target accuracy with each norm, in batches of 4 strings (after Ba et al. 2016).
 
 Usage:
     python scripts/sweep.py --sweep=configs/ablations/convergence_4.py --jobs=4
@@ -10,7 +10,7 @@ from lab.sweeps import Sweep, combined
 
 
 def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence[float]) -> Sweep:
-    """The norms in a deep and in a shallow stack, each at the same few learning rates."""
+    """Each norm in a deep and in a shallow stack, at the same learning rates."""
     depths = {f"{n} layer{'s' * (n > 1)}": {"model.num_layers": n} for n in (4, 1)}
     learning_rates = {str(rate): {"optimizer.learning_rate": rate} for rate in rates}
     norms = {name: {"model.norm": name} for name in ("layer", "batch", "none")}
@@ -24,11 +24,10 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
             "eval_every": eval_every,
             "save_every": steps,
             "data.validation": "validation[:500]",
-            # Narrow, so that four layers cost what one of width 64 does.
+            # Narrow, so that four layers cost as much as one of width 64.
             "model.d_model": 32,
             "model.d_ff": 128,
-            # One that knows no end, so that the way to the target does not depend on how long
-            # a run was meant to be.
+            # A schedule without an end: the path to the target does not depend on the steps.
             "optimizer.schedule": "inverse_sqrt",
         },
         variants=combined(norms, depths, learning_rates),
@@ -36,8 +35,8 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
         seeds=8,
         target=0.5,
         note=(
-            f"Pre-norm, batches of {batch_size}. Every norm has the same {len(rates)} learning "
-            "rates, to be compared at its own best (`scripts/claims.py` does)."
+            f"Pre-norm, batches of {batch_size}. Every norm is trained at the same {len(rates)} "
+            "learning rates; `scripts/claims.py` compares each at its best."
         ),
     )
 

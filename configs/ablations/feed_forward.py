@@ -12,7 +12,7 @@ from transformer.modules.layers import FEED_FORWARDS
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        overrides={"model.d_ff": 192},  # of which two thirds are a whole number of 8s
+        overrides={"model.d_ff": 192},  # two thirds of it are a multiple of 8
         variants={name: {"model.feed_forward": name} for name in FEED_FORWARDS},
         baseline="relu",
         seeds=5,

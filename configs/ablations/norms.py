@@ -10,7 +10,7 @@ from lab.sweeps import Sweep, combined
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        # Deep for its width: where norms stand matters more, the more layers there are.
+        # Deep for its width: the placement of norms matters more with more layers.
         overrides={"model.num_layers": 4, "model.d_model": 32, "model.d_ff": 128, "batch_size": 32},
         variants=combined(
             {name: {"model.norm": name} for name in ("layer", "rms", "batch")},

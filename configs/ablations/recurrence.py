@@ -18,7 +18,7 @@ def get_sweep():
     kinds = {"transformer": {}} | recurrent
     return Sweep(
         config=CONFIG,
-        # As in convergence_4.py: a schedule that knows no end cuts nobody short.
+        # As in convergence_4.py: a schedule without an end favours no kind.
         overrides={
             "steps": 800,
             "save_every": 800,
@@ -37,8 +37,8 @@ def get_sweep():
         target=0.8,
         splits=("test_longer",),
         note=(
-            "Five learning rates each, so that each has its own best. Widths are chosen for as "
-            "many parameters as the Transformer has: "
+            "Each kind is trained at five learning rates. Widths are chosen to match the number of "
+            "parameters of the Transformer: "
             + ", ".join(f"{name} {each['model.d_model']}" for name, each in recurrent.items())
             + "."
         ),

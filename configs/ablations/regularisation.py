@@ -10,7 +10,7 @@ from lab.sweeps import PaperRow, Sweep
 def get_sweep():
     return Sweep(
         config="configs/ablations/small.py",
-        # Few examples, seen 32 times over: something to regularise against.
+        # Few examples, each seen 32 times, so that the model overfits.
         overrides={"data.train": "train[:1000]"},
         variants={
             "neither": {},
@@ -31,8 +31,7 @@ def get_sweep():
         },
         target=0.5,
         note=(
-            "Trained on 1,000 strings. All variants share programs, since rates are numbers inside "
-            "the step; so that variants without dropout pay for its random numbers here, and "
-            "the speeds in the table are no measure of a variant."
+            "Trained on 1,000 strings. All variants share programs, so variants without dropout "
+            "pay for its random numbers too: the speeds in the table do not compare variants."
         ),
     )
