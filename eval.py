@@ -5,9 +5,8 @@ Usage:
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
     python eval.py --workdir=runs/translate --data=other.tsv [--out=results]
 
-The results are in the run's folder, or in `--out`: `eval_<split>.json`, `samples_<split>.tsv` and
-`plots/`. Settings that differ from their defaults are part of the file names:
-`eval_test_beam_size=4.json`.
+The run's folder, or `--out`, has the results: `eval_<split>.json`, `samples_<split>.tsv`, `plots/`;
+settings that differ from their defaults are in the names, such as `eval_test_beam_size=4.json`.
 """
 
 import os
@@ -24,7 +23,6 @@ from jax.sharding import Mesh
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
-from transformer.data.corpus import Corpus
 from transformer.errors import UserError
 from transformer.inference import evaluation, plots, results
 from transformer.inference.config import DecodingConfig
@@ -59,7 +57,7 @@ def main() -> None:
     cli.join_hosts()
     run = Run.saved(WORKDIR.value, data_dir=DATA_DIR.value, mesh=evaluation_mesh(config))
     jax.set_mesh(run.mesh)
-    state = run.restore(CHECKPOINT.value)
+    state, seeds = run.restore(CHECKPOINT.value), np.atleast_1d(config.seeds()).tolist()
 
     corpus = run.evaluation_corpus(DATA.value)
     split = SPLIT.value or ("test" if DATA.value else config.data.test)
@@ -68,7 +66,11 @@ def main() -> None:
     config.model.check_length(data.longest(), f"the longest example of {split}")
     name, out = file_name(split, decoding, corpus.name), Path(OUT.value or run.workdir.path)
     hosts.once(partial(make_folder, out))
-    show_data(corpus, split, len(data))
+    show_facts(
+        data=f"{corpus.name}, {split}: {len(data):,} examples",
+        filtered=corpus.left_out(),
+        unknown=corpus.unknown(split),
+    )
 
     variables, placed = state.variables(), run.place(data)
     found = run.decode(variables, placed, decoding)
@@ -78,9 +80,7 @@ def main() -> None:
         {"seed": seed}
         | results.summarize(split, data, totals, found)
         | {"text": text_scores(run, found, references)}
-        for seed, (totals, found) in zip(
-            np.atleast_1d(config.seeds()).tolist(), arrays, strict=True
-        )
+        for seed, (totals, found) in zip(seeds, arrays, strict=True)
     ]
     stopped = np.atleast_1d(hosts.fetch(state.skipped)) > config.max_skipped_steps
     for k in np.flatnonzero(stopped):  # for a NaN or Inf: only the counts mean something
@@ -94,9 +94,8 @@ def main() -> None:
     write_json(out / f"eval_{name}.json", record)
     if hosts.first():  # before anything is printed: its reader may be gone
         results.write_samples(out / f"samples_{name}.tsv", run.tokenizers, data, arrays[0][1])
-    by_length = [
-        *map(mean_over, zip(*(each["by_source_length"] for each in replicas), strict=True))
-    ]
+    lengths = (each["by_source_length"] for each in replicas)
+    by_length = [mean_over(rows) for rows in zip(*lengths, strict=True)]
     show_metrics(f"{run.workdir.path}, step {state.taken()}, {split}", split, replicas, by_length)
     show_texts([each["text"] for each in replicas])
     show_limit(margin, beyond, needed, [each["outputs_cut"] for each in replicas])
@@ -107,25 +106,21 @@ def main() -> None:
 
 
 def evaluation_mesh(config: RunConfig) -> Mesh:
-    """The mesh of the config, or one device where its devices are missing.
-
-    Of several processes each needs its part of the mesh: there it is an error.
-    """
+    """The mesh of the config; one device where its devices are missing, but for several hosts."""
     try:
         mesh = make_mesh(config.mesh, config.replicas)
         check_batch(mesh, config.batch_size)
+        return mesh
     except UserError:
         if hosts.several():
             raise
-        mesh = one_device_mesh()
-    return mesh
+        return one_device_mesh()
 
 
 def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
-    """The name of an evaluation's files: `test`, or `test_beam_size=4_checkpoint=best`.
+    """The name of an evaluation's files, such as `test_beam_size=4_checkpoint=best`.
 
-    It has every setting that differs from its default, so that no evaluation overwrites another
-    kind; with `--data` also the beginning of the hash in the dataset's name.
+    It has every setting that differs from its default, so that no evaluation overwrites another.
     """
     defaults, settings = DecodingConfig(), decoding.describe()
     parts = [split, *(f"{k}={v}" for k, v in settings.items() if v != getattr(defaults, k))]
@@ -140,11 +135,7 @@ def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of the results before anything is computed.
-
-    Raises:
-      UserError: it cannot be written to.
-    """
+    """Makes the folder of the results; raises a UserError if it cannot be written to."""
     (out / "plots").mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise UserError(f"{out} cannot be written to; name another folder with --out")
@@ -158,10 +149,8 @@ def text_scores(run: Run, found: Hypotheses, references: list[list[str]]) -> dic
     return {name: score._asdict() for name, score in score_texts(settings.metrics, texts).items()}
 
 
-def show_data(corpus: Corpus, split: str, examples: int) -> None:
-    """Prints what is evaluated, which examples were filtered out, and its unknown symbols."""
-    rows = {"data": f"{corpus.name}, {split}: {examples:,} examples"}
-    rows |= {"left out": corpus.left_out(), "unknown": corpus.unknown(split)}
+def show_facts(**rows: str) -> None:
+    """Prints those that are not empty."""
     facts({name: value for name, value in rows.items() if value})
 
 
@@ -171,26 +160,15 @@ def show_metrics(
     """Prints the metrics for each source length and for the whole split; means over replicas."""
     whole = mean_over([each["metrics"] for each in replicas])
     whole = {name.removeprefix(f"{split}/"): value for name, value in whole.items()}
-    sequences = sum(row["sequences"] for row in by_length)
-    rows = [(f"{row['length']:.0f}", row["sequences"], row) for row in by_length]
+    whole["sequences"] = sum(row["sequences"] for row in by_length)
     title += f", mean of {len(replicas)} replicas" if len(replicas) > 1 else ""
-    labels = {"sequence_accuracy": "exact match"}  # of the decoded outputs
-    table(
-        title,
-        (
-            "source length",
-            "sequences",
-            *(labels.get(name, name.replace("_", " ")) for name in PRINTED),
-        ),
-        [
-            (
-                length,
-                f"{count:,.0f}",
-                *(metric.format(values[name]) for name, metric in PRINTED.items()),
-            )
-            for length, count, values in [*rows, ("all", sequences, whole)]
-        ],
-    )
+    labels = {name: name.replace("_", " ") for name in PRINTED}
+    labels["sequence_accuracy"] = "exact match"  # of the decoded outputs
+    rows = []
+    for length, row in [*((f"{row['length']:.0f}", row) for row in by_length), ("all", whole)]:
+        values = (metric.format(row[name]) for name, metric in PRINTED.items())
+        rows.append((length, f"{row['sequences']:,.0f}", *values))
+    table(title, ("source length", "sequences", *labels.values()), rows)
 
 
 def show_texts(texts: Sequence[dict[str, Any]]) -> None:
@@ -204,14 +182,13 @@ def show_texts(texts: Sequence[dict[str, Any]]) -> None:
         spread = "95% interval" if len(texts) == 1 else f"range of {len(texts)} replicas"
         table("decoded text, in percent", ("metric", "value", spread), rows)
     for key in ("signature", "warning"):
-        facts({name: score[key] for name, score in texts[0].items() if score[key]})
+        show_facts(**{name: score[key] for name, score in texts[0].items()})
 
 
 def show_limit(margin: int, beyond: int, needed: int, truncated: Sequence[int]) -> None:
     """Prints how many outputs reached the length limit, and how many targets exceed it, if any."""
-    low, high = min(truncated), max(truncated)
-    found = [f"{low:,}" + (f" to {high:,}" if low < high else "") + " outputs reached it"]
-    found = found if high else []
+    count = " to ".join(f"{each:,}" for each in sorted({min(truncated), max(truncated)}))
+    found = [f"{count} outputs reached it"] * any(truncated)
     if beyond:
         found += [f"{beyond:,} targets are longer; --decode_margin={needed} suffices for all"]
     if found:

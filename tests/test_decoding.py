@@ -102,6 +102,12 @@ def every_sequence(vocab):
     yield from itertools.product(others, repeat=LENGTH)
 
 
+def forced(model, params, source, source_segments, target_in, target_segments):
+    """The logits of teacher forcing."""
+    segments = {"source_segments": source_segments, "target_segments": target_segments}
+    return model.bind(params)(source, target_in, **segments)
+
+
 def scored(model, params, alpha):
     """Each source's sequences, the best first, those that end before those that do not.
 
@@ -113,11 +119,10 @@ def scored(model, params, alpha):
     target_in = np.insert(np.array(target)[:, :-1], 0, BOS, axis=1).astype(np.int32)
     real = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
     ends, ranked = [EOS in each for each in sequences], []
-    call = jax.jit(
-        lambda *args: model.bind(params)(*args, jnp.asarray(target_in), jnp.asarray(real))
-    )
+    call = jax.jit(partial(forced, model))
     for source in zip(SOURCE, SEGMENTS, strict=True):
-        logits = call(*(jnp.broadcast_to(each, (len(target), 4)) for each in source))
+        source = (jnp.broadcast_to(each, (len(target), 4)) for each in source)
+        logits = call(params, *source, jnp.asarray(target_in), jnp.asarray(real))
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
         log_p = np.take_along_axis(log_p, np.array(target)[..., None], axis=-1)[..., 0]
         scores = (log_p * real).sum(1) / ((5 + lengths) / 6) ** alpha
@@ -160,7 +165,7 @@ def test_the_search_is_its_definition_and_stops_no_sooner(alpha, changes):
     """A hypothesis that can still become the best is followed, however long it gets."""
     model, _ = tiny_tokens(tie_embeddings=False, **changes)
     width, length, source = 3, 6, (SOURCE[:1], SEGMENTS[:1])
-    whole = jax.jit(lambda params, target, real: model.bind(params)(*source, target, real))
+    whole = jax.jit(partial(forced, model))
     for seed in range(6):
         params = random_params(model, seed)
 
@@ -168,7 +173,7 @@ def test_the_search_is_its_definition_and_stops_no_sooner(alpha, changes):
             target = np.full((1, length), PAD, np.int32)
             target[0, : len(tokens) + 1] = (BOS, *tokens)
             real = (np.arange(length) <= len(tokens)).astype(np.int32)[None]
-            logits = whole(params, jnp.asarray(target), jnp.asarray(real))
+            logits = whole(params, *source, jnp.asarray(target), jnp.asarray(real))
             return np.asarray(jax.nn.log_softmax(logits[0, len(tokens)])).tolist()
 
         wanted = searched_by_definition(log_p_after, width, alpha, length)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from transformer.data.batches import Dataset
 from transformer.errors import UserError, within
 from transformer.inference import evaluation
 from transformer.inference.decoding import Hypotheses, beam_search, greedy, sample
+from transformer.knobs import Range, SizeOrZero, validate
 from transformer.modules.model import Model, Params
 
 
@@ -23,23 +25,21 @@ class DecodingConfig:
       UserError: a setting is out of range, or belongs to another method.
     """
 
-    beam_size: int = 1  # hypotheses of each source; above 1: beam search
-    length_penalty: float = 0.6  # α of beam search; 0 ranks by log p, more favours longer outputs
-    temperature: float = 0.0  # divides the logits of sampling; 0: no sampling
-    top_k: int = 0  # sample among the k most likely tokens; 0: all
-    top_p: float = 1.0  # sample among the most likely tokens of total probability p; 1: all
-    seed: int = 0  # of sampling
-    decode_margin: int | None = None  # tokens an output may be longer than its source; None: run's
+    # Hypotheses of each source; above 1: beam search.
+    beam_size: Annotated[int, Range(1, 1_000)] = 1
+    # α of beam search; 0 ranks by log p, larger values favour longer outputs.
+    length_penalty: Annotated[float, Range(0, 100)] = 0.6
+    temperature: Annotated[float, Range(0, 1e6)] = 0.0  # divides the logits; 0: no sampling
+    top_k: SizeOrZero = 0  # sample among the k most likely tokens; 0: all
+    top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest of total probability p
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of sampling
+    # Tokens that an output may be longer than its source; None: the run's.
+    decode_margin: Annotated[int | None, Range(0, 2**16)] = None
 
     def __post_init__(self):
-        within("beam_size", self.beam_size, 1, 1_000)
-        within("length_penalty", self.length_penalty, 0.0, 100.0)
-        if self.temperature:  # below 1e-6 logits overflow float32
+        validate(self, "")
+        if self.temperature:  # smaller ones overflow float32
             within("temperature", self.temperature, 1e-6, 1e6)
-        within("top_k", self.top_k, 0, 2**20)
-        within("top_p", self.top_p, 0.0, 1.0)
-        within("seed", self.seed, 0, 2**32 - 1)
-        within("decode_margin", self.decode_margin or 0, 0, 2**16)
         if self.temperature and self.beam_size > 1:
             raise UserError(
                 f"temperature={self.temperature}, beam_size={self.beam_size}: sampling and beam "
@@ -85,9 +85,7 @@ class DecodingConfig:
         """The hypotheses of every source of `data`.
 
         Args:
-          model: the model.
-          variables: its variables.
-          data: the examples, of which only the sources are read.
+          model, variables, data: as of `evaluation.decode`.
           margin: of the run; tokens that an output may be longer than its source.
           streams: two integers for each example that, with the seed, determine what is sampled;
             None: its index, and 0.

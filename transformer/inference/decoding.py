@@ -18,6 +18,7 @@ batch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,12 +78,8 @@ def greedy(
     """The most likely token at each step; J = 1."""
     del keys
 
-    def most_likely(log_p: Float[Array, "B V"], _: Int[Array, ""]) -> Int[Array, "B"]:
-        return log_p.argmax(-1)
-
-    return decode_one(
-        model, source, source_segments, max_length, num_tokens, margin, select=most_likely
-    )
+    inputs = model, source, source_segments, max_length, num_tokens, margin
+    return decode_one(*inputs, select=lambda log_p, _: log_p.argmax(-1))
 
 
 def sample(
@@ -98,10 +95,9 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Hypotheses:
-    """Tokens sampled from the model's distribution; J = 1.
+    """Tokens sampled from the model's distribution; J = 1. Other arguments: see the module.
 
     Args:
-      model, source, source_segments, max_length, keys, num_tokens, margin: see the module.
       temperature: divides the logits; above 0.
       top_k: only the k most likely tokens are sampled (Fan et al. 2018); 0: all.
       top_p: only the most likely tokens whose probabilities sum to p are sampled (nucleus
@@ -110,11 +106,11 @@ def sample(
 
     def draw(log_p: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
         logits = truncate(log_p / temperature, top_k, top_p)
-        return jax.vmap(jax.random.categorical)(
-            jax.vmap(jax.random.fold_in, (0, None))(keys, index), logits
-        )
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        return jax.vmap(jax.random.categorical)(step_keys, logits)
 
-    return decode_one(model, source, source_segments, max_length, num_tokens, margin, select=draw)
+    inputs = model, source, source_segments, max_length, num_tokens, margin
+    return decode_one(*inputs, select=draw)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -180,22 +176,20 @@ def while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: 
     copied for each token, a fifth of a step for one source on a CPU.
     """
 
+    like, structure = jax.tree.flatten(carry)
+
     def squeeze(carry):
         return [x[0] if x.shape[:1] == (1,) else x for x in jax.tree.leaves(carry)]
 
     def restore(leaves):
-        pairs = zip(leaves, jax.tree.leaves(carry), strict=True)
-        return jax.tree.unflatten(
-            jax.tree.structure(carry), [leaf.reshape(like.shape) for leaf, like in pairs]
-        )
+        return structure.unflatten(x.reshape(y.shape) for x, y in zip(leaves, like, strict=True))
 
-    return restore(
-        jax.lax.while_loop(
-            lambda leaves: cond(restore(leaves)),
-            lambda leaves: squeeze(body(restore(leaves))),
-            squeeze(carry),
-        )
+    found = jax.lax.while_loop(
+        lambda leaves: cond(restore(leaves)),
+        lambda leaves: squeeze(body(restore(leaves))),
+        squeeze(carry),
     )
+    return restore(found)
 
 
 class BeamState(NamedTuple):
@@ -230,17 +224,11 @@ def beam_search(
     beam_size: int = 4,
     length_penalty: float = 0.6,
 ) -> Hypotheses:
-    """The J = `beam_size` best hypotheses that a beam of width J finds.
+    """The J = `beam_size` best hypotheses that a beam of width J finds, by log p / `penalty`.
 
     A row is done when no live hypothesis can still enter its J best finished ones (log p only
     falls, and the penalty of the longest output divides it the most), or at its length limit.
-    With J = 1 and no length penalty it is greedy decoding; with J at least the number of all
-    sequences, it ranks them all.
-
-    Args:
-      model, source, source_segments, max_length, keys, num_tokens, margin: see the module.
-      beam_size: J.
-      length_penalty: α ≥ 0; 0 ranks by log p, larger values favour longer outputs.
+    With J = 1 and no length penalty it is greedy decoding. Other arguments: see the module.
     """
     del keys
     rows, width = source.shape[0], beam_size
@@ -269,7 +257,8 @@ def beam_search(
         logits, cache = model.decode_step(last, state.cache)
         parents, grown = expand(state, next_log_p(logits, num_tokens), length_penalty)
         if margin is not None:  # a row at its limit waits for the others
-            grown = where(index < limits, grown, state[1:])
+            select = partial(jax.vmap(jnp.where), index < limits)
+            grown = jax.tree.map(select, grown, (state.live, state.log_p, state.finished))
         return BeamState(cache.pick(parents), *grown)
 
     state = while_loop(can_improve, step, state)
@@ -304,15 +293,6 @@ def expand(
     finished = Hypotheses(take(finished.tokens, best), scores)
     total, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), width)
     return jnp.take_along_axis(parent, chosen, axis=1), (take(longer, chosen), total, finished)
-
-
-def where(rows: Bool[Array, "B"], chosen: Any, others: Any) -> Any:
-    """`jnp.where` over the first axis of trees of arrays."""
-
-    def select(one: Array, other: Array) -> Array:
-        return jnp.where(rows.reshape(-1, *[1] * (one.ndim - 1)), one, other)
-
-    return jax.tree.map(select, chosen, others)
 
 
 def take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:

@@ -44,7 +44,6 @@ class Prepared(NamedTuple):
 class Output(NamedTuple):
     """What the model made of a text.
 
-    text: the decoded tokens.
     tokens: without EOS.
     score: log p in nats, of beam search divided by the length penalty.
     truncated: whether it reached its length limit without EOS.
@@ -199,19 +198,30 @@ class Generator:
         batch_size: int,
         offset: int,
     ) -> Iterator[tuple[list[int], Hypotheses | None]]:
-        """Indices of sources of similar length, and their hypotheses; None: out of memory."""
-        widths = self.padded_lengths(sources.lengths())
-        real = np.flatnonzero(sources.lengths() > 1)
-        for width in np.unique(widths[real])[::-1].tolist():
-            rows = np.repeat(real[widths[real] == width], samples)
+        """Indices of sources of similar length, and their hypotheses.
+
+        Batches are halved where memory is short; None: a single source does not fit.
+        """
+        lengths = sources.lengths()
+        widths = self.padded_lengths(lengths)
+        for width in np.unique(widths[lengths > 1])[::-1].tolist():
+            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
             streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
-
-            def run(part, rows=rows, streams=streams, width=width) -> Hypotheses:
-                return self.decode(
-                    sources.take(rows[part]).to_padded(width), streams[part], decoding
-                )
-
-            for part, found in in_memory(run, len(rows), batch_size):
+            first = range(batch_size, len(rows), batch_size)
+            parts = np.split(np.arange(len(rows)), first)[::-1]
+            while parts:
+                part, found = parts.pop(), None
+                try:
+                    batch = sources.take(rows[part]).to_padded(width)
+                    found = self.decode(batch, streams[part], decoding)
+                except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
+                        error
+                    ):
+                        raise
+                    if len(part) > 1:
+                        parts += np.array_split(part, 2)[::-1]
+                        continue
                 yield rows[part].tolist(), found
 
     def decode(
@@ -267,27 +277,6 @@ class Generator:
                 )
             )
         return alignments
-
-
-def in_memory(
-    run: Callable[[Int[np.ndarray, "part"]], Hypotheses], rows: int, batch_size: int
-) -> Iterator[tuple[Int[np.ndarray, "part"], Hypotheses | None]]:
-    """Indices of rows and `run` of them, in batches that are halved where memory is short.
-
-    The result of a single row that does not fit is None.
-    """
-    parts = [np.arange(at, min(at + batch_size, rows)) for at in range(0, rows, batch_size)][::-1]
-    while parts:
-        part, found = parts.pop(), None
-        try:
-            found = run(part)
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            if len(part) > 1:
-                parts += np.array_split(part, 2)[::-1]
-                continue
-        yield part, found
 
 
 def bucket(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:

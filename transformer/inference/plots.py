@@ -62,7 +62,7 @@ def accuracy_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def finish(figure: Figure, axes: Sequence, path: Path, legend: str = "best") -> None:
-    """Grid, legend, no box; then the file. `beside`: one legend, to the right of the axes."""
+    """Adds grid and legend and saves; `beside`: one legend to the right of the axes."""
     for each in axes:
         each.grid(color=GRID, linewidth=0.6)
         each.spines[["top", "right"]].set_visible(False)
@@ -85,8 +85,8 @@ def draw_evaluation(
     """Draws accuracy by source length, and the attention maps of the first short examples.
 
     Args:
-      folder: takes the pictures.
-      name: of the evaluation, part of the files' names.
+      folder: of the pictures.
+      name: of the evaluation, part of the file names.
       by_length: metrics for each source length.
       maps_of: the attention maps of a dataset; every host calls it.
       data: the evaluated examples.
@@ -152,8 +152,8 @@ def attention(
     """One panel for each layer (down) and head (across), of the first `PANELS` of each.
 
     Args:
-      maps: the weights [N, T, S] of each layer, with room for padding.
-      queries: a label for each query that is to be shown.
+      maps: the weights [N, T, S] of each layer; T and S may exceed the labels.
+      queries: a label for each query that is shown.
       keys: a label for each key.
       title: above the panels.
       path: the PNG to write.
@@ -168,11 +168,11 @@ def attention(
     edge = 0.5 + 0.08 * letters  # inches to the left of the panels and below them
     wide, high = edge + side * heads + 1.2, edge + side * layers + 0.6
     figure = Figure(figsize=(wide, high))
-    # Not laid out by Matplotlib, which measures every label several times.
+    # Matplotlib's layout engines would measure every label several times.
     room = {"left": edge / wide, "right": 1 - 1.2 / wide}
     room |= {"bottom": edge / high, "top": 1 - 0.6 / high, "wspace": 0.1, "hspace": 0.1}
     panels = figure.subplots(layers, heads, squeeze=False, gridspec_kw=room)
-    literal = {"fontsize": 8, "parse_math": False}  # a dollar sign in a text begins no formula
+    literal = {"fontsize": 8, "parse_math": False}  # a dollar sign is a dollar sign
     for (layer, head), panel in np.ndenumerate(panels):
         weights = maps[layer][head, : len(queries), : len(keys)]
         panel.imshow(weights, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
@@ -192,5 +192,5 @@ def attention(
 
 
 def shortened(text: str, most: int) -> str:
-    """`text`, or its beginning and … in the place of what is too long."""
+    """`text` in at most `most` characters, the last one … if it was longer."""
     return text if len(text) <= most else text[: most - 1] + "…"

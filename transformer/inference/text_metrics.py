@@ -52,7 +52,7 @@ class Score(NamedTuple):
 
 
 class TextMetric(NamedTuple):
-    """How a metric is computed, and whether more of it is better (1) or less (-1)."""
+    """How a metric is computed; `better` is 1 if more is better, -1 if less is."""
 
     score: Callable[[Texts], Score]
     better: int = 1
@@ -82,10 +82,10 @@ def bleu(texts: Texts) -> Score:
     counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
 
     def resampled(index: np.ndarray) -> float:
-        sys_len, ref_len, *ngrams = counts[index].sum(0)
-        correct, total = ngrams[: len(ngrams) // 2], ngrams[len(ngrams) // 2 :]
-        lengths = int(sys_len), int(ref_len)
-        return BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp").score
+        total = counts[index].sum(0)
+        correct, ngrams = np.split(total[2:], 2)
+        lengths = int(total[0]), int(total[1])
+        return BLEU.compute_bleu([*correct], [*ngrams], *lengths, smooth_method="exp").score
 
     warning = bleu_warning(texts, metric)
     return Score(float(score.score), *bootstrap(resampled, len(counts)), signature, warning)
@@ -119,22 +119,18 @@ def chrf(texts: Texts) -> Score:
     score = metric.corpus_score([*texts.outputs], by_position(texts.references))
 
     # Not sacrebleu's bootstrap: version 2.6 fails where a resample scores 0.
-    def counts_of(output: str, reference: str) -> Float[np.ndarray, "order 3"]:
-        ngrams = zip(
-            *(extract_all_char_ngrams(text, CHRF_ORDER) for text in (output, reference)),
-            strict=True,
-        )
-        # As sacrebleu: n-grams of the output count where the reference has any of that order.
-        return np.array(
-            [[own.total() if ref else 0, ref.total(), (own & ref).total()] for own, ref in ngrams],
-            float,
-        )
-
-    counts = np.array(
-        [
-            max((counts_of(output, reference) for reference in own), key=chrf_of)
-            for output, own in zip(texts.outputs, texts.references, strict=True)
+    def count(output: str, reference: str) -> Float[np.ndarray, "order 3"]:
+        sides = (extract_all_char_ngrams(text, CHRF_ORDER) for text in (output, reference))
+        # As in sacrebleu, the output's n-grams count if the reference has any of that order.
+        rows = [
+            (own.total() if ref else 0, ref.total(), (own & ref).total())
+            for own, ref in zip(*sides, strict=True)
         ]
+        return np.array(rows, float)
+
+    pairs = zip(texts.outputs, texts.references, strict=True)
+    counts = np.array(
+        [max((count(output, reference) for reference in own), key=chrf_of) for output, own in pairs]
     )
     interval = bootstrap(lambda index: chrf_of(counts[index].sum(0)), len(counts))
     return Score(float(score.score), *interval, str(metric.get_signature()))
