@@ -160,14 +160,15 @@ def timed_bests(
     """The best of each kind with its seconds per step, rows for every rate, and data for JSON."""
     found, target = records(setting, name), sweep_of(name).target
     best = bests(found, target)
-    seconds = step_times(setting, name, [each.variant for each in best.values()], processes)
+    chosen = [each.variant for each in best.values()]
+    seconds = step_times(setting, name, chosen, processes)
     best = {kind: replace(each, seconds=seconds[each.variant]) for kind, each in best.items()}
     arrivals = {k: [arrival(one, target) for one in each] for k, each in found.items()}
     rows = []
     for variant, each in arrivals.items():
         steps = [step for step in each if step is not None]
         mean = f"{np.mean(steps):,.0f}" if steps else ""
-        rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in seconds)))
+        rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in chosen)))
     return best, rows, {"seconds per step": seconds, "arrivals": arrivals}
 
 

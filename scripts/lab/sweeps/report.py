@@ -143,7 +143,7 @@ def write_report(
         "failed": dict(failures),
     }
     variants = {
-        name: {
+        name.replace("_", " "): {
             "overrides": dict(sweep.variants[name]),
             "seeds": [asdict(record) for record in each],
             "outcomes": {outcome: asdict(by[name]) for outcome, by in compared.items()},
@@ -181,7 +181,7 @@ def draw(
         panels.append(learning_panel(title, "step", series, horizontal=sweep.target))
     plots.lines(panels, root / "learning_curves.png", columns=3)
     forest = {
-        name: {
+        name.replace("_", " "): {
             variant: each.difference for variant, each in by.items() if variant != sweep.baseline
         }
         for name, by in compared.items()
