@@ -199,8 +199,8 @@ display(Image(picture, width=1000))
 
 # %%
 from IPython.utils.capture import capture_output
-from lab.sweeps import report
-from lab.sweeps.sweep import Sweep, grid, plan
+from lab.sweeps import Sweep, grid, report
+from lab.sweeps.sweep import plan
 
 sweep = Sweep(
     config=str(ROOT / "configs/ablations/small.py"),
@@ -210,7 +210,7 @@ sweep = Sweep(
     seeds=3,
     target=0.5,  # the dotted line below
 )
-programs = plan(sweep, most=sweep.seeds)
+programs = plan(sweep, max_replicas=sweep.seeds)
 for program in programs:
     print(f"training {program.name}: {len(program.members)} seeds")
     with capture_output():  # the same output as above
@@ -225,7 +225,7 @@ for program in programs:
 # difference three seeds could have detected.
 
 # %%
-page = report.make(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
+page = report.write_report(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
 table = page.read_text(encoding="utf-8").split("\n## ")[1]
 display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### {table}"))
 
