@@ -1,7 +1,7 @@
-"""Several hosts, each running this program on its own devices as one process of many.
+"""Several hosts, each of which runs the program as one process with its own devices.
 
-What is computed is spread over the devices of all of them, so that each takes every step of the
-program; `first` and `once` are for what must not happen more than once, such as writing a file.
+Arrays are sharded over the devices of all hosts, so each process executes the whole program.
+`first` and `once` are for actions that one process must do alone, such as writing a file.
 """
 
 import json
@@ -22,25 +22,24 @@ from transformer.errors import UserError
 Result = TypeVar("Result")
 
 PATIENCE = 300  # seconds for all processes to arrive
-SILENCE = 10  # seconds without a word while one waits
+SILENCE = 10  # seconds before a process that waits says so
 
 
 def join(
     coordinator: str | None, processes: int | None, process: int | None, *, interruptible: bool
 ) -> None:
-    """Makes this process one of several, if the flags or the environment say that there are.
+    """Connects this process to others, if flags or environment name several processes.
 
-    Alone, it connects to nothing. To be called before JAX looks for devices.
+    Must be called before JAX initialises its devices.
 
     Args:
-      coordinator: HOST:PORT where process 0 waits for the others; or `auto`, for JAX to find
-        it and the rest; or None.
-      processes: how many there are.
-      process: which of them this is, from 0.
-      interruptible: whether the program looks for requests to stop (`interruption`).
+      coordinator: HOST:PORT of process 0; `auto`: JAX detects everything; or None.
+      processes: the number of processes.
+      process: the index of this process.
+      interruptible: whether the program handles requests to stop (`interruption`).
 
     Raises:
-      UserError: a flag is missing or wrong, or the others are not found.
+      UserError: a flag is missing or invalid, or the other processes cannot be reached.
     """
     flags = [flag for flag in (coordinator, processes, process) if flag is not None]
     if not flags and not in_cluster():
@@ -48,7 +47,7 @@ def join(
     where = {} if flags in ([], ["auto"]) else place_among(coordinator, processes, process)
     if where and where["process_id"]:
         find(where["coordinator_address"])
-    # With it SIGTERM no longer ends a process; see `interruption`.
+    # With the service SIGTERM does not end a process; see `interruption`.
     jax.config.update("jax_enable_preemption_service", interruptible)
     try:
         jax.distributed.initialize(**where, initialization_timeout=PATIENCE)
@@ -63,10 +62,10 @@ def join(
 def place_among(
     coordinator: str | None, processes: int | None, process: int | None
 ) -> dict[str, Any]:
-    """The flags as JAX wants them.
+    """Returns the arguments of `jax.distributed.initialize` for the flags.
 
     Raises:
-      UserError: one is missing, or they make no sense together.
+      UserError: a flag is missing or out of range.
     """
     if processes is None or process is None or not re.fullmatch(r".+:\d+", coordinator or ""):
         raise UserError(
@@ -87,10 +86,10 @@ def place_among(
 
 
 def in_cluster() -> bool:
-    """Whether the environment is that of one of several processes, whom JAX then finds itself.
+    """Whether the environment is one where JAX detects several processes by itself.
 
-    Such is a step of several tasks under SLURM (`srun`), a worker of a TPU slice under GKE,
-    and a pod of an indexed Job under Kubernetes.
+    That is a SLURM step of several tasks (`srun`), a worker of a TPU slice under GKE, or a pod of
+    an indexed Kubernetes Job.
     """
     here = os.environ
     return (
@@ -101,10 +100,10 @@ def in_cluster() -> bool:
 
 
 def find(coordinator: str) -> None:
-    """Waits until process 0 answers; JAX itself would end without a word that could be caught.
+    """Waits until process 0 answers; JAX itself would abort without an exception.
 
     Raises:
-      UserError: it does not.
+      UserError: it does not answer.
     """
     host, _, port = coordinator.rpartition(":")
     began, said = time.monotonic(), False
@@ -136,15 +135,15 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is process 0, the one that writes files and prints."""
     return not several() or jax.process_index() == 0
 
 
 def once(function: Callable[[], Any]) -> Any:
-    """What `function()` gives on the first host, on every host; it must be as JSON has it.
+    """Calls `function` on the first host; returns its result, which must be JSON, on all hosts.
 
     Raises:
-      UserError: the first host did, or failed in another way; then all do.
+      UserError: on all hosts, if the call fails.
     """
     if not several():
         return function()
@@ -157,7 +156,7 @@ def once(function: Callable[[], Any]) -> Any:
             said = {"error": str(error)}
         except OSError as error:
             said = {"error": f"{error.filename}: {error.strerror or error}; mend that"}
-        except Exception as error:  # whatever it is, the others must not wait for ever
+        except Exception as error:  # of any kind: the other processes must not wait forever
             fault = error
             said = {"error": f"the first process failed: {type(error).__name__}: {error}"}
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
@@ -172,14 +171,14 @@ def once(function: Callable[[], Any]) -> Any:
 
 
 def in_turn(function: Callable[[], Result]) -> Result:
-    """`function()` on the first host and then on the others, who may find its work done."""
+    """Calls `function` on the first host, then on the others, which may reuse its files."""
     here: list[Result] = []
     once(lambda: here.append(function()))
     return here[0] if here else function()
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of `tree` as NumPy's, whole on every host, wherever their parts are."""
+    """Returns the arrays of `tree` as NumPy arrays, gathered on every host."""
 
     def whole(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (

@@ -1,10 +1,10 @@
-"""Being asked to stop: SIGTERM and SIGINT end a run with a checkpoint, and not with a loss.
+"""Requests to stop: SIGTERM and SIGINT end a run with a checkpoint.
 
-A cluster says SIGTERM before it takes a machine away, a person types ^C. Either is remembered,
-the dispatch in hand ends, a checkpoint is written, and the exit status says that the same command
-goes on from there. Python runs a signal's handler only between two of its own instructions, and
-the training loop waits for the device inside of one; a thread therefore reads the signals as they
-come, so that a second ^C ends the process at once.
+Clusters send SIGTERM before they reclaim a machine; users type ^C. The current dispatch ends, a
+checkpoint is written, and the exit status tells that the same command resumes the run. Python runs
+signal handlers only between bytecode instructions, and the training loop waits for the device
+within one; a thread therefore reads signals as they arrive, so that a second ^C ends the process at
+once.
 """
 
 import os
@@ -19,26 +19,26 @@ from jax.experimental import multihost_utils
 from transformer.console import console
 from transformer.parallel import hosts
 
-PARENT = "TRANSFORMER_PARENT"  # the environment's variable with the process to live as long as
+PARENT = "TRANSFORMER_PARENT"  # environment variable: the process whose end stops this one
 
-ONCE = 0.2  # seconds in which a request that comes twice, as from a scheduler, is one
+ONCE = 0.2  # seconds in which repeated signals, as from a scheduler, count as one
 
-RESUME = 75  # the exit status EX_TEMPFAIL of BSD's sysexits.h: not done, try again
+RESUME = 75  # exit status, EX_TEMPFAIL of BSD's sysexits.h: try again
 
 
 class Interrupted(BaseException):
-    """A run has stopped because it was asked to. Its message is one line that says where.
+    """A run has stopped on request; the message is one line that says at which step.
 
-    No `Exception`, as KeyboardInterrupt is none: what is caught on the way is a fault of something.
+    Like KeyboardInterrupt it is not an `Exception`, so that handlers of errors do not catch it.
     """
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows of it in a notebook, instead of a traceback."""
+        """Shown by IPython in a notebook instead of a traceback."""
         return [str(self)]
 
 
 def end_with_parent() -> None:
-    """Asks this process to stop once the one that started it for a sweep is gone."""
+    """Requests a stop when the parent process, a sweep, has ended."""
     parent = os.environ.pop(PARENT, None)
     if parent is None:
         return
@@ -52,15 +52,16 @@ def end_with_parent() -> None:
 
 
 class StopRequests:
-    """The requests to stop that come while the `with` block lasts, the writing of a checkpoint too.
+    """Receives requests to stop during a `with` block, also while a checkpoint is written.
 
-    Only the main thread of a program can ask for signals; in another, none are noticed here.
+    Only the main thread of a program can receive signals; in another thread this does nothing.
 
-    something_to_save: whether there is what no checkpoint has. If not, a request ends the process
-      at once, wherever it is, such as inside of the compiler; if it may.
+    something_to_save: whether there are steps that no checkpoint has. If not, and if `exits`, a
+      request ends the process immediately, also during compilation.
 
     Args:
-      exits: whether it may: a program's, not a notebook's. Of several processes none ends alone.
+      exits: whether a request may end the process: in programs, not in notebooks. With several
+        processes none ends alone.
     """
 
     def __init__(self, exits: bool = False):
@@ -76,7 +77,7 @@ class StopRequests:
         self.read, self.write = socket.socketpair()
         self.write.setblocking(False)
         self.old_descriptor = signal.set_wakeup_fd(self.write.fileno(), warn_on_full_buffer=False)
-        # Of several processes each SIGTERM goes to JAX, which tells the others.
+        # With several processes JAX receives SIGTERM, and tells the others.
         noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
         for each in noticed:
             self.before[each] = signal.signal(each, lambda *_: None)
@@ -91,7 +92,7 @@ class StopRequests:
             self.write.close()  # which ends the thread
 
     def listen(self, noticed: frozenset[signal.Signals]) -> None:
-        """Takes the numbers of signals as they come."""
+        """Reads the numbers of signals as they arrive."""
         began = 0.0
         with self.read:
             while number := self.read.recv(1):
@@ -104,7 +105,7 @@ class StopRequests:
                     leave(128 + number[0])
 
     def take(self, asked: signal.Signals) -> None:
-        """Takes the first request."""
+        """Handles the first request."""
         if self.exits and not self.something_to_save and not hosts.several():
             say(f"{asked.name}: {self.state}")
             leave(RESUME)
@@ -114,7 +115,7 @@ class StopRequests:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def all_is_saved(self, step: int) -> None:
-        """From here on a request ends the process; one that came meanwhile raises Interrupted."""
+        """From now on a request ends the process; an earlier one raises Interrupted."""
         self.state = f"stopped after step {step:,}, the last one, which is saved"
         self.state += "; the same command evaluates it"
         self.something_to_save = False
@@ -122,9 +123,9 @@ class StopRequests:
             raise Interrupted(self.state)
 
     def stop(self) -> bool:
-        """Whether training stops here; to be asked at the end of every dispatch.
+        """Whether training stops now; called at the end of every dispatch.
 
-        Several processes all answer alike: at the first dispatch that none of them has passed.
+        Several processes agree: they stop at the first dispatch that none of them has passed.
         """
         self.boundaries += 1
         if hosts.several():
@@ -133,11 +134,11 @@ class StopRequests:
 
 
 def leave(status: int) -> None:
-    """Ends the process at once, with the cursor that a progress bar had hidden."""
+    """Ends the process immediately; shows the cursor, which a progress bar may have hidden."""
     console.show_cursor(True)
     os._exit(status)
 
 
 def say(text: str) -> None:
-    """Prints a line of its own, also below a progress bar."""
+    """Prints on a new line, also below a progress bar."""
     print(f"\n{text}", file=sys.stderr, flush=True)
