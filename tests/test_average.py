@@ -8,13 +8,13 @@ import pytest
 from tests.helpers import TOKENIZER, program
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
-from transformer.averaging import average, in_a_row, mean
+from transformer.averaging import average, consecutive, mean
 from transformer.config import default_config
 from transformer.data.corpus import Tokenizers
 from transformer.errors import UserError
 from transformer.parallel.mesh import one_device_mesh
+from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
-from transformer.training.trained import load, outline
 from transformer.workdir import Workdir
 
 KNOBS = {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32, "save_every": 10}
@@ -43,7 +43,8 @@ def make_run(path, rng, steps=(10, 20, 30), tokenizer=TOKENIZER, drawn=drawn, **
     tokenizers = Tokenizers(tokenizer, tokenizer)
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, {"dataset": "toy"} | tokenizers.digests())
-    *_, model, like = outline(workdir, one_device_mesh())
+    run = Run.saved(workdir.path, mesh=one_device_mesh())
+    model, like = run.model, run.abstract_state
     states = [drawn(model, like, step, rng) for step in steps]
     with Checkpoints(workdir.checkpoints, keep=len(steps), best="sequence_accuracy") as checkpoints:
         for state in states:
@@ -88,9 +89,9 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
     assert bool(state.batch_stats) == ("model.norm" in changes)
 
     # What evaluates and predicts finds what it needs.
-    trained = load(into, one_device_mesh())
-    assert equal(trained.variables, state.variables())
-    assert trained.step == 33
+    restored = Run.saved(into.path, mesh=one_device_mesh()).restore()
+    assert equal(restored.variables(), state.variables())
+    assert restored.taken() == 33
     assert into.plots.is_dir()
     made_of = {"averaged": {"workdir": str(workdir.path), "steps": [20, 30, 33]}}
     assert into.read_record() == workdir.read_record() | made_of
@@ -120,7 +121,7 @@ def test_a_best_checkpoint_that_stands_apart_is_none_of_the_last():
         ([10, 21], 1),
         ([15, 20, 30], 3),  # an end from which it went on
     ):
-        assert in_a_row(steps, 10) == steps[-wanted:]
+        assert consecutive(steps, 10) == steps[-wanted:]
 
 
 def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):

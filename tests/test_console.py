@@ -39,7 +39,7 @@ def test_a_program_goes_on_when_nobody_reads_what_it_prints(closed, tmp_path):
 
 def test_a_narrow_terminal_shows_whole_figures(capsys, monkeypatch):
     for width, shown in ((60, "│ 1,234.5678 │"), (20, "  perplexity: 1,234.5678")):
-        terminal = Console(force_terminal=True, width=width, soft_wrap=True)
+        terminal = Console(force_terminal=True, width=width, soft_wrap=True, highlight=False)
         monkeypatch.setattr("transformer.console.console", terminal)
         table("title", ("length", "perplexity", "right"), [("1", "1,234.5678", "100.00%")])
         assert shown in capsys.readouterr().out

@@ -10,8 +10,8 @@ import pytest
 
 from tests.test_programs import ROOT
 from transformer.errors import UserError
+from transformer.files import to_json
 from transformer.metrics import mean_over
-from transformer.strict_json import dumps
 from transformer.training.metrics import (
     MetricsWriter,
     by_replica,
@@ -71,7 +71,7 @@ def test_nan_is_null_in_the_file_and_nan_again(tmp_path):
     assert math.isnan(row["train/loss"])
     record = {"a": [1.0, float("inf")], "b": ({"c": float("-inf"), "d": "NaN"},), "e": None}
     there = {"a": [1.0, None], "b": [{"c": None, "d": "NaN"}], "e": None}
-    assert json.loads(dumps(record)) == there
+    assert json.loads(to_json(record)) == there
 
 
 def test_the_events_are_those_that_tensorboard_reads(tmp_path):

@@ -22,15 +22,10 @@ from transformer.config import (
     flat_knobs,
     saved_config,
 )
-from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
-from transformer.inference import evaluation
 from transformer.inference.config import DecodingConfig
-from transformer.metrics import finalize
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
-from transformer.training import trained
-from transformer.training.metrics import by_replica
 from transformer.workdir import Workdir
 
 TEXTS = ["abc", "hedc", "fi"]
@@ -59,20 +54,16 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
         scores = [float(score) for score, _ in lines]
         np.testing.assert_allclose([own[0].score for own in found], scores, atol=1e-3)
 
-    config = workdir.read_config()
-    mesh, cfg = one_device_mesh(), RunConfig.from_config_dict(config)
-    _, _, model, step, variables, _ = trained.load(workdir, mesh)
-    assert step == 200
-    corpus = open_corpus(cfg.data, data_dir, workdir.tokenizers)
-    workdir.check_corpus(corpus.identity())
-    data = corpus.load(cfg.data.test, cfg.batch_size)
-    parts = by_replica(variables, cfg.replicas)
-    for variables, wanted in zip(parts, expected["evaluated"], strict=True):
-        scores = jax.jit(evaluation.score, static_argnums=0)(model, variables, data)
-        metrics = finalize(scores, corpus.split(cfg.data.test))
+    run = Run.saved(workdir.path, mesh=one_device_mesh(), data_dir=data_dir)
+    assert run.restore().taken() == 200
+    with jax.set_mesh(run.mesh):
+        evaluated = run.evaluate_replicas("test")
+    for metrics, wanted in zip(evaluated, expected["evaluated"], strict=True):
+        wanted = {f"test/{name.split('/')[1]}": value for name, value in wanted.items()}
         assert metrics | wanted == pytest.approx(metrics, rel=1e-4)
         assert metrics.keys() >= wanted.keys()
 
+    config = workdir.read_config()
     config.mesh.data = config.mesh.replica = 1
     usual = flat_knobs(default_config())  # as a config file has it, which knows nothing of then
     config.update_from_flattened_dict({knob: usual[knob] for knob in renamed.BEFORE})

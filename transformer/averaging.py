@@ -13,54 +13,28 @@ import numpy as np
 from transformer.errors import UserError, within
 from transformer.modules.model import Params
 from transformer.parallel.mesh import one_device_mesh, place
+from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import TrainState
-from transformer.training.trained import outline
 from transformer.workdir import Workdir, write_json
 
 
 def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
-    """Writes the mean of a run's last checkpoints; returns their steps.
+    """Writes the mean of a run's last checkpoints as a new run; returns their steps.
 
-    The new folder holds the run's config and tokenizers, and one checkpoint, at the newest step.
-    That has no metrics, for nobody has measured any; being alone, it is the latest and the best.
-    The run's folder is only read.
+    The new folder holds the run's config and tokenizers, and one checkpoint, at the newest step,
+    without metrics. The run's folder is not changed.
 
     Args:
       workdir: the run's folder.
-      into: the new one.
+      into: the new folder.
       last: how many checkpoints.
 
     Raises:
-      UserError: there are not so many in a row, one is damaged, the folder holds no run, or
-        the new one is there already.
+      UserError: there are not so many consecutive checkpoints, one is damaged, the folder holds no
+        run, or the new folder exists.
     """
     within("last", last, 1, 2**31 - 1)
-    check_place(workdir, into)
-    cfg, tokenizers, _, like = outline(workdir, one_device_mesh())
-    with Checkpoints(workdir.checkpoints, None, cfg.best_metric) as checkpoints:
-        checkpoints.find("latest")  # says so, if there is none
-        saved = checkpoints.steps()
-        steps = in_a_row(saved, cfg.save_every)[-last:]
-        if len(steps) < last:
-            raise UserError(
-                f"last={last}: {workdir.path} has {len(steps)} checkpoints in a row (at "
-                f"{', '.join(map(str, saved))}; save_every={cfg.save_every}); lower it, or train "
-                f"with --config.keep_checkpoints={last}, which keeps more"
-            )
-        state = mean(checkpoints.restore(step, like) for step in steps)
-    into.plots.mkdir(parents=True)
-    with Checkpoints(into.checkpoints, 1, cfg.best_metric) as checkpoints:
-        checkpoints.save(state, {})
-    tokenizers.save(into.tokenizers)
-    # At the end: without it the folder holds no run.
-    made_of = {"averaged": {"workdir": str(workdir.path), "steps": steps}}
-    write_json(into.config, workdir.read_record() | made_of)
-    return steps
-
-
-def check_place(workdir: Workdir, into: Workdir) -> None:
-    """Raises a UserError unless the new folder is nowhere yet, and not in the run's own."""
     if into.path.exists():
         raise UserError(f"{into.path} is there already; choose another --into, or delete it")
     if workdir.path.resolve() in into.path.resolve().parents:
@@ -68,12 +42,33 @@ def check_place(workdir: Workdir, into: Workdir) -> None:
             f"{into.path} would be inside of {workdir.path}, which is only read; "
             "choose another --into"
         )
+    run = Run.saved(workdir.path, mesh=one_device_mesh())
+    every, best = run.config.save_every, run.config.best_metric
+    with Checkpoints(workdir.checkpoints, None, best) as checkpoints:
+        checkpoints.find("latest")  # a UserError if there is none
+        saved = checkpoints.steps()
+        steps = consecutive(saved, every)[-last:]
+        if len(steps) < last:
+            raise UserError(
+                f"last={last}: {workdir.path} has {len(steps)} checkpoints in a row (at "
+                f"{', '.join(map(str, saved))}; save_every={every}); lower it, or train "
+                f"with --config.keep_checkpoints={last}, which keeps more"
+            )
+        state = mean(checkpoints.restore(step, run.abstract_state) for step in steps)
+    into.plots.mkdir(parents=True)
+    with Checkpoints(into.checkpoints, 1, best) as checkpoints:
+        checkpoints.save(state, {})
+    run.tokenizers.save(into.tokenizers)
+    # Last: a folder without it holds no run.
+    averaged = {"averaged": {"workdir": str(workdir.path), "steps": steps}}
+    write_json(into.config, workdir.read_record() | averaged)
+    return steps
 
 
-def in_a_row(steps: Sequence[int], every: int) -> list[int]:
-    """The last of `steps` between which none is missing, if one was saved `every` so often.
+def consecutive(steps: Sequence[int], every: int) -> list[int]:
+    """Returns the last of `steps` without a gap, if one was saved every `every` steps.
 
-    The best checkpoint stays when those around it go, and is none of the last ones then.
+    The best checkpoint may be much older than the others.
     """
     first = len(steps) - 1
     while first > 0 and steps[first] <= (steps[first - 1] // every + 1) * every:
@@ -82,24 +77,16 @@ def in_a_row(steps: Sequence[int], every: int) -> list[int]:
 
 
 def mean(states: Iterable[TrainState]) -> TrainState:
-    """The last of some states of one run, with the mean of all in what a model is evaluated with.
+    """Returns the last of some states of one run, with the mean of what a model is evaluated with.
 
-        m = (x₁ + … + x_N) / N
-
-    in float64, rounded to float32 at its end: of equal arrays it is that array, bit for bit. Of a
-    population each replica has its own mean. What is taken the mean of:
-
-    params: the parameters.
-    ema_params: their moving averages, which are evaluated in their place where a run has them.
-    batch_stats: the means and variances that batch norm has seen. Those that the mean of the
-      parameters would see are others, as variances are not linear in it; to measure them takes a
-      pass over the training data (Izmailov et al. 2018, section 3.2), which is not made.
-
-    The rest, such as the optimizer state, and which replica had stopped, is the last state's.
+    Parameters, their moving averages and batch statistics are averaged in float64 and rounded to
+    float32 once: the mean of equal arrays is bit-identical to them. Each replica has its own mean.
+    The statistics of batch norm are not those of the mean parameters, which would take a pass over
+    the training data (Izmailov et al. 2018, section 3.2). The rest is the last state's.
     """
     states = iter(states)
     state, count = next(states), 1
-    totals = wide(state)  # not 0.0 to begin with, which would make 0.0 of -0.0
+    totals = wide(state)  # not 0.0 at first, which would turn -0.0 into 0.0
     for state in states:
         totals = jax.tree.map(np.add, totals, wide(state))
         count += 1
@@ -111,14 +98,10 @@ def mean(states: Iterable[TrainState]) -> TrainState:
 
 
 def evaluated(state: TrainState) -> dict[str, Params]:
-    """What `TrainState.variables` is made of."""
-    return {
-        "params": state.params,
-        "ema_params": state.ema_params,
-        "batch_stats": state.batch_stats,
-    }
+    """Returns the fields that `TrainState.variables` is made of."""
+    return {name: getattr(state, name) for name in ("params", "ema_params", "batch_stats")}
 
 
 def wide(state: TrainState) -> Any:
-    """The same as NumPy's float64."""
+    """Returns `evaluated(state)` in NumPy's float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), evaluated(state))

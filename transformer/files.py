@@ -1,37 +1,59 @@
-"""Files that are whole or not there, and whether one is as it was written."""
+"""Files that are written completely or not at all, their checksums, and JSON without NaN."""
 
+import json
+import math
 import os
 import socket
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def home() -> Path:
-    """The user's home folder; a temporary one for a user who has none, as in some containers."""
+    """Returns the user's home folder; a temporary one for a user without, as in some containers."""
     try:
         return Path.home()
     except RuntimeError:
         return Path(tempfile.gettempdir(), f"home-{os.getuid()}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is never seen half written."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is never visible in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = unfinished(path)
+    fresh = temporary(path)
     fresh.write_bytes(content)
     fresh.replace(path)
 
 
-def unfinished(path: Path) -> Path:
-    """A name beside `path` that no other process has, on this host or on one that shares a disk."""
+def temporary(path: Path) -> Path:
+    """Returns a path beside `path` that no other process uses, of any host."""
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def checksum(path: Path) -> list[int]:
-    """Bytes and CRC-32 of a file."""
+    """Returns the bytes and the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while part := file.read(1 << 24):
             crc = zlib.crc32(part, crc)
     return [path.stat().st_size, crc]
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns a value as JSON (RFC 8259), with null for NaN and infinities."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def nan_for_null(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of numbers that `to_json` wrote, with NaN for null."""
+    return {name: math.nan if value is None else value for name, value in row.items()}

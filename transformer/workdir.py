@@ -1,4 +1,4 @@
-"""The folder of a run: its config, its metrics, its checkpoints, its plots."""
+"""The folder of a run: config, metrics, checkpoints, tokenizers, plots."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from transformer import plugins
 from transformer.config import continued, differences, fixed_knobs, saved_config
 from transformer.console import console
 from transformer.errors import UserError
+from transformer.files import to_json, write_atomically
 from transformer.parallel import hosts
-from transformer.strict_json import dumps
 
 
 class Workdir:
@@ -35,46 +35,49 @@ class Workdir:
         self.holding: IO[str] | None = None  # the lock, where this process has it
 
     def read_config(self) -> ConfigDict:
-        """`known_config`, to be resolved.
+        """Returns `known_config` of a run whose plugins have been imported.
 
         Raises:
-          UserError: the folder is no run's, or the run has a plugin that nobody has named.
+          UserError: the folder holds no run, or a plugin was not named by the command.
         """
         config = self.known_config()
         plugins.check(config.plugins, self.path)
         return config
 
     def known_config(self) -> Any:
-        """The config that the run was started with, with the defaults of newer knobs.
+        """Returns the config that the run was started with, with the defaults of newer knobs.
 
         Raises:
-          UserError: the folder is no run's.
+          UserError: the folder holds no run.
         """
-        try:
-            return saved_config(self.read_record()["config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.config} is damaged ({error}); restore it or train anew"
-            ) from error
+        record = self.read_record()
+        with self.undamaged():
+            return saved_config(record["config"])
 
     def read_record(self) -> dict[str, Any]:
-        """What `write_config` wrote.
+        """Returns what `write_config` wrote.
 
         Raises:
-          UserError: the folder is no run's.
+          UserError: the folder holds no run.
         """
-        try:
+        with self.undamaged():
             record = json.loads(self.config.read_text(encoding="utf-8"))
             if not (isinstance(record["config"], dict) and isinstance(record["corpus"], dict)):
-                raise TypeError("it is no record of a run")
+                raise TypeError("it is not the record of a run")
             return record
+
+    @contextlib.contextmanager
+    def undamaged(self) -> Iterator[None]:
+        """Turns errors of reading `config.json` into a UserError."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.path} holds no run: train first, or name a run's folder"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.config} is damaged ({error}); restore it or train anew"
+                f"{self.config} is damaged ({error}); restore it or train from the start"
             ) from error
 
     def trained(self) -> bool:
@@ -89,9 +92,9 @@ class Workdir:
         """
         own = self.read_record()["corpus"]
         changed = [
-            f"{name} {own.get(name)} → {identity[name]}"
-            for name in identity
-            if own.get(name) != identity[name]
+            f"{name} {own.get(name)} → {value}"
+            for name, value in identity.items()
+            if own.get(name) != value
         ]
         if changed:
             raise UserError(
@@ -100,44 +103,48 @@ class Workdir:
             )
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
-        """Makes the folder, if it may be this run's own; what is in it stays as it is.
+        """Creates the folder if this run may use it; its contents stay as they are.
 
         Args:
           config: the resolved config.
-          allow_changes: go on with checkpoints of another config.
+          allow_changes: whether it may hold checkpoints of another config.
 
         Raises:
-          UserError: it holds checkpoints of another config, or an average of another run's.
+          UserError: it holds checkpoints of another config, or an average.
           OSError: it cannot be written to.
         """
-        if self.trained() and "averaged" in self.read_record():
-            raise UserError(
-                f"{self.path} holds an average of checkpoints, from which no training goes on; "
-                "choose another --workdir"
-            )
         if self.trained():
-            before = self.known_config()
-            changes = differences(before, continued(config, before))
-            kept = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
-            if kept:
-                raise UserError(
-                    f"{self.path} holds a run with other tokens ({'; '.join(kept)}), which it "
-                    "keeps to its end; choose another --workdir"
-                )
-            if changes and not allow_changes:
-                raise UserError(
-                    f"{self.path} holds a run of another config ({'; '.join(changes)}); choose "
-                    "another --workdir, or --allow_changes to go on from its checkpoint"
-                )
+            self.check_claim(config, allow_changes)
         self.path.mkdir(parents=True, exist_ok=True)
         self.plots.mkdir(exist_ok=True)
 
+    def check_claim(self, config: ConfigDict, allow_changes: bool) -> None:
+        """Raises a UserError unless `config` may resume the run in this folder."""
+        if "averaged" in self.read_record():
+            raise UserError(
+                f"{self.path} holds an average of checkpoints, which cannot be trained further; "
+                "choose another --workdir"
+            )
+        before = self.known_config()
+        changes = differences(before, continued(config, before))
+        fixed = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
+        if fixed:
+            raise UserError(
+                f"{self.path} holds a run with other tokens ({'; '.join(fixed)}), which it "
+                "keeps to its end; choose another --workdir"
+            )
+        if changes and not allow_changes:
+            raise UserError(
+                f"{self.path} holds a run of another config ({'; '.join(changes)}); choose "
+                "another --workdir, or --allow_changes to resume from its checkpoint"
+            )
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps others from training in this folder. The system lets go of it when a process dies.
+        """Holds the folder's lock, which the system releases when the process ends.
 
         Raises:
-          UserError: another does.
+          UserError: another process holds it.
         """
         hosts.once(self.lock)
         try:
@@ -147,55 +154,46 @@ class Workdir:
                 self.holding.close()
 
     def lock(self) -> None:
-        """Takes the lock, a file that says who holds it."""
+        """Takes the lock, on a file that says who holds it."""
         file = (self.path / "lock").open("a+", encoding="utf-8")
         try:
-            import fcntl  # not on every system, and only needed here
+            import fcntl  # not on every system
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (ImportError, OSError) as error:
-            if not isinstance(error, BlockingIOError):
-                console.print(
-                    f"{self.path} cannot be locked ({error}): see that nothing else uses it"
-                )
-                file.close()
-                return
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip()
             file.close()
             raise UserError(
                 f"{self.path} is in use by {holder}: wait for its end, or choose another --workdir"
             ) from error
+        except (ImportError, OSError) as error:
+            console.print(f"{self.path} cannot be locked ({error}): see that nothing else uses it")
+            file.close()
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self.holding = file
 
     def write_config(self, config: ConfigDict, identity: Mapping[str, str]) -> None:
-        """Writes `config.json`: the config, its data (`Corpus.identity`), what it is made with."""
+        """Writes `config.json`: the config, `Corpus.identity`, versions and the commit."""
         record = {"config": config.to_dict(), "corpus": dict(identity)}
-        record |= {"versions": versions(), "commit": commit()}
-        write_json(self.config, record)
+        write_json(self.config, record | {"versions": versions(), "commit": commit()})
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes `results.json`: what the finished run came to."""
+        """Writes `results.json`."""
         write_json(self.results, results)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a file that is never seen half written, null for NaN.
-
-    Of several hosts the first does.
-    """
-    if not hosts.first():
-        return
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    """Writes a JSON file atomically, on the first of several hosts."""
+    if hosts.first():
+        write_atomically(path, (to_json(record, indent=2) + "\n").encode())
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """Returns the versions of Python and of the packages that results depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": platform.python_version()} | {
         package: metadata.version(package) for package in packages
@@ -203,11 +201,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with `+` if files differ from it; None outside a checkout."""
+    """Returns the commit of this code, with `+` if files differ from it, if it is a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(
-            # Without locks: of a process that is killed meanwhile one would stay.
+            # Without locks, which would outlive a process that is killed meanwhile.
             ("git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words),
             capture_output=True,
             text=True,

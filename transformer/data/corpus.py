@@ -18,7 +18,7 @@ from transformer.data.text import cleaned
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
 from transformer.errors import UserError
-from transformer.files import write_whole
+from transformer.files import write_atomically
 from transformer.parallel import hosts
 
 ENOUGH = 1_000_000  # texts to learn a tokenizer from
@@ -53,7 +53,7 @@ class Tokenizers(NamedTuple):
         """Writes them for `saved_tokenizers`."""
         sides = {"shared": self.source} if self.source is self.target else self._asdict()
         for name, tokenizer in sides.items():
-            write_whole(folder / name, tokenizer.to_bytes())
+            write_atomically(folder / name, tokenizer.to_bytes())
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenize
         else:
             made.append(learn(kind, side, config.vocab_size, dataset, split))
             with contextlib.suppress(OSError):  # the folder may be read-only
-                write_whole(cache, made[-1].to_bytes())
+                write_atomically(cache, made[-1].to_bytes())
     return Tokenizers(made[0], made[-1])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.data.tokenizer import PAD
-from transformer.files import checksum, unfinished
+from transformer.files import checksum, temporary
 
 MANIFEST = "manifest.json"
 
@@ -119,7 +119,7 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
             return open_pairs(folder)
         print(f"{folder} is damaged and is written again")
         shutil.rmtree(folder, ignore_errors=True)
-    fresh = unfinished(folder)
+    fresh = temporary(folder)
     try:
         write_pairs(fresh, tokenize())
         with contextlib.suppress(OSError):  # another process has finished first

@@ -14,8 +14,8 @@ import numpy as np
 
 from transformer import renamed
 from transformer.errors import UserError
+from transformer.files import nan_for_null, to_json
 from transformer.parallel import hosts
-from transformer.strict_json import dumps, numbers
 
 
 def train_metrics(
@@ -88,7 +88,7 @@ class MetricsWriter:
             [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
         )
         with self.explained():
-            fresh.write_text("".join(dumps(row) + "\n" for row in kept), encoding="utf-8")
+            fresh.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
             fresh.replace(self.path)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = [Events(each, resume_from) for each in folders]
@@ -112,7 +112,7 @@ class MetricsWriter:
         if len(rows) == 1:
             del rows[0]["replica"]
         with self.explained():
-            self.file.write("".join(dumps(row) + "\n" for row in rows))
+            self.file.write("".join(to_json(row) + "\n" for row in rows))
             self.file.flush()
             for events, each in zip(self.events, metrics, strict=True):
                 events.write(step, each)
@@ -181,7 +181,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(renamed.metrics(numbers(json.loads(line))))
+            rows.append(renamed.metrics(nan_for_null(json.loads(line))))
         except ValueError as error:
             raise UserError(f"{path}, line {number} is damaged; delete or mend the line") from error
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 
 from lab.sweeps.sweep import Program, Sweep
 from transformer.errors import UserError
-from transformer.strict_json import numbers
+from transformer.files import nan_for_null
 from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir
 
@@ -48,7 +48,7 @@ def read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) 
     """The record of one replica of a finished program; see `read_all`."""
     workdir, size = Workdir(str(folder)), len(program.members)
     results = read_json(workdir.results)
-    final = numbers(results["replicas"][replica])
+    final = nan_for_null(results["replicas"][replica])
     rows = [row for row in read_metrics(workdir.metrics) if row.get("replica", 0) == replica]
     trained = [row for row in rows if "train/steps_per_second" in row]
     curve = [(row["step"], row[TARGET_METRIC]) for row in rows if TARGET_METRIC in row]
@@ -64,7 +64,7 @@ def read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) 
         evaluated = read_json(folder / f"eval_{split}.json")["replicas"][replica]
         by_length[split] = [
             (row["length"], row["sequence_accuracy"], row["token_accuracy"])
-            for row in map(numbers, evaluated["by_source_length"])
+            for row in map(nan_for_null, evaluated["by_source_length"])
         ]
     return Record(
         seed=seed,
