@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 from transformer.training.metrics import read_metrics
 
@@ -30,7 +31,7 @@ def metrics_of(path: Path) -> Groups:
 def arrays_of(workdir: Path, step: int) -> Groups:
     """The arrays of a checkpoint, grouped by field of the train state."""
     found: Groups = {}
-    state = Run.saved(workdir).restore(str(step))
+    state = Run.saved(workdir, mesh=one_device_mesh()).restore(str(step))
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = jax.tree_util.keystr(path)
         field = name.lstrip(".").split("[")[0].split(".")[0]
