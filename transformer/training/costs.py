@@ -1,4 +1,4 @@
-"""What a computation costs, read from its jaxpr: no array is made and nothing is compiled."""
+"""The FLOPs of a computation, counted from its jaxpr without allocation or compilation."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from transformer.training.step import StepConfig, init_state, make_train_step
 
 
 def step_flops(model: Model, config: StepConfig, data: Dataset) -> int:
-    """Floating-point operations of the matrix products in one step of one run.
+    """Returns the FLOPs of the matrix products in one step of one run.
 
-    Those of the model, which are the same whatever an attention backend or `remat` computes twice.
+    They are those of the model, without what an attention backend or `remat` recomputes.
     """
     plain = replace(model.config, attention_backend="einsum", remat="none")
     model = Model(plain, model.vocab_size, model.target_vocab_size)
@@ -28,8 +28,8 @@ def step_flops(model: Model, config: StepConfig, data: Dataset) -> int:
     return matmul_flops(make_train_step(model, config), state, batch)
 
 
-# Dense bfloat16 operations a second of one device, by what JAX calls it; from the makers' data
-# sheets of 2025. (Of v2 and v3, JAX's device is a core, half of the chip.)
+# JAX's name of a device → dense bfloat16 FLOPs per second, from the data sheets of 2025. (For v2
+# and v3, JAX's device is a core, half of the chip.)
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -49,30 +49,30 @@ PEAK_FLOPS = {
 
 
 def share_of_peak(flops: int, mesh: Mesh) -> float | None:
-    """`flops` in a second, as a fraction of what all devices of the mesh could do at best.
+    """Returns `flops` per second as a fraction of the peak of all devices of the mesh.
 
-    None where nobody says what that is, as of a CPU.
+    None if the peak is not published, as for CPUs.
     """
     peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     return None if peak is None else flops / (peak * mesh.size)
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:
-    """Floating-point operations of the matrix products in `function(*args)`, 2 a multiply-add.
+    """Returns the FLOPs of the matrix products in `function(*args)`; a multiply-add counts as 2.
 
-    Loops of a known length count as often as they run; in one of unknown length
-    (`while_loop`) a product is an error, for it could only be guessed at. Everything
-    else, such as softmax and norms, is left out, as is the custom.
+    Loops of known length are counted that many times; a product in a loop of unknown length
+    (`while_loop`) is an error. Other operations, such as softmax and norms, are not counted, as
+    usual.
 
     Args:
-      function: to be traced, gradients and all.
+      function: the function to trace, including gradients.
       args: arrays, or their shapes.
     """
     return products(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def products(jaxpr: core.Jaxpr) -> int:
-    """The same of a jaxpr."""
+    """Returns the FLOPs of the matrix products in a jaxpr."""
     total, equations = 0, cast(list[Any], jaxpr.eqns)
     for equation in equations:
         if equation.primitive.name == "dot_general":
@@ -87,14 +87,14 @@ def products(jaxpr: core.Jaxpr) -> int:
         elif equation.primitive.name == "cond":
             total += max(inside)
         elif equation.primitive.name == "while" and any(inside):
-            raise ValueError("a while loop holds a matrix product: its cost is not known")
+            raise ValueError("a while loop contains a matrix product: its cost is unknown")
         else:
             total += sum(inside)
     return total
 
 
 def inner_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
-    """The jaxprs that an equation calls."""
+    """Yields the jaxprs that an equation calls."""
     for value in equation.params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, core.ClosedJaxpr):

@@ -17,17 +17,16 @@ from transformer.knobs import Choice, Range, Rate, validate
 TINY, LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-# What follows the warm-up: (steps since its end, its steps, steps from there to the last) →
-# fraction of the peak.
+# After the warm-up: (steps since its end, its length, steps from its end to the last) → fraction of
+# the peak.
 SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "constant": lambda since, warmup, decay: jnp.ones_like(since),
     "cosine": lambda since, warmup, decay: (
         (1.0 + jnp.cos(jnp.pi * jnp.minimum(since / decay, 1.0))) / 2.0
     ),
     "linear": lambda since, warmup, decay: 1.0 - jnp.minimum(since / decay, 1.0),
-    # Counted from the first step of training: with the warm-up before it, this is d^-0.5 ·
-    # min(step^-0.5, step · warmup^-1.5), whose peak is (d · warmup)^-0.5. (Vaswani et al.
-    # 2017, equation 3.)
+    # Together with the warm-up this is d^-0.5 · min(step^-0.5, step · warmup^-1.5), whose peak is
+    # (d · warmup)^-0.5. (Vaswani et al. 2017, equation 3.)
     "inverse_sqrt": lambda since, warmup, decay: (warmup / (warmup + since)) ** 0.5,
 }
 
@@ -35,13 +34,13 @@ SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
 def make_schedule(
     name: str, steps: int, learning_rate: Any, warmup_steps: Any
 ) -> Callable[[Any], Any]:
-    """The learning rate of each update, the first being number 0.
+    """Returns update number, from 0 → learning rate.
 
-    It climbs in a straight line, learning_rate · s / warmup_steps at the s-th update
-    counted from 1, then follows the schedule called `name`, whose end, 0 for `linear` and
-    `cosine`, is the last of `steps` updates. The numbers may be traced.
+    The rate increases linearly, learning_rate · s / warmup_steps at the s-th update counted from 1,
+    and then follows the schedule `name`, which ends, at 0 for `linear` and `cosine`, with the last
+    of `steps` updates. `learning_rate` and `warmup_steps` may be traced.
     """
-    # Without a warm-up the first update, at the peak, is the 0th of the schedule.
+    # Without a warm-up the schedule starts at the first update, at the peak.
     warmup = jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1.0)
     decay = jnp.maximum(steps - warmup, 1.0)
 
@@ -54,7 +53,7 @@ def make_schedule(
 
 
 def is_decayed(params: Any) -> Any:
-    """Name → whether weight decay applies, for a flat dict of parameters."""
+    """Returns name → whether weight decay applies, for a flat dict of parameters."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.endswith(("bias", "gain")), params
     )
@@ -66,23 +65,23 @@ def adam(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.Gradient
 
 
 def adamw(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), but of biases and gains."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), except for biases and scales."""
     return optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
     )
 
 
 def adafactor(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Second moments by row and column (Shazeer and Stern 2018), where both are at least 128.
+    """Shazeer and Stern 2018: factored second moments where both dimensions are at least 128.
 
-    The learning rate is relative to the scale of each parameter; the decay rate and the
-    clipping of updates are the paper's.
+    The learning rate is relative to the scale of each parameter; the decay rate and the clipping of
+    updates are the paper's.
     """
     return optax.adafactor(schedule)
 
 
 def lion(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """The sign of a momentum (Chen et al. 2023): wants a tenth of Adam's learning rate or less."""
+    """The sign of a momentum (Chen et al. 2023); use at most a tenth of Adam's learning rate."""
     return optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=is_decayed)
 
 
@@ -92,11 +91,11 @@ def sgd(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientT
 
 
 def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
-    """Muon (Jordan et al. 2024): the momentum of each matrix made orthogonal; Adam for the rest.
+    """Muon (Jordan et al. 2024) for matrices, Adam for embeddings and vectors, which do not decay.
 
-    The rest is embeddings and vectors, and does not decay. Both kinds of momentum, `beta1`,
-    are Nesterov's, Adam's too (Dozat 2016), and its epsilon is 1e-8. Updates have the size
-    that suits Adam's learning rates (Liu et al. 2025, section 2.2).
+    Muon orthogonalises the momentum of each matrix. Both momenta, `beta1`, are Nesterov's, Adam's too
+    (Dozat 2016), and Adam's epsilon is 1e-8. Updates are scaled to suit Adam's learning rates (Liu et
+    al. 2025, section 2.2).
     """
 
     def dimensions(params):
@@ -131,7 +130,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "muon": orthogonalised,
 }
 
-# Those that weight decay acts in.
+# Optimizers with weight decay.
 DECAYING = ("adamw", "lion", "muon")
 
 
@@ -140,7 +139,7 @@ NonNegative = Annotated[float, Range(0, LARGEST)]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update rule."""
+    """The optimizer section of a config."""
 
     name: Annotated[str, Choice(OPTIMIZERS)] = "adam"  # OPTIMIZERS in training/optimizer.py
     learning_rate: NonNegative = 4e-3  # the peak
@@ -169,14 +168,14 @@ def make_optimizer(
     warmup_steps: Any,
     weight_decay: Any,
 ) -> optax.GradientTransformation:
-    """The optimizer, with gradients first clipped by their global norm if asked for.
+    """Returns the optimizer, preceded by clipping of the global norm if `clip_norm` is set.
 
     Args:
-      config: all that decides its structure.
+      config: decides its structure.
       steps: where the schedule ends.
-      learning_rate: `config`'s, or a traced scalar in its place.
-      warmup_steps: likewise.
-      weight_decay: likewise.
+      learning_rate: that of `config`, or a traced scalar.
+      warmup_steps: that of `config`, or a traced scalar.
+      weight_decay: that of `config`, or a traced scalar.
     """
     schedule = make_schedule(config.schedule, steps, learning_rate, warmup_steps)
     optimizer = OPTIMIZERS[config.name](config, schedule, weight_decay)
@@ -184,7 +183,7 @@ def make_optimizer(
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
     def update(updates, state, params=None):
-        # Optax multiplies integer counts with floats, which strict promotion refuses.
+        # Optax multiplies integer counts with floats, which strict promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(updates, state, params)
 

@@ -1,4 +1,4 @@
-"""What is checked and said when training goes on from a checkpoint."""
+"""Checks when training resumes from a checkpoint."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,12 +43,12 @@ def check_stopped(state: TrainState, before: int, now: int) -> None:
 
 
 def report_jump(state: TrainState, old: Sequence[StepConfig], new: Sequence[StepConfig]) -> None:
-    """Prints if a changed config makes the learning rate jump, as `steps` of a schedule does.
+    """Prints a line if a changed config, such as another `steps`, makes the learning rate jump.
 
     Args:
       state: the restored state.
-      old: of each replica, as the folder has it.
-      new: of each replica, as the config has it.
+      old: of each replica, from the saved config.
+      new: of each replica, from the new config.
     """
     updates = np.atleast_1d(hosts.fetch(state.step - state.skipped))
     for k, (done, *step_configs) in enumerate(zip(updates, old, new, strict=True)):
@@ -56,6 +56,6 @@ def report_jump(state: TrainState, old: Sequence[StepConfig], new: Sequence[Step
         if abs(now - before) > 0.01 * max(now, before):
             console.print(
                 f"the learning rate jumps after {done:,} updates, from {before:.3g} to {now:.3g}, "
-                "for the config has changed; with optimizer.schedule=constant or inverse_sqrt it "
+                "since the config has changed; with optimizer.schedule=constant or inverse_sqrt it "
                 "does not depend on steps" + (f" (replica {k})" if len(updates) > 1 else "")
             )
