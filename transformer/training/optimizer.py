@@ -65,7 +65,7 @@ def adam(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.Gradient
 
 
 def adamw(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), except for biases and scales."""
+    """Adam with weight decay of all but biases and scales (Loshchilov and Hutter 2019)."""
     return optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
     )
@@ -93,9 +93,9 @@ def sgd(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientT
 def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
     """Muon (Jordan et al. 2024) for matrices, Adam for embeddings and vectors, which do not decay.
 
-    Muon orthogonalises the momentum of each matrix. Both momenta, `beta1`, are Nesterov's, Adam's too
-    (Dozat 2016), and Adam's epsilon is 1e-8. Updates are scaled to suit Adam's learning rates (Liu et
-    al. 2025, section 2.2).
+    Muon orthogonalises the momentum of each matrix. Both momenta, `beta1`, are Nesterov's, Adam's
+    too (Dozat 2016), and Adam's epsilon is 1e-8. Updates are scaled to suit Adam's learning rates
+    (Liu et al. 2025, section 2.2).
     """
 
     def dimensions(params):
