@@ -25,21 +25,45 @@ Nouns, with their shapes and dtypes:
     metrics                          ratios of sums, on the host
 """
 
+# ruff: noqa: F401
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformer.inference.generation import Generator
-    from transformer.run import Run as Run
+    from transformer.modules.attention import MultiHeadAttention
+    from transformer.modules.config import ModelConfig
+    from transformer.modules.dropout import Dropout
+    from transformer.modules.layers import DecoderLayer, EncoderLayer, FeedForward
+    from transformer.modules.linear import Embed, Linear
+    from transformer.modules.normalization import BatchNorm, LayerNorm, RMSNorm
+    from transformer.modules.positions import ALiBi, Learned, RelativeBias, Rotary, Sinusoidal
+    from transformer.modules.stacks import Decoder, Encoder
+    from transformer.modules.transformer import Transformer
+    from transformer.run import Run
 
 __version__ = "0.1.0"
 
+# Where the public names are; imported when asked for, since JAX takes seconds.
+PUBLIC = {
+    "run": ("Run",),
+    "modules.attention": ("MultiHeadAttention",),
+    "modules.config": ("ModelConfig",),
+    "modules.dropout": ("Dropout",),
+    "modules.layers": ("DecoderLayer", "EncoderLayer", "FeedForward"),
+    "modules.linear": ("Embed", "Linear"),
+    "modules.normalization": ("BatchNorm", "LayerNorm", "RMSNorm"),
+    "modules.positions": ("ALiBi", "Learned", "RelativeBias", "Rotary", "Sinusoidal"),
+    "modules.stacks": ("Decoder", "Encoder"),
+    "modules.transformer": ("Transformer",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Run":  # imported when asked for: it needs everything else
-        from transformer.run import Run
-
-        return Run
+    for home, names in PUBLIC.items():
+        if name in names:
+            return getattr(import_module(f"transformer.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ from transformer.modules.dot_product_attention import (
     FLEXIBLE_BACKENDS,
     attention_weights,
 )
-from transformer.modules.dropout import CallRngs, dropout, is_deterministic, kept_stream, stream_of
+from transformer.modules.dropout import CallRngs, Moded, dropout, kept_stream, stream_of
 from transformer.modules.linear import (
     Initializer,
     Linear,
@@ -61,7 +61,7 @@ class KeyValue(NamedTuple):
         )
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Moded):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
     The arguments, the call and the parameters are those of `nnx.MultiHeadAttention`, with two
@@ -312,16 +312,11 @@ class MultiHeadAttention(nnx.Module):
             self.sow(nnx.Intermediate, "attention_weights", weights)
         drop, rate = {}, self.dropout_rate
         drops = isinstance(rate, jax.Array) or rate > 0.0
-        if drops and not is_deterministic(deterministic, self.deterministic):
+        if drops and not self.is_deterministic(deterministic):
             stream = stream_of("attention", rngs, self.rngs)
             drop = {"drop": partial(dropout, rate=rate, stream=stream)}
         heads = self.backend(query, key_value.key, key_value.value, mask, bias, **drop)
         return self.out(heads.swapaxes(1, 2))
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode, for `nnx.view`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
 
 
 def four_axes(x: Array | None, batch: tuple[int, ...]) -> Array | None:

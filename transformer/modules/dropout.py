@@ -43,18 +43,25 @@ def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
     return None if stream is None else stream.fork()
 
 
-def is_deterministic(at_call: bool | None, of_module: bool | None) -> bool:
-    """The argument of the call if given, else the module's attribute.
+class Moded(nnx.Module):
+    """A module whose mode `train()`, `eval()` and `nnx.view(…, deterministic=…)` switch."""
 
-    Raises:
-      ValueError: both are None.
-    """
-    if at_call is None and of_module is None:
-        raise ValueError(
-            "dropout needs to know its mode: pass deterministic= to the constructor or the call, "
-            "or call train() or eval() on the module"
-        )
-    return bool(of_module if at_call is None else at_call)
+    deterministic: bool | None = False
+
+    def is_deterministic(self, at_call: bool | None) -> bool:
+        """The argument of the call if given, else the module's attribute."""
+        mode = self.deterministic if at_call is None else at_call
+        if mode is None:
+            raise ValueError(
+                "dropout needs to know its mode: pass deterministic= to the constructor or the "
+                "call, or call train() or eval() on the module"
+            )
+        return mode
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
 
 def dropout(
@@ -77,7 +84,7 @@ def dropout(
     return jnp.where(keep, x * scale, jnp.zeros_like(x))
 
 
-class Dropout(nnx.Module):
+class Dropout(Moded):
     """Dropout, as `nnx.Dropout`; its rate may be set to a traced scalar.
 
     Args:
@@ -98,14 +105,9 @@ class Dropout(nnx.Module):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "*B"]:
-        if is_deterministic(deterministic, self.deterministic):
+        if self.is_deterministic(deterministic):
             return inputs
         return dropout(inputs, self.rate, stream_of("dropout", rngs, self.rngs))
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode, for `nnx.view`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
 
 
 def set_rate(module: nnx.Module, kind: type, **rates: Any) -> None:

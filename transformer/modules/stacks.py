@@ -9,14 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
-from transformer.modules.attention import KeyValue, Rotate
-from transformer.modules.dropout import is_deterministic, stream_of, training_rngs
-from transformer.modules.layers import (
-    AttentionMask,
-    DecoderLayer,
-    EncoderLayer,
-    apply_norm,
-)
+from transformer.modules.attention import KeyValue
+from transformer.modules.dropout import Moded, stream_of, training_rngs
+from transformer.modules.layers import DecoderLayer, EncoderLayer, apply_norm
 from transformer.modules.normalization import NORMS
 
 # What a layer keeps for its gradient; the rest is rematerialised.
@@ -27,7 +22,7 @@ REMATS: dict[str, Any] = {
 }
 
 
-class Stack(nnx.Module):
+class Stack(Moded):
     """A stack of L layers; unless post-norm, with one more norm at its end.
 
     Args:
@@ -68,7 +63,6 @@ class Stack(nnx.Module):
     ):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.scan_layers, self.remat = scan_layers, remat
-        self.deterministic: bool | None = False
         self.layers: Any = nnx.List(
             self.layer(
                 d_model,
@@ -88,36 +82,37 @@ class Stack(nnx.Module):
             NORMS[norm](d_model, epsilon=norm_epsilon, **common) if last else None
         )
 
-    def run(
+    def __call__(
         self,
         x: Float[Array, "B T D"],
-        call: Callable[..., Array],
-        *,
-        token_mask: Bool[Array, "B T"] | None,
-        deterministic: bool | None,
-        rngs: nnx.Rngs | None,
+        *memory: Float[Array, "B S D"],
+        token_mask: Bool[Array, "B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+        **attention: Any,
     ) -> Float[Array, "B T D"]:
-        """The layers one after another, then the final norm.
-
-        Each layer gets random keys of its own, which do not depend on how the layers are run.
+        """The stack's output.
 
         Args:
-          x: the stream.
-          call: (layer, x, deterministic=, rngs=, token_mask=) → x.
-          token_mask: see `EncoderLayer`, as for the others.
+          x: the residual stream, such as embedded tokens.
+          *memory: the encoder's output, which the decoder takes.
+          token_mask: see `EncoderLayer`.
           deterministic: see there.
-          rngs: see there.
+          rngs: see there. Each layer gets keys of its own, the same however layers are run.
+          **attention: what else the layers are called with: `mask`, `bias`, `rotate`; those of the
+            decoder with `memory_mask`.
 
         Raises:
           UserError: layers that differ are to be scanned.
         """
-        training = not is_deterministic(deterministic, self.deterministic)
+        training = not self.is_deterministic(deterministic)
         stream = stream_of("layers", rngs) if training else None
         keys = None if stream is None else jax.random.split(stream(), len(self.layers))
-        options = {"token_mask": token_mask, "deterministic": deterministic}
+        options = attention | {"token_mask": token_mask, "deterministic": deterministic}
 
-        def step(layer: nnx.Module, x: Array, key: Array | None) -> Array:
-            return call(layer, x, rngs=None if key is None else training_rngs(key), **options)
+        def step(layer: Any, x: Array, key: Array | None) -> Array:
+            rngs = None if key is None else training_rngs(key)
+            return layer(x, *memory, rngs=rngs, **options)
 
         if self.scan_layers or self.remat != "none":
             x = self.run_transformed(step, x, keys, training)
@@ -171,61 +166,17 @@ class Stack(nnx.Module):
                 nnx.update(layer, update)
         return x
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode, for `nnx.view`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
-
 
 class Encoder(Stack):
     """A stack of encoder layers; see `Stack`."""
 
     layer = EncoderLayer
 
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        *,
-        mask: AttentionMask = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-        token_mask: Bool[Array, "B S"] | None = None,
-        bias: Float[Array, "#B N S S"] | None = None,
-        rotate: Rotate | None = None,
-    ) -> Float[Array, "B S D"]:
-        """The stack's output; the arguments are those of `EncoderLayer`."""
-
-        def call(layer: EncoderLayer, x: Array, **options: Any) -> Array:
-            return layer(x, mask=mask, bias=bias, rotate=rotate, **options)
-
-        return self.run(x, call, token_mask=token_mask, deterministic=deterministic, rngs=rngs)
-
 
 class Decoder(Stack):
-    """A stack of decoder layers; see `Stack`."""
+    """A stack of decoder layers, called with the stream and the memory; see `Stack`."""
 
     layer = DecoderLayer
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        memory: Float[Array, "B S D"],
-        *,
-        mask: AttentionMask = None,
-        memory_mask: AttentionMask = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-        token_mask: Bool[Array, "B T"] | None = None,
-        bias: Float[Array, "#B N T T"] | None = None,
-        rotate: Rotate | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The stack's output for a whole target; the arguments are those of `DecoderLayer`."""
-
-        def call(layer: DecoderLayer, x: Array, **options: Any) -> Array:
-            attention = {"mask": mask, "memory_mask": memory_mask, "bias": bias, "rotate": rotate}
-            return layer(x, memory, **attention, **options)
-
-        return self.run(x, call, token_mask=token_mask, deterministic=deterministic, rngs=rngs)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Each layer's cross-attention keys and values."""

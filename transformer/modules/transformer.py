@@ -13,7 +13,7 @@ from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
 from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
-from transformer.modules.dropout import Dropout, is_deterministic, set_rate, stream_of
+from transformer.modules.dropout import Dropout, Moded, set_rate, stream_of
 from transformer.modules.linear import (
     INITIALIZERS,
     Embed,
@@ -52,7 +52,7 @@ class Cache(NamedTuple):
         return self._replace(own=jnp.take_along_axis(self.own, parents[..., None], axis=1))
 
 
-class Transformer(nnx.Module):
+class Transformer(Moded):
     """Vaswani et al. 2017, figure 1: tokens in, logits over the next target token out.
 
     Args:
@@ -86,7 +86,6 @@ class Transformer(nnx.Module):
             )
 
         self.config = config
-        self.deterministic: bool | None = False
         self.embedding = make_embedding(vocab_size)
         # Tied, one table embeds the source and the target and scores the output.
         tied = config.tie_embeddings
@@ -180,7 +179,7 @@ class Transformer(nnx.Module):
         reach = self.config.random_positions
         if not reach:
             return index
-        if is_deterministic(deterministic, self.deterministic):
+        if self.is_deterministic(deterministic):
             return index * (reach // self.config.max_length)
         # As many as an example has tokens at most; a packed row may be longer.
         length = self.config.max_length
@@ -264,11 +263,6 @@ class Transformer(nnx.Module):
         )
         logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
         return logits, cache._replace(filled=filled + steps, decoded=decoded)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode, for `nnx.view`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
 
 
 def stack_arguments(config: ModelConfig) -> dict[str, Any]:
