@@ -176,9 +176,9 @@ def test_attention_drops_weights_in_training_alone_and_sows_them_whole_if_told_t
     np.testing.assert_array_equal(attention(x), plain)
 
     def sown(x, **mode):
-        attention.sow_weights = True
-        out, found = nnx.capture(attention, nnx.Intermediate)(x, **mode)
-        attention.sow_weights = False
+        sowing = nnx.clone(attention)
+        sowing.sow_weights = True
+        out, found = nnx.capture(sowing, nnx.Intermediate)(x, **mode)
         return out, found["attention_weights"][0]
 
     out, weights = sown(x, deterministic=False, rngs=rngs)

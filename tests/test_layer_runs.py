@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -73,7 +72,8 @@ def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
 def test_each_layer_and_each_call_drops_elements_of_its_own(changes):
     """With the streams that the layers keep, as in anyone's code, and with those of a call."""
     arguments = stack_arguments(small_model(**DEEP | {"num_layers": 3} | changes).config)
-    encoder, x = Encoder(**arguments, rngs=nnx.Rngs(0)), jnp.ones((1, 3, 16))
+    encoder = Encoder(**arguments, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 3, 16))
     first, second = encoder(x), encoder(x)
     assert (first != second).any()
     assert {int(each.residuals[0].dropout.rngs.count[...]) for each in encoder.layers} == {2}

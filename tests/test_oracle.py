@@ -179,7 +179,7 @@ def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
         theirs.train(mode)
         x = rng.normal(1.0, 2.0, size=(B, S, D)).astype(np.float32)
         expected = array(theirs(torch.tensor(x[valid])))
-        out = ours(jnp.asarray(x), not mode, mask=valid[..., None])[valid]
+        out = ours(jnp.asarray(x), not mode, mask=jnp.asarray(valid)[..., None])[valid]
         np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_allclose(ours.mean[...], array(theirs.running_mean), atol=1e-6)
         np.testing.assert_allclose(ours.var[...], array(theirs.running_var), rtol=1e-5)
@@ -190,7 +190,10 @@ def test_gradients_of_batch_norm_in_training(arrays, rng):
     ours = BatchNorm(D, momentum=0.9, rngs=nnx.Rngs(0))
     theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5), rng).train()
     valid = arrays["valid"]
-    calls = lambda m, x: m(x, mask=valid[..., None])[valid], lambda m, x: m(x[torch.tensor(valid)])
+    calls = (
+        lambda m, x: m(x, mask=jnp.asarray(valid)[..., None])[valid],
+        lambda m, x: m(x[torch.tensor(valid)]),
+    )
     check(ours, of_batch_norm, theirs, *calls, [arrays["source"]])
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
@@ -179,7 +179,7 @@ class MultiHeadAttention(Moded):
         inputs_k: Float[Array, "*B S D"] | None = None,
         inputs_v: Float[Array, "*B S D"] | None = None,
         *,
-        mask: Mask | Shaped[Array, "..."] | None = None,
+        mask: Any = None,
         deterministic: bool | None = None,
         rngs: CallRngs = None,
         is_causal: bool = False,
@@ -192,7 +192,7 @@ class MultiHeadAttention(Moded):
           inputs_q: [..., T, D].
           inputs_k: [..., S, D]; None: inputs_q.
           inputs_v: [..., S, D]; None: inputs_k.
-          mask: broadcastable to [..., N, T, S], True = may attend.
+          mask: broadcastable to [..., N, T, S], True = may attend; or a `masking.Mask`.
           deterministic: overrides the module's attribute.
           rngs: keys for dropout; its stream `attention`, or else `dropout`.
           is_causal: whether query t may attend to the keys up to t alone, beside `mask`.
@@ -207,17 +207,16 @@ class MultiHeadAttention(Moded):
             raise ValueError(
                 f"inputs have {inputs_q.shape[-1]} features, and the module {self.in_features}"
             )
-        if is_causal:
-            both = causal(inputs_q.shape[-2], inputs_k.shape[-2])
-            written = as_array(mask)
-            mask = both if written is None else both & written.astype(bool)
         batch = inputs_q.shape[:-2]
+        if mask is not None and not isinstance(mask, Mask):
+            mask = four_axes(jnp.asarray(mask, bool), batch)
+        if is_causal:
+            both, written = causal(inputs_q.shape[-2], inputs_k.shape[-2]), as_array(mask)
+            mask = both if written is None else both & written
         if len(batch) != 1:
             inputs = (x.reshape(-1, *x.shape[-2:]) for x in (inputs_q, inputs_k, inputs_v))
             inputs_q, inputs_k, inputs_v = inputs
         query, key_value = self.project(inputs_q, inputs_k, inputs_v, rotate)
-        mask = mask if isinstance(mask, Mask) else four_axes(mask, batch)
-        mask = mask.astype(bool) if isinstance(mask, jax.Array) else mask
         out = self.attend(
             query,
             key_value,

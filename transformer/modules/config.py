@@ -1,4 +1,4 @@
-"""The model's knobs: what they may be, and what contradicts itself."""
+"""The model's knobs: their defaults, their ranges, and which contradict each other."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -73,75 +73,64 @@ class ModelConfig:
 
     def __post_init__(self):
         validate(self, "model.")
-        self.check_attention()
-        self.check_positions()
-        if self.architecture == "recurrent":
-            even = "each direction of the encoder takes half: choose an even one"
-            self.require("d_model", self.d_model % 2 == 0, even)
-
-    def require(self, name: str, holds: bool, remedy: str) -> None:
-        """Raises a UserError about a knob unless a condition holds."""
-        if not holds:
-            raise UserError(f"model.{name}={getattr(self, name)}: {remedy}")
-
-    def check_attention(self) -> None:
-        """Raises a UserError if heads and what goes with them do not fit each other."""
-        if (self.d_k is None or self.architecture == "recurrent") and (
-            self.d_model % self.num_heads
+        recurrent = self.architecture == "recurrent"
+        flexible = self.attention_backend in FLEXIBLE_BACKENDS
+        flexible_backends = f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)}"
+        random, drops = self.random_positions, self.attention_dropout_rate > 0.0
+        pairs = "positions come in pairs of sine and cosine; choose an even one"
+        for name, holds, remedy in (
+            (
+                "num_heads",
+                (self.d_k and not recurrent) or self.d_model % self.num_heads == 0,
+                f" does not divide model.d_model={self.d_model}; choose one that does, or "
+                "set model.d_k",
+            ),
+            (
+                "num_kv_heads",
+                self.num_heads % (self.num_kv_heads or self.num_heads) == 0,
+                f" does not divide model.num_heads={self.num_heads}; choose one that does",
+            ),
+            (
+                "attention_dropout_rate",
+                not drops or (flexible and not recurrent),
+                f": only the Transformer with {flexible_backends} drops attention weights; choose "
+                "it, or set the rate to 0",
+            ),
+            (
+                "attention_backend",
+                self.attention_backend not in BFLOAT16_BACKENDS or self.dtype == "bfloat16",
+                " computes in bfloat16 alone; set model.dtype=bfloat16, or choose another",
+            ),
+            (
+                "d_v",
+                flexible or self.values_width() == self.attention_width(),
+                f" differs from model.d_k, which needs {flexible_backends}",
+            ),
+            (
+                "d_model",
+                self.position_encoding != "sinusoidal" or self.d_model % 2 == 0,
+                f" is odd: sinusoidal {pairs}, or another model.position_encoding",
+            ),
+            (
+                "d_k",
+                self.position_encoding != "rotary" or self.attention_width() % 2 == 0,
+                f" is odd: rotary {pairs}, or another model.position_encoding",
+            ),
+            (
+                "random_positions",
+                not random or (self.max_length <= random and self.position_encoding != "none"),
+                f": positions are drawn from so many, at least model.max_length={self.max_length}, "
+                "and need a model.position_encoding other than none; 0 draws none",
+            ),
+            (
+                "d_model",
+                not recurrent or self.d_model % 2 == 0,
+                ": each direction of the recurrent encoder has half of it: choose an even one",
+            ),
         ):
-            raise UserError(
-                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
-                "choose heads that do, or set model.d_k"
-            )
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise UserError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide "
-                f"model.num_heads={self.num_heads}; "
-                "choose one that does"
-            )
-        if self.attention_dropout_rate > 0.0 and (
-            self.attention_backend not in FLEXIBLE_BACKENDS or self.architecture == "recurrent"
-        ):
-            raise UserError(
-                f"model.attention_dropout_rate={self.attention_dropout_rate}: only the "
-                "Transformer with "
-                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} drops attention "
-                "weights; choose it, or set the rate to 0"
-            )
-
-        if self.attention_backend in BFLOAT16_BACKENDS and self.dtype != "bfloat16":
-            raise UserError(
-                f"model.attention_backend={self.attention_backend} computes in bfloat16 alone; set "
-                "model.dtype=bfloat16, or choose another"
-            )
-        if self.values_width() != self.attention_width() and (
-            self.attention_backend not in FLEXIBLE_BACKENDS
-        ):
-            raise UserError(
-                f"model.d_v={self.d_v} is not model.d_k, which only "
-                f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)} can do; choose it"
-            )
-
-    def check_positions(self) -> None:
-        """Raises a UserError if positions do not fit the widths or their range."""
-        for knob, size, kind in (
-            ("d_model", self.d_model, "sinusoidal"),
-            ("d_k", self.attention_width(), "rotary"),
-        ):
-            if self.position_encoding == kind and size % 2:
-                raise UserError(
-                    f"model.{knob}={size} is odd: {kind} positions come in pairs of sine and "
-                    f"cosine; choose an even one or another model.position_encoding"
-                )
-        if self.random_positions and not (
-            self.max_length <= self.random_positions and self.position_encoding != "none"
-        ):
-            raise UserError(
-                f"model.random_positions={self.random_positions}: positions are drawn from so "
-                f"many, at least model.max_length={self.max_length}, and need a "
-                "model.position_encoding "
-                "other than none; 0 draws none"
-            )
+            if not holds:
+                value = getattr(self, name) or self.attention_width()  # d_k is None by default
+                raise UserError(f"model.{name}={value}{remedy}")
 
     def attention_width(self) -> int:
         """H, the width of a head's queries and keys."""
@@ -152,33 +141,29 @@ class ModelConfig:
         return self.d_v or self.attention_width()
 
     def backend_at(self, length: int) -> str:
-        """The attention backend in training at this length, on this platform; `auto`'s choice."""
+        """The attention backend in training at this length on this platform."""
         if self.attention_backend != "auto":
             return self.attention_backend
+        width, drops = self.attention_width(), self.attention_dropout_rate > 0.0
         return pick(
             jax.default_backend(),
             DTYPES[self.dtype],
-            self.attention_width(),
+            width,
             (length, length),
             biased=POSITIONS[self.position_encoding].bias is not Position.bias,
-            flexible=self.attention_dropout_rate > 0.0
-            or self.values_width() != self.attention_width(),
+            flexible=drops or self.values_width() != width,
         )
 
-    def attention_widths(self) -> tuple[int, int]:
-        """H and E."""
-        return self.attention_width(), self.values_width()
-
     def reach(self, length: int) -> int:
-        """`length`, or as many tokens as there are positions for."""
+        """`length`, or the number of positions if that is less."""
         limited = POSITIONS[self.position_encoding].limited or self.random_positions > 0
         return min(length, self.max_length) if limited else length
 
     def check_length(self, length: int, what: str) -> None:
-        """Raises a UserError if positions do not reach to `length` tokens."""
+        """Raises a UserError if there are fewer than `length` positions."""
         if self.reach(length) < length:
             raise UserError(
                 f"{what}: {length} tokens, and model.position_encoding={self.position_encoding} "
-                "reaches to "
-                f"model.max_length={self.max_length}; raise it, or choose sinusoidal positions"
+                f"reaches to model.max_length={self.max_length}; raise it, or choose sinusoidal "
+                "positions"
             )

@@ -13,10 +13,10 @@ CallRngs = nnx.Rngs | nnx.RngStream | None
 
 
 def training_rngs(key: Array) -> nnx.Rngs:
-    """An `nnx.Rngs` with one stream for each thing that is random in training.
+    """An `nnx.Rngs` with a stream for each thing that is random in training.
 
-    With a stream each, what one of them draws, or does not draw at rate 0, changes the keys of no
-    other: a replica whose traced rate is 0 is bit-identical to a single run without dropout.
+    Drawing from one changes the keys of no other: a replica whose traced rate is 0 is bit-identical
+    to a single run without dropout, which draws nothing.
     """
     names = ("dropout", "attention", "positions", "layers")
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(names)})
@@ -31,15 +31,15 @@ def stream_of(name: str, *given: CallRngs) -> nnx.RngStream | None:
 
 
 def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
-    """The stream that a module with dropout keeps for calls without `rngs`, as Flax's modules do.
+    """The stream that a module with dropout keeps for calls without `rngs`, as in Flax.
 
-    None at rate 0, or if `rngs` has no stream for it (`nnx.Rngs(params=0)`): the module then holds
-    no random state, and `rngs` must be passed at each call in training.
+    None at rate 0, or if `rngs` has no stream for it, such as `nnx.Rngs(params=0)`.
     """
-    has_stream = isinstance(rngs, nnx.RngStream) or (
-        rngs is not None and ("dropout" in rngs or "default" in rngs)
-    )
-    stream = stream_of("dropout", rngs) if has_stream and rate > 0.0 else None
+    if rngs is None or rate == 0.0:
+        return None
+    if isinstance(rngs, nnx.Rngs) and "dropout" not in rngs and "default" not in rngs:
+        return None
+    stream = stream_of("dropout", rngs)
     return None if stream is None else stream.fork()
 
 

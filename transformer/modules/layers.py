@@ -1,6 +1,7 @@
 """The layers of encoder and decoder: feed-forward, residual connection, and what they make up."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer.modules.attention import KeyValue, MultiHeadAttention, Rotate
 from transformer.modules.dropout import CallRngs, Dropout
 from transformer.modules.linear import Initializer, Linear, axis_names, lecun_normal
-from transformer.modules.masking import Mask
 from transformer.modules.normalization import NORMS, BatchNorm
 from transformer.parallel.mesh import constrain
 
@@ -28,24 +28,23 @@ FEED_FORWARDS = {
 
 NORM_PLACEMENTS = ("pre", "post", "both")
 
-AttentionMask = Mask | Bool[Array, "..."] | None
+AttentionMask = Any  # a `Mask`, or an array that is True where a query may attend to a key
 
 
 class FeedForward(nnx.Module):
-    """FFN(x) = activation(x W₁ + b₁) W₂ + b₂, at each position alike. (Section 3.3, equation 2.)
+    """FFN(x) = activation(x W₁ + b₁) W₂ + b₂ at each position. (Section 3.3, equation 2.)
 
-    The gated kinds have FFN(x) = (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer
-    2020, with biases as here): a third matrix, so that their hidden width is 2/3 of `d_ff`,
-    rounded to a multiple of 8, and the parameters are as many.
+    The gated kinds have FFN(x) = (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer 2020, with
+    biases as here), and 2/3 of the hidden width, rounded to a multiple of 8, so that they have as
+    many parameters.
 
     Args:
       d_model: D.
       d_ff: F.
       activation: one of `FEED_FORWARDS`.
       kernel_init: of the matrices.
-      dtype: of the computation; None: that which inputs and parameters promote to.
-      param_dtype: of the parameters.
       rngs: for the parameters.
+      **options: `dtype` and `param_dtype` of `Linear`.
     """
 
     def __init__(
@@ -55,36 +54,24 @@ class FeedForward(nnx.Module):
         *,
         activation: str = "relu",
         kernel_init: Initializer = lecun_normal,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
         self.activation, gated = FEED_FORWARDS[activation]
         hidden = max(8, round(d_ff * 2 / 3 / 8) * 8) if gated else d_ff
-        options = {
-            "kernel_init": kernel_init,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-
-        def expand() -> Linear:
-            return Linear(
-                d_model,
-                hidden,
-                kernel_metadata=axis_names("embed", "mlp"),
-                bias_metadata=axis_names("mlp"),
-                **options,
-            )
-
+        linear = partial(Linear, kernel_init=kernel_init, rngs=rngs, **options)
+        expand = partial(
+            linear,
+            *(d_model, hidden),
+            kernel_metadata=axis_names("embed", "mlp"),
+            bias_metadata=axis_names("mlp"),
+        )
         self.expand = expand()
         self.gate = expand() if gated else nnx.data(None)
-        self.contract = Linear(
-            hidden,
-            d_model,
+        self.contract = linear(
+            *(hidden, d_model),
             kernel_metadata=axis_names("mlp", "embed"),
             bias_metadata=axis_names("norm"),
-            **options,
         )
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -106,11 +93,9 @@ class Residual(nnx.Module):
       d_model: D.
       norm: one of `NORMS`.
       placement: one of `NORM_PLACEMENTS`.
-      epsilon: of the norm.
       dropout_rate: of the sublayer's output.
-      dtype: of the norm's output.
-      param_dtype: of the parameters.
       rngs: for the parameters and dropout.
+      **options: `epsilon`, `dtype` and `param_dtype` of the norm.
     """
 
     def __init__(
@@ -119,18 +104,13 @@ class Residual(nnx.Module):
         *,
         norm: str = "layer",
         placement: str = "pre",
-        epsilon: float = 1e-6,
         dropout_rate: float = 0.0,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        def make_norm() -> Any:
-            options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-            return NORMS[norm](d_model, epsilon=epsilon, **options)
-
-        self.norm = make_norm()
-        self.output_norm = make_norm() if placement == "both" else nnx.data(None)
+        make_norm = partial(NORMS[norm], d_model, rngs=rngs, **options)
+        self.norm: Any = make_norm()
+        self.output_norm: Any = make_norm() if placement == "both" else nnx.data(None)
         self.dropout = Dropout(dropout_rate, rngs=rngs)
         self.placement = placement
 
@@ -143,16 +123,13 @@ class Residual(nnx.Module):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "B T D"]:
-        """The stream `x` with the output of `sublayer` added."""
-
-        def normalized(norm: Any, x: Array) -> Array:
-            return apply_norm(norm, x, token_mask, deterministic)
-
-        y = sublayer(x if self.placement == "post" else normalized(self.norm, x))
-        y = y if self.output_norm is None else normalized(self.output_norm, y)
+        """The residual stream x with the output of `sublayer` added."""
+        mode = token_mask, deterministic
+        y = sublayer(x if self.placement == "post" else apply_norm(self.norm, x, *mode))
+        y = y if self.output_norm is None else apply_norm(self.output_norm, y, *mode)
         x = x + self.dropout(y, deterministic=deterministic, rngs=rngs)
         x = constrain(x, "batch", "length", "width")
-        return normalized(self.norm, x) if self.placement == "post" else x
+        return apply_norm(self.norm, x, *mode) if self.placement == "post" else x
 
 
 def apply_norm(
@@ -211,29 +188,17 @@ class Layer(nnx.Module):
         **attention: Any,
     ):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        attention |= {"dropout_rate": attention_dropout_rate, "deterministic": False}
         for name in self.attentions:
-            made = MultiHeadAttention(
-                num_heads,
-                d_model,
-                kernel_init=kernel_init,
-                dropout_rate=attention_dropout_rate,
-                deterministic=False,
-                **common,
-                **attention,
-            )
+            options = common | attention
+            made = MultiHeadAttention(num_heads, d_model, kernel_init=kernel_init, **options)
             setattr(self, name, made)
         self.feed_forward = FeedForward(
             d_model, d_ff, activation=feed_forward, kernel_init=kernel_init, **common
         )
+        norms = {"norm": norm, "placement": norm_placement, "epsilon": norm_epsilon}
         self.residuals = nnx.List(
-            Residual(
-                d_model,
-                norm=norm,
-                placement=norm_placement,
-                epsilon=norm_epsilon,
-                dropout_rate=dropout_rate,
-                **common,
-            )
+            Residual(d_model, dropout_rate=dropout_rate, **norms, **common)
             for _ in range(len(self.attentions) + 1)
         )
 
@@ -294,38 +259,28 @@ class DecoderLayer(Layer):
         bias: Float[Array, "#B N T T"] | None = None,
         rotate: Rotate | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer's output.
+        """The layer's output; what is not named here is as in `EncoderLayer`.
 
         Args:
-          x: the stream of the target.
+          x: the residual stream of the target.
           memory: the encoder's output.
-          mask: from target positions to target positions, such as `masking.causal(T)`.
-          memory_mask: from target positions to source positions.
-          deterministic: see `EncoderLayer`, as for the others.
-          rngs: see there.
-          token_mask: see there.
-          bias: of self-attention.
-          rotate: of self-attention.
+          mask: from target to target positions, such as `masking.causal(T)`.
+          memory_mask: from target to source positions.
         """
         mode = {"deterministic": deterministic, "rngs": rngs}
-        attentions = (
+        return self.through(
+            x,
             lambda h: self.self_attention(h, mask=mask, bias=bias, rotate=rotate, **mode),
             lambda h: self.cross_attention(h, memory, mask=memory_mask, **mode),
+            token_mask=token_mask,
+            **mode,
         )
-        return self.through(x, *attentions, token_mask=token_mask, **mode)
 
-    def through(
-        self,
-        x: Float[Array, "B T D"],
-        attend: Callable[[Array], Array],
-        attend_memory: Callable[[Array], Array],
-        **options: Any,
-    ) -> Float[Array, "B T D"]:
+    def through(self, x: Array, attend: Callable, attend_memory: Callable, **mode: Any) -> Array:
         """The three sublayers, each inside its residual connection."""
-        for residual, sublayer in zip(
-            self.residuals, (attend, attend_memory, self.feed_forward), strict=True
-        ):
-            x = residual(x, sublayer, **options)
+        sublayers = attend, attend_memory, self.feed_forward
+        for residual, sublayer in zip(self.residuals, sublayers, strict=True):
+            x = residual(x, sublayer, **mode)
         return x
 
     def decode_step(
@@ -335,31 +290,27 @@ class DecoderLayer(Layer):
         cache: KeyValue,
         index: Int[Array, ""],
         *,
-        mask: AttentionMask,
         memory_mask: AttentionMask,
-        bias: Float[Array, "#B N T S"] | None = None,
         rotate: Rotate | None = None,
+        **attention: Any,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """The output for the next target positions, and the cache with them in it.
 
         Args:
-          x: the stream of the next target positions.
-          memory: what `cross_attention.project_kv` made of the encoder's memory.
+          x: the residual stream of the next target positions.
+          memory: `cross_attention.project_kv` of the encoder's output.
           cache: keys and values of the earlier target positions.
           index: where those of `x` are written.
-          mask: from the next positions to the cache's.
           memory_mask: from the next positions to source positions.
-          bias: of self-attention.
           rotate: of self-attention.
+          **attention: `mask` and `bias`, from the next positions to the cache's.
         """
 
         def attend(h: Array) -> Array:
             nonlocal cache
             query, new = self.self_attention.project(h, h, h, rotate)
             cache = cache.write(new, index)
-            return self.self_attention.attend(
-                query, cache, mask=mask, bias=bias, deterministic=True
-            )
+            return self.self_attention.attend(query, cache, deterministic=True, **attention)
 
         def attend_memory(h: Array) -> Array:
             query = self.cross_attention.project_query(h)

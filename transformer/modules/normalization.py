@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from transformer.modules.linear import Initializer, axis_names, compute_dtype, zeros
 
@@ -71,12 +71,9 @@ class LayerNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ = mean(x),  σ² = mean((x - μ)²)
 
-    Each position of each example is normalised by itself: before scale and bias the output has
-    mean 0 and variance 1 whatever weights made x, and neither the batch nor its size matters, in
-    training as in evaluation, unlike batch normalisation. (Ba, Kiros and Hinton 2016, section 3.)
-
-    Statistics are taken in float32 whatever the dtype of x, and in two passes: the one-pass form
-    mean(x²) - mean(x)², Flax's default, loses every digit where the mean is large.
+    Each position is normalised by itself, in training as in evaluation. (Ba, Kiros and Hinton
+    2016, section 3.) Statistics are float32 whatever the dtype of x, and take two passes: Flax's
+    mean(x²) - mean(x)² loses every digit where the mean is large.
     """
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -107,10 +104,10 @@ class BatchNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over all positions that `mask` allows
 
-    In training an output therefore depends on the other examples, and on later positions of its
-    own. Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased
-    one), old · momentum + new · (1 - momentum), which begin at 0 and 1. On a mesh the batch is
-    the whole one, over all devices. (Ioffe and Szegedy 2015, algorithms 1 and 2.)
+    In training an output depends on the other examples, and on later positions of its own.
+    Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased one),
+    old · momentum + new · (1 - momentum). The batch is that of all devices. (Ioffe and Szegedy
+    2015, algorithms 1 and 2.)
 
     Args:
       num_features: D.
@@ -139,7 +136,7 @@ class BatchNorm(Norm):
         x: Float[Array, "*B D"],
         use_running_average: bool | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Any = None,
     ) -> Float[Array, "*B D"]:
         """Normalises x; by its own statistics it also updates the running averages.
 
@@ -154,7 +151,8 @@ class BatchNorm(Norm):
         if use_running_average:
             mean, variance = self.mean[...], self.var[...]
         else:
-            mask = jnp.ones(1, bool) if mask is None else mask
+            mask = jnp.asarray(True if mask is None else mask, bool)
+            mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
             real = jnp.broadcast_to(mask, (*x.shape[:-1], mask.shape[-1]))
             count = jnp.maximum(real.sum(axes).astype(jnp.float32), 1.0)
             mean = jnp.where(real, wide, 0.0).sum(axes) / count

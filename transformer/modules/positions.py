@@ -8,18 +8,17 @@ from transformer.modules.linear import axis_names
 
 
 class Position(nnx.Module):
-    """How positions enter the model: three hooks, of which an encoding overrides what it needs.
+    """A position encoding: three hooks, of which a kind overrides what it needs; here none.
 
-    Each stack has one of its own, which all of its layers share. `rotate` and `bias` act in
-    self-attention alone: source and target positions are not comparable. This base class
-    encodes nothing: order is then known only through the causal mask.
+    Each stack has one, shared by its layers. `rotate` and `bias` act in self-attention alone:
+    source and target positions are not comparable.
 
     Args:
-      features: D, the width of the model.
+      features: D.
       num_heads: N.
-      max_length: number of positions, for encodings that are `limited`.
-      causal: whether keys are never later than the query (the decoder).
-      rngs: for parameters; encodings without parameters need none.
+      max_length: number of positions, of kinds that are `limited`.
+      causal: whether no key is later than the query (the decoder).
+      rngs: for parameters, of kinds that have some.
     """
 
     # Whether there are only `max_length` positions.
@@ -39,24 +38,24 @@ class Position(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The embedded tokens `x` with their positions added; None: 0 … T - 1."""
+        """x with its positions added; None: 0 … T - 1."""
         return x
 
     def rotate(
         self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T N H"]:
-        """The queries or keys `x`, rotated by their positions."""
+        """The queries or keys x, rotated by their positions."""
         return x
 
     def bias(
         self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
     ) -> Float[Array, "#B N T S"] | None:
-        """Added to the scores between queries and keys at these positions; None: nothing."""
+        """What is added to the scores between these positions; None: nothing."""
         return None
 
 
 def in_row(x: Array, positions: Int[Array, "#B T"] | None) -> Int[Array, "#B T"]:
-    """The given positions, or else the places in the row of x [B, T, …]."""
+    """The given positions, or else 0 … T - 1 for x of shape [B, T, …]."""
     return jnp.arange(x.shape[1])[None] if positions is None else positions
 
 

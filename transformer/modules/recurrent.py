@@ -5,6 +5,7 @@ A bidirectional encoder and a decoder that attends to it, with the interface of
 loop of as many sequential steps as there are tokens.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,63 +28,50 @@ from transformer.modules.linear import (
 )
 from transformer.parallel.mesh import constrain
 
-# What a cell hands on from step to step, each [B, D]; the first is its output.
+# What a cell carries from step to step, each [B, D]; the first is its output.
 State = tuple[Array, ...]
 
 
 class Cell(nnx.Module):
     """A recurrent layer's step, after `input` has projected the inputs of all steps at once.
 
-    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate: a
-    loop of smaller products. Their LSTM begins without the forget gate's bias of 1.
-
-    Args:
-      inputs: width of the input.
-      width: of the state.
-      dtype: of the computation.
-      rngs: for parameters.
+    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate: slower,
+    and their LSTM has no initial forget gate bias of 1.
     """
 
-    # Gates and candidates, all computed by one product; and arrays in the state.
-    parts = 0
-    states = 1
+    gates = 0  # and candidates, all computed by one product
+    arrays = 1  # in the state
 
-    def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def linear(inputs: int, init, use_bias: bool):
-            return Linear(
-                inputs,
-                self.parts * width,
-                use_bias=use_bias,
-                kernel_init=init,
-                kernel_metadata=axis_names("embed", "mlp"),
-                bias_metadata=axis_names("mlp"),
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+    def __init__(self, in_features: int, width: int, *, dtype: Any = None, rngs: nnx.Rngs):
+        metadata = {
+            "kernel_metadata": axis_names("embed", "mlp"),
+            "bias_metadata": axis_names("mlp"),
+        }
+        linear = partial(Linear, out_features=self.gates * width, dtype=dtype, **metadata)
+        glorot, orthogonal = INITIALIZERS["glorot_uniform"], nnx.initializers.orthogonal()
         self.width, self.dtype = width, dtype
-        self.input = linear(inputs, nnx.initializers.glorot_uniform(), True)
-        self.recurrent = linear(width, nnx.initializers.orthogonal(), False)
+        self.input = linear(in_features, kernel_init=glorot, rngs=rngs)
+        self.recurrent = linear(width, kernel_init=orthogonal, use_bias=False, rngs=rngs)
 
     def start(self, rows: int) -> State:
         """The state before the first step."""
-        return (jnp.zeros((rows, self.width), self.dtype),) * self.states
+        return (jnp.zeros((rows, self.width), self.dtype),) * self.arrays
 
-    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
-        """The state after an input, which `input` has projected."""
+    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
+        """The state after an input that `input` has projected."""
         raise NotImplementedError
 
 
 class LSTM(Cell):
-    """c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
+    """c ← σ(f + 1) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
 
-    (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000, begin open by 1,
+    (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000, open by 1 at first,
     Jozefowicz et al. 2015.)
     """
 
-    parts, states = 4, 2
+    gates, arrays = 4, 2
 
-    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
+    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
         hidden, memory = state
         i, f, g, o = jnp.split(projected + self.recurrent(hidden), 4, axis=-1)
         memory = jax.nn.sigmoid(f + 1.0) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -93,13 +81,12 @@ class LSTM(Cell):
 class GRU(Cell):
     """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)).
 
-    (Cho et al. 2014, in the form whose reset gate r acts on the product, so that one
-    product serves all parts.)
+    (Cho et al. 2014, with the reset gate r on the product, so that one product computes all.)
     """
 
-    parts, states = 3, 1
+    gates = 3
 
-    def step(self, state: State, projected: Float[Array, "B parts"]) -> State:
+    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
         (hidden,) = state
         r, z, x = jnp.split(projected, 3, axis=-1)
         from_r, from_z, from_h = jnp.split(self.recurrent(hidden), 3, axis=-1)
@@ -132,10 +119,10 @@ class Cache(NamedTuple):
 
     filled: int32 scalar, how many target positions have been decoded.
     states: of each layer.
-    attended: [rows, D], the last output, which the next step reads beside its token; rows are B, or
-      B times the hypotheses of a source, side by side.
+    attended: the last output, which the next step reads beside its token; rows are B · J, the J
+      hypotheses of a source side by side.
     memory: keys and values of the encoder's memory.
-    mask: [B, 1, 1, S], which of them are tokens.
+    mask: which of them are tokens.
     """
 
     filled: Int[Array, ""]
@@ -145,11 +132,11 @@ class Cache(NamedTuple):
     mask: Bool[Array, "B 1 1 S"]
 
     def hypotheses(self) -> int:
-        """How many a source has."""
+        """J."""
         return len(self.attended) // len(self.mask)
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
-        """The cache whose hypotheses go on from these."""
+        """The cache whose hypotheses continue from these."""
         first = jnp.arange(len(parents))[:, None] * self.hypotheses()
         rows = (first + parents).reshape(-1)
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
@@ -163,9 +150,8 @@ class Recurrent(nnx.Module):
         decoder:  s_t = cell([E(y_t) ; a_{t-1}], s_{t-1}),  a_t = tanh(W [s_t ; Attention(s_t, m)])
         logits:   a_t Eᵀ
 
-    The decoder begins with tanh(W ←m_0) (Bahdanau et al. 2015, section A.2.2), feeds its
-    attended output back to its input (Luong et al. 2015, section 3.3), and attends by
-    the same multi-head attention as the Transformer.
+    The decoder begins with tanh(W ←m_0) (Bahdanau et al. 2015, section A.2.2), feeds its output
+    back to its input (Luong et al. 2015, section 3.3), and has the Transformer's attention.
 
     Args:
       vocab_size: V of the source.
@@ -177,7 +163,7 @@ class Recurrent(nnx.Module):
       dropout_rate: of embedded tokens and of each layer's output.
       tie_embeddings: whether one table serves source, target and logits.
       backend: of the attention.
-      dtype: of the computation; None: float32.
+      dtype: of the computation.
       rngs: for parameters; with a dropout rate, the stream of calls without `rngs` too.
     """
 
@@ -193,10 +179,9 @@ class Recurrent(nnx.Module):
         dropout_rate: float = 0.0,
         tie_embeddings: bool = True,
         backend: str = "einsum",
-        dtype: Any = None,
+        dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        dtype = dtype or jnp.dtype("float32")
         init = INITIALIZERS["glorot_uniform"]
 
         def embedding(size: int) -> Embed:

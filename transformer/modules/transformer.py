@@ -30,14 +30,13 @@ from transformer.modules.stacks import Decoder, Encoder
 class Cache(NamedTuple):
     """What decoding carries from token to token; passed in and returned, never stored.
 
-    The J hypotheses of a source share it: what hypothesis j computed at position t is the entry
-    t · J + j of `decoded`, and stays there when another continues from it. A step of beam search
-    permutes `own`, one bit an entry; the keys and values never move.
+    Entry t · J + j of `decoded` is what hypothesis j of a source computed at position t, and stays
+    there when another continues from it: beam search permutes `own`, never keys and values.
 
     filled: int32 scalar, how many target positions have been decoded.
     decoded: each layer's self-attention keys and values, with room for the whole target.
-    own: [B, J, entries], which of the entries are a hypothesis' past.
-    memory: each layer's cross-attention keys and values, computed once.
+    own: which of the entries are a hypothesis' past.
+    memory: each layer's cross-attention keys and values.
     source_segments: [B, S] int32.
     """
 
@@ -170,11 +169,9 @@ class Transformer(Moded):
     ) -> Int[Array, "#B T"]:
         """The positions of the tokens that are the `index`-th of their sequences.
 
-        With `random_positions` L above 0, a batch's positions in training are a sorted
-        draw from 0 … L - 1 without replacement; so the model meets positions that
-        longer sequences have (Ruoss et al. 2023, section 3). In evaluation they are
-        evenly spaced, L / `max_length` apart, where the paper draws again: a token's
-        position then depends on no draw, and on no later token.
+        With `random_positions` L, a batch's positions in training are a sorted draw from 0 … L - 1
+        without replacement (Ruoss et al. 2023, section 3). In evaluation they are L / `max_length`
+        apart, where the paper draws again: they depend on no draw and no later token.
         """
         reach = self.config.random_positions
         if not reach:
@@ -218,7 +215,8 @@ class Transformer(Moded):
     ) -> Cache:
         """An empty cache for decoding up to `length` target positions of each hypothesis."""
         heads, entries = self.config.num_kv_heads or self.config.num_heads, length * hypotheses
-        shape, widths = (len(memory), heads, entries), self.config.attention_widths()
+        widths = self.config.attention_width(), self.config.values_width()
+        shape = (len(memory), heads, entries)
         empty = KeyValue(*(jnp.zeros((*shape, width), memory.dtype) for width in widths))
         return Cache(
             filled=jnp.zeros((), jnp.int32),
