@@ -55,7 +55,7 @@ def make_schedule(
 def is_decayed(params: Any) -> Any:
     """Returns name → whether weight decay applies, for a flat dict of parameters."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("bias", "gain")), params
+        lambda path, _: not path[-1].key.endswith(("bias", "scale")), params
     )
 
 
