@@ -92,8 +92,8 @@ wait_for 30 "the node" sh -c 'sinfo --noheader --format=%t | grep -qx idle'
 echo "a SLURM $(sinfo --version | cut -d" " -f2) of one node is up"
 
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 XDG_CACHE_HOME=$work/cache COLUMNS=100
-flags=(--config=configs/toy_reverse.py --config.data.size=tiny --config.model.width=16
-  --config.model.heads=2 --config.model.ff_width=32 --config.model.dropout=0.1
+flags=(--config=configs/toy_reverse.py --config.data.size=tiny --config.model.d_model=16
+  --config.model.num_heads=2 --config.model.d_ff=32 --config.model.dropout_rate=0.1
   --config.optimizer.warmup_steps=5 --config.steps=200
   --config.log_every=20 --config.eval_every=20 --config.save_every=20 --config.decode_margin=2
   --data_dir="$work/data")
@@ -107,8 +107,8 @@ submit() {
 ended() { ! squeue --noheader --job="$1" 2>/dev/null | grep -q .; }
 
 whole=$(submit whole)
-wait_for 300 "the job that is left alone" ended "$whole"
-grep -q "after 200 steps" "$work/whole.out" || fail "the job that was left alone"
+wait_for 300 "the uninterrupted job" ended "$whole"
+grep -q "after 200 steps" "$work/whole.out" || fail "the uninterrupted job"
 grep -q "2 × cpu" "$work/whole.out" || fail "its two tasks did not find each other"
 echo "a job of two tasks has ended: $(grep "^step 200" "$work/whole.out" | tail -n 1)"
 

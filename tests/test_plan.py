@@ -33,7 +33,7 @@ def on_tpu(test):
     return pytest.mark.slow(pytest.mark.skipif(not there, reason=reason)(test))
 
 
-# A chip on which compute takes a step's operations, in seconds, and so on.
+# A chip whose units need as many seconds as a step has operations or bytes.
 UNIT = Chip(1.0, math.inf, 1.0, 1.0, ())
 
 
@@ -66,7 +66,7 @@ def test_memory_by_kind_is_that_of_the_arrays():
     assert toy(ema_decay=0.9).memory["ema_params"] == parameters
 
 
-def test_fsdp_splits_all_but_norms_and_biases_which_are_small():
+def test_fsdp_shards_all_but_the_small_norms_and_biases():
     whole, split = toy(), toy(mesh__data=1, mesh__fsdp=4)
     assert whole.mesh == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
     assert split.mesh == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
@@ -83,7 +83,7 @@ def check_gradients_are_sent_once(plan):
     assert expected < plan.traffic.sent["all-reduce"] < 1.01 * expected
 
 
-def test_devices_send_their_gradients_once_and_one_alone_nothing():
+def test_devices_send_their_gradients_once_and_a_single_device_sends_nothing():
     plan, alone = toy(model__tie_embeddings=False), toy("cpu:1")
     assert set(plan.traffic.sent) == {"all-reduce"}
     check_gradients_are_sent_once(plan)
@@ -94,7 +94,7 @@ def test_devices_send_their_gradients_once_and_one_alone_nothing():
 
 
 def test_the_roofline_is_the_slowest_unit():
-    """With units that do one operation or byte a second; without figures there is none."""
+    """With units of one operation or byte per second; without figures there is no estimate."""
     plan = on(UNIT)
     seconds, memory, sent = plan.seconds(), plan.traffic.memory, plan.traffic.sent["all-reduce"]
     assert seconds == {"compute": plan.flops, "memory": memory, "interconnect": sent}
