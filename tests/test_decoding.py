@@ -161,7 +161,7 @@ def searched_by_definition(log_p_after, width, alpha, length):
 @pytest.mark.parametrize(
     ("alpha", "changes"), [(0.0, {}), (1.0, {}), (4.0, {}), (0.6, {"architecture": "recurrent"})]
 )
-def test_the_search_is_its_definition_and_stops_no_sooner(alpha, changes):
+def test_beam_search_finds_what_its_definition_finds(alpha, changes):
     """A hypothesis that can still become the best is followed, however long it gets."""
     model, _ = tiny_tokens(tie_embeddings=False, **changes)
     width, length, source = 3, 6, (SOURCE[:1], SEGMENTS[:1])
@@ -183,8 +183,8 @@ def test_the_search_is_its_definition_and_stops_no_sooner(alpha, changes):
         np.testing.assert_allclose(found.scores[0], [score for _, score in wanted], rtol=1e-4)
 
 
-def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
-    """Among 6 tokens it often is, and the rest of greedy's output is then the less likely."""
+def test_a_beam_of_one_is_greedy_decoding():
+    """Also where EOS is the second best token, as it often is among 6 tokens."""
     model, _ = tiny_tokens(tie_embeddings=False)
     beam = partial(beam_search, beam_size=1, length_penalty=0.0)
 
@@ -198,7 +198,7 @@ def test_an_end_that_is_only_the_second_best_does_not_end_a_beam_of_one():
 
 
 @each_method
-def test_an_output_is_as_long_as_its_own_source_allows(method):
+def test_an_outputs_length_limit_depends_on_its_own_source(method):
     """With a margin a batch has the outputs of each source alone with that maximal length."""
     model, _ = tiny_tokens(tie_embeddings=False)
     lengths, margin, keys = (3, 2, 4), 2, jax.random.split(jax.random.key(0), 3)
@@ -240,7 +240,7 @@ def drawn(module, source, segments, length, keys, **settings):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.95)]
 )
-def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_k, top_p):
+def test_tokens_are_sampled_with_the_probabilities_of_the_model(temperature, top_k, top_p):
     """The first two tokens of one source, by a χ² test with p = 1e-4, keys being fixed."""
     model, params = tiny_tokens()
     source, segments = (jnp.broadcast_to(each[:1], (len(KEYS), 4)) for each in (SOURCE, SEGMENTS))
@@ -292,7 +292,7 @@ def test_truncated_logits_are_those_of_brute_force(top_k, top_p, rng):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 0.0}], ids=str)
-def test_where_only_the_likeliest_may_be_drawn_it_is_greedy(settings):
+def test_sampling_only_the_most_likely_token_is_greedy_decoding(settings):
     model = small_model(tie_embeddings=False)
     params = random_params(model, 1)
     table = params["output_embedding/embedding"]  # an untrained model's likeliest may be PAD

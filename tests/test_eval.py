@@ -1,4 +1,4 @@
-"""What eval.py says, writes and draws."""
+"""What eval.py prints, writes and draws."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def evaluate(run, *words):
         module.main()
 
 
-def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_path, capsys):
+def test_an_evaluation_needs_only_the_run_folder_and_does_not_change_it(run, tmp_path, capsys):
     """Its files may be gone and its folder read-only; a text that a picture lacks is a line."""
     (run[1] / "pairs.jsonl").rename(run[1] / "moved.jsonl")
     before = files_of(run[0].path)
@@ -74,7 +74,7 @@ def test_an_evaluation_needs_its_run_alone_and_changes_nothing_of_it(run, tmp_pa
     assert "is not drawn" not in said
 
 
-def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, monkeypatch):
+def test_another_file_is_evaluated_and_a_failing_plot_is_reported(run, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
     words = ("--beam_size=2", "--decode_margin=7", "--bleu_tokenizer=none")
     evaluate(run, f"--data={write(run[1] / 'other.jsonl', PAIRS[:1] * 3)}", *words)
@@ -89,7 +89,7 @@ def test_any_file_is_evaluated_and_a_picture_that_fails_is_a_line(run, capsys, m
     assert "no reference has 4 tokens" in said
 
 
-def test_files_are_named_after_what_is_not_the_default(capsys):
+def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
     for name, *words in (
         ("test",),
         ("test_checkpoint=best", "--length_penalty=1.0", "--checkpoint=best"),

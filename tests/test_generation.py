@@ -116,7 +116,7 @@ def log_p(generator: Generator, text: str, output: Output) -> float:
     return float(each[range(len(tokens)), tokens].sum())
 
 
-def test_outputs_are_in_the_order_of_their_texts(run, generator, found):
+def test_outputs_depend_on_neither_batches_nor_devices(run, generator, found):
     """Though those of like length are decoded together, in whatever batches and on all devices."""
     for name in ("greedy", "beam"):
         check_alike([found[name][0]], [found[name][4]])  # of the same text
@@ -162,7 +162,7 @@ def test_a_score_is_the_sum_of_log_probabilities(name, generator, found):
     assert {len(own[-1].tokens) == room(text) for text, own in pairs} == {True, False}  # cut off
 
 
-def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
+def test_samples_are_sorted_and_beam_search_ranks_truncated_outputs_last(generator, found):
     """One that found no end stands behind those that did, even where it is the likelier."""
     for outputs in found["drawn"]:
         scores = [output.score for output in outputs]
@@ -180,7 +180,7 @@ def test_draws_are_sorted_and_a_search_keeps_its_order(generator, found):
     assert generator.generate(["", ""]) == [[Output("", [], 0.0)]] * 2
 
 
-def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator):
+def test_wrong_arguments_and_contradictory_settings_are_user_errors(generator):
     for text, message, options in (
         ("abCd", "'C' in 'abCd' is not one of the tokenizer's symbols", {}),
         ("a" * REACH, r"texts\[1\]: 21 tokens, .* the model's 20 positions; shorten or", {}),
@@ -211,7 +211,7 @@ def test_what_cannot_be_asked_of_it_and_settings_at_odds_are_explained(generator
             DecodingConfig(**settings)
 
 
-def test_alignments_are_the_cross_attention_on_what_is_no_padding(generator, found):
+def test_alignments_are_the_cross_attention_of_real_tokens(generator, found):
     text, (output,) = TEXTS[0], found["greedy"][0]
     whole = Output("a" * REACH, [3] * REACH, 0.0)  # has no room for an end
     first, second = generator.align([text, "q"], [output, whole])
@@ -281,7 +281,7 @@ def test_predict_writes_a_line_for_each_line(predict, generator, found, tmp_path
         assert float(score) == pytest.approx(output.score, abs=2e-4)
 
 
-def test_predict_has_a_limit_of_choice_and_counts_the_outputs_that_reach_it(predict, found):
+def test_predict_limits_outputs_by_decode_margin_and_counts_the_truncated(predict, found):
     out, errors = predict("\n".join(TEXTS).encode(), "--decode_margin=0")
     tokens = [
         own[0].tokens[: len(x) + 1 if x else 0]
@@ -295,7 +295,7 @@ def test_predict_has_a_limit_of_choice_and_counts_the_outputs_that_reach_it(pred
     assert errors == f"{limit}: {len(cut)} (lines {lines})\n"
 
 
-def test_predict_refuses_in_one_line(predict):
+def test_predict_reports_user_errors_in_one_line(predict):
     for cause, *flags in (
         ("/nowhere/looked.jsonl: No such file", "--alignments=/nowhere/looked.jsonl"),
         ("sampling and beam search exclude each other", "--temperature=1", "--beam_size=2"),
@@ -310,7 +310,7 @@ def test_predict_refuses_in_one_line(predict):
 BAD = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
 
 
-def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, found, monkeypatch):
+def test_a_line_that_cannot_be_processed_does_not_stop_the_others(predict, generator, found, monkeypatch):
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
     reasons = [
         "2: 'H' in ",
@@ -346,7 +346,7 @@ def test_a_line_that_cannot_be_processed_stops_no_other(predict, generator, foun
         generator.generate(TEXTS)
 
 
-def test_a_file_gives_the_same_by_the_program_and_in_python(predict, generator, tmp_path):
+def test_predict_and_generate_clean_texts_alike(predict, generator, tmp_path):
     """Clean texts, those of training, give it too."""
     file = tmp_path / "in.txt"
     file.write_bytes(b"\xef\xbb\xbfabcde\r\n  q\t\r\n\r\n fedcba")
@@ -382,7 +382,7 @@ def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(
 
 
 @pytest.mark.slow
-def test_predict_counts_what_is_no_utf_8_and_ends_quietly_when_nobody_reads_on(tmp_path):
+def test_predict_counts_invalid_utf_8_and_ends_quietly_with_its_reader(tmp_path):
     """And writes UTF-8 whatever the terminal is said to take."""
     run = make_run(tmp_path / "bytes", tokenizer=ByteTokenizer())
     for given, more, lines, errors in (

@@ -70,14 +70,12 @@ class Alignment(NamedTuple):
 class Generator:
     """A trained model for texts; `transformer.load(workdir)` returns one.
 
-    A program is compiled when a batch size and padded length are first used.
+    It compiles a program when a batch size and padded length are first used.
 
     Args:
-      model: the model.
-      variables: its variables, on the devices of `mesh`.
+      model, variables: the model, its variables on the devices of `mesh`.
       tokenizers: of the sources and the targets.
-      decode_margin: tokens that an output may be longer than its source, unless the decoding
-        config says otherwise.
+      decode_margin: tokens that an output may be longer than its source by default.
       mesh: the devices, over which batches are sharded; None: all.
     """
 
@@ -142,17 +140,15 @@ class Generator:
         batch_size: int = 128,
         offset: int = 0,
     ) -> list[list[Output]]:
-        """The best outputs of each text, best first; empty outputs of an empty text.
-
-        Warns of symbols that are not in the tokenizer's vocabulary.
+        """The outputs of each text, best first; empty outputs of an empty text.
 
         Args:
-          texts: in any order; texts of similar length are decoded together. With `Prepared` texts
-            there are no warnings, and a text that does not fit in memory is added to `refused`.
+          texts: if `Prepared`, a text that does not fit in memory is added to `refused`; else it
+            is an error, and symbols that are not in the vocabulary are a warning.
           decoding: the decoding method and its settings.
           n_best: outputs per text: the best of beam search, or so many samples.
           batch_size: texts decoded at once; the outputs do not depend on it.
-          offset: index of the first text, if these are some of many; a sample depends on it.
+          offset: index of the first text among all; samples depend on a text's index.
 
         Raises:
           UserError: a text is refused (`prepare`) or does not fit in memory.

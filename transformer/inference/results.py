@@ -43,7 +43,7 @@ def by_source_length(
 ) -> list[dict[str, Any]]:
     """The metrics for each source length (without EOS), and how many sequences have it.
 
-    If there are more than `BUCKETS` lengths, adjacent ones form a bucket named by the longest.
+    Of more than `BUCKETS` lengths, adjacent ones share a row under the longest.
     """
     lengths = (source != PAD).sum(1) - 1
     group = next(group for group in GROUPS if lengths.max() <= BUCKETS * group)

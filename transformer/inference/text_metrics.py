@@ -37,10 +37,9 @@ class Texts(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A percentage with a 95% interval over the examples.
+    """A percentage with a 95% interval over the examples: Wilson's of a proportion, else bootstrap.
 
-    low, high: Wilson's interval of a proportion, the percentile bootstrap of the others.
-    signature: of sacrebleu's metrics, with which others can compute the same value; else empty.
+    signature: sacrebleu's, with which others can compute the same value; else empty.
     warning: why the value may mislead; else empty.
     """
 
@@ -59,11 +58,7 @@ class TextMetric(NamedTuple):
 
 
 def bleu(texts: Texts) -> Score:
-    """Papineni et al. 2002, by sacrebleu (Post 2018).
-
-    Raises:
-      UserError: the tokenizer needs a package or a download that is missing.
-    """
+    """BLEU (Papineni et al. 2002) by sacrebleu; a UserError if its tokenizer is not available."""
     with needs("text"):
         from sacrebleu.metrics import BLEU
     tokenizer = texts.bleu_tokenizer
@@ -75,10 +70,8 @@ def bleu(texts: Texts) -> Score:
 
     score = metric.corpus_score([*texts.outputs], by_position(texts.references))
     signature = str(metric.get_signature())
-    single = [
-        metric.corpus_score([output], [[reference] for reference in own])
-        for output, own in zip(texts.outputs, texts.references, strict=True)
-    ]
+    pairs = zip(texts.outputs, texts.references, strict=True)
+    single = [metric.corpus_score([output], [[x] for x in own]) for output, own in pairs]
     counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
 
     def resampled(index: np.ndarray) -> float:
@@ -93,18 +86,17 @@ def bleu(texts: Texts) -> Score:
 
 def bleu_warning(texts: Texts, metric: Any) -> str:
     """Why BLEU with this tokenizer says little about these references; empty if it does not."""
-    references = [reference for own in texts.references for reference in own]
+    references, tokenizer = [text for own in texts.references for text in own], texts.bleu_tokenizer
     unspaced = sum(bool(UNSPACED.search(text)) for text in references)
-    if texts.bleu_tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(references):
-        return (
-            "the references have no spaces between words, which "
-            f"bleu_tokenizer={texts.bleu_tokenizer} needs; set it to zh, ja-mecab or char"
-        )
     order = metric.max_ngram_order
+    if tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(references):
+        cause = (
+            f"the references have no spaces between words, which bleu_tokenizer={tokenizer} needs"
+        )
+        return f"{cause}; set it to zh, ja-mecab or char"
     if all(len(metric.tokenizer(text).split()) < order for text in references):
         return (
-            f"no reference has {order} tokens, so BLEU is 0 for any output; "
-            "use exact_match or chrf instead"
+            f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
         )
     return ""
 
