@@ -310,7 +310,7 @@ def test_predict_reports_user_errors_in_one_line(predict):
 BAD = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
 
 
-def test_a_line_that_cannot_be_processed_does_not_stop_the_others(predict, generator, found, monkeypatch):
+def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monkeypatch):
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
     reasons = [
         "2: 'H' in ",

@@ -11,7 +11,7 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference.decoding import Hypotheses
 from transformer.inference.evaluation import Totals, exact_match
-from transformer.metrics import finalize
+from transformer.metrics import PRINTED, finalize
 
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # source lengths, or groups of them, that are told apart
@@ -35,7 +35,8 @@ def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> d
 
 def metrics_of(totals: Totals, exact: Bool[np.ndarray, "examples"]) -> dict[str, float]:
     """The metrics of some examples; see `summarize`."""
-    return finalize(totals) | {"sequence_accuracy": float(exact.mean())}
+    values = finalize(totals) | {"sequence_accuracy": float(exact.mean())}
+    return {name: values[name] for name in PRINTED}
 
 
 def by_source_length(

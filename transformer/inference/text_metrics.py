@@ -95,9 +95,7 @@ def bleu_warning(texts: Texts, metric: Any) -> str:
         )
         return f"{cause}; set it to zh, ja-mecab or char"
     if all(len(metric.tokenizer(text).split()) < order for text in references):
-        return (
-            f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
-        )
+        return f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
     return ""
 
 
