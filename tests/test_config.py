@@ -38,6 +38,8 @@ RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adam
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
 
+UNTIED = {"model.tie_embeddings": False}
+
 # A run of seconds that the knobs are changed in.
 SMALL = {
     **of("", steps=8, batch_size=16, log_every=4, eval_every=4, save_every=4),
@@ -52,34 +54,20 @@ OTHER = {
     **of("", debug_nans=True, best_metric="loss", log_every=2, eval_every=2, save_every=2),
     **of("", keep_checkpoints=2, label_smoothing=0.1, ema_decay=0.9, decode_margin=4),
     **of("data.", dataset="files", source="target", target="source", tokenizer="bytes"),
-    **of(
-        "data.", target_tokenizer="words", vocab_size=300, max_length=4, num_workers=2, task="copy"
-    ),
+    **of("data.", target_tokenizer="words", vocab_size=300, max_length=4, num_workers=2),
     **of("data.", size="small", train="train[:50%]", validation="test", test="validation"),
-    **of("data.", pack_length=32, metrics=("bleu",), bleu_tokenizer="char"),
+    **of("data.", pack_length=32, metrics=("bleu",), bleu_tokenizer="char", task="copy"),
     **of("per_replica.", seed=(5, 6), learning_rate=(1e-3, 2e-3), warmup_steps=(1, 4)),
     **of("per_replica.", weight_decay=(0.1, 0.2), label_smoothing=(0.1, 0.2)),
     **of("per_replica.", dropout_rate=(0.1, 0.2), attention_dropout_rate=(0.1, 0.2)),
     **of("model.", architecture="recurrent", num_layers=2, d_model=32, num_heads=4, d_k=4),
     **of("model.", d_v=4, num_kv_heads=1, d_ff=64, feed_forward="gelu", cell="gru"),
     **of("model.", kernel_init="normal", dropout_rate=0.1, attention_dropout_rate=0.1, norm="rms"),
-    **of(
-        "model.",
-        norm_placement="post",
-        norm_epsilon=1e-2,
-        position_encoding="learned",
-        max_length=16,
-    ),
-    **of("model.", random_positions=64, window=2, tie_embeddings=False, attention_bias=True),
-    **of(
-        "model.",
-        normalize_qk=True,
-        qk_norm_epsilon=1e-2,
-        fused_qkv=True,
-        attention_backend="xla",
-        scan_layers=True,
-    ),
-    **of("model.", remat="full", dtype="bfloat16", separate_vocabularies=False),
+    **of("model.", norm_placement="post", norm_epsilon=1e-2, position_encoding="learned"),
+    **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings=False),
+    **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2, fused_qkv=True),
+    **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
+    **of("model.", separate_vocabularies=False),
     **{"plugins": ("tests.helpers",)},
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
     **of("optimizer.", beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=0.1),
@@ -88,15 +76,12 @@ OTHER = {
 BESIDES = {
     **{knob: TWO for knob in OTHER if knob.startswith("per_replica.")},
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
-    **of("data.", target_tokenizer={"model.tie_embeddings": False}),
+    **of("data.", target_tokenizer=UNTIED),
     **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),
     "model.qk_norm_epsilon": {"model.normalize_qk": True},
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
-    "model.separate_vocabularies": {
-        "data.target_tokenizer": "words",
-        "model.tie_embeddings": False,
-    },
+    "model.separate_vocabularies": of("data.", target_tokenizer="words") | UNTIED,
     **{"mesh.replica": {"replicas": 2}, "per_replica.weight_decay": TWO | ADAMW},
 }
 # adamw with a weight decay is compared with adamw without one, not with adam; files are no split
@@ -330,74 +315,49 @@ def test_every_config_takes_a_step_at_reduced_size(name):
 MISTAKES = r"""
 model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none &
   model.d_model=15: each direction
-model.architecture=recurrent &
-  data.pack_length=64: model.architecture=recurrent reads one example a row
 model.position_encoding=none &
   model.random_positions=512: .*need a model.position_encoding other than none
-model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer
-model.dropout_rate=1.0
-model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype
-optimizer.beta2=1.0
-model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
-model.d_k=0
-model.norm_placement=pos: choose one of pre, post, both .*mean post\?\)
-decode_margin=-1
-model.num_heads=3 does not divide model.d_model=16.*or set model.d_k
-model.attention_dropout_rate=1.0
-model.attention_backend=flash: choose one of auto, einsum, xla
-replicas=0: it must be at least 1
-model.architecture=rnn: choose one of transformer, recurrent
-ema_decay=1.0: it must be at least 0 and below 1
-optimizer.learning_rate=inf: it must be at most 3.40282e\+38
-model.num_heads=3 & model.d_model=15 is odd
-model.random_positions=64: .*at least model.max_length=512
-optimizer.name=adm: .*did you mean adam
-model.attention_backend=xla & model.d_v=4 .*einsum
-model.cell=lstn: .*did you mean lstm\?
-model.position_encoding=rotary & model.d_k=3 is odd: rotary
-accumulation_steps=3 does not divide batch_size=
-data.task=revrse: choose one of .*did you mean reverse\?
-model.kernel_init=glorot: .*did you mean glorot_
-model.norm=batch & accumulation_steps=2: model.norm=batch needs
-data.size=big: choose one of tiny, small
-max_skipped_steps=2147483648: .* at most 2,147,483,646
-label_smoothing=1.0: it must be at least 0 and below 1
-model.dtype=float16: choose one of float32, bfloat16
-optimizer.warmup_steps=8 is not below steps=8
-optimizer.learning_rate=-1.0: it must be at least 0
-model.num_kv_heads=3 does not divide model.num_heads=2
-model.num_layers=1000000000: it must be at most 1,000
-model.remat=half: choose one of none, dots, full
+model.architecture=recurrent &
+  data.pack_length=64: model.architecture=recurrent reads one example a row
+model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
+model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops | optimizer.beta2=1.0
+model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype | model.dropout_rate=1.0
+model.norm_placement=pos: choose one of pre, post, both .*mean post\?\) | model.num_layers=0
+model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
+model.norm=batch & accumulation_steps=2: model.norm=batch needs | replicas=0: it must be at least 1
+model.attention_backend=flash: choose one of auto, einsum, xla | model.attention_dropout_rate=1.0
+model.architecture=rnn: choose one of transformer, recurrent | steps=0: it must be at least 1
+optimizer.learning_rate=inf: it must be at most 3.40282e\+38 | seed=-1: it must be at least 0
+model.position_encoding=rotary & model.d_k=3 is odd: rotary | model.cell=lstn: .*did you mean lstm\?
+model.random_positions=64: .*at least model.max_length=512 | optimizer.name=adm: .*did you mean adam
+model.norm_epsilon=1e-60: it must be at least 1.17549e-38 | data.size=big: choose one of tiny, small
+optimizer.epsilon=1e-300: it must be at least 1.17549e-38 | model.window=0: it must be at least 1$
+data.task=revrse: choose one of .*did you mean reverse\? | decode_margin=-1
 model.position_encoding=learnt: .*did you mean learned\?
-model.feed_forward=relux: .*did you mean relu\?
-optimizer.schedule=cos: .*did you mean cosine\?
-model.norm=rmsnorm: choose one of layer, rms
-model.norm_epsilon=1e-60: it must be at least 1.17549e-38
-optimizer.epsilon=1e-300: it must be at least 1.17549e-38
-steps=1000000000 .* passes 2\*\*32 examples
-data.pack_length=1099511627776: it must be at most
-model.window=0: it must be at least 1$
-steps=0: it must be at least 1
-model.num_layers=0
-seed=-1: it must be at least 0
-optimizer.learning_rate=nan
+max_skipped_steps=2147483648: .* at most 2,147,483,646 | model.num_heads=3 & model.d_model=15 is odd
+label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* passes 2\*\*32 examples
+model.num_kv_heads=3 does not divide model.num_heads=2
+model.num_layers=1000000000: it must be at most 1,000 | model.norm=rmsnorm: choose one of layer, rms
+model.dtype=float16: choose one of float32, bfloat16 | optimizer.warmup_steps=8 is not below steps=8
+optimizer.learning_rate=-1.0: it must be at least 0
+model.attention_backend=xla & model.d_v=4 .*einsum | model.feed_forward=relux: .*did you mean relu\?
+data.pack_length=1099511627776: it must be at most | optimizer.schedule=cos: .*did you mean cosine\?
+ema_decay=1.0: it must be at least 0 and below 1 | accumulation_steps=3 does not divide batch_size=
+model.kernel_init=glorot: .*did you mean glorot_ | model.remat=half: choose one of none, dots, full
 """
 
 
 def mistakes():
     knobs = flat_knobs(config_of({}))
-    for each in MISTAKES.strip().replace("&\n ", "&").split("\n"):
+    for each in MISTAKES.strip().replace("&\n ", "&").replace("\n", " | ").split(" | "):
         pairs = [re.match(r"([\w.]+)=([^:\s]+)", part).groups() for part in each.split(" & ")]
         read = {knob: {str: str, float: float}.get(type(knobs[knob]), int) for knob, _ in pairs}
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
 ONLY_DATA = r"model.architecture=recurrent is sharded over the batch alone; set all"
-RATES, SEEDS, WHOLE = (
-    "per_replica.dropout_rate",
-    "per_replica.seed",
-    r"takes a whole number for each",
-)
+RATES, SEEDS = "per_replica.dropout_rate", "per_replica.seed"
+WHOLE = r"takes a whole number for each"
 
 
 @pytest.mark.parametrize(
