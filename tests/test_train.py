@@ -1,5 +1,6 @@
 """`Run.train` in this process: what it logs and saves, and how it goes on."""
 
+import itertools
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from transformer.run import Run
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
+from transformer.training.optimizer import OptimizerConfig
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
 KNOBS = {
@@ -198,7 +200,11 @@ def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
         (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; mend"),
         (MemoryError("x"), 2, "error: this machine's memory is full"),
         (Interrupted("stopped"), 75, "stopped\n"),  # EX_TEMPFAIL: a scheduler starts it again
-        (KeyboardInterrupt(), 130, "interrupted; training goes on from its last checkpoint"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; the same command resumes from",
+        ),
     ],
 )
 def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys):
@@ -209,3 +215,14 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
         cli.explained(fail)
     assert end.value.code == status
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_dispatches_end_wherever_something_is_due(most):
+    every = {"log_every": 4, "eval_every": 6, "save_every": 10}
+    cfg, stops = RunConfig(steps=25, optimizer=OptimizerConfig(warmup_steps=2), **every), [0]
+    while stops[-1] < 25:
+        stops.append(loop.next_stop(cfg, stops[-1], most))
+    due = {step for each in every.values() for step in range(each, 26, each)}
+    assert due | {25} <= set(stops)
+    assert all(0 < b - a <= most for a, b in itertools.pairwise(stops))
