@@ -147,7 +147,7 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):
     shutil.rmtree(workdir.checkpoints / "50")
     average(workdir, into, 1)  # of the newest alone
     before = files_of(into.path)
-    refused("mean is there already; choose another --into, or delete it", last=1)
+    refused("mean already exists; choose another --into, or delete it", last=1)
     for allow_changes in (False, True):  # and no training goes on in it
         with pytest.raises(UserError, match=r"mean holds an average of checkpoints.*another --wor"):
             into.claim(workdir.read_config(), allow_changes=allow_changes)

@@ -195,9 +195,9 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     [
         (
             "--config.model.nrm=rms",
-            r"--config.model.nrm: there is no such knob \(did you mean model.norm\?\)",
+            r"--config.model.nrm: unknown option \(did you mean model.norm\?\)",
         ),
-        ("--config.modl.norm=rms", r"there is no such knob \(did you mean model.norm\?\)"),
+        ("--config.modl.norm=rms", r"unknown option \(did you mean model.norm\?\)"),
         ("--config.steps=many", r"--config.steps=many: it takes a whole number"),
         ("--config.steps=1e3", r"--config.steps=1e3: it takes a whole number"),
         ("--config.optimizer.learning_rate=fast", r"it takes a number"),
@@ -236,7 +236,7 @@ def test_the_programs_themselves_say_no_more_than_a_line(tmp_path, data_dir):
     toy = ("train.py", "--config=configs/toy_reverse.py", f"--workdir={tmp_path}")
     tiny = ("train.py", *TINY, f"--data_dir={data_dir}", f"--workdir={tmp_path}")
     for message, words, environment in (
-        ("--config.model.nrm: there is no such knob", (*toy, "--config.model.nrm=rms"), {}),
+        ("--config.model.nrm: unknown option", (*toy, "--config.model.nrm=rms"), {}),
         ("README.md/run.*Not a directory", (*tiny, "--workdir=README.md/run"), {}),
         ("cannot prepare toy_strings/.*--data_dir", (*toy, "--data_dir=README.md"), {}),
         ("--config is missing", ("train.py",), {}),

@@ -179,7 +179,7 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
     state = run(folder, data_dir, allow_changes=True, steps=16, optimizer__beta1=0.8)
     assert state.taken() == 16
     said = " ".join(capsys.readouterr().out.split())
-    assert "the learning rate jumps after 14 updates, from 0 to 0.000286, for the config" in said
+    assert "the learning rate jumps after 14 updates, from 0 to 0.000286, since the config" in said
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
 
 
@@ -197,7 +197,7 @@ def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
     ("error", "status", "said"),
     [
         (UserError("no"), 2, "error: no\n"),
-        (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; mend"),
+        (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; fix"),
         (MemoryError("x"), 2, "error: this machine's memory is full"),
         (Interrupted("stopped"), 75, "stopped\n"),  # EX_TEMPFAIL: a scheduler starts it again
         (

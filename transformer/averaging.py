@@ -1,4 +1,4 @@
-"""The mean of a run's last checkpoints, as a run of its own.
+"""Averages the last checkpoints of a run.
 
 Vaswani et al. 2017, section 6.1: the base model is the mean of its last 5 checkpoints, the big one
 of its last 20.
@@ -31,12 +31,12 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
       last: how many checkpoints.
 
     Raises:
-      UserError: there are not so many consecutive checkpoints, one is damaged, the folder holds no
+      UserError: there are fewer consecutive checkpoints, one is damaged, the folder holds no
         run, or the new folder exists.
     """
     within("last", last, 1, 2**31 - 1)
     if into.path.exists():
-        raise UserError(f"{into.path} is there already; choose another --into, or delete it")
+        raise UserError(f"{into.path} already exists; choose another --into, or delete it")
     if workdir.path.resolve() in into.path.resolve().parents:
         raise UserError(
             f"{into.path} would be inside of {workdir.path}, which is only read; "
@@ -77,7 +77,7 @@ def consecutive(steps: Sequence[int], every: int) -> list[int]:
 
 
 def mean(states: Iterable[TrainState]) -> TrainState:
-    """Returns the last of some states of one run, with the mean of what a model is evaluated with.
+    """Returns the last state of a run with the averages over several states.
 
     Parameters, their moving averages and batch statistics are averaged in float64 and rounded to
     float32 once: the mean of equal arrays is bit-identical to them. Each replica has its own mean.

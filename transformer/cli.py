@@ -1,4 +1,4 @@
-"""What the command lines share: flags, JAX's configuration, and errors that end in one line."""
+"""Shared by the programs: flags, JAX's configuration, and one-line error messages."""
 
 import functools
 import logging
@@ -83,14 +83,14 @@ def silence_failed_saves() -> None:
 
 
 def explained(function: Callable, *args) -> Any:
-    """Calls `function`; an error that the user can mend becomes one line and status 2."""
+    """Calls `function`; turns errors that the user can fix into one line and status 2."""
     try:
         return function(*args)
     except UserError as error:
         message = str(error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}; mend that, or choose another place"
+        message = f"{where}{error.strerror or error}; fix this, or choose another path"
     except MemoryError as error:
         message = f"this machine's memory is full ({error}); {OUT_OF_MEMORY}"
     except jax.errors.JaxRuntimeError as error:
@@ -200,31 +200,31 @@ def define_plugins_flag() -> None:
 def define_host_flags() -> None:
     """Defines the flags of a program that may run as several processes; see `hosts.join`."""
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, of several; or auto: JAX finds them."
+        "coordinator", None, "HOST:PORT of process 0; auto: JAX detects the processes."
     )
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Index of this process, from 0.", lower_bound=0)
 
 
 def define_decoding_flags() -> None:
-    """Defines the flags that say how outputs are looked for; see `decoding`."""
-    flags.DEFINE_integer("beam_size", 1, "Hypotheses; 1: greedy decoding.")
+    """Defines the flags of decoding; see `decoding`."""
+    flags.DEFINE_integer("beam_size", 1, "Beam size; 1: greedy decoding.")
     flags.DEFINE_float(
-        "length_penalty", 0.6, "Of beam search; 0: none, more favours longer outputs."
+        "length_penalty", 0.6, "Of beam search; 0: none, larger values favour longer outputs."
     )
-    flags.DEFINE_float("temperature", 0.0, "Draws outputs, the more freely the higher; 0: no.")
-    flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest tokens; 0: all.")
-    flags.DEFINE_float("top_p", 1.0, "Draws among the likeliest with this share of it; 1: all.")
-    flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: no sampling.")
+    flags.DEFINE_integer("top_k", 0, "Samples among the k most likely tokens; 0: all.")
+    flags.DEFINE_float("top_p", 1.0, "Samples among the likeliest of total probability p; 1: all.")
+    flags.DEFINE_integer("seed", 0, "Of sampling.")
     flags.DEFINE_integer(
         "decode_margin",
         None,
-        "Tokens that an output may have more than its source; default the run's.",
+        "Tokens by which an output may exceed its source; default the run's.",
     )
 
 
 def decoding() -> DecodingConfig:
-    """What the flags of `define_decoding_flags` say."""
+    """Returns the settings of the flags of `define_decoding_flags`."""
     given = flags.FLAGS
     settings: dict[str, Any] = {
         each.name: given[each.name].value for each in fields(DecodingConfig)
@@ -256,7 +256,8 @@ def join_hosts(*, interruptible: bool = False) -> None:
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():
         find_devices()
-        # Now, while all have just started: over Gloo (CPUs) a first meeting fails after 30 s.
+        # Now, while all have just started: with Gloo (CPUs) a first collective times out after 30
+        # s.
         multihost_utils.sync_global_devices("start")
         console.quiet = not hosts.first()
 
@@ -317,7 +318,7 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
         if name in config and isinstance(config[name], ConfigDict):
             return f"--config.{name} is a section; set one of its knobs: --config.{name}.NAME=value"
         if name not in knobs:
-            return f"--config.{name}: there is no such knob{nearest(name, knobs)}"
+            return f"--config.{name}: unknown option{nearest(name, knobs)}"
     kinds = {bool: "true or false", int: "a whole number", float: "a number"}
     kinds[tuple] = "a tuple such as (1,2)"
     for name, value in overrides:

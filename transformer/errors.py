@@ -1,4 +1,4 @@
-"""`UserError`, the exception for what a user can mend, and helpers that raise it."""
+"""`UserError`, the exception for errors that the user can fix, and helpers that raise it."""
 
 import contextlib
 import difflib

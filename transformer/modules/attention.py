@@ -41,8 +41,8 @@ class KeyValue(NamedTuple):
 
     K is the number of heads, or fewer where groups of heads share keys and values. H is the
     width of keys, E that of values, the paper's d_k and d_v. Heads come before positions, so
-    that a step of decoding reads each head's cache contiguously; the other way round, copying
-    it was half of the step.
+    that a decoding step reads the cache of each head contiguously; in the other order, copying it
+    took half of the step.
     """
 
     key: Float[Array, "B K S H"]
@@ -51,8 +51,8 @@ class KeyValue(NamedTuple):
     def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
         """This cache with `new`'s positions written from position `index` on.
 
-        The caller keeps index + T ≤ S (`Transformer.decode_step` returns NaN past the end; a
-        silent overwrite of the last position would go unseen).
+        The caller ensures index + T ≤ S: past the end JAX would silently overwrite the last
+        positions, so `Transformer.decode_step` returns NaN there.
         """
         update = jax.lax.dynamic_update_slice_in_dim
         return KeyValue(
@@ -64,11 +64,10 @@ class KeyValue(NamedTuple):
 class MultiHeadAttention(Moded):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
-    The arguments, the call and the parameters are those of `nnx.MultiHeadAttention`, with two
-    differences: a query that may attend to nothing gets zeros where Flax gives the mean of the
-    values, and dropout draws for each head and example, as in the paper, where Flax shares one
-    mask. A decoder's cache and an encoder's memory, projected once, are attended to by `attend`.
-    (Section 3.2.2.)
+    Arguments, call and parameters are those of `nnx.MultiHeadAttention`, with two differences. A
+    query that may attend to no key gets zeros; Flax returns the mean of the values. Dropout masks
+    differ between heads and examples, as in the paper; Flax shares one by default. `attend` takes
+    projected keys and values, such as a decoder's cache or an encoder's memory. (Section 3.2.2.)
 
     Args:
       num_heads: N, of the queries.
@@ -77,19 +76,19 @@ class MultiHeadAttention(Moded):
       out_features: of the output; None: in_features.
       num_kv_heads: K, of keys and values, a divisor of N, each shared by N/K heads (Ainslie et
         al. 2023), 1 being multi-query attention (Shazeer 2019); None: N.
-      use_bias: whether the four projections add one.
+      use_bias: whether the four projections have a bias.
       normalize_qk: whether queries and keys are normalised over H (Henry et al. 2020, Dehghani
         et al. 2023).
-      dtype: of the computation; None: that which inputs and parameters promote to.
+      dtype: of the computation; None: promoted from inputs and parameters.
       param_dtype: of the parameters.
       kernel_init: of the four matrices.
       bias_init: of their biases.
       dropout_rate: of the attention weights.
-      deterministic: whether no weights are dropped; the call or `train()` and `eval()` may say it.
-      rngs: for the parameters; with a dropout rate, the stream of calls without `rngs` too.
+      deterministic: turns dropout off; the call, `train()` and `eval()` override it.
+      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
       value_features: N · E, of values; None: qkv_features.
-      qk_norm: makes the norm of `normalize_qk`, called as `LayerNorm` is; Flax has its LayerNorm
-        without a bias.
+      qk_norm: constructor of the norms of `normalize_qk`, with the arguments of `LayerNorm`; by
+        default, as in Flax, a LayerNorm without bias.
       fused_qkv: whether the projections of one sequence are computed as one product.
       backend: one of `ATTENTION_BACKENDS`.
 
@@ -195,7 +194,7 @@ class MultiHeadAttention(Moded):
           mask: broadcastable to [..., N, T, S], True = may attend; or a `masking.Mask`.
           deterministic: overrides the module's attribute.
           rngs: keys for dropout; its stream `attention`, or else `dropout`.
-          is_causal: whether query t may attend to the keys up to t alone, beside `mask`.
+          is_causal: whether query t may attend only to the keys up to t, in addition to `mask`.
           bias: broadcastable to [..., N, T, S], added to the scores.
           rotate: applied to projected queries and keys [B, T, N, H], see `positions.Rotary`.
         """
@@ -252,8 +251,8 @@ class MultiHeadAttention(Moded):
     def products(self, x: Float[Array, "B T D"], *linears: Linear) -> Sequence[Array]:
         """`linear(x)` of each; fused, as one product with their matrices side by side.
 
-        A single position, such as of a step of decoding, is not fused: that would concatenate
-        the matrices at each token.
+        A single position, as in a decoding step, is not fused: that would stack the matrices
+        for each token.
         """
         alike = len({linear.kernel.shape for linear in linears}) == 1
         if not (self.fused_qkv and alike) or x.shape[1] == 1:
@@ -282,8 +281,8 @@ class MultiHeadAttention(Moded):
     ) -> KeyValue:
         """Projected keys and values, the keys normalised and rotated if so configured.
 
-        Each is computed on the device of its position, then gathered over the mesh axis `context`,
-        for every query attends to all of them.
+        Each position is computed on its own device, then gathered over the mesh axis `context`,
+        since each query attends to all keys.
         """
         split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
         key = key if self.key_ln is None else self.key_ln(key)
@@ -301,7 +300,7 @@ class MultiHeadAttention(Moded):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "B T out"]:
-        """The output for projected queries, keys and values; the latter may be a cache.
+        """Returns the output for projected queries, and for keys and values that may be a cache.
 
         With the attribute `sow_weights` it also sows the weights [B, N, T, S], before dropout, as
         `nnx.Intermediate` of the name `attention_weights`; `nnx.capture` collects them.
@@ -319,7 +318,7 @@ class MultiHeadAttention(Moded):
 
 
 def four_axes(x: Array | None, batch: tuple[int, ...]) -> Array | None:
-    """A mask or bias broadcastable to [*batch, N, T, S] as one of four axes, the batch's as one."""
+    """Reshapes a mask or bias broadcastable to [*batch, N, T, S] to four axes."""
     if x is None or (x.ndim == 4 and len(batch) == 1):
         return x
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)

@@ -35,7 +35,7 @@ class ModelConfig:
     """The architecture.
 
     Raises:
-      UserError: a name is unknown, or the numbers contradict each other.
+      UserError: an option is invalid or contradicts another.
     """
 
     architecture: Annotated[str, Choice(ARCHITECTURES)] = "transformer"  # or recurrent
@@ -99,7 +99,7 @@ class ModelConfig:
             (
                 "attention_backend",
                 self.attention_backend not in BFLOAT16_BACKENDS or self.dtype == "bfloat16",
-                " computes in bfloat16 alone; set model.dtype=bfloat16, or choose another",
+                " computes only in bfloat16; set model.dtype=bfloat16, or choose another",
             ),
             (
                 "d_v",

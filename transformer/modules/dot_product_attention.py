@@ -1,10 +1,10 @@
 """Scaled dot-product attention, softmax(Q Kᵀ / √H) V, and the backends that compute it.
 
-`einsum_attention` is the equation as it reads; the others give the same numbers, in less memory
-or on one kind of device. B is the batch, N the heads of the queries, K those of keys and values
-(N, or a divisor of it), T and S the numbers of queries and keys, H and E the widths of a head's
-keys and values, the paper's d_k and d_v. A mask is True where a query may attend to a key; a bias
-is added to the scores. (Vaswani et al. 2017, section 3.2.1.)
+`einsum_attention` is the reference; the other backends compute the same function with less memory
+or on specific devices. B is the batch, N the heads of the queries, K those of keys and values (N,
+or a divisor of it), T and S the numbers of queries and keys, H and E the widths of a head's keys
+and values, the paper's d_k and d_v. A mask is True where a query may attend to a key; a bias is
+added to the scores. (Vaswani et al. 2017, section 3.2.1.)
 """
 
 import math
@@ -29,12 +29,12 @@ Bias = Float[Array, "#B #N #T S"] | None
 Output = Float[Array, "B N T E"]
 
 CHUNK = 256  # queries at a time
-LONG = 2048  # tokens from which weights take more memory than anything else
-LANES = 128  # of a TPU's vector unit: what the lengths of a kernel are multiples of
+LONG = 2048  # length from which the weights dominate memory
+LANES = 128  # of a TPU's vector unit; lengths are padded to multiples
 
 
 def share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
-    """Keys or values for each of N heads, N/K neighbours sharing one of K."""
+    """Repeats keys or values for N heads; N/K neighbouring heads share one."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
@@ -57,7 +57,7 @@ def masked_softmax(
 def attention_weights(
     query: Query, key: Key, mask: Bool[Array, "#B #N #T S"] | None = None, bias: Bias = None
 ) -> Float[Array, "B N T S"]:
-    """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 whatever the inputs' dtype."""
+    """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 for any input dtype."""
     key = share(key, query.shape[1])
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
@@ -74,10 +74,10 @@ def einsum_attention(
     bias: Bias = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Output:
-    """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V, as the equation reads.
+    """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V.
 
-    The reference that every other backend is tested against, and the one that has the
-    weights at hand, for `drop` to be applied to. (Equation 1.)
+    The reference that the other backends are tested against. It materialises the weights, to which
+    `drop` is applied. (Equation 1.)
     """
     weights = drop(attention_weights(query, key, as_array(mask), bias))
     value = share(value, query.shape[1])
@@ -92,7 +92,7 @@ def xla_attention(
     bias: Bias = None,
     implementation: Any = "xla",
 ) -> Output:
-    """The same through `jax.nn.dot_product_attention`, which wants E = H.
+    """`jax.nn.dot_product_attention`, which requires E = H.
 
     That function gives a query with no allowed key the mean of the values, so its
     output is set to zero here.
@@ -108,12 +108,12 @@ def xla_attention(
 def cudnn_attention(
     query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
 ) -> Output:
-    """cuDNN's flash attention, through the same function: for bfloat16 on an NVIDIA GPU.
+    """cuDNN's flash attention through `xla_attention`, for bfloat16 on an NVIDIA GPU.
 
-    The few queries of a step of decoding are left to the reference.
+    The few queries of a decoding step use the reference.
 
     Raises:
-      UserError: there is no such GPU, or cuDNN has no kernel for these shapes.
+      UserError: the GPU is missing, or cuDNN has no kernel for these shapes.
     """
     if query.shape[2] < 16:
         return einsum_attention(query, key, value, mask, bias)
@@ -129,10 +129,10 @@ def cudnn_attention(
 def chunked_attention(
     query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
 ) -> Output:
-    """`CHUNK` queries at a time, and their weights again in the gradient.
+    """Processes `CHUNK` queries at a time and rematerialises their weights in the backward pass.
 
-    So memory grows with S, not with T · S; a bias and a mask that is an array are as large as they
-    are. (After Rabe and Staats 2021, who cut the keys too.)
+    Memory grows with S instead of T · S, apart from a bias or a mask given as an array. (After Rabe
+    and Staats 2021, who also split the keys.)
     """
     length, chunks = query.shape[2], -(-query.shape[2] // CHUNK)
     if chunks == 1:
@@ -170,15 +170,14 @@ def chunked_attention(
 def splash_attention(
     query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
 ) -> Output:
-    """Splash attention, the flash kernel for TPUs that comes with JAX; elsewhere interpreted.
+    """Splash attention, JAX's flash attention kernel for TPUs; interpreted on other devices.
 
-    It takes a mask as segments, causality and a window, and skips the blocks in which
-    nothing is allowed. It knows no bias. What it cannot take, and single queries, are left to
-    the reference.
+    It takes a mask as segment ids, causality and a window, and skips fully masked blocks. A bias,
+    a mask given as an array, and single queries use the reference.
     """
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
         return einsum_attention(query, key, value, mask, bias)
-    # A device that has some of the query heads needs the keys and values that those share.
+    # A device with some of the query heads needs the keys and values that these heads share.
     shared = math.lcm(key.shape[1], axis_shards("heads"))
     key, value = share(key, shared), share(value, shared)
     heads, segments = ("batch", "heads", None, None), ("batch", None)
@@ -201,7 +200,7 @@ def splash_kernel(
     causal: bool,
     window: int | None,
 ) -> Output:
-    """The kernel itself, on lengths made multiples of its blocks; queries are scaled."""
+    """Calls the kernel with lengths padded to its block size; queries are already scaled."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def pad(x: Array, axis: int) -> Array:
@@ -244,7 +243,7 @@ def auto_attention(
     bias: Bias = None,
     **drop: Callable[[Array], Array],
 ) -> Output:
-    """The backend that `pick` names for these shapes, on this platform."""
+    """The backend that `pick` selects for these shapes on this platform."""
     flexible = bool(drop) or query.shape[-1] != value.shape[-1]
     lengths = query.shape[2], key.shape[2]
     name = pick(
@@ -261,7 +260,7 @@ def pick(
     biased: bool,
     flexible: bool,
 ) -> str:
-    """The name of the backend for a platform and what is to be computed there.
+    """Returns the name of the backend for a platform and a computation.
 
     Args:
       platform: cpu, gpu or tpu.
@@ -289,11 +288,11 @@ ATTENTION_BACKENDS: dict[str, Callable[..., Array]] = {
     "splash": splash_attention,
 }
 
-# The backends that can drop attention weights, and have values of another width than keys.
+# Backends that support dropout of attention weights, and values of another width than keys.
 FLEXIBLE_BACKENDS = ("auto", "einsum")
 
-# Those that compute in bfloat16 alone, on the device that they are for.
+# Backends that compute only in bfloat16, on their device.
 BFLOAT16_BACKENDS = ("cudnn",)
 
-# Those that take a mask in short, and never hold T · S of it.
+# Backends that take a compact `Mask` and do not materialise T · S entries.
 SHORT_MASK_BACKENDS = ("auto", "chunked", "splash")

@@ -1,4 +1,4 @@
-"""The layers of encoder and decoder: feed-forward, residual connection, and what they make up."""
+"""Feed-forward, residual connection, and the layers of encoder and decoder."""
 
 from collections.abc import Callable
 from functools import partial
@@ -138,7 +138,7 @@ def apply_norm(
     token_mask: Bool[Array, "B T"] | None = None,
     deterministic: bool | None = None,
 ) -> Float[Array, "B T D"]:
-    """`norm(x)`; batch norm alone is told its mode and which positions hold tokens."""
+    """Returns `norm(x)`; batch norm also takes its mode and the positions that hold tokens."""
     if not isinstance(norm, BatchNorm):
         return norm(x)
     mask = None if token_mask is None else token_mask[..., None]
@@ -146,7 +146,7 @@ def apply_norm(
 
 
 class Layer(nnx.Module):
-    """What the layers of encoder and decoder share: their arguments and their parts.
+    """Base class of the layers of encoder and decoder.
 
     Args:
       d_model: D.
@@ -159,9 +159,9 @@ class Layer(nnx.Module):
       norm_epsilon: of the norms.
       feed_forward: one of `FEED_FORWARDS`.
       kernel_init: of the matrices.
-      dtype: of the computation; None: that which inputs and parameters promote to.
+      dtype: of the computation; None: promoted from inputs and parameters.
       param_dtype: of the parameters.
-      rngs: for the parameters; with a dropout rate, the streams of calls without `rngs` too.
+      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
       **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
     """
 
@@ -225,7 +225,7 @@ class EncoderLayer(Layer):
           x: the stream.
           mask: broadcastable to [B, N, S, S], True = may attend.
           deterministic: overrides the mode that `train()` and `eval()` set.
-          rngs: keys for dropout, from the streams `dropout` and `attention` (or `dropout` again).
+          rngs: keys for dropout; streams `dropout` and `attention` (default `dropout`).
           token_mask: which positions hold tokens, for batch norm; None: all.
           bias: see `MultiHeadAttention`.
           rotate: see `MultiHeadAttention`.
@@ -300,7 +300,7 @@ class DecoderLayer(Layer):
           x: the residual stream of the next target positions.
           memory: `cross_attention.project_kv` of the encoder's output.
           cache: keys and values of the earlier target positions.
-          index: where those of `x` are written.
+          index: where the keys and values of `x` are written.
           memory_mask: from the next positions to source positions.
           rotate: of self-attention.
           **attention: `mask` and `bias`, from the next positions to the cache's.

@@ -62,9 +62,9 @@ class Model:
         return cls(config, *sizes, tokens=len(target.pieces))
 
     def build(self, key: Array | None) -> Any:
-        """The module with variables from `key`; without one, with their shapes alone.
+        """Returns the module with variables initialised from `key`; None: with abstract variables.
 
-        It keeps no random streams: `rngs` are passed at each call in training.
+        It stores no random streams: training passes `rngs` at each call.
         """
         if key is not None:
             make = MODULES[self.config.architecture]
@@ -81,18 +81,18 @@ class Model:
         return nnx.merge(structure, state)
 
     def init(self, key: Array) -> Params:
-        """Fresh variables, float32, the same for the same key on any mesh."""
+        """Returns initial variables, float32, which depend only on the key, not on the mesh."""
         return flatten(nnx.state(self.build(key)))
 
     def split(self, variables: Params) -> tuple[Params, Params]:
-        """The parameters and the statistics among what has a variable's name."""
+        """Splits values named as variables into those of parameters and of batch statistics."""
         parts: tuple[Params, Params] = {}, {}
         for name, leaf in variables.items():
             parts[name in self.statistics][name] = leaf
         return parts
 
     def bind(self, variables: Params) -> Any:
-        """The module with these variables in evaluation mode, to be called in a traced function."""
+        """Returns the module with these variables, in evaluation mode, for use under tracing."""
         paths = {
             tuple(int(part) if part.isdigit() else part for part in name.split("/")): leaf
             for name, leaf in variables.items()
@@ -100,11 +100,11 @@ class Model:
         return nnx.merge(self.structure, nnx.traversals.unflatten_mapping(paths))
 
     def count_parameters(self) -> int:
-        """The exact number of parameters, from shapes alone."""
+        """Returns the number of parameters, without allocating them."""
         parameters, _ = self.split(self.shapes)
         return sum(math.prod(shape.shape) for shape in parameters.values())
 
 
 def flatten(state: nnx.State) -> Params:
-    """A module's state as one flat dict, `encoder/layers/0/self_attention/query/kernel` → array."""
+    """Flattens a module's state: `encoder/layers/0/self_attention/query/kernel` → array."""
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

@@ -1,7 +1,7 @@
 """Normalisation, with `nnx`'s arguments and parameter names, and `NORMS`, the table of its kinds.
 
-An entry is called with `(features, *, epsilon, dtype, param_dtype, rngs)`, and the module that it
-makes with x.
+Entries are constructed with `(num_features, *, epsilon, dtype, param_dtype, rngs)` and called with
+x.
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ ones = nnx.initializers.ones_init()
 
 
 class Norm(nnx.Module):
-    """The scale and the bias after a normalisation, with `nnx`'s arguments.
+    """Base class with the scale and the bias after a normalisation; the arguments are `nnx`'s.
 
-    Initialising them does not advance `rngs`, so that the norm of a model has no part in how its
-    matrices begin.
+    Their initialisation does not advance `rngs`, so the choice of the norm does not change the
+    initial values of other parameters.
 
     Args:
       num_features: D.
       epsilon: added to the variance.
-      dtype: of the output; None: that which the input and the parameters promote to.
+      dtype: of the output; None: promoted from input and parameters.
       param_dtype: of the parameters.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
@@ -56,7 +56,7 @@ class Norm(nnx.Module):
         self.bias: nnx.Param[Array] | None = nnx.data(parameter(bias_init) if use_bias else None)
 
     def scaled(self, normalised: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Array:
-        """`normalised` (float32) times scale plus bias, in the dtype for the input `x`."""
+        """Returns `normalised` (float32) times scale plus bias, in the output dtype."""
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         if scale is not None:
@@ -84,9 +84,9 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """Layer normalisation without the centring: y = g · x / √(mean(x²) + ε).
+    """Layer normalisation without centring: y = g · x / √(mean(x²) + ε).
 
-    Statistics in float32; the arguments are those of `Norm` without the bias's. (Zhang and
+    Statistics are in float32; the arguments are those of `Norm` except for the bias. (Zhang and
     Sennrich 2019, equation 4.)
     """
 
@@ -102,7 +102,7 @@ class RMSNorm(Norm):
 class BatchNorm(Norm):
     """Batch normalisation: mean 0 and variance 1 of each feature over the tokens of the batch.
 
-        y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over all positions that `mask` allows
+        y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over the positions where `mask` is True
 
     In training an output depends on the other examples, and on later positions of its own.
     Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased one),
@@ -111,7 +111,7 @@ class BatchNorm(Norm):
 
     Args:
       num_features: D.
-      use_running_average: whether to normalise by the running averages, as in evaluation.
+      use_running_average: whether to use the running averages, as in evaluation.
       momentum: of the running averages.
       epsilon: added to the variance.
       **options: those of `Norm`.
@@ -138,12 +138,12 @@ class BatchNorm(Norm):
         *,
         mask: Any = None,
     ) -> Float[Array, "*B D"]:
-        """Normalises x; by its own statistics it also updates the running averages.
+        """Normalises x; with batch statistics it also updates the running averages.
 
         Args:
           x: the input.
           use_running_average: overrides the module's attribute.
-          mask: broadcastable to x, such as [B, T, 1]; True where a position counts.
+          mask: broadcastable to x, such as [B, T, 1]; True for positions that count.
         """
         wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
         if use_running_average is None:

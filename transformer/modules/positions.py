@@ -96,10 +96,11 @@ class Learned(Position):
 
 
 class Rotary(Position):
-    """Queries and keys are rotated by their position: scores depend on the distance alone.
+    """Rotates queries and keys by their positions, so that scores depend only on the distance.
 
     Coordinates i and i + H/2 of a head are a pair that is rotated by p / 10000^(2i/H). (Su et
-    al. 2021, section 3.2, who pair neighbours: a matter of numbering, and halves are faster.)
+    al. 2021, section 3.2, who pair neighbouring coordinates; this is equivalent up to numbering,
+    and halves are faster.)
     """
 
     def rotate(
@@ -115,9 +116,9 @@ class Rotary(Position):
 class RelativeBias(Position):
     """A trained scalar for each head and each bucket of distances, added to the scores.
 
-    32 buckets: half of those of a direction hold one distance each, the rest grow
-    logarithmically up to 128 and beyond. The encoder divides its buckets between earlier
-    and later keys. (T5: Raffel et al. 2020, section 2.1, and its published code.)
+    There are 32 buckets. In each direction half of them hold one distance each; the others grow
+    logarithmically up to distance 128. The encoder divides the buckets between earlier and later
+    keys. (T5: Raffel et al. 2020, section 2.1, and its published code.)
     """
 
     buckets, farthest = 32, 128
@@ -157,11 +158,11 @@ class RelativeBias(Position):
 
 
 class ALiBi(Position):
-    """Scores fall with the distance |i - j|, in head h = 1 … N with slope 2^(-8h/N).
+    """Scores decrease linearly with the distance |i - j|, with slope 2^(-8h/N) in head h = 1 … N.
 
-    (Press, Smith and Lewis 2022, section 3. The encoder takes the distance to either
-    side; and the formula serves every N, where the paper interleaves two series if N is
-    no power of 2.)
+    (Press, Smith and Lewis 2022, section 3. The encoder uses the distance to either
+    side. The formula is used for every N; the paper interleaves two series if N is not a power
+    of 2.)
     """
 
     def bias(

@@ -1,8 +1,7 @@
-"""The recurrent sequence-to-sequence model that the Transformer is compared with.
+"""The recurrent baseline: a bidirectional encoder and a decoder with attention.
 
-A bidirectional encoder and a decoder that attends to it, with the interface of
-`transformer.Transformer`. Position t cannot be computed before position t - 1: each layer is a
-loop of as many sequential steps as there are tokens.
+It has the interface of `transformer.Transformer`. Position t depends on position t - 1, so each
+layer is a loop with one sequential step per token.
 """
 
 from functools import partial

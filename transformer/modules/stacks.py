@@ -14,7 +14,7 @@ from transformer.modules.dropout import Moded, stream_of, training_rngs
 from transformer.modules.layers import DecoderLayer, EncoderLayer, apply_norm
 from transformer.modules.normalization import NORMS
 
-# What a layer keeps for its gradient; the rest is rematerialised.
+# What a layer saves for the backward pass; the rest is rematerialised.
 REMATS: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
@@ -23,20 +23,20 @@ REMATS: dict[str, Any] = {
 
 
 class Stack(Moded):
-    """A stack of L layers; unless post-norm, with one more norm at its end.
+    """A stack of L layers, followed by a norm unless the layers are post-norm.
 
     Args:
       num_layers: L.
       d_model: D.
       num_heads: N.
       d_ff: F.
-      scan_layers: whether one layer is compiled for all of them, in a `jax.lax.scan`. Their
-        variables are stacked for it: as much memory again as the parameters take.
+      scan_layers: whether to compile one layer for all, in a `jax.lax.scan`. This stacks the
+        variables of the layers, which takes the memory of the parameters once more.
       remat: one of `REMATS`.
       norm: one of `NORMS`.
       norm_placement: one of `NORM_PLACEMENTS`.
       norm_epsilon: of the norms.
-      dtype: of the computation; None: that which inputs and parameters promote to.
+      dtype: of the computation; None: promoted from inputs and parameters.
       param_dtype: of the parameters.
       rngs: for the parameters and dropout.
       **options: further arguments of `EncoderLayer` or `DecoderLayer`.
@@ -76,7 +76,7 @@ class Stack(Moded):
             )
             for _ in range(num_layers)
         )
-        # With post-norm the last layer has normalised the stream.
+        # With post-norm the last layer already ends with a norm.
         last = norm_placement != "post"
         self.final_norm: Any = nnx.data(
             NORMS[norm](d_model, epsilon=norm_epsilon, **common) if last else None
@@ -103,7 +103,7 @@ class Stack(Moded):
             decoder with `memory_mask`.
 
         Raises:
-          UserError: layers that differ are to be scanned.
+          UserError: `scan_layers` is set and the layers differ.
         """
         training = not self.is_deterministic(deterministic)
         stream = stream_of("layers", rngs) if training else None
@@ -130,7 +130,7 @@ class Stack(Moded):
         keys: Array | None,
         training: bool,
     ) -> Float[Array, "B T D"]:
-        """The layers scanned, rematerialised or both, as functions of their variables."""
+        """Runs the layers scanned, rematerialised or both, as functions of their variables."""
         structures, states = zip(*map(nnx.split, self.layers), strict=True)
 
         def pure(structure: Any) -> Callable:
@@ -142,7 +142,7 @@ class Stack(Moded):
 
             if self.remat == "none":
                 return function
-            # Inside a scan nothing can be shared with the forward pass by accident.
+            # A scan prevents common subexpression elimination with the forward pass by itself.
             return jax.checkpoint(
                 function, policy=REMATS[self.remat], prevent_cse=not self.scan_layers
             )
@@ -150,7 +150,7 @@ class Stack(Moded):
         if self.scan_layers:
             if any(structure != structures[0] for structure in structures):
                 raise UserError(
-                    "model.scan_layers=True compiles one layer for all of a stack, and the layers "
+                    "model.scan_layers=True compiles one layer for the whole stack, and the layers "
                     "of this one differ in more than their variables; set it to False"
                 )
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -196,7 +196,7 @@ class Decoder(Stack):
           x: the stream of the next target positions.
           memory: each layer's keys and values, from `project_memory`.
           cache: each layer's keys and values of the earlier target positions.
-          index: the entry where those of `x` begin.
+          index: the cache entry where the keys and values of `x` begin.
           **attention: `mask`, `memory_mask`, `bias` and `rotate` of `DecoderLayer.decode_step`.
         """
         decoded = []

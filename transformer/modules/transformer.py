@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer: the one place where the parts are assembled from the config."""
+"""The encoder-decoder Transformer, assembled from the config."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ from transformer.modules.stacks import Decoder, Encoder
 
 
 class Cache(NamedTuple):
-    """What decoding carries from token to token; passed in and returned, never stored.
+    """The state of decoding, passed to and returned by `decode_step`.
 
     Entry t · J + j of `decoded` is what hypothesis j of a source computed at position t, and stays
     there when another continues from it: beam search permutes `own`, never keys and values.
@@ -58,7 +58,7 @@ class Transformer(Moded):
       config: the architecture.
       vocab_size: V of the source.
       target_vocab_size: V of the target and the logits; None: the same.
-      rngs: for the parameters; with a dropout rate, the streams of calls without `rngs` too.
+      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Transformer(Moded):
 
         self.config = config
         self.embedding = make_embedding(vocab_size)
-        # Tied, one table embeds the source and the target and scores the output.
+        # If tied, one table embeds source and target and computes the logits.
         tied = config.tie_embeddings
         self.target_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
         self.output_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
@@ -117,8 +117,8 @@ class Transformer(Moded):
           target_segments: likewise; attention does not cross segments.
           source_positions: of each token in its segment; None: in its row.
           target_positions: likewise.
-          deterministic: whether to evaluate; None: as `train()` and `eval()` say.
-          rngs: random keys of training, see `dropout.training_rngs`.
+          deterministic: turns dropout off; None: as set by `train()` and `eval()`.
+          rngs: random keys for training, see `dropout.training_rngs`.
         """
         mode = {"deterministic": deterministic, "rngs": rngs}
         source_segments = masking.segments_of(source, source_segments)
@@ -147,7 +147,7 @@ class Transformer(Moded):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B S D"]:
-        """The encoder's memory of `source`; the arguments are those of the call."""
+        """Returns the encoder's output, the memory; the arguments are those of `__call__`."""
         mode = {"deterministic": deterministic, "rngs": rngs}
         source_segments = masking.segments_of(source, source_segments)
         positions = self.positions(in_row(source, positions), **mode)
@@ -167,7 +167,7 @@ class Transformer(Moded):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Int[Array, "#B T"]:
-        """The positions of the tokens that are the `index`-th of their sequences.
+        """Returns the positions of tokens, given their index in their sequences.
 
         With `random_positions` L, a batch's positions in training are a sorted draw from 0 … L - 1
         without replacement (Ruoss et al. 2023, section 3). In evaluation they are L / `max_length`
@@ -178,7 +178,7 @@ class Transformer(Moded):
             return index
         if self.is_deterministic(deterministic):
             return index * (reach // self.config.max_length)
-        # As many as an example has tokens at most; a packed row may be longer.
+        # The longest possible example; a packed row may be longer.
         length = self.config.max_length
         length = min(index.shape[1], length) if index.shape[0] == 1 else length
         stream = stream_of("positions", rngs, self.dropout.rngs)
@@ -190,7 +190,7 @@ class Transformer(Moded):
     def mask(
         self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], **structure: Any
     ) -> masking.Mask | Bool[Array, "B 1 T S"]:
-        """The mask between segments in the form that the attention backend takes."""
+        """Returns the mask between segments in the form that the attention backend takes."""
         mask = masking.Mask(queries, keys, **structure)
         short = self.config.attention_backend in SHORT_MASK_BACKENDS
         return mask if short else mask.array()
@@ -198,12 +198,12 @@ class Transformer(Moded):
     def embed_target(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], **mode: Any
     ) -> Float[Array, "B T D"]:
-        """What the decoder reads: target tokens with their positions, after dropout."""
+        """Returns the decoder's input: embedded target tokens with positions, after dropout."""
         x = embed_scaled(self.target_embedding or self.embedding, tokens)
         return self.dropout(self.target_position(x, positions), **mode)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The scores of the next target token, float32."""
+        """Returns the logits of the next target token, float32."""
         return logits_of(self.output_embedding or self.embedding, x)
 
     def start_cache(
@@ -213,7 +213,7 @@ class Transformer(Moded):
         length: int,
         hypotheses: int = 1,
     ) -> Cache:
-        """An empty cache for decoding up to `length` target positions of each hypothesis."""
+        """Returns an empty cache for up to `length` target positions per hypothesis."""
         heads, entries = self.config.num_kv_heads or self.config.num_heads, length * hypotheses
         widths = self.config.attention_width(), self.config.values_width()
         shape = (len(memory), heads, entries)
@@ -229,11 +229,11 @@ class Transformer(Moded):
     def decode_step(
         self, tokens: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits after each of the next T target tokens, and the cache with them in it.
+        """Returns the logits after each of the next T target tokens, and the updated cache.
 
-        The same as the positions `cache.filled … cache.filled + T - 1` of a call with
-        the whole target. With a cache of J > 1 hypotheses the tokens are the next one of each, and
-        T is J. Past the cache's length the logits are NaN.
+        The logits equal those of a call with the whole target at positions `cache.filled …
+        cache.filled + T - 1`. With J > 1 hypotheses T is J, the next token of each. Logits past the
+        length of the cache are NaN.
         """
         filled, (hypotheses, entries) = cache.filled, cache.own.shape[1:]
         steps, room = tokens.shape[1] // hypotheses, entries // hypotheses
@@ -264,7 +264,7 @@ class Transformer(Moded):
 
 
 def stack_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of `Encoder` and `Decoder`, every one of them."""
+    """Returns all arguments of `Encoder` and `Decoder`."""
     qk_epsilon = config.qk_norm_epsilon or config.norm_epsilon
     return {
         "num_layers": config.num_layers,
@@ -296,7 +296,7 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
 def attention_positions(
     position: Any, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
 ) -> dict[str, Any]:
-    """What self-attention gets of a position encoding: `rotate` and `bias` of its call."""
+    """Returns the arguments `rotate` and `bias` of self-attention for a position encoding."""
     rotate = partial(position.rotate, positions=queries)
     return {"rotate": rotate, "bias": position.bias(queries, keys)}
 
@@ -308,7 +308,7 @@ def make_recurrent(
     *,
     rngs: nnx.Rngs,
 ) -> Recurrent:
-    """The recurrent baseline of the config's sizes; it ignores the knobs that it has no use for."""
+    """Returns the recurrent baseline; it ignores options that do not apply."""
     return Recurrent(
         vocab_size,
         target_vocab_size,
@@ -324,11 +324,11 @@ def make_recurrent(
     )
 
 
-# What `config.ARCHITECTURES` names.
+# The entries of `config.ARCHITECTURES`.
 MODULES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent": make_recurrent}
 
 
 def set_dropout_rates(module: nnx.Module, dropout_rate: Any, attention_dropout_rate: Any) -> None:
-    """Sets the rates of all dropout in a model, to numbers or to traced scalars."""
+    """Sets all dropout rates of a model to numbers or traced scalars."""
     set_rate(module, Dropout, rate=dropout_rate)
     set_rate(module, MultiHeadAttention, dropout_rate=attention_dropout_rate)
