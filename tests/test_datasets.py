@@ -132,11 +132,8 @@ for other in others:
 print("tensorflow" in sys.modules)
 """
 FIELDS = {
-    "wmt19_translate/fi-en": "en fi",
-    "ted_hrlr_translate/pt_to_en": "en pt",
     "opus/medical": "de en",
     "flores/neen": "en ne",
-    "para_crawl/ende": "de en",
     "cnn_dailymail": "article highlights id publisher",  # from here on of other families
     "gsm8k": "annotation answer question short_answer",
     "scan/simple": "actions commands",
@@ -184,7 +181,7 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
 
 def test_what_cannot_be_prepared_without_tensorflow_has_a_remedy(tmp_path, monkeypatch):
     def generate(*_):
-        import tensorflow_that_is_not_there  # noqa: F401 (as cnn_dailymail, once downloaded)
+        import tensorflow_that_is_not_there  # noqa: F401
 
     monkeypatch.setattr(tfds.builder_cls("wmt14_translate"), "_split_generators", generate)
     with pytest.raises(UserError) as refused:

@@ -1,7 +1,7 @@
 """Where a batch is made: a pure function of (dataset, data key, step).
 
-`Dataset` holds all rows on the devices. `streaming.StreamedDataset` has the same methods and gives
-the same batches, made by worker processes on the host.
+`Dataset` holds all rows on the devices; `streaming.StreamedDataset` has the methods `batch`,
+`window`, `empty_window`, `wait_share` and `close`, too, and gives the same batches.
 """
 
 import sys
@@ -124,13 +124,10 @@ class Dataset:
         return Dataset(self.source[:rows], self.target[:rows], rows)
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
-        """The batch of a training step, from 0. Each epoch has every row once, in a new order.
+        """The batch of a training step, from 0, for the data key of a run.
 
-        An epoch follows the one before within a batch: no row is dropped, whatever the batch size.
-
-        Args:
-          key: the data key of the run.
-          step: the step's number.
+        Each epoch has every row once, in a new order. A batch may span two epochs: no row is
+        dropped, whatever the batch size.
         """
         first = step.astype(jnp.uint32) * np.uint32(self.batch_size)
         place = first + jnp.arange(self.batch_size, dtype=jnp.uint32)
@@ -141,8 +138,6 @@ class Dataset:
             constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
         )
         return make_batch(source, target, self.packed)
-
-    # The rest of the interface that it shares with `StreamedDataset`.
 
     def window(self, step: int) -> tuple["Dataset", int]:
         """What jitted steps from `step` on take their batches from, and how many steps may."""

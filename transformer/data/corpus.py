@@ -140,7 +140,7 @@ class Corpus:
 
 
 def cache_key(made_of: str) -> str:
-    """A file name for what is made of this."""
+    """The file name of what is made of this."""
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
@@ -153,9 +153,6 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
       config: which dataset.
       data_dir: where TFDS stores datasets; None: its default.
       saved: where a run stores its tokenizers; None: learn them from the training split.
-
-    Raises:
-      UserError: `data_dir` is not writable, or a file is missing, damaged, or not text.
     """
 
     def find() -> Corpus:

@@ -1,4 +1,4 @@
-"""Datasets by name: those of `DATASETS`, and all that TFDS knows, prepared when first used."""
+"""Datasets by name: those of `DATASETS`, and all builders of TFDS, prepared when first used."""
 
 import contextlib
 import importlib
@@ -14,12 +14,18 @@ import tensorflow_datasets as tfds
 from transformer.console import quiet
 from transformer.data import text, toy
 from transformer.data.config import DataConfig
-from transformer.data.pronunciations import Pronunciations
 from transformer.data.ragged import chunk_ranges
 from transformer.errors import UserError, check_choice, nearest
 
 CHUNK = 20_000  # examples in memory as text
-TFDS_MODULES = ("summarization", "text", "text_simplification", "translate")
+# Importing a module registers its builders with TFDS.
+BUILDER_MODULES = (
+    "transformer.data.pronunciations",
+    "tensorflow_datasets.summarization",
+    "tensorflow_datasets.text",
+    "tensorflow_datasets.text_simplification",
+    "tensorflow_datasets.translate",
+)
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,8 @@ def from_tfds(config: DataConfig, data_dir: str | None) -> PreparedDataset:
     Raises:
       UserError: there is none of that name.
     """
-    for module in TFDS_MODULES:  # importing one registers its datasets
-        importlib.import_module(f"tensorflow_datasets.{module}")
+    for module in BUILDER_MODULES:
+        importlib.import_module(module)
     name = config.dataset
 
     def make(data_dir: str | None) -> Any:
@@ -214,15 +220,10 @@ def why_unknown(name: str, error: Exception) -> str:
     return " ".join(str(error).split()).rpartition('}": ')[2][:200]  # such as the version
 
 
-def registered(builder: type[tfds.core.DatasetBuilder]) -> Callable[..., PreparedDataset]:
-    """What opens the datasets of a builder class; importing it registers it with TFDS."""
-    return from_tfds
-
-
+# Those that are not named by a TFDS builder.
 DATASETS: dict[str, Callable[[DataConfig, str | None], PreparedDataset]] = {
     "toy_strings": toy_strings,
     "files": text_files,
-    "pronunciations": registered(Pronunciations),
 }
 
 

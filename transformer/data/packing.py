@@ -55,10 +55,6 @@ def pack_rows(rows: TokenRows, length: int) -> TokenRows:
     `first_fit` places them in an order that depends only on their number. The members of a row are
     the same in every epoch, so that a batch stays a function of its step.
 
-    Args:
-      rows: one example each.
-      length: tokens in the source, and in the target, of a packed row.
-
     Raises:
       UserError: an example is longer than a row.
     """
@@ -100,9 +96,7 @@ def filter_by_length(
 ) -> tuple[Int[np.ndarray, "kept"], dict[str, int]]:
     """The indices of the examples to train on, and how many are left out for which reason.
 
-    Args:
-      pairs: all examples.
-      max_length: tokens that a source or a target may have, EOS included; 0: no limit.
+    A source or a target may have `max_length` tokens, EOS included; 0: no limit.
 
     Raises:
       UserError: no example is left.

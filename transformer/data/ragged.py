@@ -30,9 +30,7 @@ class RaggedArray:
     offsets: Int[np.ndarray, "ends"]
 
     @classmethod
-    def from_lengths(
-        cls, values: Int[np.ndarray, "values"], lengths: Int[np.ndarray, "rows"]
-    ) -> "RaggedArray":
+    def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> "RaggedArray":
         """Rows of these lengths, cut from `values` in order."""
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
 
@@ -105,18 +103,14 @@ class TokenPairs(NamedTuple):
 
 
 def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> TokenPairs:
-    """The pairs stored in `folder`, or those of `tokenize()`, which are then stored there.
+    """The pairs stored in `folder`, or those that `tokenize()` yields, which are then stored there.
 
     Checksums are verified at each call, and a damaged folder is written again. If `folder` cannot
     be written (a read-only dataset, a full disk), the pairs are kept in memory.
-
-    Args:
-      folder: holds a file of values and one of offsets for each side, and a manifest.
-      tokenize: yields the pairs in chunks, one of which is in memory at a time.
     """
     if folder.is_dir():
         if is_intact(folder):
-            return open_pairs(folder)
+            return TokenPairs(*(RaggedArray.from_files(*side) for side in pair_files(folder)))
         print(f"{folder} is damaged and is written again")
         shutil.rmtree(folder, ignore_errors=True)
     fresh = temporary(folder)
@@ -124,7 +118,7 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
         write_pairs(fresh, tokenize())
         with contextlib.suppress(OSError):  # another process has finished first
             fresh.rename(folder)
-        return open_pairs(folder)
+        return TokenPairs(*(RaggedArray.from_files(*side) for side in pair_files(folder)))
     except OSError:
         return TokenPairs(*map(RaggedArray.concatenate, zip(*tokenize(), strict=True)))
     finally:
@@ -134,11 +128,6 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
 def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     """The files of values and of offsets of each side."""
     return [(folder / f"{side}.values", folder / f"{side}.offsets") for side in TokenPairs._fields]
-
-
-def open_pairs(folder: Path) -> TokenPairs:
-    """The memory-mapped pairs of a folder."""
-    return TokenPairs(*(RaggedArray.from_files(*paths) for paths in pair_files(folder)))
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:

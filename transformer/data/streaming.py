@@ -32,14 +32,7 @@ class StreamedDataset:
 
     A thread of grain places the batches that its workers make on the devices, a window of
     consecutive steps at a time. Neither the window nor the number of workers affects a result.
-
-    Args:
-      rows: what batches are made of.
-      batch_size: rows per batch.
-      keys: the data key of the run, or of each replica.
-      num_steps: of the whole run.
-      num_workers: processes.
-      mesh: the devices.
+    `keys` is the data key of the run, or of each replica; `num_steps` is of the whole run.
     """
 
     def __init__(
@@ -164,15 +157,7 @@ class StreamedDataset:
 
 
 class HostBatches:
-    """The rows of the batches of some steps, in NumPy: a random-access source for grain.
-
-    Args:
-      rows: what batches are made of.
-      batch_size: rows per batch.
-      keys: the data key of the run, or of each replica.
-      begin: the first step.
-      end: the step after the last.
-    """
+    """The rows of the batches of steps `begin` to `end` - 1 in NumPy: a source for grain."""
 
     def __init__(self, rows: TokenRows, batch_size: int, keys: Array, begin: int, end: int):
         self.rows, self.batch_size, self.end = rows, batch_size, end
@@ -208,12 +193,7 @@ def all_round_keys(
 
 
 def live_with(parent: int, *_: int) -> None:
-    """Makes a worker process ignore stop signals, which are its parent's, and end with its parent.
-
-    Args:
-      parent: the process that started it.
-      *_: grain passes the worker's index and the number of workers.
-    """
+    """Makes a worker process leave stop signals to its parent, and end with it."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
 

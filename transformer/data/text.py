@@ -55,7 +55,7 @@ def cleaned(text: object) -> str:
 
 
 class Pair(NamedTuple):
-    """A line's number, from 1, and its texts."""
+    """A line's number and its texts."""
 
     line: int
     source: str

@@ -10,7 +10,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from transformer.errors import UserError, nearest, needs
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
+PIECES = dict(zip(("pad", "bos", "eos", "unk"), (*SPECIALS, UNKNOWN), strict=True))
 # SentencePiece skips a text of more than 4,192 bytes, which may be 1,048 characters. A part has up
 # to 1,000 characters, and ends before a space if it can.
 PART = re.compile(r"(.{1,1000})(?: |\Z)|.{1,1000}", re.DOTALL)
@@ -92,14 +93,10 @@ class SymbolTokenizer(Tokenizer):
 
     @classmethod
     def learn(cls, separator: str, texts: Iterable[str], vocab_size: int) -> "SymbolTokenizer":
-        """Learns all characters of `texts`, or their most common words.
-
-        Args:
-          separator: of the tokenizer.
-          texts: what to learn from.
-          vocab_size: the most words, special tokens included; no limit for characters.
-        """
-        counts = Counter(symbol for text in texts for symbol in split(text, separator))
+        """Learns all characters of `texts`, or the most common words, `vocab_size` ids in all."""
+        counts = Counter(
+            symbol for text in texts for symbol in (text.split() if separator else text)
+        )
         counts.pop(UNKNOWN, None)  # in a text it means the unknown word
         if not separator:
             return cls(sorted(counts), separator, unknown=True)
@@ -117,7 +114,7 @@ class SymbolTokenizer(Tokenizer):
         Raises:
           UserError: a symbol is not in the list, and there is no token for unknown ones.
         """
-        symbols, other = split(text, self.separator), self.unknown_id
+        symbols, other = text.split() if self.separator else text, self.unknown_id
         if other is not None:
             return [*(self.ids.get(symbol, other) for symbol in symbols), EOS]
         try:
@@ -140,11 +137,6 @@ class SymbolTokenizer(Tokenizer):
         symbols = self.pieces[len(SPECIALS) : len(self.pieces) - unknown]
         record = {"symbols": symbols, "separator": self.separator, "unknown": unknown}
         return json.dumps(record).encode()
-
-
-def split(text: str, separator: str) -> list[str]:
-    """The symbols of `text`."""
-    return text.split() if separator else list(text)
 
 
 def before_end(tokens: Iterable[int]) -> list[int]:
@@ -202,12 +194,10 @@ class PieceTokenizer(Tokenizer):
 
     @classmethod
     def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
-        """Learns at most `vocab_size` pieces, fewer from little text.
+        """Learns pieces by bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
 
-        Args:
-          model_type: bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
-          texts: what to learn from.
-          vocab_size: special tokens and the 256 bytes included.
+        There are at most `vocab_size`, special tokens and the 256 bytes included, fewer from little
+        text.
 
         Raises:
           UserError: SentencePiece fails.
@@ -216,6 +206,8 @@ class PieceTokenizer(Tokenizer):
             from sentencepiece import SentencePieceTrainer
 
         model = io.BytesIO()
+        special: dict[str, Any] = {f"{name}_id": k for k, name in enumerate(PIECES)}
+        special |= {f"{name}_piece": piece for name, piece in PIECES.items()}
         try:
             SentencePieceTrainer.Train(
                 sentence_iterator=parts(texts),
@@ -223,11 +215,7 @@ class PieceTokenizer(Tokenizer):
                 model_type=model_type,
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
-                **dict(zip(("pad_id", "bos_id", "eos_id", "unk_id"), range(4), strict=True)),
-                pad_piece=SPECIALS[PAD],
-                bos_piece=SPECIALS[BOS],
-                eos_piece=SPECIALS[EOS],
-                unk_piece=UNKNOWN,
+                **special,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 byte_fallback=True,
@@ -276,11 +264,7 @@ def explain_failure(reason: str) -> str:
 
 
 class TokenizerKind(NamedTuple):
-    """How a tokenizer is made.
-
-    learn: (texts, vocab_size) → tokenizer.
-    read: the inverse of `Tokenizer.to_bytes`.
-    """
+    """How a tokenizer is made: learned from texts and a `vocab_size`, or read from `to_bytes`."""
 
     learn: Callable[[Iterable[str], int], Tokenizer]
     read: Callable[[bytes], Tokenizer]
