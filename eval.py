@@ -28,11 +28,11 @@ from transformer.inference import evaluation, plots, results
 from transformer.inference.config import DecodingConfig
 from transformer.inference.decoding import Hypotheses
 from transformer.inference.text_metrics import Texts, score_texts
-from transformer.metrics import PRINTED, mean_over
+from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh
+from transformer.parallel.replicas import mean_over_replicas, split_replicas
 from transformer.run import Run
-from transformer.training.metrics import by_replica
 from transformer.workdir import write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
@@ -74,7 +74,7 @@ def main() -> None:
 
     variables, placed = state.variables(), run.place(data)
     found = run.decode(variables, placed, decoding)
-    arrays = by_replica((run.score(variables, placed), found), config.replicas)
+    arrays = split_replicas((run.score(variables, placed), found), config.replicas)
     arrays = [jax.tree.map(np.asarray, each) for each in arrays]
     replicas: list[dict[str, Any]] = [
         {"seed": seed}
@@ -95,13 +95,13 @@ def main() -> None:
     if hosts.first():  # before anything is printed: its reader may be gone
         results.write_samples(out / f"samples_{name}.tsv", run.tokenizers, data, arrays[0][1])
     lengths = (each["by_source_length"] for each in replicas)
-    by_length = [mean_over(rows) for rows in zip(*lengths, strict=True)]
+    by_length = [mean_over_replicas(rows) for rows in zip(*lengths, strict=True)]
     show_metrics(f"{run.workdir.path}, step {state.taken()}, {split}", split, replicas, by_length)
     show_texts([each["text"] for each in replicas])
     show_limit(margin, beyond, needed, [each["outputs_cut"] for each in replicas])
 
     maps = jax.jit(partial(evaluation.attention_maps, run.model))
-    maps = partial(maps, by_replica(variables, config.replicas)[0])
+    maps = partial(maps, split_replicas(variables, config.replicas)[0])
     plots.draw_evaluation(out / "plots", name, by_length, maps, data, run.tokenizers)
 
 
@@ -158,7 +158,7 @@ def show_metrics(
     title: str, split: str, replicas: Sequence[dict[str, Any]], by_length: Sequence[dict[str, Any]]
 ) -> None:
     """Prints the metrics for each source length and for the whole split; means over replicas."""
-    whole = mean_over([each["metrics"] for each in replicas])
+    whole = mean_over_replicas([each["metrics"] for each in replicas])
     whole = {name.removeprefix(f"{split}/"): value for name, value in whole.items()}
     whole["sequences"] = sum(row["sequences"] for row in by_length)
     title += f", mean of {len(replicas)} replicas" if len(replicas) > 1 else ""

@@ -20,8 +20,8 @@ from transformer.console import facts, table
 from transformer.inference import evaluation
 from transformer.metrics import figure, near_one, percent
 from transformer.parallel import hosts
+from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
-from transformer.training.metrics import by_replica
 
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config's name>.")
@@ -84,7 +84,7 @@ def show_samples(run: Run, count: int = 3) -> None:
     assert run.state is not None
     samples = run.data["validation"].head(count)
     length = run.config.model.reach(samples.source.shape[1] + run.config.decode_margin)
-    variables = by_replica(run.state.variables(), run.config.replicas)[0]
+    variables = split_replicas(run.state.variables(), run.config.replicas)[0]
     decode = partial(evaluation.decode, run.model, max_length=length)
     decode = jax.jit(decode, compiler_options=evaluation.compiler_options())
     with jax.set_mesh(run.mesh):

@@ -20,6 +20,7 @@ from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Hypotheses
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place
+from transformer.parallel.replicas import add_replica_axis
 from transformer.run import Run
 from transformer.training import loop
 from transformer.training.step import abstract_state, init_state, make_train_step, make_train_steps
@@ -150,7 +151,9 @@ class Dispatches:
 
     def __init__(self, monkeypatch):
         self.calls, self.step = [], 0
-        monkeypatch.setattr(loop.Pace, "seconds", 1e9)  # or the calls depend on how long they take
+        monkeypatch.setattr(
+            loop.DispatchSize, "seconds", 1e9
+        )  # or the calls depend on how long they take
         for name, program in (("init", self.init), ("train_steps", self), ("score", self.score)):
             monkeypatch.setattr(Run, name, program)
         state = cached_property(self.abstract_state)
@@ -162,9 +165,9 @@ class Dispatches:
         monkeypatch.setattr(plots, "learning_curve", lambda *_: None)
 
     def abstract_state(self, run):
-        self.like = abstract_state(
-            run.model, run.config.step_config(), run.mesh, run.config.replicas, run.config.hparams()
-        )
+        config = run.config
+        like = abstract_state(run.model, config.step_config(), run.mesh, config.hparams())
+        self.like = add_replica_axis(like, config.replicas)
         return self.like
 
     def init(self, seeds, hparams):
@@ -179,7 +182,11 @@ class Dispatches:
             self.calls.append(("train", n, digest(data)))
             self.step = first + n
             steps = np.full(state.step.shape, self.step, np.int32)
-            added = {"loss": sum(range(first + 1, first + n + 1)), "tokens": n, "steps": n}
+            added = {
+                "train/objective": sum(range(first + 1, first + n + 1)),
+                "tokens": n,
+                "steps": n,
+            }
             sums = {k: jnp.asarray(np.asarray(v) + added.get(k, 0)) for k, v in sums.items()}
             return state._replace(step=place(steps, state.step.sharding)), sums
 
@@ -305,7 +312,7 @@ def test_every_config_takes_a_step_at_reduced_size(name):
     cfg, batch = RunConfig.from_config_dict(config), strings(("abc", "cba"), ("de", "ed"))
     state, sums = first_step(cfg)(cfg.seeds(), cfg.hparams(), batch)
     assert state.step == 1
-    assert 1.0 < sums["loss"] / sums["tokens"] < 10.0
+    assert 1.0 < sums["train/objective"] / sums["tokens"] < 10.0
 
 
 # What is said of a knob that is wrong, which begins with the knob and its value. Before a `&`

@@ -7,8 +7,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from transformer.console import TrainingBar, facts, over_replicas, status, table
+from transformer.console import facts, status, table
 from transformer.metrics import figure
+from transformer.parallel.replicas import format_replicas
+from transformer.training.progress import ProgressBar
 
 PROGRAM = """
 import sys
@@ -68,9 +70,9 @@ def test_figures_have_four_digits_or_commas():
 
 
 def test_a_metric_of_a_population_is_its_mean_with_the_range():
-    metrics = [{"loss": 1.0}, {"loss": 4.0}, {"loss": 1.0}]
-    assert over_replicas(metrics, "loss", "{:.1f}".format) == "2.0 (1.0–4.0)"
-    assert over_replicas(metrics[:1], "loss", "{:.1f}".format) == "1.0"
+    values = [1.0, 4.0, 1.0]
+    assert format_replicas(values, "{:.1f}".format) == "2.0 (1.0–4.0)"
+    assert format_replicas(values[:1], "{:.1f}".format) == "1.0"
 
 
 def test_nothing_takes_long_without_a_word(capsys, monkeypatch):
@@ -81,8 +83,8 @@ def test_nothing_takes_long_without_a_word(capsys, monkeypatch):
         assert capsys.readouterr().out == "compiling …\n"
         now[0] = 7.0
     assert capsys.readouterr().out.split() == ["compiled", "in", "7.0", "s"]
-    with TrainingBar(0, 1_000) as bar:
+    with ProgressBar(0, 1_000) as bar:
         for step in range(1, 101):  # of a second each
             now[0] += 1.0
-            bar.stepped(step)
+            bar.advance(step)
     assert capsys.readouterr().out.splitlines() == [f"step {n}/1000" for n in (31, 62, 93)]

@@ -14,7 +14,7 @@ from transformer.data.batches import Dataset
 from transformer.modules.config import ARCHITECTURES
 from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh
 from transformer.training.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
-from transformer.training.metrics import train_metrics
+from transformer.training.metrics import Interval, finalize, zero_sums
 from transformer.training.step import init_state, make_train_step
 
 A, B, SQUARE = jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((4, 4))
@@ -103,20 +103,19 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products():
         "ema_decay": 0.9,
     }
     assert matmul_flops(*step_of(rates, **SIZES, position_encoding="rotary")) == flops
-    assert matmul_flops(*step_of(**SIZES, kv_heads=2)) == 3 * forward_flops(kv_heads=2)
+    assert matmul_flops(*step_of(**SIZES, num_kv_heads=2)) == 3 * forward_flops(kv_heads=2)
     gated = matmul_flops(*step_of(**SIZES, feed_forward="swiglu"))
     assert gated == 3 * forward_flops(matrices=3, ff_width=40)  # 2/3 of 56, to a multiple of 8
 
 
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
-    sums = dict.fromkeys(("loss", "nll", "correct", "tokens", "gradient_norm"), 1.0)
-    sums |= {"steps": 10.0, "skipped": 0.0, "learning_rate": 1.0}
+    sums = zero_sums() | {"steps": 10.0}
     assert share_of_peak(1, one_device_mesh()) is None  # nobody says what a CPU's is
-    assert "train/mfu" not in train_metrics(sums, 5.0, None)
+    assert "train/mfu" not in finalize(Interval(sums, 5.0))
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)
     mesh = make_mesh(MeshConfig(replica=1, data=4, fsdp=1, tensor=2, context=1))
     assert share_of_peak(200, mesh) == pytest.approx(200 / 800)
-    assert train_metrics(sums, 5.0, 0.1)["train/mfu"] == pytest.approx(0.2)
+    assert finalize(Interval(sums, 5.0, peak_share=0.1))["train/mfu"] == pytest.approx(0.2)
 
 
 def test_the_count_is_that_of_the_model_whatever_the_backend():

@@ -11,8 +11,9 @@ import pytest
 from tests.test_programs import TINY, complaint, finish, results, start
 from tests.test_training import DATA, equal, pieces, runner
 from transformer.data.batches import Dataset
-from transformer.training.health import NonfiniteError, Watchman, batch_of, find_operation
-from transformer.training.step import zero_sums
+from transformer.parallel.replicas import mask_stopped
+from transformer.training.health import HealthMonitor, NonfiniteError, batch_of, find_operation
+from transformer.training.metrics import zero_sums
 
 MOST = 2  # steps that may be skipped
 MODEL, STEP_CONFIG, INIT = pieces({"ema_decay": 0.9, "dropout_rate": 0.1, "max_skipped": MOST})
@@ -54,34 +55,35 @@ def interval(loss, skipped=0.0, stopped=0.0):
     return [{"skipped": skipped, "stopped": stopped}], [{"train/loss": loss}]
 
 
-def test_the_watchman_speaks_of_what_is_left_out_and_of_spikes(capsys):
+def test_skipped_updates_and_loss_spikes_are_printed(capsys):
     start = INIT(np.uint32(0))
-    watchman = Watchman(start, most=3)
+    monitor = HealthMonitor(start, max_skipped=3)
     for step in range(1, 14):
-        watchman.look(step, *interval(1.0 + 0.01 * step), start)
+        monitor.check(step, *interval(1.0 + 0.01 * step), start)
     assert not capsys.readouterr().out
-    watchman.look(14, *interval(5.0, skipped=2), start)
+    monitor.check(14, *interval(5.0, skipped=2), start)
     out = capsys.readouterr().out
-    assert "2 of the steps up to 14 left out for a NaN or Inf (at most 3 may be)" in out
-    assert "loss 5 up to step 14, 4.7 times the median of the last 13 intervals" in out
-    assert watchman.without_stopped([{"x": 1.0}]) == [{"x": 1.0}]
+    assert "2 of the updates up to step 14 skipped for a NaN or Inf (at most 3 may be)" in out
+    assert "loss spike: 5 up to step 14, 4.7 times the median of the last 13 intervals" in out
     with pytest.raises(NonfiniteError, match="step 9"):
-        watchman.look(15, *interval(np.nan, 1, 4), start._replace(failed=jnp.int32(9)))
+        monitor.check(15, *interval(np.nan, 1, 4), start._replace(failed=jnp.int32(9)))
 
 
-def test_a_replica_that_stops_leaves_the_others_alone(capsys):
+def test_a_replica_that_stops_does_not_stop_the_others(capsys):
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), INIT(np.uint32(0)))
     two = two._replace(failed=jnp.array([-1, 7]))
-    watchman = Watchman(two, most=0)
+    monitor = HealthMonitor(two, max_skipped=0)
     sums, metrics = map(list.__add__, interval(1.0), interval(np.nan, 1, 3))
     for step in (10, 20):
-        watchman.look(step, sums, metrics, two)
-    assert capsys.readouterr().out.count("replica 1: stopped at step 7, a NaN or Inf") == 1
-    others = watchman.without_stopped([{"x": 1.0}, {"x": 2.0}])
+        monitor.check(step, sums, metrics, two)
+    assert capsys.readouterr().out.count("replica 1: stopped at step 7 for a NaN or Inf") == 1
+    others = mask_stopped([{"x": 1.0}, {"x": 2.0}], monitor.stopped)
     np.testing.assert_equal(others, [{"x": 1.0}, {"x": np.nan}])
-    assert Watchman(two._replace(skipped=jnp.array([0, 1])), most=0).stopped == {1}
+    assert HealthMonitor(
+        two._replace(skipped=jnp.array([0, 1])), max_skipped=0
+    ).stopped.tolist() == [False, True]
     with pytest.raises(NonfiniteError, match="step 7"):
-        Watchman(two._replace(skipped=jnp.array([1, 1])), most=0)
+        HealthMonitor(two._replace(skipped=jnp.array([1, 1])), max_skipped=0)
 
 
 @pytest.mark.slow

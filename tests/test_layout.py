@@ -22,7 +22,7 @@ ORDER = (
     "training",
     "config",
     "workdir",
-    "run averaging",
+    "run run_training averaging",
     "cli",
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

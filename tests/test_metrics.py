@@ -1,31 +1,35 @@
 import json
 import math
 import struct
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from tests.test_programs import ROOT
+from tests.test_training import pieces, runner
+from transformer.console import console
 from transformer.errors import UserError
 from transformer.files import to_json
-from transformer.metrics import mean_over
+from transformer.parallel.replicas import mean_over_replicas, split_replicas
 from transformer.training.metrics import (
+    TRAIN_METRICS,
+    Interval,
     MetricsWriter,
-    by_replica,
+    TrainMetric,
+    finalize,
     read_metrics,
-    train_metrics,
 )
+from transformer.training.progress import ProgressBar
 
 
 def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_made_once():
-    sums = {"loss": [40.0, 20.0], "nll": [30.0, 10.0], "learning_rate": [2.0, 1.0]}
-    sums |= {"correct": [5.0, 20.0], "tokens": [20.0, 20.0]}
-    sums |= {"gradient_norm": [8.0, 4.0], "steps": [4.0, 4.0], "skipped": [0.0, 0.0]}
-    parts = by_replica({name: jnp.array(values) for name, values in sums.items()}, 2)
-    one, other = (train_metrics(each, seconds=2.0) for each in parts)
+    sums = {"objective": [40.0, 20.0], "loss": [30.0, 10.0], "learning_rate": [2.0, 1.0]}
+    sums |= {"accuracy": [5.0, 20.0], "gradient_norm": [8.0, 4.0]}
+    sums = {f"train/{name}": totals for name, totals in sums.items()}
+    sums |= {"tokens": [20.0, 20.0], "steps": [4.0, 4.0], "skipped": [0.0, 0.0]}
+    parts = split_replicas({name: jnp.array(values) for name, values in sums.items()}, 2)
+    one, other = (finalize(Interval(each, seconds=2.0)) for each in parts)
     speeds = {"train/steps_per_second": 2.0, "train/target_tokens_per_second": 10.0}
     names = ["train/" + name for name in ("loss", "objective", "accuracy", "gradient_norm")]
     names.append("train/learning_rate")
@@ -35,13 +39,39 @@ def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_ma
 
 def test_each_replica_has_its_part_of_a_populations_arrays_and_metrics_have_a_mean():
     tree = {"a": jnp.arange(6.0).reshape(3, 2), "b": (jnp.array([7, 8, 9]),)}
-    for k, part in enumerate(by_replica(tree, 3)):
+    for k, part in enumerate(split_replicas(tree, 3)):
         np.testing.assert_array_equal(part["a"], [2.0 * k, 2.0 * k + 1])
         assert part["b"] == (7 + k,)
     assert k == 2
-    assert by_replica(tree, 1) == [tree]
-    assert mean_over([{"a": 1.0, "b": 3}, {"a": 2.0, "b": 5}]) == {"a": 1.5, "b": 4.0}
-    assert mean_over([{"a": 1.0}]) == {"a": 1.0}
+    assert split_replicas(tree, 1) == [tree]
+    assert mean_over_replicas([{"a": 1.0, "b": 3}, {"a": 2.0, "b": 5}]) == {"a": 1.5, "b": 4.0}
+    assert mean_over_replicas([{"a": 1.0}]) == {"a": 1.0}
+
+
+def test_a_metric_is_one_declaration(monkeypatch, tmp_path):
+    """Of a mean over tokens, of one over updates, and of one that the host computes."""
+    new = {
+        "entropy": TrainMetric(token=lambda predictions, _: -predictions.logits.max(-1)),
+        "parameter_norm": TrainMetric(update=lambda update: optax.tree.norm(update.params)),
+        "minutes": TrainMetric(host=lambda interval: interval.seconds / 60, bar="{:.0f} min"),
+    }
+    for name, metric in new.items():
+        monkeypatch.setitem(TRAIN_METRICS, name, metric)
+    model, config, init = pieces()
+    state, sums = runner(model, config)(init(np.uint32(0)), 3)
+    metrics = finalize(Interval(sums, seconds=120.0))
+    assert metrics["train/minutes"] == 2.0
+    assert metrics["train/entropy"] == pytest.approx(float(sums["train/entropy"] / sums["tokens"]))
+    norm = float(optax.tree.norm(state.params))
+    assert metrics["train/parameter_norm"] == pytest.approx(norm, rel=0.1)
+    assert "2 min" in shown(metrics)
+
+
+def shown(metrics):
+    """The text of the progress bar."""
+    with ProgressBar(0, 10) as bar, console.capture() as capture:
+        bar.log_interval(1, [metrics])
+    return capture.get()
 
 
 def write(folder, steps, resume_from=0):
@@ -91,15 +121,6 @@ def test_the_events_are_those_that_tensorboard_reads(tmp_path):
     found = [{each.tag: each.simple_value for each in event.summary.value} for event in scalars]
     assert [event.step for event in scalars] == [10, 20]
     assert found == [one, other]
-
-
-def test_the_events_do_without_pytorch(tmp_path):
-    """Whose import takes seconds, and which is there for others when they want it."""
-    program = f"""import pathlib, sys; from transformer.training.metrics import Events
-Events(pathlib.Path({str(tmp_path)!r}), 0)
-assert not any(name.split(".")[0] == "torch" for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_each_replica_has_lines_and_events_of_its_own(tmp_path):

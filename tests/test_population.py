@@ -16,10 +16,10 @@ from transformer.config import RunConfig, default_config
 from transformer.inference import evaluation
 from transformer.modules.model import Model
 from transformer.parallel.mesh import RULES, replicated
+from transformer.parallel.replicas import add_replica_axis, split_replicas, vmap_replicas
 from transformer.training import step as training
 from transformer.training.checkpoint import Checkpoints
-from transformer.training.metrics import by_replica
-from transformer.training.step import each_replica
+from transformer.training.metrics import zero_sums
 
 KNOBS = {
     "steps": 20,
@@ -43,9 +43,10 @@ def run_config(replicas, changes):
 def programs(cfg, sizes):
     """The mesh, abstract state, initial state, steps and scores, as `train.py` makes them."""
     model, mesh = Model(cfg.model, TOKENIZER.vocab_size), mesh_of(*sizes, cfg.replicas)
-    like = training.abstract_state(model, cfg.step_config(), mesh, cfg.replicas, cfg.hparams())
+    like = training.abstract_state(model, cfg.step_config(), mesh, cfg.hparams())
+    like = add_replica_axis(like, cfg.replicas)
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    each = partial(each_replica, replicas=cfg.replicas)
+    each = partial(vmap_replicas, replicas=cfg.replicas)
     steps = training.make_train_steps(training.make_train_step(model, cfg.step_config()))
     with jax.set_mesh(mesh):
         init = each(partial(training.init_state, model, cfg.step_config()), in_axes=(0, 0))
@@ -62,9 +63,9 @@ def train(cfg, sizes=ONE):
     with jax.set_mesh(mesh):
         state = init(cfg.seeds(), cfg.hparams())
         data = jax.device_put(DATA, replicated(mesh))
-        state, sums = train_steps(state, training.zero_sums(cfg.replicas), data, jnp.int32(5))
+        state, sums = train_steps(state, zero_sums(cfg.replicas), data, jnp.int32(5))
         scores = score(state.variables(), data)
-    return by_replica(jax.device_get((state, sums, scores)), cfg.replicas)
+    return split_replicas(jax.device_get((state, sums, scores)), cfg.replicas)
 
 
 def check(population, cfg, k):
@@ -92,7 +93,7 @@ def test_replica_k_is_the_single_run_with_its_seed(sizes):
     for k in range(4):
         check(population, cfg, k)
     assert [int(state.seed) for state, _, _ in population] == [7, 8, 9, 10]
-    assert len({float(sums["loss"]) for _, sums, _ in population}) == 4
+    assert len({float(sums["train/objective"]) for _, sums, _ in population}) == 4
     for name, value in population[0][0].batch_stats.items():
         assert (value != population[1][0].batch_stats[name]).any(), name
 
@@ -121,7 +122,7 @@ def test_each_replica_decodes_with_its_own_parameters():
     variables = [model.init(jax.random.key(seed)) for seed in range(4)]
     with jax.set_mesh(mesh_of(*APART, 4)):
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
-        outputs = jax.jit(each_replica(decode, 4, in_axes=(0, None)))(together, DATA).tokens
+        outputs = jax.jit(vmap_replicas(decode, 4, in_axes=(0, None)))(together, DATA).tokens
     for output, own in zip(outputs, variables, strict=True):
         np.testing.assert_array_equal(output, jax.jit(decode)(own, DATA).tokens)
     assert len(np.unique(outputs, axis=0)) == 4

@@ -33,8 +33,9 @@ from transformer.parallel.mesh import (
     replicated,
     shard_by_rules,
 )
+from transformer.training.metrics import zero_sums
 from transformer.training.optimizer import OPTIMIZERS
-from transformer.training.step import abstract_state, make_train_step, make_train_steps, zero_sums
+from transformer.training.step import abstract_state, make_train_step, make_train_steps
 
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
@@ -94,7 +95,7 @@ def train(run, sizes=(1, 1, 1), context=1):
         for _ in range(5):
             state, sums = step(state, zero_sums(), data, jnp.int32(1))
             sums = jax.device_get(sums)  # before the next program starts on the same threads
-            losses.append(sums["loss"] / sums["tokens"])
+            losses.append(sums["train/objective"] / sums["tokens"])
         scores = jax.jit(partial(evaluation.score, model))(state.variables(), data)
         if sizes[1] == 1 or run == "plain":
             data = jax.device_put(DATA, replicated(mesh))  # one example a row, in any case

@@ -16,7 +16,6 @@ from transformer.run import Run
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.optimizer import OptimizerConfig
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
 KNOBS = {
@@ -59,14 +58,14 @@ def _compile_once():
 def whole(tmp_path_factory, data_dir):
     """A run that is left alone: its folder, its last state, and the steps of each interval."""
     folder, intervals = tmp_path_factory.mktemp("train") / "whole", []
-    train_metrics = loop.train_metrics
+    finalize = loop.finalize
 
-    def recorded(sums, *more):
-        intervals.append(int(sums["steps"]))
-        return train_metrics(sums, *more)
+    def recorded(interval):
+        intervals.append(int(interval.sums["steps"]))
+        return finalize(interval)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_metrics", recorded)
+        patch.setattr(loop, "finalize", recorded)
         state = run(folder, data_dir)
     return folder, state, intervals
 
@@ -87,7 +86,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, 
     """In the middle of an interval, and after lines of the log that no checkpoint covers."""
     folder, state, _ = whole
     stops = iter([False] * 4 + [True])  # dispatches end at 1, 4, 5, 6: 7 is not reached
-    monkeypatch.setattr(loop.Pace, "seconds", 1e9)
+    monkeypatch.setattr(loop.DispatchSize, "seconds", 1e9)
     monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
     with pytest.raises(Interrupted, match="stopped at step 6 of 14, and saved"):
         run(tmp_path / "run", data_dir)
@@ -99,8 +98,8 @@ def test_a_run_that_stops_while_it_is_validated_goes_on_to_the_same_bits(
     step, whole, tmp_path, data_dir, monkeypatch
 ):
     folder, state, _ = whole
-    stop = lambda self: self.leave() if self.step == step else None  # noqa: E731
-    monkeypatch.setattr(loop.Loop, "leave_if_asked", stop)
+    stop = lambda self: self.save_and_interrupt() if self.step == step else None  # noqa: E731
+    monkeypatch.setattr(loop.TrainingLoop, "interrupt_if_requested", stop)
     with pytest.raises(Interrupted, match=f"stopped at step {step} of 14, and saved"):
         run(tmp_path / "run", data_dir)
     go_on(monkeypatch, tmp_path, data_dir, folder, state)
@@ -126,19 +125,19 @@ def test_dispatches_take_about_a_second(step_seconds, monkeypatch):
     """A step that takes longer has one of its own, and no other waits behind it."""
     now, ends, running = [0.0], [], []
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    pace = loop.Pace()
+    size = loop.DispatchSize()
     for _ in range(6):
-        steps, slow = pace.steps, pace.is_slow()
+        steps, slow = size.steps, size.is_slow()
         running.append(steps)
         if slow or len(running) > 1:  # waits for this one, or for the one before
             now[0] += running.pop(0) * step_seconds
         running = running if not slow else []
-        pace.dispatched(steps)
+        size.dispatched(steps)
         ends.append(steps)
     assert ends[0] == 1
-    pace.interrupted()
-    pace.measured(100, 100 * 10 * step_seconds)  # the machine is ten times slower in an interval
-    assert pace.steps <= max(1.0, 0.11 / step_seconds)
+    size.interrupted()
+    size.measured(100, 100 * 10 * step_seconds)  # the machine is ten times slower in an interval
+    assert size.steps <= max(1.0, 0.11 / step_seconds)
     assert all(1 <= steps <= max(1.0, 1.1 / step_seconds) for steps in ends)
     assert ends[-1] >= 0.7 / step_seconds or ends[-1] == 1
 
@@ -220,9 +219,9 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
 @pytest.mark.parametrize("most", [1, 3, 7, 100])
 def test_dispatches_end_wherever_something_is_due(most):
     every = {"log_every": 4, "eval_every": 6, "save_every": 10}
-    cfg, stops = RunConfig(steps=25, optimizer=OptimizerConfig(warmup_steps=2), **every), [0]
+    intervals, stops = loop.Intervals(25, *every.values()), [0]
     while stops[-1] < 25:
-        stops.append(loop.next_stop(cfg, stops[-1], most))
+        stops.append(intervals.next_stop(stops[-1], most))
     due = {step for each in every.values() for step in range(each, 26, each)}
     assert due | {25} <= set(stops)
     assert all(0 < b - a <= most for a, b in itertools.pairwise(stops))

@@ -14,8 +14,9 @@ from transformer.inference import evaluation
 from transformer.loss import cross_entropy
 from transformer.training import step as training
 from transformer.training.health import batch_of
+from transformer.training.metrics import zero_sums
 from transformer.training.optimizer import OptimizerConfig
-from transformer.training.step import init_state, make_train_step, make_train_steps, zero_sums
+from transformer.training.step import init_state, make_train_step, make_train_steps
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst", "u")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS), source_length=8, target_length=7)
@@ -97,7 +98,7 @@ def test_dropout_differs_from_step_to_step(rate):
     state = start(**{"dropout_rate": 0.0, "attention_dropout_rate": 0.0, rate: 0.5})
     same = jax.tree.map(lambda tokens: jnp.repeat(tokens[:1], len(tokens), axis=0), DATA)
     at = [state._replace(step=jnp.int32(step)) for step in range(5)]
-    assert len({float(run(each, 1, data=same)[1]["loss"]) for each in at}) == 5
+    assert len({float(run(each, 1, data=same)[1]["train/objective"]) for each in at}) == 5
 
 
 def test_the_gradient_is_of_the_mean_over_real_tokens():
@@ -121,16 +122,16 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
     for name, gradient in expected.items():
         found = after.opt_state[0].mu[name] / 0.1
         np.testing.assert_allclose(found, gradient, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(sums["loss"] / sums["tokens"], value, rtol=1e-5)
-    np.testing.assert_allclose(sums["nll"] / sums["tokens"], nll, rtol=1e-5)
+    np.testing.assert_allclose(sums["train/objective"] / sums["tokens"], value, rtol=1e-5)
+    np.testing.assert_allclose(sums["train/loss"] / sums["tokens"], nll, rtol=1e-5)
     assert sums["tokens"] == batch.weights.sum()
 
 
 def test_a_few_strings_are_learnt_by_heart():
     state, first = run(start(dropout_rate=0.0, attention_dropout_rate=0.0, label_smoothing=0.0), 1)
     last = run(run(state, 95)[0], 3)[1]
-    assert first["loss"] / first["tokens"] > 3.0
-    assert last["loss"] / last["tokens"] < 0.5
+    assert first["train/objective"] / first["tokens"] > 3.0
+    assert last["train/objective"] / last["tokens"] < 0.5
 
 
 def test_the_average_follows_its_formula_and_evaluation_uses_it():
@@ -145,7 +146,9 @@ def test_the_average_follows_its_formula_and_evaluation_uses_it():
             np.testing.assert_allclose(state.ema_params[name], expected[name], rtol=1e-5, atol=1e-7)
     assert equal(state.variables(), state.ema_params)  # what evaluation is given
     for number, kept in ((0, 0.1), (1, 2 / 11), (80, 0.9), (10**6, 0.99)):
-        found = training.averaged({"w": jnp.ones(1)}, {"w": jnp.zeros(1)}, jnp.int32(number), 0.99)
+        found = training.update_ema(
+            {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}, jnp.int32(number), 0.99
+        )
         np.testing.assert_allclose(found["w"], kept, rtol=1e-5)
 
 
@@ -205,7 +208,9 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
         (cross_entropy(each, single.target_out).nll * single.weights).sum() for each in logits
     ]
     assert len(set(map(float, losses))) == 3
-    assert in_parts(state, alike)[1]["loss"] == pytest.approx(float(sum(losses)), rel=1e-4)
+    assert in_parts(state, alike)[1]["train/objective"] == pytest.approx(
+        float(sum(losses)), rel=1e-4
+    )
 
 
 def test_parts_take_less_memory():

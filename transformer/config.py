@@ -6,11 +6,10 @@ dataclass whose fields hold the default, type, constraint and comment of a knob.
 
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from transformer import plugins, renamed
@@ -21,6 +20,7 @@ from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
 from transformer.metrics import METRICS
 from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import MeshConfig
+from transformer.parallel.replicas import PerReplica, Population
 from transformer.training.optimizer import OptimizerConfig
 from transformer.training.step import HParams, StepConfig
 
@@ -44,34 +44,7 @@ FREE_KNOBS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerReplica:
-    """Where the replicas of a population differ: a value for each, or () for the run's."""
-
-    seed: Sequence[Any] = ()  # by default seed, seed + 1, …
-    learning_rate: Sequence[Any] = ()  # optimizer.learning_rate
-    warmup_steps: Sequence[Any] = ()  # optimizer.warmup_steps
-    weight_decay: Sequence[Any] = ()  # optimizer.weight_decay
-    label_smoothing: Sequence[Any] = ()  # label_smoothing
-    dropout_rate: Sequence[Any] = ()  # model.dropout_rate
-    attention_dropout_rate: Sequence[Any] = ()  # model.attention_dropout_rate
-
-    def __post_init__(self):
-        for name, values in vars(self).items():
-            whole = name in ("seed", "warmup_steps")
-            if not isinstance(values, tuple | list) or not all(
-                isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-                for value in values
-            ):
-                raise UserError(
-                    f"per_replica.{name}={values}: it takes a {'whole ' if whole else ''}"
-                    "number for each replica, such as (1,2,3)"
-                )
-            if not whole:
-                object.__setattr__(self, name, tuple(map(float, values)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Population):
     """All knobs of a run.
 
     Raises:
@@ -106,8 +79,7 @@ class RunConfig:
         for is_wrong, message in self.contradictions():
             if is_wrong:
                 raise UserError(message)
-        for k in range(self.replicas if self.replicas > 1 else 0):
-            self.replica(k)  # each must be a valid run by itself
+        self.check_replicas()
 
     def constrained(self) -> Iterator[tuple[str, Any, Range | Choice]]:
         """Yields the knob, value and constraint of each value, those of the sections included."""
@@ -160,14 +132,6 @@ class RunConfig:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
                 f"steps={self.steps}; lower it or train longer",
             ),
-            *(
-                (
-                    len(values) > 0 and (len(values) != self.replicas or self.replicas == 1),
-                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
-                    "give as many as there are replicas, two or more",
-                )
-                for name, values in vars(self.per_replica).items()
-            ),
         ]
 
     @classmethod
@@ -191,16 +155,6 @@ class RunConfig:
                 )
         return run
 
-    def replica(self, k: int) -> "RunConfig":
-        """Returns the config of the single run that replica `k` of this population is."""
-        own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
-        own = {"seed": self.seed + k} | own
-        inside = {
-            name: replace(part, **{each: own.pop(each) for each in own.keys() & vars(part).keys()})
-            for name, part in (("optimizer", self.optimizer), ("model", self.model))
-        }
-        return replace(self, replicas=1, per_replica=PerReplica(), **inside, **own)
-
     def step_config(self) -> StepConfig:
         """How the model is trained."""
         hparams = HParams(
@@ -219,32 +173,6 @@ class RunConfig:
             max_skipped=self.max_skipped_steps,
             hparams=hparams,
         )
-
-    def step_configs(self) -> list[StepConfig]:
-        """How each replica is trained; of a single run one."""
-        if self.replicas == 1:
-            return [self.step_config()]
-        return [self.replica(k).step_config() for k in range(self.replicas)]
-
-    def smoothings(self) -> list[float]:
-        """The label smoothing of each replica."""
-        if self.replicas == 1:
-            return [self.label_smoothing]
-        return [self.replica(k).label_smoothing for k in range(self.replicas)]
-
-    def seeds(self) -> Any:
-        """The seed, or in a population that of each replica, [R]; uint32."""
-        if self.replicas == 1:
-            return np.uint32(self.seed)
-        return np.array([self.replica(k).seed for k in range(self.replicas)], np.uint32)
-
-    def hparams(self) -> dict[str, np.ndarray]:
-        """The hyperparameters in which the replicas differ: name → [R] float32."""
-        return {
-            name: np.array(values, np.float32)
-            for name, values in vars(self.per_replica).items()
-            if values and name != "seed"
-        }
 
 
 def sections(config: type) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from typing import Any, TypeVar
 
@@ -15,22 +14,15 @@ from absl import logging
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
     track,
 )
-from rich.table import Column, Table
-
-from transformer.metrics import mean_over, percent
+from rich.table import Table
 
 Item = TypeVar("Item")
-
-QUIET = 30.0  # seconds without a line, at most, where there is no bar
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -131,80 +123,3 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         downloads.setLevel(downloads_before)
-
-
-def over_replicas(
-    metrics: Sequence[Mapping[str, float]], name: str, write: Callable[[float], str]
-) -> str:
-    """A metric; in a population `mean (lowest–highest)` over the replicas."""
-    values = [each[name] for each in metrics]
-    mean = write(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({write(min(values))}–{write(max(values))})"
-
-
-class TrainingBar:
-    """A progress bar with loss, speed and time left; plain lines where there is no terminal.
-
-    Args:
-      start: the step that training goes on from.
-      steps: the step that it ends at.
-    """
-
-    def __init__(self, start: int, steps: int):
-        self.steps, self.said = steps, time.monotonic()
-        self.live = sys.stdout.isatty()
-        self.progress = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=28),
-            # Never cut short, as the bar may be.
-            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task("train", total=steps, completed=start, figures="")
-
-    def __enter__(self) -> "TrainingBar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
-
-    def stepped(self, step: int) -> None:
-        """Shows how far training is; in a file with a line, where there has been none for long."""
-        self.progress.update(self.task, completed=step)
-        if not self.live and time.monotonic() - self.said > QUIET:
-            self.say(f"step {step}/{self.steps}")
-
-    def say(self, line: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self.said = time.monotonic()
-        self.progress.console.print(line)
-
-    def update(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Shows the metrics of the interval that ends at `step`: means over replicas."""
-        mean = mean_over(metrics)
-        speed = mean["train/steps_per_second"]
-        tokens = mean["train/target_tokens_per_second"] * len(metrics)
-        figures = (
-            f"loss {mean['train/loss']:.4f}  {speed:.1f} steps/s  {tokens:,.0f} target tokens/s"
-        )
-        if waits := mean.get("train/data_waits"):
-            figures += f"  waited for data {waits:.0%}"
-        self.progress.update(self.task, completed=step, figures=figures)
-        if not self.live:
-            left = (self.steps - step) / speed
-            self.say(f"step {step}/{self.steps}  {figures}  {left:.0f} s left")
-
-    def validated(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Prints the validation metrics of `step` above the bar."""
-        show = partial(over_replicas, metrics)
-        self.say(
-            f"step {step}/{self.steps}  "
-            f"validation loss {show('validation/loss', '{:.4f}'.format)}  "
-            f"tokens right {show('validation/token_accuracy', percent)}  "
-            f"sequences right {show('validation/sequence_accuracy', percent)}"
-        )

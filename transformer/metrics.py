@@ -6,7 +6,7 @@ of each example in evaluation; the host computes the values. Files, tables and p
 `METRICS`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,8 +124,3 @@ def finalize(
     totals = {**totals, "label_smoothing": label_smoothing}
     before = f"{prefix}/" if prefix else ""
     return {f"{before}{name}": metric.value(totals) for name, metric in METRICS.items()}
-
-
-def mean_over(metrics: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
-    """The mean of each metric over the replicas."""
-    return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}

@@ -58,6 +58,15 @@ STATE = {
     "statistics": "batch_stats",
 }
 
+# Sums of an interval, as an interrupted run saves them beside a checkpoint.
+SUMS = {
+    "correct": "train/accuracy",
+    "gradient_norm": "train/gradient_norm",
+    "learning_rate": "train/learning_rate",
+    "loss": "train/objective",
+    "nll": "train/loss",
+}
+
 # Metrics, as in metrics.jsonl.
 METRICS: dict[str, str] = {}
 

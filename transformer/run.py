@@ -1,7 +1,6 @@
 """A run: everything that a config needs to train, evaluate, predict or be measured."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -9,47 +8,42 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from transformer.config import RunConfig, continued
-from transformer.console import facts
+from transformer import run_training
+from transformer.config import RunConfig
 from transformer.data import datasets
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
-from transformer.data.packing import (
-    TokenRows,
-    filter_by_length,
-    format_counts,
-    pack_rows,
-    unpacked_rows,
-)
+from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unpacked_rows
 from transformer.data.streaming import StreamedDataset
 from transformer.errors import UserError, within
 from transformer.inference import evaluation
 from transformer.inference.config import DecodingConfig
 from transformer.inference.decoding import Hypotheses
 from transformer.inference.generation import Generator
-from transformer.metrics import finalize, mean_over
+from transformer.metrics import finalize
 from transformer.modules.model import Model
 from transformer.parallel import hosts
-from transformer.parallel.devices import check_memory, describe_mesh
+from transformer.parallel.devices import check_memory
 from transformer.parallel.mesh import check_batch, make_mesh, place, replicated
+from transformer.parallel.replicas import (
+    add_replica_axis,
+    is_stopped,
+    mask_stopped,
+    mean_over_replicas,
+    split_replicas,
+    vmap_replicas,
+)
 from transformer.training import costs
 from transformer.training.checkpoint import Checkpoints
-from transformer.training.health import NonfiniteError, Watchman, explain_failure
-from transformer.training.interruption import StopRequests
-from transformer.training.loop import Loop, write_profile
-from transformer.training.metrics import MetricsWriter, by_replica, read_metrics
-from transformer.training.resume import check_same_run, check_stopped, report_jump
+from transformer.training.metrics import zero_sums
 from transformer.training.step import (
     TrainState,
     abstract_state,
     data_keys,
-    each_replica,
     init_state,
     make_train_step,
     make_train_steps,
-    zero_sums,
 )
 from transformer.workdir import Workdir
 
@@ -164,7 +158,7 @@ class Run:
         return self.corpus.tokenizers
 
     @cached_property
-    def _examples(self) -> tuple[TokenRows, dict[str, int]]:
+    def examples(self) -> tuple[TokenRows, dict[str, int]]:
         """One training example a row, and how many were filtered out, by reason."""
         pairs = self.corpus.tokens(self.config.data.train)
         kept, excluded = filter_by_length(pairs, self.config.data.max_length)
@@ -175,7 +169,7 @@ class Run:
     @cached_property
     def rows(self) -> TokenRows:
         """The rows of training, packed if the config says so."""
-        rows, length = self._examples[0], self.config.data.pack_length
+        rows, length = self.examples[0], self.config.data.pack_length
         return pack_rows(rows, length) if length else rows
 
     @cached_property
@@ -218,22 +212,21 @@ class Run:
           UserError: the mesh does not divide a parameter.
         """
         config = self.config
-        return abstract_state(
-            self.model, config.step_config(), self.mesh, config.replicas, config.hparams()
-        )
+        state = abstract_state(self.model, config.step_config(), self.mesh, config.hparams())
+        return add_replica_axis(state, config.replicas)
 
     @property
     def replicated(self) -> Any:
         """The sharding of what is the same on every device."""
         return replicated(self.mesh)
 
-    def _each_replica(self, function: Callable, *in_axes: int | None) -> Callable:
-        return each_replica(function, self.config.replicas, in_axes)
+    def _vmap(self, function: Callable, *in_axes: int | None) -> Callable:
+        return vmap_replicas(function, self.config.replicas, in_axes)
 
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
-        init = self._each_replica(partial(init_state, self.model, self.config.step_config()), 0, 0)
+        init = self._vmap(partial(init_state, self.model, self.config.step_config()), 0, 0)
         return jax.jit(init, out_shardings=self._state_shardings)
 
     @cached_property
@@ -243,7 +236,7 @@ class Run:
         # Batches that come from the host are each replica's own.
         data_axis = 0 if self.config.data.num_workers else None
         return jax.jit(
-            self._each_replica(steps, 0, 0, data_axis, None),
+            self._vmap(steps, 0, 0, data_axis, None),
             donate_argnums=0,
             out_shardings=(self._state_shardings, self.replicated),
         )
@@ -251,7 +244,7 @@ class Run:
     @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
-        score = self._each_replica(partial(evaluation.score, self.model), 0, None)
+        score = self._vmap(partial(evaluation.score, self.model), 0, None)
         return jax.jit(score, out_shardings=self.replicated)
 
     @property
@@ -286,7 +279,7 @@ class Run:
           UserError: something is.
         """
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
-        _ = self._examples, self.data, self.rows
+        _ = self.examples, self.data, self.rows
         check_memory(self.abstract_state)
 
     def trace(self) -> None:
@@ -298,29 +291,6 @@ class Run:
         sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
         # Each is where it will be: the compiler then takes this trace, and makes none of its own.
         self.train_steps.trace(self.abstract_state, sums, self.feed.empty_window(), steps)
-
-    def facts(self) -> dict[str, str]:
-        """What is about to be trained, on what, as `console.facts` prints it."""
-        config, corpus, (examples, excluded) = self.config, self.corpus, self._examples
-        unknown = corpus.unknown(config.data.train, config.data.validation, config.data.test)
-        left_out = "; ".join(filter(None, (corpus.left_out(), format_counts(excluded))))
-        backend = self.model.config.backend_at(max(self.rows.widths))
-        found = {
-            "data": f"{corpus.name}, {len(examples):,} training examples"
-            + (f" in {len(self.rows):,} rows" if config.data.pack_length else "")
-            + "".join(f", {len(data):,} of {name}" for name, data in self.data.items()),
-            "left out": left_out,
-            "unknown": unknown,
-            "devices": describe_mesh(self.mesh),
-            "parameters": f"{self.model.count_parameters():,}"
-            + (f", times {config.replicas} replicas" if config.replicas > 1 else ""),
-            "attention": f"{backend}, as auto picked"
-            if config.model.attention_backend == "auto"
-            else "",
-            "best": f"by validation/{config.best_metric}",
-            "workdir": str(self.workdir.path),
-        }
-        return {name: value for name, value in found.items() if value}
 
     def train(
         self, *, allow_changes: bool = False, profile: int = 0, exits: bool = False
@@ -337,118 +307,9 @@ class Run:
 
         Raises:
           UserError: the config, the data or the folder is wrong, or the loss became NaN or Inf.
-          Interrupted: somebody asked for it; the state is saved.
+          Interrupted: on request; the state is saved.
         """
-        with StopRequests(exits) as requests:
-            self._claim(allow_changes)
-            self.check()
-            facts(self.facts())
-            directory, keep = self.workdir.checkpoints, self.config.keep_checkpoints
-            with (
-                self.workdir.locked(),
-                jax.set_mesh(self.mesh),
-                Checkpoints(directory, keep, self.config.best_metric) as checkpoints,
-            ):
-                self.trace()
-                state, begun = self._start(checkpoints)
-                self._begin()
-                self.state = self._loop(state, begun, checkpoints, requests, profile)
-                return self._finish()
-
-    def _claim(self, allow_changes: bool) -> None:
-        """Takes the folder, and the knobs of the run that it may hold already."""
-        config = ConfigDict(asdict(self.config))
-        self.allow_changes = allow_changes
-        self.workdir.claim(config, allow_changes=allow_changes)
-        if self.is_trained:
-            self.config = RunConfig.from_config_dict(continued(config, self.workdir.known_config()))
-
-    def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
-        """The state to train from, new or the newest saved, and what it has of an interval.
-
-        Raises:
-          UserError: the newest checkpoint is another run's, or damaged.
-        """
-        step, config = checkpoints.latest(), self.config
-        if step is None:
-            return self.initial_state(), {}
-        state = checkpoints.restore(step, self.abstract_state)
-        check_same_run(state, config.seeds(), config.steps, self.workdir.path)
-        old = RunConfig.from_config_dict(self.workdir.read_config())
-        check_stopped(state, old.max_skipped_steps, config.max_skipped_steps)
-        report_jump(state, old.step_configs(), config.step_configs())
-        facts({"resuming": f"at step {step:,} of {config.steps:,}"})
-        # Not the checkpoint's: --allow_changes may have brought others.
-        where = {name: leaf.sharding for name, leaf in self.abstract_state.hparams.items()}
-        numbers = place(config.hparams(), where)
-        return state._replace(hparams=numbers), checkpoints.interval(step)
-
-    def _begin(self) -> None:
-        """Writes what tells which run this is: nothing stands in the way of training any more."""
-        hosts.once(partial(self.corpus.tokenizers.save, self.workdir.tokenizers))
-        self.workdir.write_config(ConfigDict(asdict(self.config)), self.corpus.identity())
-
-    def _loop(
-        self,
-        state: TrainState,
-        begun: Mapping[str, Any],
-        checkpoints: Checkpoints,
-        requests: StopRequests,
-        profile: int,
-    ) -> TrainState:
-        """The state after the last step."""
-        config = self.config
-        with MetricsWriter(self.workdir.path, state.taken(), config.replicas) as writer:
-            if profile:
-                folder = self.workdir.path / "profile"
-                write_profile(self.train_steps, state, self.feed, config.replicas, profile, folder)
-            try:
-                loop = Loop(
-                    config,
-                    state,
-                    begun,
-                    train_steps=self.train_steps,
-                    score=self.score,
-                    feed=self.feed,
-                    validation=self.data["validation"],
-                    checkpoints=checkpoints,
-                    writer=writer,
-                    requests=requests,
-                    flop_share=costs.share_of_peak(self.step_flops * config.replicas, self.mesh),
-                )
-                state = loop.run()
-                checkpoints.wait()
-                requests.all_is_saved(config.steps)
-            except NonfiniteError as failure:
-                step_config = config.step_config() if config.debug_nans else None
-                explained = explain_failure(
-                    failure, self.feed, self.workdir.path, self.model, step_config
-                )
-                raise UserError(explained) from failure
-        return state
-
-    def _finish(self) -> list[dict[str, Any]]:
-        """Draws the learning curve, evaluates the last state, writes `results.json`."""
-        if hosts.first():
-            from transformer.inference import plots  # matplotlib is not needed before
-
-            curve = self.workdir.plots / "learning_curve.png"
-            plots.learning_curve(read_metrics(self.workdir.metrics), curve)
-        seeds = np.atleast_1d(self.config.seeds()).tolist()
-        results: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
-        for split in self.data:
-            for result, metrics in zip(results, self.evaluate_replicas(split), strict=True):
-                result |= metrics
-        self.workdir.write_results(
-            {
-                "step": self.config.steps,
-                "devices": describe_mesh(self.mesh),
-                "parameters": self.model.count_parameters(),
-                "flops_per_step": self.step_flops,
-                "replicas": results,
-            }
-        )
-        return results
+        return run_training.train(self, allow_changes=allow_changes, profile=profile, exits=exits)
 
     def restore(self, checkpoint: str = "latest") -> TrainState:
         """The state saved as `latest`, `best` or at the step of that number, on the mesh.
@@ -470,7 +331,7 @@ class Run:
         """
         within("replica", replica, 0, self.config.replicas - 1)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
-            variables = by_replica(self.restore(checkpoint).variables(), self.config.replicas)
+            variables = split_replicas(self.restore(checkpoint).variables(), self.config.replicas)
         margin = self.config.decode_margin
         return Generator(
             self.model, variables[replica], self.tokenizers, decode_margin=margin, mesh=self.mesh
@@ -480,7 +341,7 @@ class Run:
         """The hypotheses of every source of `data`, of all replicas."""
         decode = partial(decoding.decode, self.model, margin=self.config.decode_margin)
         program = jax.jit(
-            self._each_replica(decode, 0, None),
+            self._vmap(decode, 0, None),
             out_shardings=self.replicated,
             compiler_options=evaluation.compiler_options(),
         )
@@ -491,19 +352,31 @@ class Run:
 
         They are of the newest state in memory, else of the latest checkpoint.
         """
-        with jax.set_mesh(self.mesh):
-            return mean_over(self.evaluate_replicas(split))
+        return mean_over_replicas(self.evaluate_replicas(split))
 
-    def evaluate_replicas(self, split: str) -> list[dict[str, float]]:
-        """The metrics of each replica; NaN of one that has stopped for a NaN or Inf."""
-        state = self.state or self.restore()
-        watchman = Watchman(state, self.config.max_skipped_steps)
-        data = self.data[split]
-        scores = evaluation.score_in_batches(self.score, state.variables(), data, self.place)
+    def evaluate_replicas(
+        self,
+        split: str,
+        state: TrainState | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> list[dict[str, float]]:
+        """The metrics of each replica; NaN of those that have stopped for a NaN or Inf.
+
+        Args:
+          split: `validation` or `test`.
+          state: on the run's mesh; None: the newest in memory, else of the latest checkpoint.
+          between: called before each batch; what it raises ends the evaluation.
+        """
+        config, data = self.config, self.data[split]
+        state = state or self.state or self.restore()
+        with jax.set_mesh(self.mesh):
+            totals = evaluation.score_in_batches(
+                self.score, state.variables(), data, self.place, between
+            )
         metrics = [
-            finalize(one, split, smoothing)
-            for one, smoothing in zip(
-                by_replica(scores, self.config.replicas), self.config.smoothings(), strict=True
+            finalize(one, split, single.label_smoothing)
+            for one, single in zip(
+                split_replicas(totals, config.replicas), config.single_runs(), strict=True
             )
         ]
-        return watchman.without_stopped(metrics)
+        return mask_stopped(metrics, is_stopped(state.skipped, config.max_skipped_steps))

@@ -223,20 +223,6 @@ def place(tree: Any, where: Any) -> Any:
     return jax.tree.map(put, tree, where)
 
 
-def add_replica_axis(state: Any, replicas: int) -> Any:
-    """Returns the shapes and shardings of a run's arrays as those of a population's."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (replicas, *leaf.shape),
-            leaf.dtype,
-            sharding=NamedSharding(
-                leaf.sharding.mesh, PartitionSpec("replica", *leaf.sharding.spec)
-            ),
-        ),
-        state,
-    )
-
-
 def parameter_shardings(
     mesh: Mesh, params: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, NamedSharding]:

@@ -1,7 +1,7 @@
-"""Numbers gone wrong: NaN and Inf, where they come from, and losses that jump.
+"""NaN and Inf: how training reports them, where they come from; and spikes of the loss.
 
-The step itself leaves out what is not finite (`training.guarded`); here is what the host makes of
-it when it reads an interval's sums.
+The step itself skips non-finite updates (`step.skip_nonfinite`); the host reads the sums of each
+interval here.
 """
 
 from collections import deque
@@ -19,14 +19,15 @@ from transformer.data.batches import Batch, Dataset
 from transformer.data.streaming import StreamedDataset
 from transformer.modules.model import Model
 from transformer.parallel import hosts
+from transformer.parallel.replicas import is_stopped, split_replicas
 from transformer.training.step import StepConfig, TrainState, make_train_step, stream
 
-REMEMBERED = 20  # intervals whose losses a spike is told from
-SPIKE = 2.0  # times their median
+REMEMBERED = 20  # intervals whose median loss a spike is compared with
+SPIKE = 2.0  # times the median
 
 
 class NonfiniteError(Exception):
-    """More steps than may be left out had a NaN or Inf in their loss or gradients.
+    """More updates had a NaN or Inf in the loss or a gradient than may be skipped.
 
     step: the first that was one too many.
     state: of one replica, as it was before that step.
@@ -37,53 +38,51 @@ class NonfiniteError(Exception):
         self.step, self.state = step, state
 
 
-class Watchman:
-    """Looks at the sums of every interval, and says what is wrong.
+class HealthMonitor:
+    """Prints skipped updates, stopped replicas and loss spikes of each interval.
+
+    stopped: of each replica whether it has stopped.
 
     Args:
-      state: that training goes on from.
-      most: steps that a run may leave out.
+      state: to start from.
+      max_skipped: updates that may be skipped.
 
     Raises:
-      NonfiniteError: the state is one that has stopped.
+      NonfiniteError: the state is that of a run that has stopped.
     """
 
-    def __init__(self, state: TrainState, most: int):
-        self.most = most
-        skipped = np.atleast_1d(hosts.fetch(state.skipped))
-        self.replicas = len(skipped)
-        self.stopped = set(np.flatnonzero(skipped > most).tolist())
+    def __init__(self, state: TrainState, max_skipped: int):
+        self.max_skipped = max_skipped
+        self.stopped = is_stopped(state.skipped, max_skipped)
+        self.replicas = len(self.stopped)
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
-        self.check(state)
+        self.raise_if_all_stopped(state)
 
-    def look(
+    def check(
         self,
         step: int,
         sums: Sequence[Mapping[str, Any]],
         metrics: Sequence[Mapping[str, float]],
         state: TrainState,
     ) -> None:
-        """Looks at the interval that ended at `step`.
-
-        A replica of a population that stopped is announced once, and the others go on.
+        """Checks the interval that ended at `step`.
 
         Args:
-          step: where the interval ended.
+          step: the last of the interval.
           sums: of each replica.
           metrics: of each replica.
-          state: the newest; what has stopped is the same in all that follow.
+          state: the newest; a stopped replica no longer changes in it.
 
         Raises:
           NonfiniteError: all replicas have stopped.
         """
-        self.look_for_stopped(sums, state)
+        self.check_stopped(sums, state)
         for k, one in enumerate(sums):
-            left_out = int(one["skipped"])
-            if left_out and k not in self.stopped:
+            if (skipped := int(one["skipped"])) and not self.stopped[k]:
                 who = f"replica {k}: " if self.replicas > 1 else ""
                 console.print(
-                    f"{who}{left_out} of the steps up to {step:,} left out for a NaN or Inf "
-                    f"(at most {self.most} may be)"
+                    f"{who}{skipped} of the updates up to step {step:,} skipped for a NaN or Inf "
+                    f"(at most {self.max_skipped} may be)"
                 )
         losses = np.array([one["train/loss"] for one in metrics])
         losses = losses[np.isfinite(losses)]
@@ -93,46 +92,38 @@ class Watchman:
         usual = float(np.median(self.losses)) if len(self.losses) > REMEMBERED // 2 else np.inf
         if loss > SPIKE * usual:
             console.print(
-                f"loss {loss:.4g} up to step {step:,}, {loss / usual:.1f} times the median of the "
-                f"last {len(self.losses)} intervals"
+                f"loss spike: {loss:.4g} up to step {step:,}, {loss / usual:.1f} times the median "
+                f"of the last {len(self.losses)} intervals"
             )
         self.losses.append(loss)
 
-    def look_for_stopped(self, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
-        """Looks for replicas that have stopped since the last look; see `look`."""
+    def check_stopped(self, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
+        """Reports replicas that have stopped since the last check; see `check`."""
         for k, one in enumerate(sums):
-            if int(one["stopped"]) and k not in self.stopped:
-                self.stopped.add(k)
-                self.check(state)
+            if int(one["stopped"]) and not self.stopped[k]:
+                self.stopped[k] = True
+                self.raise_if_all_stopped(state)
                 failed = np.atleast_1d(hosts.fetch(state.failed))[k]
                 console.print(
-                    f"replica {k}: stopped at step {failed:,}, a NaN or Inf; others go on"
+                    f"replica {k}: stopped at step {failed:,} for a NaN or Inf; others continue"
                 )
 
-    def check(self, state: TrainState) -> None:
-        """Raises a NonfiniteError if all replicas have stopped, for the last of them that did."""
-        if len(self.stopped) < self.replicas:
+    def raise_if_all_stopped(self, state: TrainState) -> None:
+        """Raises a NonfiniteError for the last replica that stopped, if none is left."""
+        if not self.stopped.all():
             return
-        state = hosts.fetch(state)
-        k = int(np.argmax(state.failed))
-        state = state if self.replicas == 1 else jax.tree.map(lambda leaf: leaf[k], state)
-        raise NonfiniteError(int(state.failed), state)
-
-    def without_stopped(self, metrics: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-        """The metrics of each replica, NaN of one that has stopped: its parameters are old."""
-        return [
-            dict.fromkeys(one, float("nan")) if k in self.stopped else one
-            for k, one in enumerate(metrics)
-        ]
+        replicas = split_replicas(hosts.fetch(state), self.replicas)
+        last = max(replicas, key=lambda one: int(one.failed))
+        raise NonfiniteError(int(last.failed), last)
 
 
 def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> Batch:
-    """What a run has in its step `step`."""
+    """The batch of a step of a run."""
     return data.batch(stream(jnp.asarray(state.seed), "data"), jnp.int32(step))
 
 
 def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, step: int) -> Path:
-    """Writes the batch of a step as NumPy's arrays; of several hosts the first does."""
+    """Writes the batch of a step as NumPy arrays; of several hosts the first does."""
     batch = hosts.fetch(batch_of(state, data, step))
     if hosts.first():
         with path.open("wb") as file:
@@ -143,20 +134,16 @@ def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, s
 def find_operation(
     model: Model, config: StepConfig, state: TrainState, data: Dataset | StreamedDataset, step: int
 ) -> str:
-    """The first operation of a step that makes a NaN, or divides by zero, and where it is written.
+    """The first operation of a step that makes a NaN or divides by zero, with its source line.
 
-    The step is taken again from the state before it, with every operation checked.
+    The step is replayed from the state before it, with every operation checked.
     """
-    take = checkify.checkify(make_train_step(model, config), errors=checkify.float_checks)
+    replay = checkify.checkify(make_train_step(model, config), errors=checkify.float_checks)
     state = state._replace(step=np.int32(step), skipped=np.int32(0))
-    error, _ = jax.jit(take)(state, batch_of(state, data, step))
-    said = error.get()
-    return "an overflow to Inf, and no operation on its own" if said is None else first_line(said)
-
-
-def first_line(text: str) -> str:
-    """What comes before a traceback."""
-    return text.strip().splitlines()[0].rstrip(".")
+    error, _ = jax.jit(replay)(state, batch_of(state, data, step))
+    if (found := error.get()) is None:
+        return "an overflow to Inf, and no single operation"
+    return found.strip().splitlines()[0].rstrip(".")  # what follows is a traceback
 
 
 def explain_failure(
@@ -169,7 +156,7 @@ def explain_failure(
     """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do.
 
     Args:
-      failure: it.
+      failure: the error.
       data: what the failed step reads.
       folder: takes the batch of that step.
       model: the run's.
@@ -182,5 +169,5 @@ def explain_failure(
         remedy = f"it comes from {find_operation(model, config, state, data, step)}"
     return (
         f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
-        "lower optimizer.learning_rate, or let --config.max_skipped_steps=N leave such steps out"
+        "lower optimizer.learning_rate, or skip such updates with --config.max_skipped_steps=N"
     )

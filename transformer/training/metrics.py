@@ -1,79 +1,158 @@
-"""Metrics on the host: ratios of sums, and the files that they are written to."""
+"""Metrics of training, each declared once in `TRAIN_METRICS`, and the files that take metrics.
+
+The step adds up sums on the device; at the end of an interval the host divides them (`finalize`).
+metrics.jsonl, TensorBoard, the progress bar and reports follow from the declaration.
+"""
 
 import contextlib
 import json
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float
 
 from transformer import renamed
 from transformer.errors import UserError
 from transformer.files import nan_for_null, to_json
+from transformer.metrics import CORRECT, NLL, Predictions
 from transformer.parallel import hosts
 
+# Name of a metric or a count → its total over steps.
+Sums = dict[str, Float[Array, "*R"]]
 
-def train_metrics(
-    sums: Mapping[str, Any],
-    seconds: float,
-    flop_share: float | None = None,
-    waited: float | None = None,
-) -> dict[str, float]:
-    """The ratios of an interval's sums (`training.make_train_step`) and its speed.
+COUNTS = ("tokens", "steps", "skipped", "stopped")  # `steps` includes the other two
 
-    `train/loss` is the cross-entropy, as `validation/loss` is; `train/objective` what is minimised,
-    with label smoothing.
 
-    With `flop_share`, what one step a second is of the devices' peak, `train/mfu` is among
-    them: the model's FLOPs, none counted twice, as a fraction of the peak (Chowdhery et al. 2022,
-    section 4.1). With `waited`, `train/data_waits` is: the share of the windows of data that were
-    not there yet.
+class Update(NamedTuple):
+    """An update of the parameters, which metrics are computed from."""
+
+    gradients: Any  # before clipping
+    updates: Any
+    params: Any
+    learning_rate: Float[Array, ""]
+
+
+class Interval(NamedTuple):
+    """The steps since the last line of metrics, as the host sees them.
+
+    sums: name → total.
+    seconds: of training alone.
+    peak_share: the fraction of the devices' peak FLOPs that one step per second takes; None: the
+      peak is unknown.
+    wait_share: the fraction of the data windows that were not ready; None: data lie on the devices.
     """
-    totals = {name: float(np.asarray(value)) for name, value in sums.items()}
-    # Of an interval all of whose steps were left out nothing is known.
-    tokens, good = totals["tokens"] or np.nan, totals["steps"] - totals["skipped"] or np.nan
-    speed = totals["steps"] / seconds
-    utilisation = {} if flop_share is None else {"train/mfu": speed * flop_share}
-    waits = {} if waited is None else {"train/data_waits": waited}
-    return (
-        utilisation
-        | waits
-        | {
-            "train/loss": totals["nll"] / tokens,
-            "train/objective": totals["loss"] / tokens,
-            "train/accuracy": totals["correct"] / tokens,
-            "train/gradient_norm": totals["gradient_norm"] / good,
-            "train/learning_rate": totals["learning_rate"] / good,
-            "train/steps_per_second": speed,
-            "train/target_tokens_per_second": totals["tokens"] / seconds,
-        }
-    )
+
+    sums: Mapping[str, Any]
+    seconds: float
+    peak_share: float | None = None
+    wait_share: float | None = None
+
+    def rate(self, count: str) -> float:
+        """A count per second."""
+        return self.sums[count] / self.seconds
 
 
-def by_replica(tree: Any, replicas: int) -> list[Any]:
-    """Each replica's part of a population's arrays; of a single run, the one there is."""
-    if replicas == 1:
-        return [tree]
-    tree = hosts.fetch(tree)
-    return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
+@dataclass(frozen=True, kw_only=True)
+class TrainMetric:
+    """A metric of an interval of training: one of `token`, `update` and `host`.
+
+    token: (predictions, objective) → [B, T]; its mean over target tokens is the metric. The
+      objective is the cross-entropy with label smoothing.
+    update: → scalar; its mean over the updates that were not skipped is the metric.
+    host: → the metric; None: it is left out.
+    bar: its text in the progress bar; None: it is not there.
+    per_replica: whether the bar has the mean over replicas, else their sum.
+    """
+
+    token: Callable[[Predictions, Array], Array] | None = None
+    update: Callable[[Update], Array] | None = None
+    host: Callable[[Interval], float | None] | None = None
+    bar: str | None = None
+    per_replica: bool = True
+
+
+TRAIN_METRICS: dict[str, TrainMetric] = {
+    # Nats per target token, without label smoothing: comparable with validation/loss.
+    "loss": TrainMetric(token=lambda predictions, _: NLL["nll"](predictions), bar="loss {:.4f}"),
+    # With label smoothing: what is minimised.
+    "objective": TrainMetric(token=lambda _, objective: objective),
+    "accuracy": TrainMetric(token=lambda predictions, _: CORRECT["correct"](predictions)),
+    "gradient_norm": TrainMetric(update=lambda update: optax.tree.norm(update.gradients)),
+    "learning_rate": TrainMetric(update=lambda update: update.learning_rate),
+    "steps_per_second": TrainMetric(
+        host=lambda interval: interval.rate("steps"), bar="{:.1f} steps/s"
+    ),
+    "target_tokens_per_second": TrainMetric(
+        host=lambda interval: interval.rate("tokens"),
+        bar="{:,.0f} target tokens/s",
+        per_replica=False,
+    ),
+    # Model FLOPs utilisation (Chowdhery et al. 2022, section 4.1): no FLOP is counted twice.
+    "mfu": TrainMetric(
+        host=lambda interval: interval.peak_share and interval.rate("steps") * interval.peak_share
+    ),
+    "data_waits": TrainMetric(
+        host=lambda interval: interval.wait_share, bar="waited for data {:.0%}"
+    ),
+}
+
+
+def sum_over_tokens(
+    predictions: Predictions, objective: Float[Array, "B T"], weights: Float[Array, "B T"]
+) -> Sums:
+    """The sums of the metrics of tokens, and of the tokens."""
+    sums = {
+        f"train/{name}": (metric.token(predictions, objective) * weights).sum()
+        for name, metric in TRAIN_METRICS.items()
+        if metric.token
+    }
+    return sums | {"tokens": weights.sum()}
+
+
+def sum_over_updates(update: Update) -> Sums:
+    """The metrics of an update."""
+    metrics = TRAIN_METRICS.items()
+    return {f"train/{name}": metric.update(update) for name, metric in metrics if metric.update}
+
+
+def zero_sums(replicas: int = 1) -> Sums:
+    """The sums over no steps."""
+    names = [f"train/{name}" for name, metric in TRAIN_METRICS.items() if not metric.host]
+    return {name: jnp.zeros(() if replicas == 1 else replicas) for name in (*names, *COUNTS)}
+
+
+def finalize(interval: Interval) -> dict[str, float]:
+    """`train/name` → value of each metric; NaN of an interval without a finite update."""
+    sums = {name: float(np.asarray(total)) for name, total in interval.sums.items()}
+    interval = interval._replace(sums=sums)
+    tokens, updates = sums["tokens"] or np.nan, sums["steps"] - sums["skipped"] or np.nan
+    metrics = {}
+    for name, metric in TRAIN_METRICS.items():
+        if metric.host:
+            value = metric.host(interval)
+        else:
+            value = sums[f"train/{name}"] / (tokens if metric.token else updates)
+        if value is not None:
+            metrics[f"train/{name}"] = value
+    return metrics
 
 
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, an object a line, and to TensorBoard events.
 
-    The JSON lines are the record, null for NaN; the events are for looking at. In a population each
-    replica has lines of its own, with its number under `replica`, and events in a folder of
-    its own. Of several hosts the first writes.
+    The JSON lines are the record, null for NaN. In a population each replica has lines of its own,
+    with its number under `replica`, and a folder of events. Of several hosts the first writes.
 
     Args:
       workdir: where the files go.
-      resume_from: the step that training goes on from; what the file says of later
-        steps, which will be taken again, is dropped.
+      resume_from: the step that training resumes at; lines of later steps are dropped.
       replicas: how many there are.
     """
 
@@ -84,13 +163,12 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_from]
         fresh = self.path.with_suffix(".tmp")
-        folders = (
-            [workdir] if replicas == 1 else [workdir / f"replica_{k}" for k in range(replicas)]
-        )
+        folders = [workdir / f"replica_{k}" for k in range(replicas)]
         with self.explained():
             fresh.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
             fresh.replace(self.path)
             self.file = self.path.open("a", encoding="utf-8")
+            folders = [workdir] if replicas == 1 else folders
             self.events = [Events(each, resume_from) for each in folders]
 
     def __enter__(self) -> "MetricsWriter":
@@ -119,7 +197,7 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns what the disk refuses into a UserError."""
+        """Turns an error of the disk into a UserError."""
         try:
             yield
         except OSError as error:
@@ -130,28 +208,24 @@ class MetricsWriter:
 
 
 class Events:
-    """Scalars as TensorBoard's events, in a file of their own.
+    """A file of scalars for TensorBoard.
 
-    Written by whoever calls. tensorboardX's SummaryWriter has a thread for it, which a full disk
-    ends, and whose callers then wait for it forever.
+    Of tensorboardX only the record writer is used. Its SummaryWriter writes in a thread: a full
+    disk ends the thread, and its callers then wait forever. Importing tensorboardX imports PyTorch
+    where that is installed, which takes 2 s once per run.
 
     Args:
       folder: where the file goes.
-      resume_from: what older files say of later steps is not shown any more.
+      resume_from: TensorBoard hides what older files hold of later steps.
     """
 
-    FLUSH = 10.0  # seconds: what is written is not seen before, for seeing it costs an fsync
+    FLUSH = 10.0  # seconds between flushes, each of which is an fsync
 
     def __init__(self, folder: Path, resume_from: int):
-        # It imports PyTorch, where that is installed, for what is not used here: seconds.
-        hidden = sys.modules.setdefault("torch", None)  # type: ignore
         from tensorboardX import RecordWriter
         from tensorboardX.proto import event_pb2
 
-        if hidden is None:
-            del sys.modules["torch"]
-
-        self.proto: Any = event_pb2  # whose classes a type checker does not see
+        self.proto: Any = event_pb2  # a type checker does not see its classes
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self.file, self.flushed = RecordWriter(str(folder / name)), time.monotonic()

@@ -71,7 +71,7 @@ class Ours(Contender):
             self.state, sums = run.train_steps(self.state, sums, data, n)
         self.variables, self.placed = self.state.variables(), {}
         tokens = int(sums["tokens"])  # waits
-        return tokens, float(sums["loss"]) / tokens
+        return tokens, float(sums["train/objective"]) / tokens
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         method = decoding.greedy

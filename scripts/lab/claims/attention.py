@@ -25,8 +25,8 @@ from transformer.modules import masking
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.modules.model import Model, Params
+from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
-from transformer.training.metrics import by_replica
 from transformer.training.step import stream
 
 KINDS = {  # of attention maps → name, place and module
@@ -181,7 +181,7 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> dict[str
 
     found: dict[str, list[float]] = {}
     seeds, replicas = np.atleast_1d(run.config.seeds()), run.config.replicas
-    for variables, seed in zip(by_replica(state.variables(), replicas), seeds, strict=True):
+    for variables, seed in zip(split_replicas(state.variables(), replicas), seeds, strict=True):
         trained = jax.tree.map(jnp.asarray, variables)
         initial = model.init(stream(jnp.asarray(seed), "init"))
         for when, each in (("trained", trained), ("untrained", initial)):

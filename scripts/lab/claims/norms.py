@@ -17,8 +17,8 @@ from transformer.config import default_config
 from transformer.modules.linear import embed_scaled
 from transformer.modules.model import Model, Params
 from transformer.modules.normalization import BatchNorm, LayerNorm
+from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
-from transformer.training.metrics import by_replica
 
 FACTORS = (1.0, 2.0)  # of the weights, where scales are compared
 POWERS = range(-4, 5)  # of ten, of the weights before a norm
@@ -112,7 +112,7 @@ def trained(setting: Setting) -> list[tuple[Model, Params]]:
         replicas = [k for k, (variant, _) in enumerate(program.members) if variant == best.variant]
         if replicas:
             run = Run.saved(setting.root / name / program.name)
-            variables = by_replica(run.restore().variables(), len(program.members))
+            variables = split_replicas(run.restore().variables(), len(program.members))
             found += [(run.model, jax.tree.map(jnp.asarray, variables[k])) for k in replicas]
     return found
 

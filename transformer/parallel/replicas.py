@@ -1,0 +1,172 @@
+"""Replicas: R runs of one config that are trained at once in one compiled program.
+
+Model, step and metrics are written for a single run. Here they get a first axis of R replicas,
+sharded over the mesh axis `replica`; the arrays of a single run (R = 1) have no such axis.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from transformer.errors import UserError
+from transformer.parallel import hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerReplica:
+    """Where the replicas of a population differ: a value for each, or () for the run's."""
+
+    seed: Sequence[Any] = ()  # by default seed, seed + 1, …
+    learning_rate: Sequence[Any] = ()  # optimizer.learning_rate
+    warmup_steps: Sequence[Any] = ()  # optimizer.warmup_steps
+    weight_decay: Sequence[Any] = ()  # optimizer.weight_decay
+    label_smoothing: Sequence[Any] = ()  # label_smoothing
+    dropout_rate: Sequence[Any] = ()  # model.dropout_rate
+    attention_dropout_rate: Sequence[Any] = ()  # model.attention_dropout_rate
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            whole = name in ("seed", "warmup_steps")
+            if not isinstance(values, tuple | list) or not all(
+                isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+                for value in values
+            ):
+                raise UserError(
+                    f"per_replica.{name}={values}: it takes a {'whole ' if whole else ''}"
+                    "number for each replica, such as (1,2,3)"
+                )
+            if not whole:
+                object.__setattr__(self, name, tuple(map(float, values)))
+
+
+class Population:
+    """The replicas of a run's config; `RunConfig` inherits it."""
+
+    seed: Any
+    replicas: Any
+    per_replica: Any
+
+    def check_replicas(self) -> None:
+        """Raises a UserError unless each replica is a valid run by itself."""
+        for name, values in vars(self.per_replica).items():
+            if values and (len(values) != self.replicas or self.replicas == 1):
+                raise UserError(
+                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
+                    "give as many as there are replicas, two or more"
+                )
+        if self.replicas > 1:
+            self.single_runs()
+
+    def single_runs(self) -> list[Any]:
+        """The config of the single run that each replica is."""
+        return [self] if self.replicas == 1 else [self.replica(k) for k in range(self.replicas)]
+
+    def replica(self, k: int) -> Any:
+        """The config of the single run that replica `k` is."""
+        config: Any = self
+        own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
+        own = {"seed": self.seed + k} | own
+        inside = {
+            name: replace(part, **{each: own.pop(each) for each in own.keys() & vars(part).keys()})
+            for name, part in (("optimizer", config.optimizer), ("model", config.model))
+        }
+        return replace(config, replicas=1, per_replica=PerReplica(), **inside, **own)
+
+    def seeds(self) -> Any:
+        """The seed; of a population those of the replicas, [R]; uint32."""
+        if self.replicas == 1:
+            return np.uint32(self.seed)
+        return np.array([config.seed for config in self.single_runs()], np.uint32)
+
+    def hparams(self) -> dict[str, np.ndarray]:
+        """The hyperparameters that differ among the replicas: name → [R] float32."""
+        return {
+            name: np.array(values, np.float32)
+            for name, values in vars(self.per_replica).items()
+            if values and name != "seed"
+        }
+
+
+def vmap_replicas(function: Callable, replicas: int, in_axes: tuple[int | None, ...]) -> Callable:
+    """Returns `function` of a single run's arrays vectorised over R replicas; under a mesh.
+
+    Args:
+      function: of arrays.
+      replicas: R; 1: `function` itself.
+      in_axes: 0 for an argument of which each replica has its own, None for a shared one.
+    """
+    if replicas == 1:
+        return function
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape["replica"] < mesh.size:
+        return jax.vmap(function, in_axes=in_axes, spmd_axis_name="replica")
+    # Where no other axis shards a replica, devices need no communication, and saying so is a
+    # third faster than leaving XLA to find out. (Not so where others do: XLA's partitioner of
+    # jaxlib 0.10 aborts if two more axes are left to it inside a shard_map.)
+    own = PartitionSpec("replica")
+    return jax.shard_map(
+        jax.vmap(function, in_axes=in_axes),
+        in_specs=tuple(PartitionSpec() if axis is None else own for axis in in_axes),
+        out_specs=own,
+        axis_names={"replica"},
+        check_vma=False,
+    )
+
+
+def add_replica_axis(state: Any, replicas: int) -> Any:
+    """Returns the shapes and shardings of a single run's arrays as those of R replicas."""
+    if replicas == 1:
+        return state
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (replicas, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(
+                leaf.sharding.mesh, PartitionSpec("replica", *leaf.sharding.spec)
+            ),
+        ),
+        state,
+    )
+
+
+def split_replicas(tree: Any, replicas: int) -> list[Any]:
+    """The arrays of each replica, on the host; `[tree]` of a single run."""
+    if replicas == 1:
+        return [tree]
+    tree = hosts.fetch(tree)
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(replicas)]
+
+
+def mean_over_replicas(metrics: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
+    """The mean of each metric over the replicas."""
+    return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
+
+
+def format_replicas(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """A value of each replica as text: `mean (least–most)`; of a single run the value."""
+    mean = form(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form(min(values))}–{form(max(values))})"
+
+
+def is_stopped(skipped: Any, max_skipped_steps: int) -> np.ndarray:
+    """Whether each replica has stopped for a NaN or Inf, [R] (see `step.skip_nonfinite`).
+
+    Args:
+      skipped: of a train state.
+      max_skipped_steps: of the config.
+    """
+    return np.atleast_1d(hosts.fetch(skipped)) > max_skipped_steps
+
+
+def mask_stopped(
+    metrics: Sequence[dict[str, float]], stopped: np.ndarray
+) -> list[dict[str, float]]:
+    """The metrics of each replica; NaN for stopped ones, whose parameters are old."""
+    return [
+        dict.fromkeys(one, float("nan")) if old else one
+        for one, old in zip(metrics, stopped, strict=True)
+    ]

@@ -1,0 +1,87 @@
+"""The progress bar of training; plain lines where standard output is no terminal."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+from transformer.console import console
+from transformer.metrics import PRINTED
+from transformer.parallel.replicas import format_replicas
+from transformer.training.metrics import TRAIN_METRICS
+
+SILENCE = 30.0  # seconds between lines, at most, where there is no bar
+
+
+class ProgressBar:
+    """Shows the step, the metrics that declare a text for it, and the time left.
+
+    Args:
+      start: the step that training starts from.
+      steps: the last one.
+    """
+
+    def __init__(self, start: int, steps: int):
+        self.steps, self.printed = steps, time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=28),
+            # Never truncated, as the bar may be.
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("train", total=steps, completed=start, figures="")
+
+    def __enter__(self) -> "ProgressBar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def advance(self, step: int) -> None:
+        """Shows the step; without a bar as a line, if none was printed for long."""
+        self.progress.update(self.task, completed=step)
+        if not self.live and time.monotonic() - self.printed > SILENCE:
+            self.print(f"step {step}/{self.steps}")
+
+    def print(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.printed = time.monotonic()
+        self.progress.console.print(line)
+
+    def log_interval(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Shows the training metrics of the interval that ends at `step`."""
+        figures = []
+        for name, metric in TRAIN_METRICS.items():
+            values = [each[f"train/{name}"] for each in metrics if f"train/{name}" in each]
+            if metric.bar and any(values):
+                total = sum(values)
+                mean = total / len(values)
+                figures.append(metric.bar.format(mean if metric.per_replica else total))
+        self.progress.update(self.task, completed=step, figures="  ".join(figures))
+        if not self.live:
+            left = (self.steps - step) / metrics[0]["train/steps_per_second"]
+            self.print(f"step {step}/{self.steps}  {'  '.join(figures)}  {left:.0f} s left")
+
+    def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Prints the validation metrics of `step`."""
+        figures = [
+            f"{name.replace('_', ' ')} "
+            + format_replicas([each[f"validation/{name}"] for each in metrics], metric.format)
+            for name, metric in PRINTED.items()
+        ]
+        self.print(f"step {step}/{self.steps}  validation {'  '.join(figures)}")
