@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from lab.sweeps import Sweep, combined, grid, match_width, report, runner, zipped
+from lab.sweeps import Sweep, combined, grid, report, runner, zipped
 from lab.sweeps.report import PAPER_CONFIG
 from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
@@ -16,6 +16,7 @@ from transformer.training.metrics import MetricsWriter
 from transformer.workdir import Workdir, write_json
 
 SMALL = "configs/ablations/small.py"
+RECURRENCE = "configs/ablations/recurrence.py"
 SWEEPS = sorted({path.stem for path in ROOT.glob("configs/ablations/*.py")} - {"small"})
 
 
@@ -100,15 +101,18 @@ def test_a_sweep_that_cannot_be_run_is_explained(sweep, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_matched_width_comes_nearest_to_the_parameters_wanted():
-    for cell in ("lstm", "gru"):
-        recurrent = {"model.architecture": "recurrent", "model.cell": cell}
-        width = match_width(SMALL, recurrent)["model.d_model"]
-        wanted, widths = parameters(SMALL, {}), range(width - 8, width + 9, 4)
-        found = [parameters(SMALL, recurrent | {"model.d_model": w}) for w in widths]
-        off = {w: abs(n - wanted) for w, n in zip(widths, found, strict=True)}
-        assert min(off, key=off.get) == width
-        assert off[width] < 0.06 * wanted
+def test_the_kinds_of_the_recurrence_sweep_have_about_equal_parameters():
+    """The widths of the recurrent models are those closest to the Transformer's parameters."""
+    kinds = {name.split(", ")[0]: each for name, each in load_sweep(RECURRENCE).variants.items()}
+    wanted = parameters(SMALL, kinds.pop("transformer"), 32)
+    for overrides in kinds.values():
+        width = overrides["model.d_model"]
+        found = {
+            each: abs(parameters(SMALL, {**overrides, "model.d_model": each}, 32) - wanted)
+            for each in (width - 4, width, width + 4)
+        }
+        assert min(found, key=found.get) == width
+        assert found[width] < 0.06 * wanted
 
 
 STEPS, LENGTHS = (50, 100, 150), ("length", "sequence_accuracy", "token_accuracy")

@@ -91,28 +91,7 @@ def knob(name: str) -> str:
     return name.replace("__", ".")
 
 
-def match_width(path: str, overrides: Overrides) -> dict[str, Any]:
-    """`overrides` with the `model.d_model` at which the model is closest to the config's own size.
-
-    Widths are even and multiples of the number of heads. The count grows with the width, so
-    bisection finds the closest two.
-    """
-    heads = load_config(path).model.num_heads
-    step = heads if heads % 2 == 0 else 2 * heads
-
-    def excess(steps: int) -> int:
-        return parameters(path, {**overrides, "model.d_model": steps * step}) - wanted
-
-    wanted, low, high = parameters(path, {}), 1, 2
-    while excess(high) < 0:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    return {**overrides, "model.d_model": step * min((low, high), key=lambda n: abs(excess(n)))}
-
-
-def parameters(path: str, overrides: Overrides, vocab_size: int = 32) -> int:
+def parameters(path: str, overrides: Overrides, vocab_size: int) -> int:
     """The number of parameters of a config file's model, by shape evaluation alone."""
     config = load_config(path)
     config.update_from_flattened_dict(dict(overrides))
