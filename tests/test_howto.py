@@ -1,5 +1,6 @@
-"""The how-tos of docs/howto.md, applied to a copy of the tree."""
+"""The recipes of docs/howto.md, applied to a copy of the repository."""
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,16 @@ import pytest
 from tests.test_layout import ROOT
 
 TEXT = (ROOT / "docs/howto.md").read_text()
-SECTIONS = dict(re.findall(r"(?ms)^## (.+?)\n(.+?)(?=^## |\Z)", TEXT))
+RECIPES = dict(re.findall(r"(?ms)^## (.+?)\n(.+?)(?=^## |\Z)", TEXT))
 BLOCK = re.compile(r"(?ms)^```python\n# (\S+)\n(.+?)^```\n")
 TABLE = re.compile(r"(?ms)^(\w+) = \{\n    \.\.\.\n(.+?)^\}\n")
+IMPORTS = re.compile(r"(?s)((?:(?:import|from) [^\n]+\n)*)(.+)")
+FLAG = re.compile(r"`(--config\S+?)`")
+SMALL = (
+    *("--config.data.size=tiny", "--config.batch_size=8", "--config.mesh.data=1"),
+    *("--config.model.d_model=16", "--config.model.d_ff=16", "--config.model.num_heads=2"),
+    *("--config.steps=2", "--config.optimizer.warmup_steps=0", "--config.decode_margin=2"),
+)
 
 
 def apply(block, folder):
@@ -23,42 +31,105 @@ def apply(block, folder):
     if not path.exists():
         path.write_text(code)
         return
-    text = path.read_text()
-    table = TABLE.search(code)
-    assert table, f"{name}: the block has no table"
-    entries, above = table[2], code[: table.start()]
-    text, count = re.subn(
-        rf"(?m)^{table[1]}\b[^\n]*= \{{", lambda found: f"{above}\n{found[0]}\n{entries}", text
-    )
-    assert count == 1, f"{name} has no table {table[1]}"
-    path.write_text(text)
-
-
-@pytest.mark.parametrize("title", SECTIONS)
-def test_a_recipe_is_short(title):
-    lines = [line for line in SECTIONS[title].splitlines() if line and not line.startswith("```")]
-    assert len(lines) <= 15
+    imports, code = IMPORTS.match(code).groups()
+    text, table = path.read_text(), TABLE.search(code)
+    begin = re.compile(rf"(?m)^{table[1]}\b[^\n]*= \{{")
+    assert len(begin.findall(text)) == 1, f"{name} has no table {table[1]}"
+    text = begin.sub(lambda found: f"{code[: table.start()]}{found[0]}\n{table[2]}", text)
+    path.write_text(re.sub(r"(?m)^(?=import|from)", imports, text, count=1))
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the tree with every recipe applied."""
+    """A copy of the repository with every recipe applied."""
     folder = tmp_path_factory.mktemp("howto")
     for name in ("transformer", "configs", "scripts", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "eval.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    for section in SECTIONS.values():
-        for block in BLOCK.findall(section):
+    for recipe in RECIPES.values():
+        for block in BLOCK.findall(recipe):
             apply(block, folder)
     return folder
 
 
 def run(tree, *command):
     """Runs Python in the copy."""
-    environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run(
-        [sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": f"{tree}:{tree}/scripts"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def flags(*titles):
+    """The flags that the recipes name, without a shell's quotes."""
+    return [flag.replace('"', "") for title in titles for flag in FLAG.findall(RECIPES[title])]
+
+
+def train(tree, data_dir, workdir, *words):
+    """Trains two steps."""
+    where = (f"--workdir={workdir}", f"--data_dir={data_dir}", "--config=configs/base.py")
+    return run(tree, "train.py", *where, *SMALL, *words)
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_a_recipe_is_at_most_15_lines(title):
+    lines = [line for line in RECIPES[title].splitlines() if line and not line.startswith("```")]
+    assert len(lines) <= 15
+
+
+@pytest.fixture(scope="module")
+def trained(tree, data_dir, tmp_path_factory):
+    """The folder of a run with the new norm, position encoding, task and metrics."""
+    folder = tmp_path_factory.mktemp("trained")
+    chosen = flags("A norm", "A position encoding", "A task", "A metric of decoded text")
+    assert len(chosen) == 4
+    train(tree, data_dir, folder, *chosen)
+    return folder
+
+
+def test_a_run_with_the_new_parts_trains_and_logs_the_new_metric(trained):
+    config = json.loads((trained / "config.json").read_text())["config"]
+    assert (config["model"]["norm"], config["data"]["task"]) == ("mean_abs", "multiply")
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/update_norm", "validation/top5"):
+        assert [0 < row[name] < 1 for row in rows if name in row] == [True], name
+
+
+@pytest.mark.slow
+def test_eval_reports_the_new_text_metric(tree, trained, data_dir):
+    run(tree, "eval.py", f"--workdir={trained}", f"--data_dir={data_dir}")
+    (file,) = trained.glob("eval_test*.json")
+    assert "length_ratio" in file.read_text()
+
+
+@pytest.mark.slow
+def test_the_new_dataset_trains(tree, data_dir, tmp_path):
+    assert "squares" in train(tree, data_dir, tmp_path, *flags("A dataset"))
+
+
+@pytest.mark.slow
+def test_the_new_entries_keep_the_contract(tree):
+    chosen = "mean_abs or log_distance"
+    run(
+        tree,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "tests/test_model.py",
+        "tests/test_layout.py",
+        "-k",
+        chosen,
+    )
+
+
+@pytest.mark.slow
+def test_the_sweep_is_planned(tree, data_dir, tmp_path):
+    words = ("--sweep=configs/ablations/mine.py", "--dry_run", f"--workdir={tmp_path}")
+    assert "mean_abs" in run(tree, "scripts/sweep.py", *words, f"--data_dir={data_dir}")
