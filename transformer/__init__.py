@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformer.modules.transformer import Transformer
     from transformer.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where the public names are; imported when asked for, since JAX takes seconds.
 PUBLIC = {
