@@ -91,7 +91,7 @@ def get_config():
     config.model.remat = "none"  # what the backward pass recomputes
     config.model.dtype = "float32"  # of the computation; parameters are float32
 
-    # The update rule.
+    # The optimizer section of a config.
     config.optimizer.name = "adam"  # OPTIMIZERS in training/optimizer.py
     config.optimizer.learning_rate = 0.004  # the peak
     config.optimizer.schedule = "linear"  # after the warm-up
