@@ -266,10 +266,8 @@ def test_every_other_knob_changes_the_run(knob, fingerprint, tmp_path):
 def test_the_same_config_gives_the_same_program_and_fingerprint(fingerprint, tmp_path):
     """Else every knob would seem to change something."""
     cfg, again = (resolved({"model.dropout_rate": 0.1}) for _ in range(2))
-    assert (arguments(cfg), program.__wrapped__(cfg)) == (
-        arguments(again),
-        program.__wrapped__(again),
-    )
+    assert arguments(cfg) == arguments(again)
+    assert program.__wrapped__(cfg) == program.__wrapped__(again)
     one, other = (fingerprint({"replicas": 2}, tmp_path / name) for name in "ab")
     assert one == other
 
