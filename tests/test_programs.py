@@ -289,46 +289,6 @@ def test_what_is_wrong_with_a_workdir_is_named(tmp_path, data_dir):
     assert "config.json is damaged" in complaint(*evaluate)
 
 
-COMPILE = """
-import resource, sys, warnings
-import jax, jax.numpy as jnp
-from transformer import cli
-
-cli.set_up_jax()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-warnings.warn("another")
-if len(sys.argv) > 1:  # as a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-
-@jax.jit
-def program(x):
-    return x + 1
-
-program(jnp.zeros(3))
-"""
-
-
-@pytest.mark.slow
-def test_a_damaged_compiled_program_is_replaced(tmp_path):
-    """As a full disk leaves it, or a kill in the middle of writing it."""
-
-    def said(*words):
-        process = start("-c", COMPILE, *words, JAX_COMPILATION_CACHE_DIR=str(tmp_path))
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        assert "UserWarning: another" in errors
-        return [line for line in errors.splitlines() if "jit_program" in line]
-
-    (line,) = said("full")
-    assert line.startswith(f"{tmp_path}: compiled jit_program could not be kept for the next start")
-    (file,) = tmp_path.glob("jit_program-*-cache")
-    assert file.stat().st_size == 100
-    (line,) = said()
-    assert line.startswith(f"{tmp_path}: compiled jit_program is damaged and was deleted")
-    assert file.stat().st_size > 1_000
-    assert said() == []
-
-
 # A program as it starts for a user without a home folder or an entry among the users.
 HOMELESS = """
 import os, pwd, runpy, sys

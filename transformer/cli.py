@@ -1,7 +1,6 @@
 """Shared by the programs: flags, JAX's configuration, and one-line error messages."""
 
 import functools
-import logging
 import os
 import re
 import shlex
@@ -14,9 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -151,45 +149,9 @@ def set_up_jax(config: RunConfig | None = None) -> None:
         number = max(n for n in range(1, cpu_cores() + 1) if shards % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")
-    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    logging.captureWarnings(True)
-    shown = logging.getLogger("py.warnings")
-    shown.propagate = False
-    shown.addHandler(CacheWarnings(cache))
-
-
-class CacheWarnings(logging.Handler):
-    """Prints warnings; deletes compiled programs that JAX warns it cannot read.
-
-    A killed process or a full disk leaves a truncated program in the cache, which JAX (0.12) finds
-    damaged at every start and never replaces. The warning names the function only: all programs of
-    that name are deleted and compiled again when they are needed.
-
-    Args:
-      directory: the cache.
-    """
-
-    def __init__(self, directory: Path):
-        super().__init__()
-        self.directory = directory
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Handles a warning, as `logging.captureWarnings` formats it."""
-        text = record.getMessage()
-        pattern = r"Error (reading|writing) persistent .* for '(\w+)': (.*)"
-        if not (found := re.search(pattern, text, re.S)):
-            print(text, end="", file=sys.stderr, flush=True)
-            return
-        action, name, reason = found.groups()
-        what = f"compiled {name} could not be kept for the next start"
-        if action == "reading":
-            for file in self.directory.glob(f"{name}-*"):
-                file.unlink(missing_ok=True)
-            what = f"compiled {name} is damaged and was deleted; it is compiled again"
-        reason = " ".join(reason.split())[:100]
-        print(f"{self.directory}: {what} ({reason})", file=sys.stderr, flush=True)
 
 
 def define_plugins_flag() -> None:
@@ -283,7 +245,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     if "plugins" in flags.FLAGS:
         plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
-        absl.logging.set_verbosity(absl.logging.FATAL)  # libraries log what they then raise
+        logging.set_verbosity(logging.FATAL)  # libraries log what they then raise
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
