@@ -16,7 +16,7 @@ from transformer.training.optimizer import DECAYING, OPTIMIZERS, SCHEDULES, make
 # A constant rate of 0.1 and nothing else.
 PLAIN = {"schedule": "constant", "learning_rate": 0.1, "warmup_steps": 0, "clip_norm": 0.0}
 NUMBERS = ("learning_rate", "warmup_steps", "weight_decay")
-BLOCK = {"kernel": jnp.ones((4, 3)), "table": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+BLOCK = {"kernel": jnp.ones((4, 3)), "embedding": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
 
 def make(numbers=None, **changes):
@@ -143,7 +143,11 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
         spectrum /= 0.1 * 0.2  # an RMS of 0.2 · rate
         # Five steps of Newton-Schulz end between 0.7 and 1.2 or so, and not at 1.
         assert 0.6 < spectrum.min() <= spectrum.max() < 1.3, (name, spectrum)
-    assert {name.split("/")[-1] for name in params.keys() - kernels} == {"table", "bias", "gain"}
+    assert {name.split("/")[-1] for name in params.keys() - kernels} == {
+        "embedding",
+        "bias",
+        "scale",
+    }
     for name in (
         params.keys() - kernels
     ):  # with Nesterov's momentum, as the matrices have it (Dozat 2016)
@@ -157,12 +161,12 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
 
 
 @pytest.mark.parametrize("name", DECAYING)
-def test_weight_decay_leaves_out_biases_and_gains(name):
+def test_weight_decay_leaves_out_biases_and_scales(name):
     """And under Muon the embeddings, which are Adam's."""
     shapes = small_model(attention_bias=True, normalize_qk=True, position_encoding="learned").shapes
     params = {each: jnp.ones(leaf.shape) for each, leaf in shapes.items()}
     zero = jax.tree.map(jnp.zeros_like, params)
-    kinds = "kernel" if name == "muon" else ("kernel", "table")
+    kinds = "kernel" if name == "muon" else ("kernel", "embedding")
     for each, value in apply(make(**PLAIN, name=name, weight_decay=0.5), params, [zero]).items():
         np.testing.assert_allclose(value, 0.95 if each.endswith(kinds) else 1.0, err_msg=each)
 

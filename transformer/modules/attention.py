@@ -121,52 +121,35 @@ class MultiHeadAttention(Moded):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         qkv_features = in_features if qkv_features is None else qkv_features
         value_features = qkv_features if value_features is None else value_features
-        for size, divisor in ((qkv_features, num_heads), (value_features, num_heads)):
-            if size % divisor:
-                raise ValueError(f"num_heads={num_heads} does not divide the {size} features")
-        if num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={num_heads}")
-        if dropout_rate > 0.0 and backend not in FLEXIBLE_BACKENDS:
-            raise ValueError(f"backend={backend!r} cannot drop attention weights")
+        check_sizes(num_heads, kv_heads, qkv_features, value_features, dropout_rate, backend)
         head, value_head = qkv_features // num_heads, value_features // num_heads
-        options = {
-            "use_bias": use_bias,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "kernel_init": kernel_init,
-            "bias_init": bias_init,
-            "rngs": rngs,
-        }
+        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        inits: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init}
+        linear = partial(Linear, use_bias=use_bias, **inits, **common)
 
         def project_in(heads: int, width: int, axis: str) -> Linear:
-            return Linear(
+            return linear(
                 in_features,
                 (heads, width),
                 kernel_metadata=axis_names("embed", axis, "head"),
                 bias_metadata=axis_names(axis, "head"),
-                **options,
             )
 
-        # Where heads share keys and values, those are replicated over the mesh axis of the heads.
+        # Keys and values that heads share are replicated over the mesh axis of the heads.
         self.kv_axis = "heads" if kv_heads == num_heads else "kv_heads"
         self.query = project_in(num_heads, head, "heads")
         self.key = project_in(kv_heads, head, self.kv_axis)
         self.value = project_in(kv_heads, value_head, self.kv_axis)
-        self.out = Linear(
+        self.out = linear(
             (num_heads, value_head),
             in_features if out_features is None else out_features,
             kernel_metadata=axis_names("heads", "head", "embed"),
             bias_metadata=axis_names("norm"),
-            **options,
         )
-
-        self.query_ln = self.key_ln = nnx.data(None)
-        if normalize_qk:
-            norm = partial(qk_norm, head, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-            self.query_ln, self.key_ln = norm(), norm()
+        self.query_ln = nnx.data(qk_norm(head, **common) if normalize_qk else None)
+        self.key_ln = nnx.data(qk_norm(head, **common) if normalize_qk else None)
         self.num_heads, self.in_features = num_heads, in_features
-        self.dropout_rate = dropout_rate
-        self.deterministic = deterministic
+        self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.rngs = nnx.data(kept_stream(rngs, dropout_rate))
         self.fused_qkv = fused_qkv
         self.backend = ATTENTION_BACKENDS[backend]
@@ -315,6 +298,17 @@ class MultiHeadAttention(Moded):
             drop = {"drop": partial(dropout, rate=rate, stream=stream)}
         heads = self.backend(query, key_value.key, key_value.value, mask, bias, **drop)
         return self.out(heads.swapaxes(1, 2))
+
+
+def check_sizes(
+    heads: int, kv_heads: int, features: int, value_features: int, dropout_rate: float, backend: str
+) -> None:
+    """Raises a ValueError if heads do not divide the features, or weights cannot be dropped."""
+    for size, divisor in ((features, heads), (value_features, heads), (heads, kv_heads)):
+        if size % divisor:
+            raise ValueError(f"the number of heads, {divisor}, does not divide {size}")
+    if dropout_rate > 0.0 and backend not in FLEXIBLE_BACKENDS:
+        raise ValueError(f"backend={backend!r} cannot drop attention weights")
 
 
 def four_axes(x: Array | None, batch: tuple[int, ...]) -> Array | None:
