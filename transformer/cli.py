@@ -169,20 +169,20 @@ def define_host_flags() -> None:
 
 
 def define_decoding_flags() -> None:
-    """Defines the flags of decoding; see `decoding`."""
-    flags.DEFINE_integer("beam_size", 1, "Beam size; 1: greedy decoding.")
-    flags.DEFINE_float(
-        "length_penalty", 0.6, "Of beam search; 0: none, larger values favour longer outputs."
-    )
-    flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: no sampling.")
-    flags.DEFINE_integer("top_k", 0, "Samples among the k most likely tokens; 0: all.")
-    flags.DEFINE_float("top_p", 1.0, "Samples among the likeliest of total probability p; 1: all.")
-    flags.DEFINE_integer("seed", 0, "Of sampling.")
-    flags.DEFINE_integer(
-        "decode_margin",
-        None,
-        "Tokens by which an output may exceed its source; default the run's.",
-    )
+    """Defines a flag for each setting of `DecodingConfig`; see `decoding`."""
+    meanings = {
+        "beam_size": "Beam size; 1: greedy decoding.",
+        "length_penalty": "Of beam search; 0: none, larger values favour longer outputs.",
+        "temperature": "Of sampling; 0: no sampling.",
+        "top_k": "Samples among the k most likely tokens; 0: all.",
+        "top_p": "Samples among the likeliest of total probability p; 1: all.",
+        "seed": "Of sampling.",
+        "decode_margin": "Tokens by which an output may exceed its source; default the run's.",
+    }
+    for each in fields(DecodingConfig):
+        default: Any = each.default
+        define = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
+        define(each.name, default, meanings[each.name])
 
 
 def decoding() -> DecodingConfig:
