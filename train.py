@@ -18,7 +18,7 @@ from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
 from transformer.inference import evaluation
-from transformer.metrics import figure, near_one, percent
+from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
@@ -27,10 +27,10 @@ CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config's name>.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 ALLOW_CHANGES = flags.DEFINE_bool(
-    "allow_changes", False, "Go on from the checkpoint of a run of another config."
+    "allow_changes", False, "Resume from a checkpoint that was trained with another config."
 )
 PROFILE = flags.DEFINE_integer(
-    "profile", 0, "Write a trace of so many steps before training.", lower_bound=0
+    "profile", 0, "Steps to write a profile of before training; 0: none.", lower_bound=0
 )
 cli.define_host_flags()
 flags.mark_flag_as_required("config")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
-    """Prints what `Run.train` came to."""
+    """Prints the results of `Run.train`."""
     show_results(f"after {run.config.steps:,} steps", results)
     show_samples(run)
 
@@ -59,24 +59,18 @@ def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
 def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
     """Prints the final metrics; of a population their mean, least and most."""
     over = {"": np.mean} if len(results) == 1 else {"mean": np.mean, "min": np.min, "max": np.max}
-    columns = {
-        "loss": figure,
-        "perplexity": near_one,
-        "token_accuracy": percent,
-        "sequence_accuracy": percent,
-    }
     rows = [
         (
             f"{split} {word}".strip(),
             *(
-                write(float(summary([result[f"{split}/{name}"] for result in results])))
-                for name, write in columns.items()
+                metric.format(float(summary([result[f"{split}/{name}"] for result in results])))
+                for name, metric in PRINTED.items()
             ),
         )
         for split in ("validation", "test")
         for word, summary in over.items()
     ]
-    table(title, ("split", "loss", "perplexity", "tokens right", "sequences right"), rows)
+    table(title, ("split", *(name.replace("_", " ") for name in PRINTED)), rows)
 
 
 def show_samples(run: Run, count: int = 3) -> None:
