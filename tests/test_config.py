@@ -324,7 +324,7 @@ model.architecture=recurrent &
   data.pack_length=64: model.architecture=recurrent reads one example a row
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
 model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops | optimizer.beta2=1.0
-model.attention_backend=cudnn computes in bfloat16 alone; set model.dtype | model.dropout_rate=1.0
+model.attention_backend=cudnn computes only in bfloat16; set model.dtype | model.dropout_rate=1.0
 model.norm_placement=pos: choose one of pre, post, both .*mean post\?\) | model.num_layers=0
 model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
 model.norm=batch & accumulation_steps=2: model.norm=batch needs | replicas=0: it must be at least 1
@@ -397,11 +397,3 @@ def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
     found = differences(config_of({}), config_of(changes))
     expected = "data.pack_length: 0 → 8", "model.norm: layer → rms", "optimizer.beta1: 0.9 → 0.5"
     assert tuple(found) == expected
-
-
-def test_a_replica_is_a_single_run_with_its_own_values():
-    own = {"dropout_rate": (0.1, 0.2), "learning_rate": (1.0, 2.0), "label_smoothing": (0.3, 0.4)}
-    cfg = resolved(of("per_replica.", **own) | {"replicas": 2, "seed": 7})
-    for k, one in enumerate(map(cfg.replica, range(2))):
-        found = one.model.dropout_rate, one.optimizer.learning_rate, one.label_smoothing
-        assert (one.seed, one.replicas, *found) == (7 + k, 1, *(each[k] for each in own.values()))

@@ -66,6 +66,7 @@ def test_imports_run_one_way():
         own = path.relative_to(ROOT / "transformer").parts[0].removesuffix(".py")
         if own == "__init__":
             continue
+        assert own in RANK, f"name {own} in ORDER"
         for package, module in imported(ast.parse(path.read_text(encoding="utf-8"))):
             other = module.split(".")[0]
             inside = package == "transformer" and other in RANK
