@@ -16,7 +16,7 @@ def get_config():
     config.replicas = 1  # runs trained at once, with seeds seed, seed+1…
     config.steps = 1_800  # updates; schedules end here
     config.batch_size = 128  # rows of a step, over all devices
-    config.accumulation_steps = 1  # gradients of so many parts of a batch are added, to save memory
+    config.accumulation_steps = 1  # gradient accumulation: parts of a batch, to save memory
     config.max_skipped_steps = 0  # non-finite updates before an error
     config.debug_nans = False  # that error names the operation that made the NaN or Inf
     config.log_every = 100  # steps
@@ -77,7 +77,7 @@ def get_config():
     config.model.norm_epsilon = 1e-06  # added to the variance
     config.model.position_encoding = "sinusoidal"  # modules/positions.py
     config.model.max_length = 512  # tokens, for learned or random positions
-    config.model.random_positions = 0  # drawn from so many in training (Ruoss 2023); 0: not drawn
+    config.model.random_positions = 0  # drawn from this many in training (Ruoss 2023); 0: not drawn
     config.model.window = None  # tokens of self-attention to each side; None: all
     config.model.tie_embeddings = True  # one embedding for source, target and logits
     # a table size for each side; False: the larger for both

@@ -319,7 +319,7 @@ MISTAKES = r"""
 model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none &
   model.d_model=15: each direction
 model.position_encoding=none &
-  model.random_positions=512: .*need a model.position_encoding other than none
+  model.random_positions=512: .*with a model.position_encoding other than none
 model.architecture=recurrent &
   data.pack_length=64: model.architecture=recurrent reads one example a row
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0

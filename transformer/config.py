@@ -55,7 +55,7 @@ class RunConfig(Population):
     replicas: Annotated[int, Range(1, 10_000)] = 1  # runs trained at once, with seeds seed, seed+1…
     steps: Count = 1_800  # updates; schedules end here
     batch_size: Size = 128  # rows of a step, over all devices
-    accumulation_steps: Size = 1  # gradients of so many parts of a batch are added, to save memory
+    accumulation_steps: Size = 1  # gradient accumulation: parts of a batch, to save memory
     max_skipped_steps: Annotated[int, Range(0, 2**31 - 2)] = 0  # non-finite updates before an error
     debug_nans: bool = False  # that error names the operation that made the NaN or Inf
     log_every: Count = 100  # steps

@@ -65,7 +65,7 @@ def per_token(totals: Mapping[str, Any], name: str) -> float:
 
 
 def objective(totals: Mapping[str, Any]) -> float:
-    """The cross-entropy with label smoothing, a target token."""
+    """The cross-entropy with label smoothing per target token."""
     smoothing = totals["label_smoothing"]
     return (1.0 - smoothing) * per_token(totals, "nll") + smoothing * per_token(totals, "uniform")
 
@@ -79,7 +79,7 @@ CORRECT = {
 }
 
 METRICS: dict[str, Metric] = {
-    # Nats a target token, without label smoothing.
+    # Nats per target token, without label smoothing.
     "loss": Metric(sums=NLL, value=lambda totals: per_token(totals, "nll"), better=-1),
     # With label smoothing: what training minimises.
     "objective": Metric(sums=NLL | UNIFORM, value=objective, better=-1, printed=False),
@@ -106,7 +106,7 @@ PRINTED = {name: metric for name, metric in METRICS.items() if metric.printed}
 
 
 def token_sums(predictions: Predictions) -> dict[str, Float[Array, "B T"]]:
-    """What the metrics sum over target tokens, before it is weighted and summed."""
+    """Returns what the metrics sum, for each target token, before weighting."""
     sums = {name: of for metric in METRICS.values() for name, of in metric.sums.items()}
     return {name: of(predictions) for name, of in sums.items()}
 

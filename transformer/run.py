@@ -49,7 +49,7 @@ from transformer.workdir import Workdir
 
 
 class Run:
-    """Everything that a config needs, assembled in one place, each part when first used.
+    """Everything that a config needs, in one place; each part is built when first used.
 
         run = Run(RunConfig(steps=500), "runs/mine")
         run.train()
@@ -60,10 +60,10 @@ class Run:
 
     Args:
       config: the run's typed config.
-      workdir: its folder; None: it cannot be trained, saved or restored.
+      workdir: the run's folder; None: the run cannot be trained, saved or restored.
       data_dir: where TFDS keeps datasets; None: its default.
-      mesh: the devices; None: as `config.mesh` says.
-      model: None: of the sizes of the tokenizers' vocabularies.
+      mesh: the devices; None: those of `config.mesh`.
+      model: the model; None: built from the config and the tokenizers' vocabularies.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Run:
         self._workdir = None if workdir is None else Workdir(str(workdir))
         self._mesh, self._model = mesh, model
         self.allow_changes = False
-        self.state: TrainState | None = None  # the newest, once there is one in memory
+        self.state: TrainState | None = None  # the newest in memory, if any
 
     @classmethod
     def saved(cls, workdir: str | Path, **options: Any) -> "Run":
-        """The run that was trained in a folder, by its own saved config.
+        """Returns the run that was trained in a folder, with its saved config.
 
         Raises:
           UserError: the folder holds no run.
@@ -110,10 +110,10 @@ class Run:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The devices.
+        """The mesh of devices.
 
         Raises:
-          UserError: they do not fit the config.
+          UserError: the devices do not match the config.
         """
         return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
 
@@ -121,7 +121,7 @@ class Run:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The dataset, prepared now if it never was, with the tokenizers.
+        """The dataset, prepared if it is not yet, with the tokenizers.
 
         Raises:
           UserError: it cannot be prepared, or is not the one that the run was trained on.
@@ -150,7 +150,7 @@ class Run:
 
     @cached_property
     def tokenizers(self) -> Tokenizers:
-        """Those of a trained run are in its folder, and its dataset need not be there."""
+        """The tokenizers; those of a trained run come from its folder, without the dataset."""
         if self.is_trained:
             tokenizers = saved_tokenizers(self.config.data, self.workdir.tokenizers)
             self.workdir.check_corpus(tokenizers.digests())
@@ -159,7 +159,7 @@ class Run:
 
     @cached_property
     def examples(self) -> tuple[TokenRows, dict[str, int]]:
-        """One training example a row, and how many were filtered out, by reason."""
+        """Training examples, one per row, and counts of those filtered out, by reason."""
         pairs = self.corpus.tokens(self.config.data.train)
         kept, excluded = filter_by_length(pairs, self.config.data.max_length)
         rows = unpacked_rows(pairs, kept)
@@ -168,7 +168,7 @@ class Run:
 
     @cached_property
     def rows(self) -> TokenRows:
-        """The rows of training, packed if the config says so."""
+        """The training rows, packed if `data.pack_length` is set."""
         rows, length = self.examples[0], self.config.data.pack_length
         return pack_rows(rows, length) if length else rows
 
@@ -184,7 +184,7 @@ class Run:
 
     @cached_property
     def feed(self) -> Dataset | StreamedDataset:
-        """What the steps read: rows on the devices, or batches that worker processes make."""
+        """The source of batches: rows on the devices, or a stream from worker processes."""
         config = self.config
         if not config.data.num_workers:
             return place(Dataset.from_rows(self.rows, config.batch_size), self.replicated)
@@ -217,7 +217,7 @@ class Run:
 
     @property
     def replicated(self) -> Any:
-        """The sharding of what is the same on every device."""
+        """The sharding of replicated arrays."""
         return replicated(self.mesh)
 
     def _vmap(self, function: Callable, *in_axes: int | None) -> Callable:
@@ -233,7 +233,7 @@ class Run:
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
         steps = make_train_steps(make_train_step(self.model, self.config.step_config()))
-        # Batches that come from the host are each replica's own.
+        # Streamed batches have an axis of replicas.
         data_axis = 0 if self.config.data.num_workers else None
         return jax.jit(
             self._vmap(steps, 0, 0, data_axis, None),
@@ -256,11 +256,11 @@ class Run:
         return self.init(self.config.seeds(), self.config.hparams())
 
     def zero_sums(self) -> Any:
-        """Sums over no steps, on the host: what `train_steps` adds to."""
+        """Returns zero sums, on the host, for `train_steps` to add to."""
         return jax.device_get(zero_sums(self.config.replicas))
 
     def place(self, tree: Any) -> Any:
-        """Arrays of the host on every device."""
+        """Puts arrays of the host on every device."""
         return place(tree, self.replicated)
 
     @cached_property
@@ -273,40 +273,40 @@ class Run:
     # --- What a run does --------------------------------------------------------------------
 
     def check(self) -> None:
-        """Finds what can be wrong with the config and its data before anything is compiled.
+        """Checks config and data before anything is compiled.
 
         Raises:
-          UserError: something is.
+          UserError: they are invalid, or the state does not fit in memory.
         """
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
         _ = self.examples, self.data, self.rows
         check_memory(self.abstract_state)
 
     def trace(self) -> None:
-        """Traces the train step, which finds what is wrong with it before it is compiled.
+        """Traces the train step, which finds errors before compilation.
 
         Raises:
-          UserError: a choice cannot be computed here, such as an attention backend.
+          UserError: an option is not supported here, such as an attention backend.
         """
         sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
-        # Each is where it will be: the compiler then takes this trace, and makes none of its own.
+        # Placed as in training, so that compilation reuses this trace.
         self.train_steps.trace(self.abstract_state, sums, self.feed.empty_window(), steps)
 
     def train(
         self, *, allow_changes: bool = False, profile: int = 0, exits: bool = False
     ) -> list[dict[str, Any]]:
-        """Trains, from the newest checkpoint if there is one; evaluates; writes `results.json`.
+        """Trains, resuming from the newest checkpoint; evaluates; writes `results.json`.
 
         Args:
-          allow_changes: whether the checkpoint may be of another config.
-          profile: steps to write a trace of before training; 0: none.
-          exits: whether a request to stop may end the process where there is nothing to save.
+          allow_changes: whether to resume from a checkpoint of another config.
+          profile: number of steps to trace with the profiler before training; 0: none.
+          exits: whether a request to stop may end the process if there is nothing to save.
 
         Returns:
-          Each replica's seed and final metrics; of a single run one. `state` is the last state.
+          The seed and the final metrics of each replica. `state` is the last state.
 
         Raises:
-          UserError: the config, the data or the folder is wrong, or the loss became NaN or Inf.
+          UserError: the config, the data or the folder is invalid, or the loss is NaN or Inf.
           Interrupted: on request; the state is saved.
         """
         return run_training.train(self, allow_changes=allow_changes, profile=profile, exits=exits)
@@ -350,7 +350,7 @@ class Run:
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
 
-        They are of the newest state in memory, else of the latest checkpoint.
+        Evaluates the newest state in memory, otherwise the latest checkpoint.
         """
         return mean_over_replicas(self.evaluate_replicas(split))
 
@@ -365,7 +365,7 @@ class Run:
         Args:
           split: `validation` or `test`.
           state: on the run's mesh; None: the newest in memory, else of the latest checkpoint.
-          between: called before each batch; what it raises ends the evaluation.
+          between: called before each batch; an exception ends the evaluation.
         """
         config, data = self.config, self.data[split]
         state = state or self.state or self.restore()

@@ -1,4 +1,4 @@
-"""What `Run.train` does, from the facts that it prints to results.json."""
+"""The steps of `Run.train`: claim the folder, restore or initialise, train, write the results."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -43,7 +43,7 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
         ):
             run.trace()
             state, interval = start(run, checkpoints)
-            # Only now: every check has passed.
+            # Written only after every check has passed.
             hosts.once(partial(run.corpus.tokenizers.save, run.workdir.tokenizers))
             run.workdir.write_config(ConfigDict(asdict(run.config)), run.corpus.identity())
             run.state = run_loop(run, state, interval, checkpoints, requests, profile)
@@ -51,7 +51,7 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
 
 
 def claim(run: "Run", allow_changes: bool) -> None:
-    """Takes the folder, and the knobs that a run in it was trained with."""
+    """Claims the folder; of a run in it, keeps the knobs that did not exist when it started."""
     config = ConfigDict(asdict(run.config))
     run.allow_changes = allow_changes
     run.workdir.claim(config, allow_changes=allow_changes)
@@ -60,7 +60,7 @@ def claim(run: "Run", allow_changes: bool) -> None:
 
 
 def describe(run: "Run") -> dict[str, str]:
-    """What is about to be trained, on what, as `console.facts` prints it."""
+    """Describes data, devices and model, for `console.facts`."""
     config, corpus, (examples, excluded) = run.config, run.corpus, run.examples
     unknown = corpus.unknown(config.data.train, config.data.validation, config.data.test)
     left_out = "; ".join(filter(None, (corpus.left_out(), format_counts(excluded))))
@@ -84,7 +84,7 @@ def describe(run: "Run") -> dict[str, str]:
 
 
 def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
-    """The state to train from, new or the newest saved, and its part of an interval.
+    """Returns the state to train from, and the sums of an interrupted interval.
 
     Raises:
       UserError: the newest checkpoint is another run's, or damaged.
@@ -111,7 +111,7 @@ def run_loop(
     requests: StopRequests,
     profile: int,
 ) -> TrainState:
-    """The state after the last step, which is saved.
+    """Trains; returns the last state, which is saved.
 
     Raises:
       UserError: the loss or a gradient became NaN or Inf.

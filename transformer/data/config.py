@@ -40,5 +40,5 @@ class DataConfig:
         validate(self, "data.")
 
     def fields(self) -> tuple[str, str]:
-        """What the dataset calls a pair's texts."""
+        """The dataset's names of the two texts."""
         return self.source, self.target

@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model made of a text.
+    """An output of the model for a text.
 
     tokens: without EOS.
     score: log p in nats, of beam search divided by the length penalty.

@@ -56,7 +56,7 @@ class ModelConfig:
     norm_epsilon: Epsilon = 1e-6  # added to the variance
     position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # modules/positions.py
     max_length: Size = 512  # tokens, for learned or random positions
-    random_positions: SizeOrZero = 0  # drawn from so many in training (Ruoss 2023); 0: not drawn
+    random_positions: SizeOrZero = 0  # drawn from this many in training (Ruoss 2023); 0: not drawn
     window: Size | None = None  # tokens of self-attention to each side; None: all
     tie_embeddings: bool = True  # one embedding for source, target and logits
     separate_vocabularies: bool = True  # a table size for each side; False: the larger for both
@@ -119,8 +119,8 @@ class ModelConfig:
             (
                 "random_positions",
                 not random or (self.max_length <= random and self.position_encoding != "none"),
-                f": positions are drawn from so many, at least model.max_length={self.max_length}, "
-                "and need a model.position_encoding other than none; 0 draws none",
+                f": it must be at least model.max_length={self.max_length}, with a "
+                "model.position_encoding other than none; or 0",
             ),
             (
                 "d_model",

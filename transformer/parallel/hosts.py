@@ -54,7 +54,7 @@ def join(
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the other processes are not found: {reason}; say where they are by --coordinator="
+            f"the other processes are not found: {reason}; name them by --coordinator="
             "HOST:PORT --processes=N --process=I"
         ) from error
 
@@ -155,7 +155,7 @@ def once(function: Callable[[], Any]) -> Any:
         except UserError as error:
             said = {"error": str(error)}
         except OSError as error:
-            said = {"error": f"{error.filename}: {error.strerror or error}; mend that"}
+            said = {"error": f"{error.filename}: {error.strerror or error}; fix this"}
         except Exception as error:  # of any kind: the other processes must not wait forever
             fault = error
             said = {"error": f"the first process failed: {type(error).__name__}: {error}"}

@@ -1,4 +1,4 @@
-"""The training loop: dispatches of many steps, and what is due between them."""
+"""The training loop: dispatches of many steps, with logging, validation and saving between them."""
 
 import contextlib
 import time
@@ -27,7 +27,7 @@ from transformer.training.step import TrainState
 
 
 class Intervals(NamedTuple):
-    """The last step of a run, and every how many steps something is due."""
+    """The number of steps of a run, and the intervals between logs, validations and saves."""
 
     steps: int
     log_every: int
@@ -35,7 +35,7 @@ class Intervals(NamedTuple):
     save_every: int
 
     def next_stop(self, step: int, most: int) -> int:
-        """The end of a dispatch of up to `most` steps from `step`: no later than what is due."""
+        """The end of a dispatch of up to `most` steps from `step`; stops at the next due step."""
         due = ((step // every + 1) * every for every in self[1:])
         return min(self.steps, step + most, *due)
 
@@ -49,16 +49,15 @@ class TrainingLoop:
     Args:
       intervals: of the run.
       state: to start from; donated.
-      interval: what an interrupted run had of the interval in which it stopped; see
-        `Checkpoints.interval`.
+      interval: sums of the interval in which the run was interrupted; see `Checkpoints.interval`.
       train_steps: `Run.train_steps`.
       zero_sums: `Run.zero_sums`.
       validate: (state, callback between dispatches) → metrics of each replica.
       data: what the steps read.
       monitor: checks each interval.
-      checkpoints: take the state.
-      writer: takes the metrics.
-      requests: to stop before the end.
+      checkpoints: where the state is saved.
+      writer: where metrics are written.
+      requests: requests to stop.
       peak_share: see `metrics.Interval`.
     """
 
@@ -208,7 +207,7 @@ class TrainingLoop:
             raise Interrupted("stopped before the first step, nothing to save")
         raise Interrupted(
             f"stopped at step {self.step:,} of {self.intervals.steps:,}, and saved; "
-            "the same command goes on from there"
+            "the same command resumes the run"
         )
 
     def place(self, tree: Any) -> Any:
@@ -217,10 +216,10 @@ class TrainingLoop:
 
 
 class DispatchSize:
-    """The number of steps of a dispatch: as many as take a second, by the time of the last ones.
+    """The number of steps per dispatch, chosen so that a dispatch takes about a second.
 
-    No result depends on it. Several processes must dispatch alike: the first decides, when an
-    interval is logged.
+    It affects no result. Several processes must agree: the first one decides, when an interval is
+    logged.
     """
 
     seconds = 1.0  # of a dispatch

@@ -46,7 +46,7 @@ class Interval(NamedTuple):
     seconds: of training alone.
     peak_share: the fraction of the devices' peak FLOPs that one step per second takes; None: the
       peak is unknown.
-    wait_share: the fraction of the data windows that were not ready; None: data lie on the devices.
+    wait_share: the fraction of the data windows that were not ready; None: data are on the devices.
     """
 
     sums: Mapping[str, Any]
@@ -145,10 +145,10 @@ def finalize(interval: Interval) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Writes metrics to `metrics.jsonl`, an object a line, and to TensorBoard events.
+    """Writes metrics to `metrics.jsonl`, one object per line, and to TensorBoard events.
 
-    The JSON lines are the record, null for NaN. In a population each replica has lines of its own,
-    with its number under `replica`, and a folder of events. Of several hosts the first writes.
+    NaN is written as null. In a population each replica has its own lines, with its index in
+    `replica`, and its own folder of events. Only the first of several hosts writes.
 
     Args:
       workdir: where the files go.
@@ -248,7 +248,7 @@ class Events:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`, without a last line that was cut off in writing."""
+    """Returns the rows of a `metrics.jsonl`, without an incomplete last line."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")  # the last part is empty, or cut off
@@ -257,5 +257,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(renamed.metrics(nan_for_null(json.loads(line))))
         except ValueError as error:
-            raise UserError(f"{path}, line {number} is damaged; delete or mend the line") from error
+            raise UserError(f"{path}, line {number} is damaged; delete or fix the line") from error
     return rows

@@ -23,7 +23,7 @@ from transformer.parallel.mesh import parameter_shardings, replicated
 from transformer.training.metrics import Sums, Update, sum_over_tokens, sum_over_updates
 from transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
-# What the seed of a run is used for, each with a key of its own.
+# The uses of a run's seed, each with its own key.
 PURPOSES = ("init", "dropout", "data")
 
 
@@ -52,14 +52,14 @@ class HParams(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What the train step takes from a run's config.
+    """The part of a run's config that the train step depends on.
 
     optimizer: its structure.
     steps: of the run, where schedules end.
     ema_decay: of the moving average of the parameters; 0.0: none.
-    accumulation_steps: parts of a batch whose gradients are added up one after another.
+    accumulation_steps: parts of a batch whose gradients are accumulated.
     max_skipped: non-finite updates that are skipped before the run stops.
-    hparams: the config's; those in `TrainState.hparams` take their place.
+    hparams: the config's; those in `TrainState.hparams` override them.
     """
 
     optimizer: OptimizerConfig
@@ -70,7 +70,7 @@ class StepConfig:
     hparams: HParams
 
     def learning_rate(self, hparams: HParams, updates: Int[Array, ""]) -> Float[Array, ""]:
-        """The learning rate after so many updates."""
+        """The learning rate after a number of updates."""
         peak, warmup = hparams.learning_rate, hparams.warmup_steps
         return make_schedule(self.optimizer.schedule, self.steps, peak, warmup)(updates)
 
@@ -173,9 +173,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the train step, a pure function (state, batch) → (state, sums).
 
-    It minimises the smoothed cross-entropy, averaged over the batch's target tokens; over all of
-    them with gradient accumulation too, which differs by rounding, and in the dropout masks.
-    `sums` are what `training.metrics` divides into the metrics of an interval.
+    It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
+    With gradient accumulation the result differs by rounding and in the dropout masks. `sums` are
+    what `training.metrics` divides into the metrics of an interval.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
