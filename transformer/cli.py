@@ -181,7 +181,9 @@ def define_decoding_flags() -> None:
     }
     for each in fields(DecodingConfig):
         default: Any = each.default
-        define = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
+        define: Any = flags.DEFINE_integer
+        if isinstance(default, float):
+            define = flags.DEFINE_float
         define(each.name, default, meanings[each.name])
 
 
