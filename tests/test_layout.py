@@ -27,10 +27,10 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 FOLDERS = [path.parent for path in sorted(ROOT.glob("transformer/*/__init__.py"))]
-BUDGETS = {"transformer": 7_500, "scripts": 4_500, "tests": 9_000, "": 22_500}
+# The most lines of a folder, lowered whenever one shrinks; the goals are 7,500, 4,500, 9,000 and
+# 22,500 in all.
+BUDGETS = {"transformer": 11_352, "scripts": 5_373, "tests": 10_506, "": 28_470}
 CONFIGS = [RunConfig, *sections(RunConfig).values()]
-# Until the redesign is done.
-LATER = pytest.mark.xfail(reason="not done yet", strict=False)
 
 
 def tracked(folder=""):
@@ -84,7 +84,6 @@ def test_a_folder_says_what_it_holds_and_what_it_may_import(folder):
     assert "mports" in ast.literal_eval(docstring.value)
 
 
-@LATER
 def test_files_and_functions_are_small():
     large = []
     for path in tracked():
@@ -99,7 +98,6 @@ def test_files_and_functions_are_small():
     assert not large
 
 
-@LATER
 @pytest.mark.parametrize("folder", BUDGETS)
 def test_a_folder_stays_in_its_budget(folder):
     paths = tracked(f"{folder}/" if folder else "")

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from lab.claims import attention
 
-from tests.helpers import program
+from tests.helpers import program, random_params, small_model
 from transformer import cli
 from transformer.config import RunConfig, default_config
 
@@ -56,3 +57,14 @@ def test_a_wrong_backend_is_shown(monkeypatch, capsys):
                 script.main()
             assert end.value.code == status
             assert capsys.readouterr().out.count("WRONG") == 12 * status
+
+
+def test_a_silenced_head_is_the_one_that_is_meant():
+    variables = random_params(small_model(num_layers=2), 0)
+    for kind, where in zip(attention.KINDS, ("encoder", "decoder", "decoder"), strict=True):
+        which = "cross" if kind == "cross" else "self"
+        silent = attention.without_head(variables, kind, 1)
+        changed = {name for name in variables if not (silent[name] == variables[name]).all()}
+        assert changed == {f"{where}/layers/{i}/{which}_attention/out/kernel" for i in range(2)}
+        assert all((silent[name][0] == variables[name][0]).all() for name in changed)
+        assert not any(silent[name][1].any() for name in changed)
