@@ -1,12 +1,12 @@
-"""Evaluates a trained run: restores it by its saved config, decodes a split, prints and draws.
+"""Evaluates a trained run: decodes a split with it, then prints and plots the results.
 
 Usage:
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
     python eval.py --workdir=runs/translate --data=other.tsv [--out=results]
 
-The run's folder, or `--out`, has the results: `eval_<split>.json`, `samples_<split>.tsv`, `plots/`;
-settings that differ from their defaults are in the names, such as `eval_test_beam_size=4.json`.
+Writes `eval_<split>.json`, `samples_<split>.tsv` and `plots/` to the run's folder or to `--out`.
+File names contain the settings that differ from the defaults: `eval_test_beam_size=4.json`.
 """
 
 import os
@@ -83,7 +83,7 @@ def main() -> None:
         for seed, (totals, found) in zip(seeds, arrays, strict=True)
     ]
     stopped = np.atleast_1d(hosts.fetch(state.skipped)) > config.max_skipped_steps
-    for k in np.flatnonzero(stopped):  # for a NaN or Inf: only the counts mean something
+    for k in np.flatnonzero(stopped):  # by a NaN or Inf: only the counts are valid
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
 
     margin = decoding.margin(config.decode_margin)
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def evaluation_mesh(config: RunConfig) -> Mesh:
-    """The mesh of the config; one device where its devices are missing, but for several hosts."""
+    """The mesh of the config; on a single host that lacks its devices, one device."""
     try:
         mesh = make_mesh(config.mesh, config.replicas)
         check_batch(mesh, config.batch_size)
@@ -120,7 +120,7 @@ def evaluation_mesh(config: RunConfig) -> Mesh:
 def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
     """The name of an evaluation's files, such as `test_beam_size=4_checkpoint=best`.
 
-    It has every setting that differs from its default, so that no evaluation overwrites another.
+    It contains each setting that differs from its default, so no evaluation overwrites another.
     """
     defaults, settings = DecodingConfig(), decoding.describe()
     parts = [split, *(f"{k}={v}" for k, v in settings.items() if v != getattr(defaults, k))]
@@ -150,14 +150,14 @@ def text_scores(run: Run, found: Hypotheses, references: list[list[str]]) -> dic
 
 
 def show_facts(**rows: str) -> None:
-    """Prints those that are not empty."""
+    """Prints the rows that are not empty."""
     facts({name: value for name, value in rows.items() if value})
 
 
 def show_metrics(
     title: str, split: str, replicas: Sequence[dict[str, Any]], by_length: Sequence[dict[str, Any]]
 ) -> None:
-    """Prints the metrics for each source length and for the whole split; means over replicas."""
+    """Prints the metrics, averaged over replicas, by source length and for the whole split."""
     whole = mean_over_replicas([each["metrics"] for each in replicas])
     whole = {name.removeprefix(f"{split}/"): value for name, value in whole.items()}
     whole["sequences"] = sum(row["sequences"] for row in by_length)
@@ -172,7 +172,7 @@ def show_metrics(
 
 
 def show_texts(texts: Sequence[dict[str, Any]]) -> None:
-    """Prints the text metrics with their intervals; of a population their mean and range."""
+    """Prints the text metrics with their intervals; for a population, their mean and range."""
     rows = []
     for name, first in texts[0].items():
         values = [one[name]["value"] for one in texts]

@@ -57,7 +57,7 @@ def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
 
 
 def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
-    """Prints the final metrics; of a population their mean, least and most."""
+    """Prints the final metrics; for a population, their mean, minimum and maximum."""
     over = {"": np.mean} if len(results) == 1 else {"mean": np.mean, "min": np.min, "max": np.max}
     rows = [
         (

@@ -12,21 +12,21 @@ from transformer.config import default_config
 def get_config():
     config = default_config()
 
-    config.seed = 0  # of initialisation, dropout and data order
+    config.seed = 0  # for initialisation, dropout and data order
     config.replicas = 1  # runs trained at once, with seeds seed, seed+1…
     config.steps = 1_800  # updates; schedules end here
     config.batch_size = 128  # rows of a step, over all devices
-    config.accumulation_steps = 1  # gradient accumulation: parts of a batch, to save memory
+    config.accumulation_steps = 1  # gradient accumulation: number of microbatches
     config.max_skipped_steps = 0  # non-finite updates before an error
-    config.debug_nans = False  # that error names the operation that made the NaN or Inf
+    config.debug_nans = False  # find the operation that produced the NaN or Inf
     config.log_every = 100  # steps
     config.eval_every = 250  # steps; on the validation split
     config.save_every = 500  # steps
-    config.keep_checkpoints = 2  # the latest, besides the best
+    config.keep_checkpoints = 2  # latest checkpoints to keep, besides the best
     config.label_smoothing = 0.0  # the paper's is 0.1
-    config.ema_decay = 0.0  # of an average of the parameters, used in evaluation; 0: none
-    config.decode_margin = 50  # tokens of an output beyond its source's
-    config.best_metric = "sequence_accuracy"  # tells the best checkpoint
+    config.ema_decay = 0.0  # moving average of the parameters, for evaluation; 0: none
+    config.decode_margin = 50  # tokens an output may exceed its source by
+    config.best_metric = "sequence_accuracy"  # picks the best checkpoint
     config.plugins = ()  # modules, imported first, that add entries to tables
 
     # Where the replicas of a population differ: a value for each, or () for the run's.
@@ -38,10 +38,10 @@ def get_config():
     config.per_replica.dropout_rate = ()  # model.dropout_rate
     config.per_replica.attention_dropout_rate = ()  # model.attention_dropout_rate
 
-    # Which dataset, which of its splits serve what, and as which tokens.
-    config.data.dataset = "toy_strings"  # of data/datasets.py, or a name of TFDS
-    config.data.task = "reverse"  # of toy_strings; TASKS in data/toy.py
-    config.data.size = "small"  # of toy_strings; SIZES in data/toy.py
+    # The dataset, its splits, the tokenizers, packing and text metrics.
+    config.data.dataset = "toy_strings"  # DATASETS in data/datasets.py, or a name in TFDS
+    config.data.task = "reverse"  # for toy_strings; TASKS in data/toy.py
+    config.data.size = "small"  # for toy_strings; SIZES in data/toy.py
     config.data.source = "source"  # the field of the source text
     config.data.target = "target"  # the field of the target text
     config.data.train = "train"  # TFDS split or slice, such as train[:10%]; for files, a file
@@ -49,13 +49,13 @@ def get_config():
     config.data.test = "test"  # likewise
     config.data.tokenizer = "characters"  # TOKENIZERS in data/tokenizer.py
     config.data.target_tokenizer = None  # None: one for both sides
-    config.data.vocab_size = 8_000  # at most, of bpe and unigram
+    config.data.vocab_size = 8_000  # maximum, for words, bpe, unigram
     config.data.max_length = 0  # filters out longer training examples; 0: no filter
-    config.data.metrics = ()  # of decoded text; TEXT_METRICS in inference/text_metrics.py
-    # of sacrebleu; for Chinese zh, for Japanese ja-mecab or char
+    config.data.metrics = ()  # for decoded text; TEXT_METRICS in inference/text_metrics.py
+    # sacrebleu's tokenizer; zh for Chinese, ja-mecab for Japanese
     config.data.bleu_tokenizer = "13a"
-    config.data.num_workers = 0  # that make batches; 0: rows on devices
-    config.data.pack_length = 0  # tokens of a packed training row; 0: one example a row
+    config.data.num_workers = 0  # to stream batches; 0: rows on devices
+    config.data.pack_length = 0  # length of packed training rows; 0: one example per row
 
     # The architecture.
     config.model.architecture = "transformer"  # or recurrent
@@ -65,10 +65,9 @@ def get_config():
     config.model.d_k = None  # H, width of a query or key; None: d_model / num_heads
     config.model.d_v = None  # E, width of a value; None: d_k
     config.model.num_kv_heads = None  # K, heads of keys and values; None: num_heads
-    # F, feed-forward width; gated kinds take 2/3 of it, for as many parameters
-    config.model.d_ff = 256
+    config.model.d_ff = 256  # F, feed-forward width; gated kinds use 2/3 of it
     config.model.feed_forward = "relu"  # modules/layers.py
-    config.model.cell = "lstm"  # of architecture=recurrent; modules/recurrent.py
+    config.model.cell = "lstm"  # for architecture=recurrent; modules/recurrent.py
     config.model.kernel_init = "glorot_uniform"  # modules/layers.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights
@@ -77,30 +76,30 @@ def get_config():
     config.model.norm_epsilon = 1e-06  # added to the variance
     config.model.position_encoding = "sinusoidal"  # modules/positions.py
     config.model.max_length = 512  # tokens, for learned or random positions
-    config.model.random_positions = 0  # drawn from this many in training (Ruoss 2023); 0: not drawn
-    config.model.window = None  # tokens of self-attention to each side; None: all
+    config.model.random_positions = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
+    config.model.window = None  # width of local self-attention, each side; None: no limit
     config.model.tie_embeddings = True  # one embedding for source, target and logits
-    # a table size for each side; False: the larger for both
+    # vocabulary size per side; False: the larger for both
     config.model.separate_vocabularies = True
     config.model.attention_bias = False  # on the four projections of attention
-    config.model.normalize_qk = False  # RMS norm of queries and keys, head by head
-    config.model.qk_norm_epsilon = None  # of that norm; None: norm_epsilon
+    config.model.normalize_qk = False  # RMS norm of queries and keys, per head
+    config.model.qk_norm_epsilon = None  # for normalize_qk; None: norm_epsilon
     config.model.fused_qkv = False  # one product for queries, keys and values
     config.model.attention_backend = "einsum"  # modules/dot_product_attention.py
-    config.model.scan_layers = False  # scan over the layers of a stack, which compiles once
+    config.model.scan_layers = False  # scan over the layers, which compiles one for all
     config.model.remat = "none"  # what the backward pass recomputes
-    config.model.dtype = "float32"  # of the computation; parameters are float32
+    config.model.dtype = "float32"  # of the computation; params are float32
 
     # The optimizer section of a config.
     config.optimizer.name = "adam"  # OPTIMIZERS in training/optimizer.py
     config.optimizer.learning_rate = 0.004  # the peak
     config.optimizer.schedule = "linear"  # after the warm-up
-    config.optimizer.warmup_steps = 50  # of linear warm-up
-    config.optimizer.beta1 = 0.9  # of Adam; momentum of sgd and muon
-    config.optimizer.beta2 = 0.98  # of Adam
-    config.optimizer.epsilon = 1e-09  # of Adam
+    config.optimizer.warmup_steps = 50  # updates of linear warm-up
+    config.optimizer.beta1 = 0.9  # of adam, adamw, lion; momentum of sgd, muon
+    config.optimizer.beta2 = 0.98  # of adam, adamw, lion
+    config.optimizer.epsilon = 1e-09  # of adam, adamw
     config.optimizer.weight_decay = 0.0  # decoupled; of adamw, lion and muon
-    config.optimizer.clip_norm = 1.0  # of all gradients together; 0: no clipping
+    config.optimizer.clip_norm = 1.0  # global norm of the gradients; 0: no clipping
 
     # Sizes of the mesh axes; -1, once at most beside `replica`: all devices that are left.
     config.mesh.replica = -1  # replicas of a population side by side; -1: as many as fit

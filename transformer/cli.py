@@ -1,4 +1,4 @@
-"""Shared by the programs: flags, JAX's configuration, and one-line error messages."""
+"""Flags, JAX configuration and one-line error messages, shared by the programs."""
 
 import functools
 import os
@@ -28,12 +28,12 @@ from transformer.parallel import hosts
 from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
-GRACE = 5  # seconds for the other processes to stop too, after an error
+GRACE = 5  # seconds that other processes have to stop after an error
 OUT_OF_MEMORY = (
     "lower batch_size or model.d_model, raise accumulation_steps, or set model.remat "
     "(docs/performance.md)"
 )
-# Settings of JAX's environment variables that are overridden.
+# JAX options that are set whatever the environment variables say.
 REQUIRED: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_disable_jit": False,
@@ -41,8 +41,8 @@ REQUIRED: dict[str, Any] = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": None,
 }
-# Up to this width the cores of a CPU work better as one device each: most operations of a small
-# model are too small to be divided.
+# Up to this width one device per CPU core is faster: most operations of a small model are too
+# small to be parallelised.
 SMALL_WIDTH = 256
 
 flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
@@ -51,9 +51,9 @@ flags.disclaim_key_flags()  # --help lists the flags that are defined here with 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`.
 
-    A user mistake, a flag that does not parse, and what the disk or the system refuses end with one
-    line on standard error and exit status 2. A run that was asked to stop ends with status 75: the
-    same command resumes it.
+    User mistakes, flags that do not parse and I/O errors end the program with one line on standard
+    error and exit status 2. A run that was asked to stop exits with status 75; the same command
+    resumes it.
 
     Args:
       main: the program.
@@ -69,7 +69,7 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
 
 
 def silence_failed_saves() -> None:
-    """Hides what threads of Orbax report of a failed save, which ends with a UserError anyway."""
+    """Hides the reports of Orbax's threads on a failed save, which raises a UserError anyway."""
     show = sys.unraisablehook
 
     def hook(raised: Any) -> None:
@@ -118,7 +118,7 @@ def explained(function: Callable, *args) -> Any:
 
 
 def together(main: Callable[[], None]) -> None:
-    """Calls `main`; of several processes none ends before all have finished."""
+    """Calls `main`; no process exits before all have finished."""
     main()
     if hosts.several():
         multihost_utils.sync_global_devices("end")
@@ -128,11 +128,11 @@ def together(main: Callable[[], None]) -> None:
 def set_up_jax(config: RunConfig | None = None) -> None:
     """Sets the compilation cache and, on a CPU, the number of devices.
 
-    A population or a model up to `SMALL_WIDTH` has as many devices as there are cores and divide
-    its replicas or its batch; a wider one has one device, whose products keep all cores busy.
+    A population, or a model up to `SMALL_WIDTH`, gets one device per core, or the largest smaller
+    number that divides its replicas or batch. A wider model gets one device, which uses all cores.
 
     Args:
-      config: the run's; None: one device.
+      config: the run's config; None: one device.
     """
     for name, value in REQUIRED.items():
         if getattr(jax.config, name) != value:
@@ -188,7 +188,7 @@ def define_decoding_flags() -> None:
 
 
 def decoding() -> DecodingConfig:
-    """Returns the settings of the flags of `define_decoding_flags`."""
+    """Returns the settings given by the flags of `define_decoding_flags`."""
     given = flags.FLAGS
     settings: dict[str, Any] = {
         each.name: given[each.name].value for each in fields(DecodingConfig)
@@ -220,8 +220,8 @@ def join_hosts(*, interruptible: bool = False) -> None:
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():
         find_devices()
-        # Now, while all have just started: with Gloo (CPUs) a first collective times out after 30
-        # s.
+        # Synchronise just after the start: with Gloo (CPUs) the first collective times out after
+        # 30 s.
         multihost_utils.sync_global_devices("start")
         console.quiet = not hosts.first()
 
@@ -232,12 +232,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: a flag or an override is unknown or ill-typed, or the config file fails.
     """
-    # `~` as the shell expands it where it begins a word.
+    # Expand `~` as the shell does at the start of a word.
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
     config = read_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
-    except SystemExit:  # --help, with which absl ends in status 1
+    except SystemExit:  # absl exits with status 1 after --help
         sys.exit(0)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, error)) from error
@@ -254,7 +254,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
-    """Returns the config of the file that `--config` names, without overrides, if any."""
+    """Returns the config in the file that `--config` names, without overrides; None: no file."""
     words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
     paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
     if not paths:
@@ -266,7 +266,7 @@ def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
 
 
 def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:
-    """Returns one line on why the flags did not parse."""
+    """Returns one line that says why the flags did not parse."""
     message = " ".join(str(error).split())
     if config is None and "config" in flags.FLAGS and "--config must" in message:
         return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"

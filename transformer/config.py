@@ -51,21 +51,21 @@ class RunConfig(Population):
       UserError: a knob is out of its range or contradicts another.
     """
 
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of initialisation, dropout and data order
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for initialisation, dropout and data order
     replicas: Annotated[int, Range(1, 10_000)] = 1  # runs trained at once, with seeds seed, seed+1…
     steps: Count = 1_800  # updates; schedules end here
     batch_size: Size = 128  # rows of a step, over all devices
-    accumulation_steps: Size = 1  # gradient accumulation: parts of a batch, to save memory
+    accumulation_steps: Size = 1  # gradient accumulation: number of microbatches
     max_skipped_steps: Annotated[int, Range(0, 2**31 - 2)] = 0  # non-finite updates before an error
-    debug_nans: bool = False  # that error names the operation that made the NaN or Inf
+    debug_nans: bool = False  # find the operation that produced the NaN or Inf
     log_every: Count = 100  # steps
     eval_every: Count = 250  # steps; on the validation split
     save_every: Count = 500  # steps
-    keep_checkpoints: Count = 2  # the latest, besides the best
+    keep_checkpoints: Count = 2  # latest checkpoints to keep, besides the best
     label_smoothing: Rate = 0.0  # the paper's is 0.1
-    ema_decay: Rate = 0.0  # of an average of the parameters, used in evaluation; 0: none
-    decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens of an output beyond its source's
-    best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # tells the best checkpoint
+    ema_decay: Rate = 0.0  # moving average of the parameters, for evaluation; 0: none
+    decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens an output may exceed its source by
+    best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # picks the best checkpoint
     plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
@@ -82,17 +82,17 @@ class RunConfig(Population):
         self.check_replicas()
 
     def constrained(self) -> Iterator[tuple[str, Any, Range | Choice]]:
-        """Yields the knob, value and constraint of each value, those of the sections included."""
+        """Yields (knob, value, constraint) for each value, including those of the sections."""
         yield from constrained(self, "")
         for name in sections(type(self)):
             yield from constrained(getattr(self, name), f"{name}.")
-        # Not in DataConfig: the data do not import inference.
+        # Checked here, not in DataConfig: `data` does not import `inference`.
         for name in self.data.metrics:
             yield "data.metrics", str(name), TEXT_METRIC
         yield "data.bleu_tokenizer", self.data.bleu_tokenizer, Choice(BLEU_TOKENIZERS)
 
     def contradictions(self) -> list[tuple[bool, str]]:
-        """Returns whether knobs contradict each other, and the message if they do."""
+        """Returns a pair for each rule: whether knobs contradict each other, and the message."""
         data, model, mesh, steps = self.data, self.model, self.mesh, self.accumulation_steps
         recurrent = model.architecture == "recurrent"
         return [
@@ -156,7 +156,7 @@ class RunConfig(Population):
         return run
 
     def step_config(self) -> StepConfig:
-        """How the model is trained."""
+        """The part of the config that the train step depends on."""
         hparams = HParams(
             learning_rate=self.optimizer.learning_rate,
             warmup_steps=self.optimizer.warmup_steps,
@@ -225,7 +225,7 @@ def load_config(path: str | Path, function: str = "get_config") -> Any:
 
 
 def saved_config(saved: Mapping[str, Any]) -> Any:
-    """Returns the config of a saved run, with today's names and the defaults of newer knobs.
+    """Returns the config of a saved run, with current names and the defaults of newer knobs.
 
     Raises:
       UserError: it has a knob that this version does not know.
@@ -243,7 +243,7 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
 
 
 def continued(config: Any, saved: ConfigDict) -> Any:
-    """Returns `config` with what a saved run, older than some knobs, was trained with."""
+    """Returns `config` in which knobs newer than a saved run keep the values it trained with."""
     default, before, now = map(flat_knobs, (default_config(), saved, config))
     older = {
         name: value

@@ -14,7 +14,7 @@ from transformer.errors import UserError, check_choice, shown, within
 
 @dataclass(frozen=True)
 class Range:
-    """At least `least` and at most `most`, or below it."""
+    """An interval from `least` to `most`, without `most` if `exclusive`."""
 
     least: int | float
     most: int | float = math.inf
@@ -42,7 +42,7 @@ class Choice:
         check_choice(self.table, value, knob)
 
 
-# Upper limits catch typing errors, which would take hours to trace.
+# Upper limits catch typos, such as sizes that would take hours to trace.
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Size = Annotated[int, Range(1, 2**20)]
 SizeOrZero = Annotated[int, Range(0, 2**20)]
@@ -50,7 +50,7 @@ Rate = Annotated[float, Range(0, 1, exclusive=True)]
 
 
 def constraints(config: type) -> dict[str, list[Range | Choice]]:
-    """Returns field → its constraints of a dataclass."""
+    """Returns the constraints of each field of a dataclass, by name."""
     hints = get_type_hints(config, include_extras=True)
     return {  # `Size | None` and `Sequence[Size]` hold theirs inside
         name: [c for part in (hint, *get_args(hint)) for c in getattr(part, "__metadata__", ())]
@@ -59,13 +59,13 @@ def constraints(config: type) -> dict[str, list[Range | Choice]]:
 
 
 def constrained(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range | Choice]]:
-    """Yields the knob, the value and the constraint of each value of a config.
+    """Yields (knob, value, constraint) for each value of a config.
 
     None satisfies every constraint, and each entry of a sequence is a value.
 
     Args:
       config: an instance of a dataclass.
-      prefix: of the names of knobs, such as `model.`.
+      prefix: the prefix of the knobs' names, such as `model.`.
     """
     for name, declared in constraints(type(config)).items():
         value = getattr(config, name)

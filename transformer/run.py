@@ -1,4 +1,4 @@
-"""A run: everything that a config needs to train, evaluate, predict or be measured."""
+"""A run: the mesh, data, model, state and compiled functions that a config describes."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -49,14 +49,13 @@ from transformer.workdir import Workdir
 
 
 class Run:
-    """Everything that a config needs, in one place; each part is built when first used.
+    """The mesh, data, model, state and compiled functions of a config, each built on first use.
 
         run = Run(RunConfig(steps=500), "runs/mine")
         run.train()
         run.evaluate("test")
 
-    The compiled programs `init`, `train_steps` and `score` are called on the mesh, inside of
-    `with jax.set_mesh(run.mesh)`.
+    Call the compiled functions `init`, `train_steps` and `score` in `jax.set_mesh(run.mesh)`.
 
     Args:
       config: the run's typed config.
@@ -121,10 +120,10 @@ class Run:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The dataset, prepared if it is not yet, with the tokenizers.
+        """The dataset with its tokenizers; prepares the dataset if necessary.
 
         Raises:
-          UserError: it cannot be prepared, or is not the one that the run was trained on.
+          UserError: the dataset cannot be prepared, or is not the one the run was trained on.
         """
         saved = self.workdir.tokenizers if self.is_trained else None
         corpus = open_corpus(self.config.data, self.data_dir, saved)
@@ -133,10 +132,10 @@ class Run:
         return corpus
 
     def evaluation_corpus(self, file: str | None = None) -> Corpus:
-        """The run's dataset, found by the name it was recorded by; or a file, as split `test`.
+        """The run's dataset, found by its recorded name; or a file of pairs, as split `test`.
 
         Raises:
-          UserError: it is missing, or is not the one that the run was trained on.
+          UserError: the dataset is missing, or is not the one the run was trained on.
         """
         config, data_dir = self.config.data, self.data_dir
         if file is not None:
@@ -233,7 +232,7 @@ class Run:
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
         steps = make_train_steps(make_train_step(self.model, self.config.step_config()))
-        # Streamed batches have an axis of replicas.
+        # Streamed batches have a replica axis.
         data_axis = 0 if self.config.data.num_workers else None
         return jax.jit(
             self._vmap(steps, 0, 0, data_axis, None),
@@ -260,7 +259,7 @@ class Run:
         return jax.device_get(zero_sums(self.config.replicas))
 
     def place(self, tree: Any) -> Any:
-        """Puts arrays of the host on every device."""
+        """Replicates host arrays over the devices."""
         return place(tree, self.replicated)
 
     @cached_property
@@ -286,7 +285,7 @@ class Run:
         """Traces the train step, which finds errors before compilation.
 
         Raises:
-          UserError: an option is not supported here, such as an attention backend.
+          UserError: an option, such as an attention backend, is not supported on this platform.
         """
         sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
         # Placed as in training, so that compilation reuses this trace.
@@ -312,7 +311,7 @@ class Run:
         return run_training.train(self, allow_changes=allow_changes, profile=profile, exits=exits)
 
     def restore(self, checkpoint: str = "latest") -> TrainState:
-        """The state saved as `latest`, `best` or at the step of that number, on the mesh.
+        """Restores the state saved as `latest`, as `best` or at a step number, onto the mesh.
 
         Raises:
           UserError: there is no such checkpoint, or it is damaged.
@@ -323,11 +322,11 @@ class Run:
         return self.state
 
     def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
-        """The trained model for texts, on the run's mesh.
+        """The trained model as a text generator, on the run's mesh.
 
         Args:
-          checkpoint: latest, best, or the number of a step.
-          replica: of a population, which one.
+          checkpoint: latest, best, or a step number.
+          replica: the index of a replica in a population.
         """
         within("replica", replica, 0, self.config.replicas - 1)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
@@ -338,7 +337,7 @@ class Run:
         )
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
-        """The hypotheses of every source of `data`, of all replicas."""
+        """Decodes every source in `data` with every replica."""
         decode = partial(decoding.decode, self.model, margin=self.config.decode_margin)
         program = jax.jit(
             self._vmap(decode, 0, None),
@@ -360,11 +359,11 @@ class Run:
         state: TrainState | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> list[dict[str, float]]:
-        """The metrics of each replica; NaN of those that have stopped for a NaN or Inf.
+        """The metrics of each replica; NaN for a replica that a NaN or Inf has stopped.
 
         Args:
           split: `validation` or `test`.
-          state: on the run's mesh; None: the newest in memory, else of the latest checkpoint.
+          state: a state on the mesh; None: the newest in memory, else the latest checkpoint.
           between: called before each batch; an exception ends the evaluation.
         """
         config, data = self.config, self.data[split]

@@ -51,7 +51,7 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
 
 
 def claim(run: "Run", allow_changes: bool) -> None:
-    """Claims the folder; of a run in it, keeps the knobs that did not exist when it started."""
+    """Claims the folder; a run in it keeps the old behaviour of knobs added since it started."""
     config = ConfigDict(asdict(run.config))
     run.allow_changes = allow_changes
     run.workdir.claim(config, allow_changes=allow_changes)
@@ -98,7 +98,7 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
     check_stopped(state, old.max_skipped_steps, config.max_skipped_steps)
     report_jump(state, *([one.step_config() for one in c.single_runs()] for c in (old, config)))
     facts({"resuming": f"at step {step:,} of {config.steps:,}"})
-    # Not those of the checkpoint: --allow_changes may have changed them.
+    # From the config, not from the checkpoint: --allow_changes may have changed them.
     where = {name: leaf.sharding for name, leaf in run.abstract_state.hparams.items()}
     return state._replace(hparams=place(config.hparams(), where)), checkpoints.interval(step)
 
@@ -111,7 +111,7 @@ def run_loop(
     requests: StopRequests,
     profile: int,
 ) -> TrainState:
-    """Trains; returns the last state, which is saved.
+    """Trains to the last step and returns the final state, which is saved.
 
     Raises:
       UserError: the loss or a gradient became NaN or Inf.

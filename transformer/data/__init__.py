@@ -1,6 +1,6 @@
 """Datasets, tokenizers and batches: a batch is a pure function of the data, a key and the step.
 
-A dataset of TFDS, or of text files, is tokenized once per split (`corpus`), packed into rows if the
-config says so, and then gathered on the devices or streamed by worker processes. Imports `parallel`
+`corpus` tokenizes each split of a TFDS dataset, or of text files, once. Its rows, optionally
+packed, are gathered into batches on the devices or streamed by worker processes. Imports `parallel`
 and the base files of the package.
 """

@@ -1,7 +1,7 @@
-"""Where a batch is made: a pure function of (dataset, data key, step).
+"""Batches: a batch is a pure function of (dataset, data key, step).
 
-`Dataset` holds all rows on the devices; `streaming.StreamedDataset` has the methods `batch`,
-`window`, `empty_window`, `wait_share` and `close`, too, and gives the same batches.
+`Dataset` holds all rows on the devices. `streaming.StreamedDataset` has the same methods `batch`,
+`window`, `empty_window`, `wait_share` and `close`, and returns the same batches.
 """
 
 import sys
@@ -22,7 +22,7 @@ from transformer.parallel.mesh import constrain
 class Batch(NamedTuple):
     """What a train step reads; `transformer.__doc__` explains the fields.
 
-    Positions are None where rows are unpacked: a token's position is then its index in the row.
+    Positions are None for unpacked rows, where a token's position is its index in the row.
     """
 
     source: Int[Array, "B S"]
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: bool = False) -> Batch:
-    """The batch of these rows.
+    """Makes a batch of rows of tokens.
 
     Args:
       source: int32 rows, each sequence with EOS at its end, padded at the end.
@@ -108,7 +108,7 @@ class Dataset:
 
     @classmethod
     def from_rows(cls, rows: TokenRows, batch_size: int) -> "Dataset":
-        """All of `rows`."""
+        """A dataset of all `rows`."""
         source, target = rows.take(np.arange(len(rows)))
         return cls(source, target, batch_size, rows.packed)
 
@@ -124,10 +124,10 @@ class Dataset:
         return Dataset(self.source[:rows], self.target[:rows], rows)
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
-        """The batch of a training step, from 0, for the data key of a run.
+        """The batch of a training step, counted from 0, for the data key of a run.
 
-        Each epoch has every row once, in a new order. A batch may span two epochs: no row is
-        dropped, whatever the batch size.
+        Each epoch contains every row once, in a new order. A batch may span two epochs, so no row
+        is dropped.
         """
         first = step.astype(jnp.uint32) * np.uint32(self.batch_size)
         place = first + jnp.arange(self.batch_size, dtype=jnp.uint32)
@@ -140,19 +140,19 @@ class Dataset:
         return make_batch(source, target, self.packed)
 
     def window(self, step: int) -> tuple["Dataset", int]:
-        """What jitted steps from `step` on take their batches from, and how many steps may."""
+        """The data to pass to jitted steps from `step` on, and the number of steps it is for."""
         return self, sys.maxsize
 
     def empty_window(self) -> "Dataset":
-        """A window with the shapes of the others, to compile for."""
+        """A window with the shapes of the others, for compilation."""
         return self
 
     def wait_share(self) -> float | None:
-        """The share of windows since the last call that were not ready; None: all always are."""
+        """The fraction of windows since the last call that were not ready; None: not streamed."""
         return None
 
     def close(self) -> None:
-        """Ends what makes batches in the background."""
+        """Stops background workers, if any."""
 
 
 @jax.tree_util.register_dataclass
@@ -174,7 +174,7 @@ class BatchWindow:
     packed: bool = field(metadata={"static": True})
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
-        """The batch of a step of this window; `key` has been used when the window was made."""
+        """The batch of a step of this window; `key` is unused, as the rows are already drawn."""
         source, target = (
             constrain(tokens[step - self.first], "batch", "length")
             for tokens in (self.source, self.target)

@@ -21,12 +21,12 @@ from transformer.errors import UserError
 from transformer.files import write_atomically
 from transformer.parallel import hosts
 
-ENOUGH = 1_000_000  # texts to learn a tokenizer from
-VERSION = 2  # raised when the same texts give other pieces or tokens: cached ones are made again
+ENOUGH = 1_000_000  # at most so many texts to learn a tokenizer from
+VERSION = 2  # incremented when the pieces or tokens of a text change, which invalidates caches
 
 
 class Tokenizers(NamedTuple):
-    """Of the sources and of the targets; the same object twice if they share a vocabulary."""
+    """The tokenizers of both sides; the same object twice if they share a vocabulary."""
 
     source: Tokenizer
     target: Tokenizer
@@ -60,7 +60,7 @@ class Tokenizers(NamedTuple):
 class Corpus:
     """A dataset on disk with its tokenizers; splits are in TFDS notation: `train[:10%]`.
 
-    opened: split → its tokens, once they were asked for.
+    opened: split → its tokens, if already loaded.
     """
 
     dataset: PreparedDataset
@@ -69,7 +69,7 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """The dataset's, with its config and version."""
+        """The dataset's name, with its config and version."""
         return self.dataset.name
 
     def split(self, name: str) -> str:
@@ -81,7 +81,7 @@ class Corpus:
         return {"dataset": self.name} | self.tokenizers.digests()
 
     def left_out(self) -> str:
-        """What the dataset skipped of its source: `train: 1 empty (line 3)`; empty if unknown."""
+        """Which examples the dataset skipped: `train: 1 empty (line 3)`; empty if unknown."""
         summary = getattr(self.dataset.builder, "left_out", None)
         return summary() if summary else ""
 
@@ -96,7 +96,7 @@ class Corpus:
         return sources, targets
 
     def references(self, split: str) -> list[list[str]]:
-        """The accepted targets of each source, the usual one first."""
+        """The references of each source, the primary one first."""
         dataset = self.dataset
         if "references" not in dataset.builder.info.features:
             return [[target] for target in self.texts(split)[1]]
@@ -104,7 +104,7 @@ class Corpus:
         return [[cleaned(text.decode()) for text in own] for (chunk,) in chunks for own in chunk]
 
     def tokens(self, split: str) -> TokenPairs:
-        """All tokens of a split, cached in files beside the dataset; errors as of `texts`."""
+        """All tokens of a split, cached in files next to the dataset; raises as `texts` does."""
         name, dataset = self.split(split), self.dataset
         if name in self.opened:
             return self.opened[name]
@@ -120,7 +120,7 @@ class Corpus:
         return self.opened.setdefault(name, found)
 
     def unknown(self, *splits: str) -> str:
-        """The unknown tokens of some splits; empty if there are none.
+        """Describes the unknown tokens of some splits; empty if there are none.
 
         `validation: source 3 of 1,200 tokens (0.25%), target 1 of 1,300 tokens (0.08%)`
         """
@@ -140,17 +140,17 @@ class Corpus:
 
 
 def cache_key(made_of: str) -> str:
-    """The file name of what is made of this."""
+    """The name of a cached file: a hash of what determines its content."""
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = None) -> Corpus:
-    """The dataset of `config`, prepared if it is not yet, and its tokenizers.
+    """The dataset of `config`, which is prepared if necessary, and its tokenizers.
 
-    Hosts may share `data_dir` or each have one: the first prepares before the others look.
+    Hosts may share `data_dir` or have one each: process 0 prepares the dataset before the others.
 
     Args:
-      config: which dataset.
+      config: the data section of a config.
       data_dir: where TFDS stores datasets; None: its default.
       saved: where a run stores its tokenizers; None: learn them from the training split.
     """
@@ -165,7 +165,7 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
 
 
 def tokenizer_kinds(config: DataConfig) -> dict[str, str]:
-    """The sides with a tokenizer of their own, or `shared` → the tokenizer's kind."""
+    """`source` and `target`, or `shared` → the kind of the tokenizer."""
     if config.target_tokenizer is None:
         return {"shared": config.tokenizer}
     return {"source": config.tokenizer, "target": config.target_tokenizer}
@@ -188,7 +188,7 @@ def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
 
 
 def learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
-    """Tokenizers learned from the training split, and cached beside the dataset."""
+    """Tokenizers learned from the training split, and cached next to the dataset."""
     split = dataset.split(config.train)
     made = []
     for side, kind in tokenizer_kinds(config).items():
@@ -198,7 +198,7 @@ def learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenize
             with damage_explained(f"whose tokenizer is {cache}"):
                 made.append(TOKENIZERS[kind].read(cache.read_bytes()))
         elif config.dataset == "toy_strings" and kind == "characters":
-            task = TASKS[config.task]  # all characters, however small the split is
+            task = TASKS[config.task]  # all characters, even of a small split
             made.append(SymbolTokenizer(task.alphabet + task.target_only))
         else:
             made.append(learn(kind, side, config.vocab_size, dataset, split))
@@ -208,7 +208,7 @@ def learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenize
 
 
 def learn(kind: str, side: str, vocab_size: int, dataset: PreparedDataset, split: str) -> Tokenizer:
-    """A tokenizer learned from at most `ENOUGH` evenly spaced texts of one side, or of both."""
+    """Learns a tokenizer from at most `ENOUGH` evenly spaced texts of one side, or of both."""
     sides = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
     count = dataset.num_examples(split) * len(sides)
     stride = -(-count // ENOUGH)

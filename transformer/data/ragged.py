@@ -1,4 +1,4 @@
-"""Token sequences of unequal length: in memory, or in files with checksums beside the dataset."""
+"""Token sequences of unequal length, in memory or in files with checksums."""
 
 import contextlib
 import itertools
@@ -81,13 +81,13 @@ class RaggedArray:
         return RaggedArray(self.values[np.repeat(first, lengths) + within], offsets)
 
     def to_padded(self, width: int) -> Int[np.ndarray, "rows {width}"]:
-        """An int32 array with one row each, padded at the end."""
+        """An int32 array of the rows, padded at the end."""
         tokens = np.full((len(self), width), PAD, np.int32)
         tokens[np.arange(width) < self.lengths()[:, None]] = self.values
         return tokens
 
     def merge_rows(self, counts: Int[np.ndarray, "groups"]) -> "RaggedArray":
-        """The first counts[0] rows joined into one, the next counts[1] into one, and so on."""
+        """Joins the first counts[0] rows into one, the next counts[1] into the next, and so on."""
         return RaggedArray(self.values, self.offsets[np.concatenate([[0], np.cumsum(counts)])])
 
 
@@ -105,8 +105,8 @@ class TokenPairs(NamedTuple):
 def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> TokenPairs:
     """The pairs stored in `folder`, or those that `tokenize()` yields, which are then stored there.
 
-    Checksums are verified at each call, and a damaged folder is written again. If `folder` cannot
-    be written (a read-only dataset, a full disk), the pairs are kept in memory.
+    Checksums are verified at each call, and a damaged folder is rewritten. If `folder` cannot be
+    written (a read-only dataset, a full disk), the pairs are kept in memory.
     """
     if folder.is_dir():
         if is_intact(folder):

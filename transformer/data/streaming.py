@@ -1,4 +1,4 @@
-"""Batches that grain's worker processes make on the host, for data larger than device memory."""
+"""Batches made on the host by grain's worker processes, for data larger than device memory."""
 
 import os
 import signal
@@ -20,19 +20,19 @@ from transformer.data.permutation import permute_numpy, round_keys
 from transformer.errors import UserError, needs
 from transformer.parallel.mesh import partition_spec, place
 
-WINDOW_BYTES = 2**26  # of the batches in a window, at most
-WINDOW_STEPS = 100  # batches in a window, at most
-WINDOWS_AHEAD = 2  # windows on the devices before they are needed
-BATCHES_AHEAD = 16  # batches that each worker has ready
-READY = 0.01  # seconds; a window that takes longer to get was not ready
+WINDOW_BYTES = 2**26  # the maximum size of a window
+WINDOW_STEPS = 100  # the maximum number of batches in a window
+WINDOWS_AHEAD = 2  # windows to prefetch to the devices
+BATCHES_AHEAD = 16  # batches that each worker prefetches
+READY = 0.01  # seconds; a window that takes longer to arrive was not ready
 
 
 class StreamedDataset:
     """Training rows that stay on the host; batches are bit-identical to those of `Dataset`.
 
-    A thread of grain places the batches that its workers make on the devices, a window of
-    consecutive steps at a time. Neither the window nor the number of workers affects a result.
-    `keys` is the data key of the run, or of each replica; `num_steps` is of the whole run.
+    The workers make batches; a grain thread transfers them to the devices, a window of consecutive
+    steps at a time. Results do not depend on the window or the number of workers. `keys` is the
+    data key of the run, or of each replica; `num_steps` is the number of steps of the run.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class StreamedDataset:
         return make_batch(jnp.asarray(source), jnp.asarray(target), self.rows.packed)
 
     def empty_window(self) -> BatchWindow:
-        """A window with the shapes of the others, to compile for."""
+        """A window with the shapes of the others, for compilation."""
         return self.place_window(0, [])
 
     def window(self, step: int) -> tuple[BatchWindow, int]:
-        """What jitted steps from `step` on take their batches from, and how many steps may.
+        """The data to pass to jitted steps from `step` on, and the number of steps it is for.
 
-        A step that is neither in the last window nor after it restarts the workers.
+        A step that is neither in the last window nor directly after it restarts the workers.
 
         Raises:
           UserError: a worker has ended.
@@ -84,7 +84,7 @@ class StreamedDataset:
         return self.held, self.end - step
 
     def next_window(self) -> BatchWindow:
-        """Waits for a window, and counts the wait."""
+        """Waits for the next window, and counts it if it was not ready."""
         started = time.perf_counter()
         try:
             found = next(self.windows)
@@ -99,13 +99,13 @@ class StreamedDataset:
         return found
 
     def wait_share(self) -> float | None:
-        """The share of windows since the last call that were not ready."""
+        """The fraction of windows since the last call that were not ready."""
         share = self.waited / max(self.taken, 1)
         self.taken = self.waited = 0
         return share
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         if self.windows is not None:
             self.windows.close()
         self.windows = None
@@ -137,7 +137,7 @@ class StreamedDataset:
         )
 
     def place_window(self, first: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> BatchWindow:
-        """The batches of the steps from `first` on, each device with its rows."""
+        """Shards the batches of the steps from `first` on over the devices."""
 
         def on_mesh(array: np.ndarray, *axes: str | None) -> jax.Array:
             where = PartitionSpec(*["replica"] * self.keys.ndim, *partition_spec(axes))
@@ -149,7 +149,7 @@ class StreamedDataset:
             tokens = np.zeros(shape, np.int32)
             for k, batch in enumerate(batches):
                 tokens[..., k, :, :] = batch[side]
-            # A length that the mesh does not divide is sharded in the step, which pads it.
+            # The step pads and shards a length that the mesh does not divide.
             length = "length" if width % self.mesh.shape["context"] == 0 else None
             sides.append(on_mesh(tokens, None, "batch", length))
         step = on_mesh(np.full(self.keys.shape, first, np.int32))
@@ -193,7 +193,7 @@ def all_round_keys(
 
 
 def live_with(parent: int, *_: int) -> None:
-    """Makes a worker process leave stop signals to its parent, and end with it."""
+    """Makes a worker process ignore stop signals and end with its parent."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
 

@@ -33,10 +33,10 @@ from transformer.errors import UserError, check_choice
 SPLITS = ("train", "validation", "test")
 JSON = (".jsonl", ".json")
 COLUMNS = ("source", "target")  # the names of the texts of all other files
-CUT = {0: "validation", 1: "test"}  # of a hundred parts of the training file
+CUT = {0: "validation", 1: "test"}  # hash of a source, modulo 100 → its split; others: train
 BLANK = "\ufeff" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # all white space
 SHOWN = 3  # line numbers shown for each reason
-MOST = 0.1  # of all lines may be skipped
+MOST = 0.1  # the largest fraction of lines that may be skipped
 
 
 def cleaned(text: object) -> str:
@@ -63,15 +63,15 @@ class Pair(NamedTuple):
 
 
 class BrokenLineError(Exception):
-    """A line has no pair; the message is the reason, in a few words."""
+    """A line does not hold a pair; the message is the reason."""
 
 
 @dataclass
 class Tally:
     """Which lines of a split's files were skipped.
 
-    lines: all that were read.
-    left_out: reason → how many, and the numbers of the first.
+    lines: the number of lines read.
+    left_out: reason → the number of skipped lines, and the first line numbers.
     """
 
     lines: int = 0
@@ -127,7 +127,7 @@ def digest(files: Mapping[str, str], fields: tuple[str, str]) -> str:
 
 
 def kind(path: Path) -> str:
-    """The suffix of a file's name, not counting .gz."""
+    """The suffix of a file's name, without .gz."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
@@ -208,7 +208,7 @@ def parse(line: tuple[bytes, ...], fields: tuple[str, str], is_json: bool) -> li
 
 
 def split_of(source: str) -> str:
-    """The split of a pair of the training file, if splits are cut from it."""
+    """The split of a pair of the training file if splits are taken from it."""
     return CUT.get(int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % 100, "train")
 
 
@@ -230,7 +230,7 @@ class FilesConfig(tfds.core.BuilderConfig):
 
 
 class TextPairs(tfds.core.GeneratorBasedBuilder):
-    """Pairs of texts from files; the dataset's metadata has what was skipped."""
+    """Pairs of texts from files; the dataset's metadata records the skipped lines."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
@@ -248,14 +248,14 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         config = cast(FilesConfig, self.builder_config)
-        # A pair of a given test is in no other split, one of a given validation not in train.
+        # Pairs of a given test file are in no other split; those of validation not in train.
         held_out = {
             split: set(map(fingerprint, config.read(split)))
             for split in ("test", "validation")
             if split in config.files
         }
         splits = set(config.files)
-        if "train" in splits and len(splits) < len(SPLITS):  # of few pairs, some splits get none
+        if "train" in splits and len(splits) < len(SPLITS):  # few pairs may not fill each
             splits |= {split_of(pair.source) for pair in config.read("train")}
         return {k: self._generate_examples(k, held_out) for k in SPLITS if k in splits}
 

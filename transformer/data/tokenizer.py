@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, by characters, words, bytes, or learned pieces."""
+"""Tokenizers: text to token ids and back, by character, word, byte or learned subword piece."""
 
 import abc
 import hashlib
@@ -20,19 +20,19 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
 PIECES = dict(zip(("pad", "bos", "eos", "unk"), (*SPECIALS, UNKNOWN), strict=True))
-# SentencePiece skips a text of more than 4,192 bytes, which may be 1,048 characters. A part has up
-# to 1,000 characters, and ends before a space if it can.
+# SentencePiece skips texts of more than 4,192 bytes, which may be 1,048 characters. A part has up
+# to 1,000 characters and ends before a space if possible.
 PART = re.compile(r"(.{1,1000})(?: |\Z)|.{1,1000}", re.DOTALL)
 SKIPPED = "▅"  # SentencePiece skips a text with this character, too
 
 
 class Tokenizer(abc.ABC):
-    """Text as token ids, the first three of which are padding, BOS and EOS.
+    """Base class of tokenizers; ids 0, 1 and 2 are padding, BOS and EOS.
 
-    No text is encoded as one of these: `<eos>` in a text is a word, or pieces, like any other.
+    Text is never encoded as these special tokens: `<eos>` in a text is ordinary text.
 
     pieces: the text of each id.
-    unknown_id: the id of symbols that were not learned; None: there are none, or they are errors.
+    unknown_id: the id of unknown symbols; None: all are known, or unknown ones raise an error.
     """
 
     pieces: Sequence[str]
@@ -45,29 +45,29 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, and EOS."""
+        """The ids of `text`, followed by EOS."""
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Encodes each text."""
         return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text before the first EOS, or before the padding; ids without a text are shown."""
+        """The text before the first EOS or the padding; an invalid id becomes a visible mark."""
 
     def symbol(self, token: int) -> str:
         """A short label for a plot's axis: the token's text, ⊢ for BOS, ⊣ for EOS."""
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
 
     def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """The number of `tokens` that stand for symbols that were not learned."""
+        """The number of unknown tokens in `tokens`."""
         if self.unknown_id is None:
             return 0
         return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
-        """A serialized form, which `TokenizerKind.read` reads."""
+        """The serialized tokenizer, for `TokenizerKind.read`."""
 
     def digest(self) -> str:
         """The SHA-256 of the pieces in order."""
@@ -75,12 +75,12 @@ class Tokenizer(abc.ABC):
 
 
 class SymbolTokenizer(Tokenizer):
-    """One token per symbol of a list: per character, or per word between spaces.
+    """A tokenizer with a fixed list of symbols: characters, or words separated by white space.
 
     Args:
       symbols: the known symbols, in the order of their ids.
-      separator: stands between symbols; empty: symbols are characters.
-      unknown: whether other symbols become one more token; otherwise they are errors.
+      separator: the separator of words; empty: symbols are characters.
+      unknown: whether other symbols become `<unk>`; otherwise they raise an error.
     """
 
     def __init__(self, symbols: Sequence[str], separator: str = "", unknown: bool = False):
@@ -97,7 +97,7 @@ class SymbolTokenizer(Tokenizer):
         counts = Counter(
             symbol for text in texts for symbol in (text.split() if separator else text)
         )
-        counts.pop(UNKNOWN, None)  # in a text it means the unknown word
+        counts.pop(UNKNOWN, None)  # <unk> in a text is the unknown word
         if not separator:
             return cls(sorted(counts), separator, unknown=True)
         common = sorted(counts, key=lambda word: (-counts[word], word))
@@ -148,7 +148,7 @@ def before_end(tokens: Iterable[int]) -> list[int]:
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per byte of UTF-8: any text, nothing to learn, long sequences."""
+    """One token per UTF-8 byte: encodes any text without learning, as long sequences."""
 
     def __init__(self):
         self.pieces = (*SPECIALS, *(f"<{value:02x}>" for value in range(256)))
@@ -172,10 +172,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class PieceTokenizer(Tokenizer):
-    """Word pieces learned by SentencePiece (Kudo and Richardson 2018), without loss.
+    """Lossless subword pieces learned by SentencePiece (Kudo and Richardson 2018).
 
-    Text is not normalised, spaces are part of pieces, and an unknown character is split into its
-    bytes. (SentencePiece writes a space as ▁, so a ▁ in a text is decoded as a space.)
+    Text is not normalised, spaces are part of pieces, and unknown characters fall back to bytes.
+    (SentencePiece writes a space as ▁, so a ▁ in a text is decoded as a space.)
 
     Args:
       model: SentencePiece's serialized model.
@@ -196,8 +196,8 @@ class PieceTokenizer(Tokenizer):
     def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
         """Learns pieces by bpe (Sennrich et al. 2016) or unigram (Kudo 2018).
 
-        There are at most `vocab_size`, special tokens and the 256 bytes included, fewer from little
-        text.
+        The vocabulary has at most `vocab_size` pieces, including the special tokens and the 256
+        bytes; a small corpus may give fewer.
 
         Raises:
           UserError: SentencePiece fails.
@@ -230,7 +230,7 @@ class PieceTokenizer(Tokenizer):
         return [*self.processor.Encode(text), EOS]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """Encodes each text, on all cores."""
         return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -244,14 +244,14 @@ class PieceTokenizer(Tokenizer):
 
 
 def parts(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, long ones in parts, so that SentencePiece skips none."""
+    """Splits long texts into parts, so that SentencePiece skips none."""
     for text in texts:
         for part in PART.finditer(text.replace(SKIPPED, " ")):
             yield part[1] or part[0]
 
 
 def explain_failure(reason: str) -> str:
-    """Why SentencePiece learned nothing, and what to do."""
+    """Says why SentencePiece failed, and what to do."""
     if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
         return (
             "the special tokens, the 256 bytes and the characters of the texts need "
@@ -264,7 +264,7 @@ def explain_failure(reason: str) -> str:
 
 
 class TokenizerKind(NamedTuple):
-    """How a tokenizer is made: learned from texts and a `vocab_size`, or read from `to_bytes`."""
+    """How to make a tokenizer: learn it from texts and a `vocab_size`, or read its `to_bytes`."""
 
     learn: Callable[[Iterable[str], int], Tokenizer]
     read: Callable[[bytes], Tokenizer]

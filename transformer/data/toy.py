@@ -46,7 +46,7 @@ def add(source: str) -> str | None:
 class Task(NamedTuple):
     """A function from source to target, and the characters of both.
 
-    function: its docstring is an example; it returns None for a string that is not a source.
+    function: returns None for a string that is not a valid source; its docstring is an example.
     alphabet: the characters that sources are drawn from.
     target_only: further characters of targets.
     """
@@ -95,7 +95,7 @@ def split_of(source: str) -> str:
 
 
 def draw(task: Task, split: str, count: int, lengths: range) -> list[str]:
-    """`count` distinct sources of `split`; the same call gives the same ones on every machine."""
+    """Draws `count` distinct sources of `split`, the same on every machine."""
     rng = random.Random(f"{split} {count} {lengths}")
     chosen: list[str] = []
     for position, length in enumerate(lengths):

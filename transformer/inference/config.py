@@ -1,4 +1,4 @@
-"""How outputs are decoded: the settings of `transformer.inference.decoding`'s methods."""
+"""The settings of the decoding methods in `transformer.inference.decoding`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ from transformer.modules.model import Model, Params
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """Greedy decoding by default; sampling with a temperature; beam search with beam_size > 1.
+    """Greedy decoding by default; sampling if temperature > 0; beam search if beam_size > 1.
 
     Raises:
       UserError: a setting is out of range, or belongs to another method.
     """
 
-    # Hypotheses of each source; above 1: beam search.
+    # Hypotheses per source; above 1: beam search.
     beam_size: Annotated[int, Range(1, 1_000)] = 1
-    # α of beam search; 0 ranks by log p, larger values favour longer outputs.
+    # α in beam search; 0 ranks by log p, larger values favour longer outputs.
     length_penalty: Annotated[float, Range(0, 100)] = 0.6
     temperature: Annotated[float, Range(0, 1e6)] = 0.0  # divides the logits; 0: no sampling
     top_k: SizeOrZero = 0  # sample among the k most likely tokens; 0: all
-    top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest of total probability p
+    top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest, up to probability p
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of sampling
-    # Tokens that an output may be longer than its source; None: the run's.
+    # Number of tokens by which an output may exceed its source; None: the run's.
     decode_margin: Annotated[int | None, Range(0, 2**16)] = None
 
     def __post_init__(self):
@@ -61,7 +61,7 @@ class DecodingConfig:
         return {name: getattr(self, name) for name in names}
 
     def margin(self, default: int) -> int:
-        """Tokens that an output may be longer than its source, by default those of the run."""
+        """The number of tokens by which an output may exceed its source."""
         return default if self.decode_margin is None else self.decode_margin
 
     def method(self) -> Callable[..., Hypotheses]:
@@ -82,11 +82,11 @@ class DecodingConfig:
         margin: int,
         streams: Int[Array, "examples 2"] | None = None,
     ) -> Hypotheses:
-        """The hypotheses of every source of `data`.
+        """Decodes every source in `data`.
 
         Args:
-          model, variables, data: as of `evaluation.decode`.
-          margin: of the run; tokens that an output may be longer than its source.
+          model, variables, data: as in `evaluation.decode`.
+          margin: the run's `decode_margin`, used if this config has none.
           streams: two integers for each example that, with the seed, determine what is sampled;
             None: its index, and 0.
         """

@@ -1,4 +1,4 @@
-"""Decoding: greedy, sampling and beam search, each of them one compiled loop over a cache.
+"""Decoding: greedy, sampling and beam search, each one compiled loop with a cache.
 
 The methods in `METHODS` share their first arguments and their result:
 
@@ -7,9 +7,9 @@ The methods in `METHODS` share their first arguments and their result:
     model            a Transformer or Recurrent module
     source           [B, S] int32, tokens that the encoder reads
     source_segments  [B, S] int32, 0 = padding; a row without a source has no output
-    max_length       tokens in an output at most, EOS included: the cache's length
-    keys             [B] PRNG keys of the rows, which sampling needs and the others ignore
-    num_tokens       the vocabulary's size without the entries that pad it; None: V
+    max_length       the maximum number of tokens in an output, with EOS: the cache's length
+    keys             [B] PRNG keys of the rows, required by sampling and ignored by the others
+    num_tokens       the vocabulary's size without its padding; None: V
     margin           see `length_limits`
 
 The encoder runs once, the cross-attention's keys and values are projected once, and each step
@@ -116,7 +116,7 @@ def sample(
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
     """The logits of the tokens that may be sampled, -inf for the others.
 
-    The most likely token always stays, and so does any token as likely as one that stays.
+    The most likely token is always kept, and so is any token as likely as one that is kept.
     """
     if top_k:
         least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -139,7 +139,7 @@ def decode_one(
     margin: int | None,
     select: Callable[[Array, Array], Array],
 ) -> Hypotheses:
-    """One hypothesis of each source, whose next tokens `select(log_p [B, V], index)` chooses [B].
+    """One hypothesis for each source; `select(log_p [B, V], index)` returns its next tokens [B].
 
     The loop stops when each row has its EOS or has reached its length limit.
     """
@@ -170,10 +170,10 @@ def decode_one(
 
 
 def while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:
-    """`jax.lax.while_loop`, which carries a batch of one without its axis.
+    """`jax.lax.while_loop` that drops the batch axis of a batch of one from the carry.
 
-    XLA removes dimensions of size 1 from matrix products. A cache carried with the axis would be
-    copied for each token, a fifth of a step for one source on a CPU.
+    XLA removes dimensions of size 1 from matrix products. If the cache kept the axis, it would be
+    copied for each token, which takes a fifth of a step for one source on a CPU.
     """
 
     like, structure = jax.tree.flatten(carry)
@@ -193,11 +193,11 @@ def while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: 
 
 
 class BeamState(NamedTuple):
-    """What beam search carries from token to token, for J hypotheses of each source.
+    """The carry of beam search, for J hypotheses of each source.
 
-    cache: the decoder's.
+    cache: the model's cache.
     live: the J most likely hypotheses without EOS, [B, J, T].
-    log_p: of the live hypotheses; -inf where there are fewer.
+    log_p: log p of the live hypotheses; -inf for missing ones.
     finished: the J best hypotheses with EOS.
     """
 
@@ -208,7 +208,7 @@ class BeamState(NamedTuple):
 
 
 def penalty(length: Int[Array, "*B"], alpha: float) -> Float[Array, "*B"]:
-    """((5 + length) / 6)^α, which divides a hypothesis' log p (Wu et al. 2016, section 7)."""
+    """((5 + length) / 6)^α, which divides the log p of a hypothesis (Wu et al. 2016, section 7)."""
     return ((5.0 + length.astype(jnp.float32)) / 6.0) ** alpha
 
 
@@ -224,7 +224,7 @@ def beam_search(
     beam_size: int = 4,
     length_penalty: float = 0.6,
 ) -> Hypotheses:
-    """The J = `beam_size` best hypotheses that a beam of width J finds, by log p / `penalty`.
+    """The J = `beam_size` best hypotheses by log p / `penalty`.
 
     A row is done when no live hypothesis can still enter its J best finished ones (log p only
     falls, and the penalty of the longest output divides it the most), or at its length limit.
@@ -269,7 +269,7 @@ def beam_search(
 def expand(
     state: BeamState, log_p: Float[Array, "B J V"], alpha: float
 ) -> tuple[Int[Array, "B J"], Any]:
-    """The parents of the next live hypotheses; and (live, log_p, finished) of the next state.
+    """The parents of the next live hypotheses, and (live, log_p, finished) of the next state.
 
     Of the 2J most likely extensions, those among the first J that end compete with the finished
     hypotheses by their score; the J most likely of the others stay live.
@@ -301,7 +301,7 @@ def take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B
 
 
 def followed_by(first: Hypotheses, second: Hypotheses) -> Hypotheses:
-    """J hypotheses: those of `first` that are not missing, then those of `second`."""
+    """The J hypotheses of `first`, where missing ones are replaced by those of `second`."""
     width = first.scores.shape[1]
     number = jnp.isfinite(first.scores).sum(1, keepdims=True)
     place = jnp.arange(width)

@@ -1,4 +1,4 @@
-"""Generation: from texts to the texts that a trained model makes of them."""
+"""Generation: the outputs of a trained model for texts."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,9 +26,9 @@ from transformer.parallel.mesh import data_parallel_mesh
 class Prepared(NamedTuple):
     """Tokenized texts.
 
-    tokens: of each text, EOS included; of an empty or refused text only EOS.
+    tokens: the tokens of each text, EOS included; only EOS for an empty or refused text.
     refused: index → why the text cannot be processed; its outputs are empty.
-    unknown: index → how many of its symbols are not in the tokenizer's vocabulary.
+    unknown: index → the number of its symbols that are not in the tokenizer's vocabulary.
     """
 
     tokens: RaggedArray
@@ -44,8 +44,8 @@ class Prepared(NamedTuple):
 class Output(NamedTuple):
     """An output of the model for a text.
 
-    tokens: without EOS.
-    score: log p in nats, of beam search divided by the length penalty.
+    tokens: its tokens, without EOS.
+    score: log p in nats, in beam search divided by the length penalty.
     truncated: whether it reached its length limit without EOS.
     """
 
@@ -68,14 +68,14 @@ class Alignment(NamedTuple):
 
 
 class Generator:
-    """A trained model for texts; `transformer.load(workdir)` returns one.
+    """A trained model with its tokenizers; `transformer.load(workdir)` returns one.
 
-    It compiles a program when a batch size and padded length are first used.
+    It compiles a program for each new pair of batch size and padded length.
 
     Args:
-      model, variables: the model, its variables on the devices of `mesh`.
-      tokenizers: of the sources and the targets.
-      decode_margin: tokens that an output may be longer than its source by default.
+      model, variables: the model, and its variables on the devices of `mesh`.
+      tokenizers: the tokenizers of sources and targets.
+      decode_margin: the default number of tokens by which an output may exceed its source.
       mesh: the devices, over which batches are sharded; None: all.
     """
 
@@ -94,7 +94,7 @@ class Generator:
         self.attention_maps = jax.jit(partial(evaluation.attention_maps, model))
 
     def prepare(self, texts: Iterable[str]) -> Prepared:
-        """Tokenizes texts for `generate`; those that it cannot process are recorded.
+        """Tokenizes texts for `generate`; records those that cannot be processed.
 
         Raises:
           UserError: `texts` is a single string.
@@ -140,15 +140,15 @@ class Generator:
         batch_size: int = 128,
         offset: int = 0,
     ) -> list[list[Output]]:
-        """The outputs of each text, best first; empty outputs of an empty text.
+        """The outputs for each text, best first; an empty text has empty outputs.
 
         Args:
-          texts: if `Prepared`, a text that does not fit in memory is added to `refused`; else it
-            is an error, and symbols that are not in the vocabulary are a warning.
+          texts: if `Prepared`, a text that does not fit in memory is added to `refused`; otherwise
+            it raises an error, and unknown symbols issue a warning.
           decoding: the decoding method and its settings.
-          n_best: outputs per text: the best of beam search, or so many samples.
-          batch_size: texts decoded at once; the outputs do not depend on it.
-          offset: index of the first text among all; samples depend on a text's index.
+          n_best: outputs per text: the best of beam search, or independent samples.
+          batch_size: the number of texts decoded at once; outputs do not depend on it.
+          offset: the index of the first text; samples depend on a text's index.
 
         Raises:
           UserError: a text is refused (`prepare`) or does not fit in memory.
@@ -194,9 +194,9 @@ class Generator:
         batch_size: int,
         offset: int,
     ) -> Iterator[tuple[list[int], Hypotheses | None]]:
-        """Indices of sources of similar length, and their hypotheses.
+        """Yields indices of sources of similar length, and their hypotheses.
 
-        Batches are halved where memory is short; None: a single source does not fit.
+        Halves batches that do not fit in memory; None: a single source does not fit.
         """
         lengths = sources.lengths()
         widths = self.padded_lengths(lengths)
@@ -226,7 +226,7 @@ class Generator:
         streams: Int[np.ndarray, "rows 2"],
         decoding: DecodingConfig,
     ) -> Hypotheses:
-        """The hypotheses of a batch; `streams` as in `DecodingConfig.decode`."""
+        """Decodes a batch; `streams` is that of `DecodingConfig.decode`."""
 
         def run(variables: Params, sources: Array, streams: Array) -> Hypotheses:
             data = Dataset(sources, sources, len(sources))
@@ -235,7 +235,7 @@ class Generator:
         if decoding not in self.programs:
             options = evaluation.compiler_options()
             self.programs[decoding] = jax.jit(run, compiler_options=options)
-        rows = len(sources)  # padded to a power of two, so that few programs are compiled
+        rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             padded = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
@@ -248,7 +248,7 @@ class Generator:
         return np.minimum(widths, self.model.config.reach(int(widths.max(initial=0))))
 
     def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
-        """A hypothesis as text."""
+        """Converts a hypothesis to an `Output`."""
         own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
@@ -276,6 +276,6 @@ class Generator:
 
 
 def bucket(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
-    """The next of 8, 16, 24, 32, 48, 64, 96, 128, …: few programs serve many lengths."""
+    """Rounds lengths up to 8, 16, 24, 32, 48, 64, 96, 128, …, which limits compilations."""
     power = 1 << np.ceil(np.log2(np.maximum(lengths, 8))).astype(int)
     return np.where((power > 16) & (lengths <= power * 3 // 4), power * 3 // 4, power)

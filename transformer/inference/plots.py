@@ -1,4 +1,4 @@
-"""Plots of a run and of an evaluation; importing this imports Matplotlib."""
+"""Plots of a run and of an evaluation; this module imports Matplotlib."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ from transformer.parallel import hosts
 
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
 LINES = ("-", "--", ":", "-.")
-EXAMPLES = 3  # whose attention is drawn
-MAX_TOKENS = 64  # of a text whose attention is drawn
-PANELS = 8  # layers, and heads, in a picture of attention
-PIXELS = 16e6  # of such a picture
+EXAMPLES = 3  # number of examples whose attention is drawn
+MAX_TOKENS = 64  # the longest text whose attention is drawn
+PANELS = 8  # the maximum number of layers, and of heads, in an attention plot
+PIXELS = 16e6  # the maximum number of pixels of an attention plot
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and percentages over steps, from the rows of `metrics.jsonl`."""
+    """Plots the loss and the percentages over steps, from the rows of `metrics.jsonl`."""
 
     def plot(axes: Any, name: str, label: str, **style: Any) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -48,7 +48,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def accuracy_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The metrics that are percentages over the source length; `rows` as of an evaluation."""
+    """Plots the metrics that are percentages over the source length, from rows of an evaluation."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     lengths = [row["length"] for row in rows]
@@ -62,7 +62,7 @@ def accuracy_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def finish(figure: Figure, axes: Sequence, path: Path, legend: str = "best") -> None:
-    """Adds grid and legend and saves; `beside`: one legend to the right of the axes."""
+    """Adds a grid and legends and saves; `beside`: one legend to the right of the axes."""
     for each in axes:
         each.grid(color=GRID, linewidth=0.6)
         each.spines[["top", "right"]].set_visible(False)
@@ -85,12 +85,12 @@ def draw_evaluation(
     """Draws accuracy by source length, and the attention maps of the first short examples.
 
     Args:
-      folder: of the pictures.
-      name: of the evaluation, part of the file names.
+      folder: the folder of the plots.
+      name: the name of the evaluation, part of the file names.
       by_length: metrics for each source length.
       maps_of: the attention maps of a dataset; every host calls it.
       data: the evaluated examples.
-      tokenizers: of source and target.
+      tokenizers: the tokenizers of source and target.
     """
     lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
     shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:EXAMPLES]
@@ -125,7 +125,7 @@ def draw_evaluation(
 
 @contextlib.contextmanager
 def attempted(what: str) -> Iterator[None]:
-    """Prints an error that drawing raises: no picture is worth an evaluation."""
+    """Prints an exception instead of raising it: a failed plot must not end an evaluation."""
     try:
         yield
     except Exception as error:  # whatever Matplotlib or a full memory may raise
@@ -134,7 +134,7 @@ def attempted(what: str) -> Iterator[None]:
 
 
 def labels(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[list[str], str]:
-    """A row's tokens as text, or as ids if the font lacks characters; and those it lacks."""
+    """The tokens of a row as text, or as ids if the font lacks characters, and these characters."""
     own = [token for token in tokens.tolist() if token != PAD]
     symbols = [tokenizer.symbol(token) for token in own]
     known = get_font(findfont(FontProperties())).get_charmap()
@@ -149,7 +149,7 @@ def attention(
     title: str,
     path: Path,
 ) -> None:
-    """One panel for each layer (down) and head (across), of the first `PANELS` of each.
+    """Plots a panel for each of the first `PANELS` layers (rows) and heads (columns).
 
     Args:
       maps: the weights [N, T, S] of each layer; T and S may exceed the labels.
@@ -172,7 +172,7 @@ def attention(
     room = {"left": edge / wide, "right": 1 - 1.2 / wide}
     room |= {"bottom": edge / high, "top": 1 - 0.6 / high, "wspace": 0.1, "hspace": 0.1}
     panels = figure.subplots(layers, heads, squeeze=False, gridspec_kw=room)
-    literal = {"fontsize": 8, "parse_math": False}  # a dollar sign is a dollar sign
+    literal = {"fontsize": 8, "parse_math": False}  # "$" does not start mathtext
     for (layer, head), panel in np.ndenumerate(panels):
         weights = maps[layer][head, : len(queries), : len(keys)]
         panel.imshow(weights, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
@@ -192,5 +192,5 @@ def attention(
 
 
 def shortened(text: str, most: int) -> str:
-    """`text` in at most `most` characters, the last one … if it was longer."""
+    """Truncates `text` to `most` characters, ending in … if it was longer."""
     return text if len(text) <= most else text[: most - 1] + "…"

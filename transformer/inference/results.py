@@ -14,8 +14,8 @@ from transformer.inference.evaluation import Totals, exact_match
 from transformer.metrics import PRINTED, finalize
 
 SAMPLES = 50  # examples in the samples file
-BUCKETS = 24  # source lengths, or groups of them, that are told apart
-GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a bucket
+BUCKETS = 24  # the maximum number of rows by source length
+GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a row
 
 
 def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def by_source_length(
 ) -> list[dict[str, Any]]:
     """The metrics for each source length (without EOS), and how many sequences have it.
 
-    Of more than `BUCKETS` lengths, adjacent ones share a row under the longest.
+    If there are more than `BUCKETS` lengths, adjacent ones share a row, labelled by the longest.
     """
     lengths = (source != PAD).sum(1) - 1
     group = next(group for group in GROUPS if lengths.max() <= BUCKETS * group)
@@ -67,8 +67,8 @@ def targets_beyond(data: Dataset, margin: int) -> tuple[int, int]:
 def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
     r"""Writes source, target and outputs of the first examples as tab-separated values.
 
-    Each hypothesis of beam search has a line with its score. In a text \t, \n, \r and \\ stand for
-    a tab, line ends and a backslash.
+    Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
+    text are escaped as \t, \n, \r and \\.
     """
     source_text, text = tokenizers.source.decode, tokenizers.target.decode
     columns = ["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)

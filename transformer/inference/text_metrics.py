@@ -24,10 +24,10 @@ UNSPACED = re.compile(
 
 
 class Texts(NamedTuple):
-    """What is scored.
+    """The outputs of a model and their references.
 
-    outputs: of the model.
-    references: one or more of each output.
+    outputs: the outputs of the model.
+    references: one or more references for each output.
     bleu_tokenizer: one of `BLEU_TOKENIZERS`; part of BLEU's signature.
     """
 
@@ -37,10 +37,10 @@ class Texts(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A percentage with a 95% interval over the examples: Wilson's of a proportion, else bootstrap.
+    """A percentage with a 95% interval: Wilson's for proportions, else the bootstrap's.
 
-    signature: sacrebleu's, with which others can compute the same value; else empty.
-    warning: why the value may mislead; else empty.
+    signature: sacrebleu's signature, if the metric has one.
+    warning: why the value may be misleading, if it may.
     """
 
     value: float
@@ -127,7 +127,7 @@ def chrf(texts: Texts) -> Score:
 
 
 def chrf_of(counts: Float[np.ndarray, "order 3"]) -> float:
-    """The score of counts of n-grams: of the output, of the reference, of both."""
+    """chrF from n-gram counts: those of the output, of the reference, and of their overlap."""
     output, reference, both = counts[(counts[:, :2] > 0).all(1)].T
     if not both.any():
         return 0.0
@@ -137,12 +137,12 @@ def chrf_of(counts: Float[np.ndarray, "order 3"]) -> float:
 
 
 def by_position(references: Sequence[Sequence[str]]) -> list[Any]:
-    """As sacrebleu takes them: the first reference of each output, the second, …; None: no more."""
+    """The references in sacrebleu's format: the first of each output, the second, …, or None."""
     return [*map(list, itertools.zip_longest(*references))]
 
 
 def exact_match(texts: Texts) -> Score:
-    """Outputs that equal one of their references."""
+    """The percentage of outputs that equal one of their references."""
     hits = [output in own for output, own in zip(texts.outputs, texts.references, strict=True)]
     test = scipy.stats.binomtest(sum(hits), len(hits))
     low, high = test.proportion_ci(LEVEL, method="wilson")
@@ -150,13 +150,13 @@ def exact_match(texts: Texts) -> Score:
 
 
 def sequence_error_rate(texts: Texts) -> Score:
-    """Outputs that equal none of their references."""
+    """The percentage of outputs that equal none of their references."""
     match = exact_match(texts)
     return Score(100 - match.value, 100 - match.high, 100 - match.low)
 
 
 def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
-    """Edits per unit of the reference, the nearest one of several; `split` gives a text's units."""
+    """Edits per unit of the nearest reference; `split` returns the units of a text."""
     edits, lengths = [], []
     for output, own in zip(texts.outputs, texts.references, strict=True):
         pairs = [(edit_distance(split(output), split(one)), len(split(one))) for one in own]
@@ -173,7 +173,7 @@ def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
 
 
 def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
-    """The least number of insertions, deletions and substitutions (Levenshtein 1966)."""
+    """The minimum number of insertions, deletions and substitutions (Levenshtein 1966)."""
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys([*one, *other]))}
     first, second = (np.array([numbers[unit] for unit in units], int) for units in (one, other))
     place = np.arange(len(second) + 1)
@@ -206,7 +206,7 @@ TEXT_METRICS: dict[str, TextMetric] = {
 
 
 def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
-    """The scores that `names` asks for; of several references also against the first alone."""
+    """The scores named by `names`; with several references, also against the first alone."""
     against = {"": texts}
     if any(len(own) > 1 for own in texts.references):
         first = texts._replace(references=[own[:1] for own in texts.references])

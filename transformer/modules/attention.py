@@ -64,28 +64,28 @@ class KeyValue(NamedTuple):
 class MultiHeadAttention(Moded):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
-    Arguments, call and parameters are those of `nnx.MultiHeadAttention`, with two differences. A
+    The arguments and parameters are those of `nnx.MultiHeadAttention`, with two differences. A
     query that may attend to no key gets zeros; Flax returns the mean of the values. Dropout masks
     differ between heads and examples, as in the paper; Flax shares one by default. `attend` takes
     projected keys and values, such as a decoder's cache or an encoder's memory. (Section 3.2.2.)
 
     Args:
       num_heads: N, of the queries.
-      in_features: of the inputs.
+      in_features: size of the inputs' last axis.
       qkv_features: N · H, of queries and keys; None: in_features.
-      out_features: of the output; None: in_features.
+      out_features: size of the output's last axis; None: in_features.
       num_kv_heads: K, of keys and values, a divisor of N, each shared by N/K heads (Ainslie et
         al. 2023), 1 being multi-query attention (Shazeer 2019); None: N.
       use_bias: whether the four projections have a bias.
       normalize_qk: whether queries and keys are normalised over H (Henry et al. 2020, Dehghani
         et al. 2023).
-      dtype: of the computation; None: promoted from inputs and parameters.
-      param_dtype: of the parameters.
-      kernel_init: of the four matrices.
-      bias_init: of their biases.
-      dropout_rate: of the attention weights.
-      deterministic: turns dropout off; the call, `train()` and `eval()` override it.
-      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
+      dtype: the dtype of the computation; None: promoted from inputs and parameters.
+      param_dtype: the dtype of the parameters.
+      kernel_init: initializer of the four matrices.
+      bias_init: initializer of their biases.
+      dropout_rate: dropout rate of the attention weights.
+      deterministic: whether to disable dropout; the call, `train()` and `eval()` override it.
+      rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
       value_features: N · E, of values; None: qkv_features.
       qk_norm: constructor of the norms of `normalize_qk`, with the arguments of `LayerNorm`; by
         default, as in Flax, a LayerNorm without bias.
@@ -93,7 +93,7 @@ class MultiHeadAttention(Moded):
       backend: one of `ATTENTION_BACKENDS`.
 
     Raises:
-      ValueError: heads do not divide the features, or the backend cannot drop weights.
+      ValueError: heads do not divide the features, or the backend has no dropout.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class MultiHeadAttention(Moded):
         bias: Float[Array, "..."] | None = None,
         rotate: Rotate | None = None,
     ) -> Float[Array, "*B T out"]:
-        """Attends from `inputs_q` to `inputs_k`, and returns what it reads in `inputs_v`.
+        """Returns the output of attention from `inputs_q` to `inputs_k` and `inputs_v`.
 
         Args:
           inputs_q: [..., T, D].
@@ -176,7 +176,7 @@ class MultiHeadAttention(Moded):
           inputs_v: [..., S, D]; None: inputs_k.
           mask: broadcastable to [..., N, T, S], True = may attend; or a `masking.Mask`.
           deterministic: overrides the module's attribute.
-          rngs: keys for dropout; its stream `attention`, or else `dropout`.
+          rngs: random keys for dropout; the stream `attention`, or else `dropout`.
           is_causal: whether query t may attend only to the keys up to t, in addition to `mask`.
           bias: broadcastable to [..., N, T, S], added to the scores.
           rotate: applied to projected queries and keys [B, T, N, H], see `positions.Rotary`.
@@ -232,7 +232,7 @@ class MultiHeadAttention(Moded):
         return self.finish_key_value(key, value, None)
 
     def products(self, x: Float[Array, "B T D"], *linears: Linear) -> Sequence[Array]:
-        """`linear(x)` of each; fused, as one product with their matrices side by side.
+        """Applies each linear layer to x; if fused, as one product with the stacked matrices.
 
         A single position, as in a decoding step, is not fused: that would stack the matrices
         for each token.
@@ -251,7 +251,7 @@ class MultiHeadAttention(Moded):
     def finish_query(
         self, query: Float[Array, "B T N H"], rotate: Rotate | None
     ) -> Float[Array, "B N T H"]:
-        """A projected query, normalised and rotated if so configured."""
+        """Normalises and rotates a projected query, if configured."""
         query = query if self.query_ln is None else self.query_ln(query)
         query = query if rotate is None else rotate(query)
         return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
@@ -262,10 +262,10 @@ class MultiHeadAttention(Moded):
         value: Float[Array, "B S K E"],
         rotate: Rotate | None,
     ) -> KeyValue:
-        """Projected keys and values, the keys normalised and rotated if so configured.
+        """Normalises and rotates projected keys, if configured, and pairs them with the values.
 
-        Each position is computed on its own device, then gathered over the mesh axis `context`,
-        since each query attends to all keys.
+        Each device computes its own positions, which are then gathered over the mesh axis
+        `context`, since each query attends to all keys.
         """
         split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
         key = key if self.key_ln is None else self.key_ln(key)
@@ -283,10 +283,10 @@ class MultiHeadAttention(Moded):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "B T out"]:
-        """Returns the output for projected queries, and for keys and values that may be a cache.
+        """Returns the output for projected queries, keys and values; the latter may be a cache.
 
-        With the attribute `sow_weights` it also sows the weights [B, N, T, S], before dropout, as
-        `nnx.Intermediate` of the name `attention_weights`; `nnx.capture` collects them.
+        If `sow_weights` is set, sows the weights [B, N, T, S], before dropout, as the
+        `nnx.Intermediate` named `attention_weights`; `nnx.capture` collects them.
         """
         if self.sow_weights:
             weights = attention_weights(query, key_value.key, as_array(mask), bias)
@@ -303,7 +303,7 @@ class MultiHeadAttention(Moded):
 def check_sizes(
     heads: int, kv_heads: int, features: int, value_features: int, dropout_rate: float, backend: str
 ) -> None:
-    """Raises a ValueError if heads do not divide the features, or weights cannot be dropped."""
+    """Raises a ValueError if heads do not divide features, or the backend has no dropout."""
     for size, divisor in ((features, heads), (value_features, heads), (heads, kv_heads)):
         if size % divisor:
             raise ValueError(f"the number of heads, {divisor}, does not divide {size}")

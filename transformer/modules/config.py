@@ -1,4 +1,4 @@
-"""The model's knobs: their defaults, their ranges, and which contradict each other."""
+"""The model's knobs: defaults, ranges and contradictions."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,7 +26,7 @@ ARCHITECTURES = ("transformer", "recurrent")  # transformer/modules/transformer.
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
-# In float32, which the norms compute in.
+# A normal float32 number, since the norms compute in float32.
 Epsilon = Annotated[float, Range(float(np.finfo(np.float32).tiny), 1)]
 
 
@@ -45,9 +45,9 @@ class ModelConfig:
     d_k: Size | None = None  # H, width of a query or key; None: d_model / num_heads
     d_v: Size | None = None  # E, width of a value; None: d_k
     num_kv_heads: Size | None = None  # K, heads of keys and values; None: num_heads
-    d_ff: Size = 256  # F, feed-forward width; gated kinds take 2/3 of it, for as many parameters
+    d_ff: Size = 256  # F, feed-forward width; gated kinds use 2/3 of it
     feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # modules/layers.py
-    cell: Annotated[str, Choice(CELLS)] = "lstm"  # of architecture=recurrent; modules/recurrent.py
+    cell: Annotated[str, Choice(CELLS)] = "lstm"  # for architecture=recurrent; modules/recurrent.py
     kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/layers.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
@@ -56,20 +56,20 @@ class ModelConfig:
     norm_epsilon: Epsilon = 1e-6  # added to the variance
     position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # modules/positions.py
     max_length: Size = 512  # tokens, for learned or random positions
-    random_positions: SizeOrZero = 0  # drawn from this many in training (Ruoss 2023); 0: not drawn
-    window: Size | None = None  # tokens of self-attention to each side; None: all
+    random_positions: SizeOrZero = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
+    window: Size | None = None  # width of local self-attention, each side; None: no limit
     tie_embeddings: bool = True  # one embedding for source, target and logits
-    separate_vocabularies: bool = True  # a table size for each side; False: the larger for both
+    separate_vocabularies: bool = True  # vocabulary size per side; False: the larger for both
     attention_bias: bool = False  # on the four projections of attention
-    normalize_qk: bool = False  # RMS norm of queries and keys, head by head
-    qk_norm_epsilon: Epsilon | None = None  # of that norm; None: norm_epsilon
+    normalize_qk: bool = False  # RMS norm of queries and keys, per head
+    qk_norm_epsilon: Epsilon | None = None  # for normalize_qk; None: norm_epsilon
     fused_qkv: bool = False  # one product for queries, keys and values
     attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = (
         "einsum"  # modules/dot_product_attention.py
     )
-    scan_layers: bool = False  # scan over the layers of a stack, which compiles once
+    scan_layers: bool = False  # scan over the layers, which compiles one for all
     remat: Annotated[str, Choice(REMATS)] = "none"  # what the backward pass recomputes
-    dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of the computation; parameters are float32
+    dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of the computation; params are float32
 
     def __post_init__(self):
         validate(self, "model.")

@@ -28,9 +28,9 @@ Allowed = Mask | Bool[Array, "#B #N #T S"] | None
 Bias = Float[Array, "#B #N #T S"] | None
 Output = Float[Array, "B N T E"]
 
-CHUNK = 256  # queries at a time
-LONG = 2048  # length from which the weights dominate memory
-LANES = 128  # of a TPU's vector unit; lengths are padded to multiples
+CHUNK = 256  # queries at a time in `chunked`
+LONG = 2048  # length from which the attention weights dominate memory
+LANES = 128  # lanes of a TPU's vector unit; lengths are padded to multiples
 
 
 def share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
@@ -95,7 +95,7 @@ def xla_attention(
     """`jax.nn.dot_product_attention`, which requires E = H.
 
     That function gives a query with no allowed key the mean of the values, so its
-    output is set to zero here.
+    output is set to zero.
     """
     mask = as_array(mask)
     query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
@@ -264,11 +264,11 @@ def pick(
 
     Args:
       platform: cpu, gpu or tpu.
-      dtype: of queries.
+      dtype: the dtype of the queries.
       head_width: H.
       lengths: T and S.
-      biased: whether scores get a bias.
-      flexible: whether weights are dropped, or E is not H.
+      biased: whether a bias is added to the scores.
+      flexible: whether there is dropout of the weights, or E ≠ H.
     """
     if flexible:
         return "einsum"

@@ -1,4 +1,4 @@
-"""Dropout, and the streams of random keys that a training step draws from."""
+"""Dropout, and the RNG streams that a training step draws from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# What `rngs=` may be at a call.
+# The type of `rngs` in calls.
 CallRngs = nnx.Rngs | nnx.RngStream | None
 
 
 def training_rngs(key: Array) -> nnx.Rngs:
-    """An `nnx.Rngs` with a stream for each thing that is random in training.
+    """An `nnx.Rngs` with one stream for each use of randomness in training.
 
-    Drawing from one changes the keys of no other: a replica whose traced rate is 0 is bit-identical
-    to a single run without dropout, which draws nothing.
+    Drawing from one stream does not advance the others, so a replica whose traced rate is 0 is
+    bit-identical to a single run without dropout, which draws nothing.
     """
     names = ("dropout", "attention", "positions", "layers")
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(names)})
@@ -44,7 +44,7 @@ def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
 
 
 class Moded(nnx.Module):
-    """A module whose mode `train()`, `eval()` and `nnx.view(…, deterministic=…)` switch."""
+    """A module whose mode is set by `train()`, `eval()` and `nnx.view(…, deterministic=…)`."""
 
     deterministic: bool | None = False
 
@@ -69,8 +69,8 @@ def dropout(
 ) -> Float[Array, "*B"]:
     """Sets elements to 0 with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Each call draws one key from `stream`; at rate 0.0 it draws none and returns x. A traced rate
-    draws always. (Srivastava et al. 2014.)
+    Each call draws one key from `stream`, except at rate 0.0, where it returns x. With a traced
+    rate it always draws. (Srivastava et al. 2014.)
     """
     if not isinstance(rate, jax.Array):
         if rate == 0.0:
@@ -89,8 +89,8 @@ class Dropout(Moded):
 
     Args:
       rate: the probability that an element becomes 0.
-      deterministic: whether to return the input as it is.
-      rngs: gives the stream that calls without `rngs` draw from.
+      deterministic: whether to return the input unchanged.
+      rngs: random keys for calls without `rngs`.
     """
 
     def __init__(self, rate: float, *, deterministic: bool | None = False, rngs: CallRngs = None):
@@ -111,7 +111,7 @@ class Dropout(Moded):
 
 
 def set_rate(module: nnx.Module, kind: type, **rates: Any) -> None:
-    """Sets rates of all modules of a kind inside `module`, to numbers or to traced scalars."""
+    """Sets rates of all submodules of a type to numbers or traced scalars."""
     for name, rate in rates.items():
         value = nnx.data(rate) if isinstance(rate, jax.Array) else rate
         attributes: dict[str, Any] = {name: value}

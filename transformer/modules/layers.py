@@ -34,16 +34,16 @@ AttentionMask = Any  # a `Mask`, or an array that is True where a query may atte
 class FeedForward(nnx.Module):
     """FFN(x) = activation(x W₁ + b₁) W₂ + b₂ at each position. (Section 3.3, equation 2.)
 
-    The gated kinds have FFN(x) = (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer 2020, with
-    biases as here), and 2/3 of the hidden width, rounded to a multiple of 8, so that they have as
-    many parameters.
+    The gated kinds compute (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer 2020, here with
+    biases). Their hidden width is 2/3 of `d_ff`, rounded to a multiple of 8, which keeps the number
+    of parameters.
 
     Args:
       d_model: D.
       d_ff: F.
       activation: one of `FEED_FORWARDS`.
-      kernel_init: of the matrices.
-      rngs: for the parameters.
+      kernel_init: initializer of the matrices.
+      rngs: random keys for the parameters.
       **options: `dtype` and `param_dtype` of `Linear`.
     """
 
@@ -93,8 +93,8 @@ class Residual(nnx.Module):
       d_model: D.
       norm: one of `NORMS`.
       placement: one of `NORM_PLACEMENTS`.
-      dropout_rate: of the sublayer's output.
-      rngs: for the parameters and dropout.
+      dropout_rate: dropout rate of the sublayer's output.
+      rngs: random keys for the parameters and dropout.
       **options: `epsilon`, `dtype` and `param_dtype` of the norm.
     """
 
@@ -152,16 +152,16 @@ class Layer(nnx.Module):
       d_model: D.
       num_heads: N.
       d_ff: F.
-      dropout_rate: of each sublayer's output.
-      attention_dropout_rate: of the attention weights.
+      dropout_rate: dropout rate of each sublayer's output.
+      attention_dropout_rate: dropout rate of the attention weights.
       norm: one of `NORMS`.
       norm_placement: one of `NORM_PLACEMENTS`.
-      norm_epsilon: of the norms.
+      norm_epsilon: epsilon of the norms.
       feed_forward: one of `FEED_FORWARDS`.
-      kernel_init: of the matrices.
-      dtype: of the computation; None: promoted from inputs and parameters.
-      param_dtype: of the parameters.
-      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
+      kernel_init: initializer of the matrices.
+      dtype: the dtype of the computation; None: promoted from inputs and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
       **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
     """
 
@@ -222,10 +222,10 @@ class EncoderLayer(Layer):
         """The layer's output.
 
         Args:
-          x: the stream.
+          x: the residual stream.
           mask: broadcastable to [B, N, S, S], True = may attend.
           deterministic: overrides the mode that `train()` and `eval()` set.
-          rngs: keys for dropout; streams `dropout` and `attention` (default `dropout`).
+          rngs: random keys for dropout; streams `dropout` and `attention` (default `dropout`).
           token_mask: which positions hold tokens, for batch norm; None: all.
           bias: see `MultiHeadAttention`.
           rotate: see `MultiHeadAttention`.
@@ -242,7 +242,7 @@ class EncoderLayer(Layer):
 
 
 class DecoderLayer(Layer):
-    """Masked self-attention, attention to the encoder's memory, feed-forward; see `Layer`."""
+    """Masked self-attention, cross-attention to the memory, feed-forward; see `Layer`."""
 
     attentions = ("self_attention", "cross_attention")
 
@@ -259,7 +259,7 @@ class DecoderLayer(Layer):
         bias: Float[Array, "#B N T T"] | None = None,
         rotate: Rotate | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer's output; what is not named here is as in `EncoderLayer`.
+        """The layer's output; the other arguments are those of `EncoderLayer`.
 
         Args:
           x: the residual stream of the target.
@@ -302,7 +302,7 @@ class DecoderLayer(Layer):
           cache: keys and values of the earlier target positions.
           index: where the keys and values of `x` are written.
           memory_mask: from the next positions to source positions.
-          rotate: of self-attention.
+          rotate: rotates the queries and keys of self-attention.
           **attention: `mask` and `bias`, from the next positions to the cache's.
         """
 

@@ -17,7 +17,7 @@ lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
 default_embed_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
-# How the matrices of attention and feed-forward are initialised.
+# Initializers of the matrices of attention and feed-forward.
 INITIALIZERS: dict[str, Initializer] = {
     "glorot_uniform": nnx.initializers.glorot_uniform(),  # Glorot and Bengio 2010
     "glorot_normal": nnx.initializers.glorot_normal(),
@@ -46,20 +46,20 @@ def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
 class Linear(nnx.Module):
     """x W + b over the last axis, or over several axes at once, as `nnx.Linear(General)`.
 
-    The gradient of the bias is summed in the dtype of the bias, whatever the dtype of the
-    computation: bfloat16 cannot count above 256.
+    The gradient of the bias is summed in the dtype of the bias, not in that of the computation:
+    bfloat16 cannot count above 256.
 
     Args:
       in_features: size of the input's last axis, or of its last axes.
       out_features: size of the output's last axis, or axes.
       use_bias: whether to add b.
-      dtype: of the computation; None: that which inputs and parameters promote to.
-      param_dtype: of the parameters.
-      kernel_init: of W, called with its shape as a matrix.
-      bias_init: of b.
-      rngs: for the parameters.
-      kernel_metadata: of the parameter `kernel`.
-      bias_metadata: of the parameter `bias`.
+      dtype: the dtype of the computation; None: promoted from inputs and parameters.
+      param_dtype: the dtype of the parameters.
+      kernel_init: initializer of W, called with its shape as a matrix.
+      bias_init: initializer of b.
+      rngs: random keys for the parameters.
+      kernel_metadata: metadata of the parameter `kernel`.
+      bias_metadata: metadata of the parameter `bias`.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class Linear(nnx.Module):
 
 
 def reshaped(value: Any, shape: tuple[int, ...]) -> Any:
-    """An initial value in its shape, with the metadata that `nnx.with_partitioning` adds to it."""
+    """Reshapes an initial value, keeping the metadata that `nnx.with_partitioning` adds to it."""
     if isinstance(value, nnx.VariableMetadata):
         return dataclasses.replace(value, raw_value=value.raw_value.reshape(shape))
     return value.reshape(shape)
 
 
 def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x + bias. Cast after it is broadcast: the gradient's sum is then in the bias's dtype."""
+    """x + bias. The cast follows the broadcast, so the gradient is summed in the bias's dtype."""
     return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
 
 
@@ -120,10 +120,10 @@ class Embed(nnx.Module):
     Args:
       num_embeddings: V.
       features: D.
-      dtype: of the vectors; None: that of the parameter.
-      param_dtype: of the parameter.
-      embedding_init: of the parameter, [V, D].
-      rngs: for the parameter.
+      dtype: the dtype of the vectors; None: that of the parameter.
+      param_dtype: the dtype of the parameter.
+      embedding_init: initializer of the parameter, [V, D].
+      rngs: random keys for the parameter.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(embedding, **axis_names("vocab", "embed"))
 
     def __call__(self, inputs: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        # Gathered over fsdp first: a lookup in a table split along D would come out
-        # split along D, and XLA could only make it whole again on every device.
+        # Gather over fsdp first: the rows of a table that is sharded along D would be sharded
+        # along D too, and XLA could only replicate them on every device.
         table = constrain(self.embedding[...], "vocab", "width")
-        # Cast afterwards: the gradient sums over a token's occurrences in the table's dtype.
+        # Cast after the lookup: gradients over a token's occurrences sum in the table's dtype.
         return table.at[inputs].get(mode="fill").astype(self.dtype)
 
     def attend(
         self, query: Float[Array, "*B D"], *, preferred_element_type: Any = None
     ) -> Float[Array, "*B V"]:
-        """query Eᵀ, in `dtype`, or summed in and of `preferred_element_type`."""
+        """query Eᵀ in `dtype`; `preferred_element_type` sets the dtype of the sum and result."""
         return jnp.einsum(
             "...D,VD->...V",
             query.astype(self.dtype),
@@ -167,7 +167,7 @@ def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Emb
 
 
 def embed_scaled(embedding: Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The embedded tokens times √D. (Vaswani et al. 2017, section 3.4.)"""
+    """The token embeddings times √D. (Vaswani et al. 2017, section 3.4.)"""
     x = embedding(tokens) * embedding.features**0.5
     return constrain(x, "batch", "length", "width")
 

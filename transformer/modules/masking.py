@@ -1,14 +1,14 @@
 """Attention masks, as boolean arrays: True = the query may attend to the key.
 
-Every mask has the shape [B|1, N|1, T, S] of the attention scores, with 1 where it is the same
-along an axis, so that masks combine by `&`.
+Every mask broadcasts to the shape [B, N, T, S] of the attention scores, so that masks combine by
+`&`.
 
 Vaswani et al. 2017 (section 3.2.3) add -inf to the scores of masked keys, which gives them
-probability 0; `additive` is that matrix. A boolean mask does the same, and where a query may attend
-to nothing (padding) `dot_product_attention.masked_softmax` gives zeros with finite gradients,
-while exp(-inf) / 0 would be a NaN that spreads through every gradient.
+probability 0; `additive` returns that matrix. A boolean mask does the same. For a query that may
+attend to nothing (padding), `dot_product_attention.masked_softmax` returns zeros with finite
+gradients, where the additive mask would yield NaN.
 
-`Mask` is the short form of a mask, for attention backends that never hold all T · S of it.
+`Mask` is a compact form of a mask, for attention backends that do not materialise T · S entries.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ def causal(
     Args:
       queries: T.
       keys: S; as many as queries by default.
-      offset: position of the first query among the keys, of a cache; may be traced.
+      offset: position of the first query among the keys, for a cache; may be traced.
     """
     query = jnp.arange(queries)[:, None] + offset
     key = jnp.arange(queries if keys is None else keys)[None, :]
@@ -41,15 +41,15 @@ def causal(
 def window(
     queries: int, keys: int, width: int, offset: int | Int[Array, ""] = 0
 ) -> Bool[Array, "1 1 {queries} {keys}"]:
-    """Query t may attend to the keys less than `width` away, to either side. At width 2:
+    """Query t may attend to keys less than `width` positions away on either side. For width 2:
 
         keys →   0 1 2 3
         query 0  x x . .
         query 1  x x x .
         query 2  . x x x
 
-    With `causal` it is a sliding window over the `width` latest positions, the query's own among
-    them. `offset` is as in `causal`. (Beltagy et al. 2020, section 3.1.)
+    Combined with `causal` it is a sliding window over the latest `width` positions, including the
+    query's own. `offset` is as in `causal`. (Beltagy et al. 2020, section 3.1.)
     """
     query = jnp.arange(queries)[:, None] + offset
     key = jnp.arange(keys)[None, :]
@@ -76,7 +76,7 @@ def segment(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """The short form of a mask: segments, and for self-attention causality and a window.
+    """A compact mask: segments and, for self-attention, causality and a window.
 
     queries: [B, T] int32, the segment of each query; 0 = padding.
     keys: [B, S] int32, likewise.
@@ -107,12 +107,12 @@ class Mask:
 
 
 def as_array(mask: Mask | Bool[Array, "#B #N #T S"] | None) -> Bool[Array, "#B #N #T S"] | None:
-    """A mask of either form as an array."""
+    """Returns a mask of either form as an array."""
     return mask.array() if isinstance(mask, Mask) else mask
 
 
 def segments_of(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    """The given segments, or else 1 for each token that is not 0, the padding."""
+    """The given segments, or by default 1 for each token that is not padding (0)."""
     return (tokens != 0).astype(jnp.int32) if segments is None else segments
 
 

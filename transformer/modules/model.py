@@ -17,15 +17,15 @@ Params = dict[str, Any]
 class Model:
     """The model as pure functions of its variables, a flat dict name → array.
 
-    Holds the module's structure without its arrays, in evaluation mode, and what is known of the
-    variables before there are any: their shapes and logical axes. Variables are the parameters,
-    which are trained, and the running averages of batch norm, the statistics.
+    Holds the graph definition of the module, in evaluation mode, and the shapes and logical axes of
+    the variables. Variables are the trained parameters and the batch statistics, which are the
+    running averages of batch norm.
 
     Args:
       config: the architecture.
-      vocab_size: V of the source, and where the vocabulary is shared of the target too.
+      vocab_size: V of the source and, if the vocabulary is shared, of the target.
       target_vocab_size: V of the target and the logits; None: the same.
-      tokens: how many of those an output may contain; the others pad the vocabulary. None: all.
+      tokens: the number of target tokens without those that pad the vocabulary; None: all.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Model:
 
     @classmethod
     def of(cls, config: ModelConfig, source: Any, target: Any) -> "Model":
-        """The model of two tokenizers, which are the same one where the vocabulary is shared.
+        """The model for two tokenizers, which are the same object if the vocabulary is shared.
 
-        Of each it reads `vocab_size`, and the number of `pieces`.
+        Reads `vocab_size` and `pieces` of each.
         """
         sizes = source.vocab_size, target.vocab_size
         if not config.separate_vocabularies:
@@ -64,7 +64,7 @@ class Model:
     def build(self, key: Array | None) -> Any:
         """Returns the module with variables initialised from `key`; None: with abstract variables.
 
-        It stores no random streams: training passes `rngs` at each call.
+        The module stores no RNG streams: training passes `rngs` to each call.
         """
         if key is not None:
             make = MODULES[self.config.architecture]
@@ -85,7 +85,7 @@ class Model:
         return flatten(nnx.state(self.build(key)))
 
     def split(self, variables: Params) -> tuple[Params, Params]:
-        """Splits values named as variables into those of parameters and of batch statistics."""
+        """Splits a dict with the variables' names into parameters and batch statistics."""
         parts: tuple[Params, Params] = {}, {}
         for name, leaf in variables.items():
             parts[name in self.statistics][name] = leaf

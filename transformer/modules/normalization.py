@@ -1,7 +1,7 @@
-"""Normalisation, with `nnx`'s arguments and parameter names, and `NORMS`, the table of its kinds.
+"""Normalisation layers, with `nnx`'s arguments and parameter names, and `NORMS`, their table.
 
-Entries are constructed with `(num_features, *, epsilon, dtype, param_dtype, rngs)` and called with
-x.
+Entries are constructed with `(num_features, *, epsilon, dtype, param_dtype, rngs)` and called on
+an array.
 """
 
 from functools import partial
@@ -17,21 +17,21 @@ ones = nnx.initializers.ones_init()
 
 
 class Norm(nnx.Module):
-    """Base class with the scale and the bias after a normalisation; the arguments are `nnx`'s.
+    """Base class of norms, with the scale and bias that follow; the arguments are `nnx`'s.
 
-    Their initialisation does not advance `rngs`, so the choice of the norm does not change the
-    initial values of other parameters.
+    Initialising them does not advance `rngs`, so the choice of a norm does not change the initial
+    values of other parameters.
 
     Args:
       num_features: D.
       epsilon: added to the variance.
-      dtype: of the output; None: promoted from input and parameters.
-      param_dtype: of the parameters.
+      dtype: the dtype of the output; None: promoted from input and parameters.
+      param_dtype: the dtype of the parameters.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
-      bias_init: of the bias.
-      scale_init: of the scale.
-      rngs: for the parameters.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      rngs: random keys for the parameters.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class LayerNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ = mean(x),  σ² = mean((x - μ)²)
 
-    Each position is normalised by itself, in training as in evaluation. (Ba, Kiros and Hinton
-    2016, section 3.) Statistics are float32 whatever the dtype of x, and take two passes: Flax's
-    mean(x²) - mean(x)² loses every digit where the mean is large.
+    Each position is normalised independently, in training and in evaluation. (Ba, Kiros and Hinton
+    2016, section 3.) The statistics are computed in float32 and in two passes: the single pass of
+    Flax, mean(x²) - mean(x)², loses all precision if the mean is large.
     """
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -86,8 +86,8 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Layer normalisation without centring: y = g · x / √(mean(x²) + ε).
 
-    Statistics are in float32; the arguments are those of `Norm` except for the bias. (Zhang and
-    Sennrich 2019, equation 4.)
+    The statistics are computed in float32. The arguments are those of `Norm`, without the bias.
+    (Zhang and Sennrich 2019, equation 4.)
     """
 
     def __init__(self, num_features: int, **options: Any):
@@ -104,15 +104,15 @@ class BatchNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over the positions where `mask` is True
 
-    In training an output depends on the other examples, and on later positions of its own.
+    In training, an output depends on the other examples and on later positions of its own example.
     Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased one),
-    old · momentum + new · (1 - momentum). The batch is that of all devices. (Ioffe and Szegedy
-    2015, algorithms 1 and 2.)
+    old · momentum + new · (1 - momentum). Statistics are taken over the batch of all devices.
+    (Ioffe and Szegedy 2015, algorithms 1 and 2.)
 
     Args:
       num_features: D.
       use_running_average: whether to use the running averages, as in evaluation.
-      momentum: of the running averages.
+      momentum: decay of the running averages.
       epsilon: added to the variance.
       **options: those of `Norm`.
     """

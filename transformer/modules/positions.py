@@ -1,4 +1,4 @@
-"""Position encodings, and `POSITIONS`, the table of them."""
+"""Position encodings, and `POSITIONS`, their table."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,20 +8,20 @@ from transformer.modules.linear import axis_names
 
 
 class Position(nnx.Module):
-    """A position encoding: three hooks, of which a kind overrides what it needs; here none.
+    """A position encoding: three hooks, which do nothing here and which subclasses override.
 
-    Each stack has one, shared by its layers. `rotate` and `bias` act in self-attention alone:
-    source and target positions are not comparable.
+    Each stack has one, shared by its layers. `rotate` and `bias` apply only to self-attention,
+    since source and target positions are not comparable.
 
     Args:
       features: D.
       num_heads: N.
-      max_length: number of positions, of kinds that are `limited`.
-      causal: whether no key is later than the query (the decoder).
-      rngs: for parameters, of kinds that have some.
+      max_length: number of positions, for subclasses that are `limited`.
+      causal: whether no key is later than the query, as in the decoder.
+      rngs: random keys, for subclasses with parameters.
     """
 
-    # Whether there are only `max_length` positions.
+    # Whether positions end at `max_length`.
     limited = False
 
     def __init__(
@@ -38,31 +38,31 @@ class Position(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """x with its positions added; None: 0 … T - 1."""
+        """Adds the encoding of the positions to x; by default they are 0 … T - 1."""
         return x
 
     def rotate(
         self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
     ) -> Float[Array, "B T N H"]:
-        """The queries or keys x, rotated by their positions."""
+        """Rotates the queries or keys x by their positions."""
         return x
 
     def bias(
         self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
     ) -> Float[Array, "#B N T S"] | None:
-        """What is added to the scores between these positions; None: nothing."""
+        """The bias that is added to the scores between these positions; None: no bias."""
         return None
 
 
 def in_row(x: Array, positions: Int[Array, "#B T"] | None) -> Int[Array, "#B T"]:
-    """The given positions, or else 0 … T - 1 for x of shape [B, T, …]."""
+    """The given positions, or by default 0 … T - 1 for x of shape [B, T, …]."""
     return jnp.arange(x.shape[1])[None] if positions is None else positions
 
 
 class Sinusoidal(Position):
-    """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(p / 10000^(2i/D)), added.
+    """Adds PE(p, 2i) = sin(p / 10000^(2i/D)) and PE(p, 2i+1) = cos(p / 10000^(2i/D)).
 
-    Computed in float32 from the positions themselves, for any length.
+    Computed in float32 from the positions, for any length.
     (Vaswani et al. 2017, section 3.5.)
     """
 
@@ -76,7 +76,7 @@ class Sinusoidal(Position):
 
 
 class Learned(Position):
-    """A trained vector for each position, added; past `max_length`, NaN.
+    """Adds a learned vector for each position; NaN past `max_length`.
 
     Initialised with variance 1, that of embedded tokens. (Vaswani et al. 2017, Table 3, row E;
     Gehring et al. 2017.)
@@ -114,9 +114,9 @@ class Rotary(Position):
 
 
 class RelativeBias(Position):
-    """A trained scalar for each head and each bucket of distances, added to the scores.
+    """Adds a learned scalar for each head and bucket of distances to the scores.
 
-    There are 32 buckets. In each direction half of them hold one distance each; the others grow
+    There are 32 buckets. In each direction, half of them hold one distance each and the others grow
     logarithmically up to distance 128. The encoder divides the buckets between earlier and later
     keys. (T5: Raffel et al. 2020, section 2.1, and its published code.)
     """
@@ -138,7 +138,7 @@ class RelativeBias(Position):
         self.embedding = nnx.Param(value, **axis_names("position", "heads"))
 
     def bucket(self, distance: Int[Array, "*B"]) -> Int[Array, "*B"]:
-        """The bucket of key position - query position."""
+        """The bucket of a distance, key position - query position."""
         buckets, first = self.buckets, jnp.zeros_like(distance)
         if not self.causal:
             buckets //= 2

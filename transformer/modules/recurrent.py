@@ -27,15 +27,15 @@ from transformer.modules.linear import (
 )
 from transformer.parallel.mesh import constrain
 
-# What a cell carries from step to step, each [B, D]; the first is its output.
+# The carry of a cell, arrays [B, D]; the first is its output.
 State = tuple[Array, ...]
 
 
 class Cell(nnx.Module):
-    """A recurrent layer's step, after `input` has projected the inputs of all steps at once.
+    """The step of a recurrent layer; `input` projects the inputs of all steps beforehand.
 
-    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate: slower,
-    and their LSTM has no initial forget gate bias of 1.
+    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate, which
+    is slower, and Flax's LSTM has no initial forget gate bias of 1.
     """
 
     gates = 0  # and candidates, all computed by one product
@@ -57,7 +57,7 @@ class Cell(nnx.Module):
         return (jnp.zeros((rows, self.width), self.dtype),) * self.arrays
 
     def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
-        """The state after an input that `input` has projected."""
+        """The state after a step, given the output of `input`."""
         raise NotImplementedError
 
 
@@ -100,7 +100,7 @@ CELLS = {"lstm": LSTM, "gru": GRU}
 def run(
     cell: Cell, x: Float[Array, "B S D"], real: Bool[Array, "B S"], *, reverse: bool
 ) -> Float[Array, "B S H"]:
-    """The cell's outputs over a whole sequence; padding leaves the state as it is."""
+    """The cell's outputs over a whole sequence; padding leaves the state unchanged."""
 
     def step(state, inputs):
         projected, real = inputs
@@ -114,14 +114,14 @@ def run(
 
 
 class Cache(NamedTuple):
-    """What decoding carries from token to token.
+    """The state of decoding, passed to and returned by `decode_step`.
 
     filled: int32 scalar, how many target positions have been decoded.
-    states: of each layer.
-    attended: the last output, which the next step reads beside its token; rows are B · J, the J
-      hypotheses of a source side by side.
+    states: the state of each layer.
+    attended: the last output, which is also an input of the next step; it has B · J rows, the J
+      hypotheses of a source being adjacent.
     memory: keys and values of the encoder's memory.
-    mask: which of them are tokens.
+    mask: which source positions are tokens.
     """
 
     filled: Int[Array, ""]
@@ -131,7 +131,7 @@ class Cache(NamedTuple):
     mask: Bool[Array, "B 1 1 S"]
 
     def hypotheses(self) -> int:
-        """J."""
+        """J, the number of hypotheses per source."""
         return len(self.attended) // len(self.mask)
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
@@ -159,11 +159,11 @@ class Recurrent(nnx.Module):
       num_layers: L, of the encoder and of the decoder.
       num_heads: N, of the attention.
       cell: one of `CELLS`.
-      dropout_rate: of embedded tokens and of each layer's output.
-      tie_embeddings: whether one table serves source, target and logits.
-      backend: of the attention.
-      dtype: of the computation.
-      rngs: for parameters; with a dropout rate, the stream of calls without `rngs` too.
+      dropout_rate: dropout rate of embedded tokens and of each layer's output.
+      tie_embeddings: whether source, target and logits share one table.
+      backend: the attention backend.
+      dtype: the dtype of the computation.
+      rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Recurrent(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits for each target position; the arguments are those of `transformer.Transformer`.
 
-        One example a row: there are no positions to give.
+        Rows hold one example each; positions are not used.
         """
         mode = {"deterministic": deterministic, "rngs": rngs}
         source_segments = masking.segments_of(source, source_segments)
@@ -266,7 +266,7 @@ class Recurrent(nnx.Module):
         length: int,
         hypotheses: int = 1,
     ) -> Cache:
-        """The decoder before its first token; `length` tokens need no more room than one."""
+        """The cache before the first token; its size does not depend on `length`."""
         first = jnp.repeat(memory[:, 0, memory.shape[-1] // 2 :], hypotheses, axis=0)
         states = tuple(
             (jnp.tanh(bridge(first)), *cell.start(first.shape[0])[1:])
@@ -285,7 +285,7 @@ class Recurrent(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Logits after each of the next T target tokens, and the cache with them in it.
 
-        With a cache of several hypotheses the tokens are the next one of each.
+        If the cache has several hypotheses, `tokens` holds the next token of each.
         """
         if cache.hypotheses() == 1:
             return self.advance(tokens, cache, deterministic=True)
@@ -298,7 +298,7 @@ class Recurrent(nnx.Module):
         """Reads `tokens` one after another, in training and decoding alike."""
         x = embed_scaled(self.target_embedding or self.embedding, tokens)
         x = self.dropout(x, **mode)
-        # Between stacked layers; drawn ahead, since a key drawn in the loop would serve all steps.
+        # Dropout between layers, drawn ahead: a key drawn in the loop would be reused in all steps.
         between = jnp.ones((len(self.decoder) - 1, *x.shape), x.dtype)
         between = self.dropout(between, **mode)
         attention = self.attention
@@ -311,9 +311,9 @@ class Recurrent(nnx.Module):
                 x = x if i == 0 else x * between[i - 1]
                 fresh.append(cell.step(states[i], cell.input(x)))
                 x = fresh[-1][0]
-            # Hypotheses of one source, each with a row of its own, are queries to one memory.
+            # The rows of a source's hypotheses become queries to one memory.
             query = attention.project_query(x.reshape(cache.mask.shape[0], -1, x.shape[-1]))
-            weights = None  # a loop cannot sow: they are sown after it
+            weights = None  # sown after the scan, which cannot sow
             if attention.sow_weights:
                 weights = attention_weights(query, cache.memory.key, cache.mask)
             heads = attention.backend(query, *cache.memory, cache.mask)

@@ -14,7 +14,7 @@ from transformer.modules.dropout import Moded, stream_of, training_rngs
 from transformer.modules.layers import DecoderLayer, EncoderLayer, apply_norm
 from transformer.modules.normalization import NORMS
 
-# What a layer saves for the backward pass; the rest is rematerialised.
+# Checkpoint policies: what a layer saves for the backward pass.
 REMATS: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not those of attention
@@ -30,15 +30,15 @@ class Stack(Moded):
       d_model: D.
       num_heads: N.
       d_ff: F.
-      scan_layers: whether to compile one layer for all, in a `jax.lax.scan`. This stacks the
-        variables of the layers, which takes the memory of the parameters once more.
+      scan_layers: whether to run the layers in a `jax.lax.scan`, which compiles one layer for all
+        but stacks their variables, a copy of the parameters.
       remat: one of `REMATS`.
       norm: one of `NORMS`.
       norm_placement: one of `NORM_PLACEMENTS`.
-      norm_epsilon: of the norms.
-      dtype: of the computation; None: promoted from inputs and parameters.
-      param_dtype: of the parameters.
-      rngs: for the parameters and dropout.
+      norm_epsilon: epsilon of the norms.
+      dtype: the dtype of the computation; None: promoted from inputs and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: random keys for the parameters and dropout.
       **options: further arguments of `EncoderLayer` or `DecoderLayer`.
     """
 
@@ -97,10 +97,10 @@ class Stack(Moded):
           x: the residual stream, such as embedded tokens.
           *memory: the encoder's output, which the decoder takes.
           token_mask: see `EncoderLayer`.
-          deterministic: see there.
-          rngs: see there. Each layer gets keys of its own, the same however layers are run.
-          **attention: what else the layers are called with: `mask`, `bias`, `rotate`; those of the
-            decoder with `memory_mask`.
+          deterministic: see `EncoderLayer`.
+          rngs: see `EncoderLayer`. Keys differ between layers, not with `scan_layers` or `remat`.
+          **attention: further arguments of the layers: `mask`, `bias` and `rotate`, and in the
+            decoder `memory_mask`.
 
         Raises:
           UserError: `scan_layers` is set and the layers differ.
@@ -142,7 +142,7 @@ class Stack(Moded):
 
             if self.remat == "none":
                 return function
-            # A scan prevents common subexpression elimination with the forward pass by itself.
+            # A scan already prevents common subexpression elimination with the forward pass.
             return jax.checkpoint(
                 function, policy=REMATS[self.remat], prevent_cse=not self.scan_layers
             )
@@ -174,7 +174,7 @@ class Encoder(Stack):
 
 
 class Decoder(Stack):
-    """A stack of decoder layers, called with the stream and the memory; see `Stack`."""
+    """A stack of decoder layers, called with the residual stream and the memory; see `Stack`."""
 
     layer = DecoderLayer
 
@@ -193,7 +193,7 @@ class Decoder(Stack):
         """The output for the next target positions, and the cache with them in it.
 
         Args:
-          x: the stream of the next target positions.
+          x: the residual stream of the next target positions.
           memory: each layer's keys and values, from `project_memory`.
           cache: each layer's keys and values of the earlier target positions.
           index: the cache entry where the keys and values of `x` begin.

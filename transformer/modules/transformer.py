@@ -30,12 +30,12 @@ from transformer.modules.stacks import Decoder, Encoder
 class Cache(NamedTuple):
     """The state of decoding, passed to and returned by `decode_step`.
 
-    Entry t · J + j of `decoded` is what hypothesis j of a source computed at position t, and stays
-    there when another continues from it: beam search permutes `own`, never keys and values.
+    Entry t · J + j of `decoded` was computed by hypothesis j of a source at position t. It stays
+    there if another hypothesis continues from it: beam search permutes `own`, not keys and values.
 
-    filled: int32 scalar, how many target positions have been decoded.
+    filled: int32 scalar, the number of decoded target positions.
     decoded: each layer's self-attention keys and values, with room for the whole target.
-    own: which of the entries are a hypothesis' past.
+    own: which entries belong to the past of each hypothesis.
     memory: each layer's cross-attention keys and values.
     source_segments: [B, S] int32.
     """
@@ -47,7 +47,7 @@ class Cache(NamedTuple):
     source_segments: Int[Array, "B S"]
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
-        """The cache whose hypotheses continue from these."""
+        """The cache in which hypothesis j continues hypothesis parents[:, j]."""
         return self._replace(own=jnp.take_along_axis(self.own, parents[..., None], axis=1))
 
 
@@ -58,7 +58,7 @@ class Transformer(Moded):
       config: the architecture.
       vocab_size: V of the source.
       target_vocab_size: V of the target and the logits; None: the same.
-      rngs: for the parameters and, with a dropout rate, for calls without `rngs`.
+      rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Transformer(Moded):
 
         self.config = config
         self.embedding = make_embedding(vocab_size)
-        # If tied, one table embeds source and target and computes the logits.
+        # If tied, `embedding` serves source, target and logits.
         tied = config.tie_embeddings
         self.target_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
         self.output_embedding = nnx.data(None if tied else make_embedding(target_vocab_size))
@@ -115,10 +115,10 @@ class Transformer(Moded):
           source_segments: 0 = padding; in packed rows, the number of a token's example in its
             row. None: 1 where the token is not 0.
           target_segments: likewise; attention does not cross segments.
-          source_positions: of each token in its segment; None: in its row.
+          source_positions: position of each token in its segment; None: in its row.
           target_positions: likewise.
-          deterministic: turns dropout off; None: as set by `train()` and `eval()`.
-          rngs: random keys for training, see `dropout.training_rngs`.
+          deterministic: whether to disable dropout; None: as set by `train()` and `eval()`.
+          rngs: random keys for training; see `dropout.training_rngs`.
         """
         mode = {"deterministic": deterministic, "rngs": rngs}
         source_segments = masking.segments_of(source, source_segments)
@@ -169,9 +169,9 @@ class Transformer(Moded):
     ) -> Int[Array, "#B T"]:
         """Returns the positions of tokens, given their index in their sequences.
 
-        With `random_positions` L, a batch's positions in training are a sorted draw from 0 … L - 1
-        without replacement (Ruoss et al. 2023, section 3). In evaluation they are L / `max_length`
-        apart, where the paper draws again: they depend on no draw and no later token.
+        With `random_positions` L, the positions of a training batch are drawn from 0 … L - 1
+        without replacement and sorted (Ruoss et al. 2023, section 3). In evaluation, where the
+        paper draws again, they are deterministic: multiples of L / `max_length`.
         """
         reach = self.config.random_positions
         if not reach:
@@ -190,7 +190,7 @@ class Transformer(Moded):
     def mask(
         self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], **structure: Any
     ) -> masking.Mask | Bool[Array, "B 1 T S"]:
-        """Returns the mask between segments in the form that the attention backend takes."""
+        """Returns the mask between segments, as a `Mask` if the attention backend takes one."""
         mask = masking.Mask(queries, keys, **structure)
         short = self.config.attention_backend in SHORT_MASK_BACKENDS
         return mask if short else mask.array()
@@ -232,7 +232,7 @@ class Transformer(Moded):
         """Returns the logits after each of the next T target tokens, and the updated cache.
 
         The logits equal those of a call with the whole target at positions `cache.filled …
-        cache.filled + T - 1`. With J > 1 hypotheses T is J, the next token of each. Logits past the
+        cache.filled + T - 1`. With J > 1 hypotheses T = J: the next token of each. Logits past the
         length of the cache are NaN.
         """
         filled, (hypotheses, entries) = cache.filled, cache.own.shape[1:]
@@ -264,7 +264,7 @@ class Transformer(Moded):
 
 
 def stack_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Returns all arguments of `Encoder` and `Decoder`."""
+    """Returns the arguments of `Encoder` and `Decoder`, except `rngs`."""
     qk_epsilon = config.qk_norm_epsilon or config.norm_epsilon
     return {
         "num_layers": config.num_layers,
@@ -329,6 +329,6 @@ MODULES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent
 
 
 def set_dropout_rates(module: nnx.Module, dropout_rate: Any, attention_dropout_rate: Any) -> None:
-    """Sets all dropout rates of a model to numbers or traced scalars."""
+    """Sets the dropout rates of a model to numbers or traced scalars."""
     set_rate(module, Dropout, rate=dropout_rate)
     set_rate(module, MultiHeadAttention, dropout_rate=attention_dropout_rate)

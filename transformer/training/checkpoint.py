@@ -43,10 +43,10 @@ GRACE = 10  # seconds to finish a save when another of several processes may be 
 
 
 def merit(metrics: Any, best: str) -> Any:
-    """Returns what orders checkpoints: the metric `best` of validation, then the loss.
+    """Returns the key by which checkpoints are ranked: the validation metric `best`, then the loss.
 
     Args:
-      metrics: of the checkpoint; empty if it was saved between two evaluations.
+      metrics: the checkpoint's metrics; empty if it was saved between two evaluations.
       best: one of `METRICS`.
     """
     value = METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
@@ -74,7 +74,7 @@ class PreservationPolicy(policy.PreservationPolicy):
 
 
 class Manager(ocp.CheckpointManager):
-    """A manager that leaves preemption to `interruption.StopRequests`, which asks JAX once."""
+    """A manager that leaves the check for preemption to `interruption.StopRequests`."""
 
     def reached_preemption(self, step: int) -> bool:
         """Returns False."""
@@ -84,7 +84,7 @@ class Manager(ocp.CheckpointManager):
 class SealingHandler(ocp.StandardCheckpointHandler):
     """Saves a pytree, and adds the manifest once all hosts have written.
 
-    metrics, interval: of the checkpoint that is being saved.
+    metrics, interval: those of the checkpoint that is being saved.
     """
 
     metrics: Mapping[str, float]
@@ -111,8 +111,8 @@ class Checkpoints:
 
     Args:
       directory: the folder.
-      keep: how many of the latest are kept besides the best; None: the folder is read only, which
-        is safe while another process trains.
+      keep: the number of latest checkpoints to keep besides the best; None: opens the folder
+        read-only, which is safe while another process trains.
       best: the validation metric that orders checkpoints, one of `METRICS`.
     """
 
@@ -159,19 +159,19 @@ class Checkpoints:
         metrics: Mapping[str, float],
         interval: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts to write `state` as the checkpoint of its step; returns once it is copied.
+        """Saves `state` asynchronously as the checkpoint of its step; returns once it is copied.
 
         Args:
           state: the train state.
-          metrics: of validation; empty if the run stops between two evaluations.
-          interval: JSON of what was accumulated since the last line of metrics, if anything.
+          metrics: validation metrics; empty if the run stops between two evaluations.
+          interval: what was accumulated since the last line of metrics, as JSON; None: nothing.
         """
         step = state.taken()
         with explained(f"checkpoint {self.directory / str(step)}, or the one before it,"):
             self.manager.wait_until_finished()
             if hosts.first():
                 empty_trash(self.directory)
-            if step in self.steps():  # of a run that stopped before validation
+            if step in self.steps():  # saved by a run that stopped before validation
                 self.manager.delete(step)
             self.handler.metrics, self.handler.interval = metrics, interval or {}
             self.manager.save(step, args=Save(state), metrics=dict(metrics))
@@ -216,7 +216,7 @@ class Checkpoints:
         """Returns the state saved at `step`.
 
         Args:
-          step: of a checkpoint.
+          step: the step of a checkpoint.
           like: shapes, dtypes and shardings; the mesh may differ from that of the save.
 
         Raises:
@@ -260,7 +260,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns errors of Orbax and TensorStore that cannot write into a UserError."""
+    """Turns the errors of Orbax and TensorStore when a write fails into a UserError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -280,7 +280,7 @@ def empty_trash(directory: Path) -> None:
 def set_damaged_aside(directory: Path) -> None:
     """Moves damaged checkpoints away until the newest is intact.
 
-    Of older ones only the metrics are checked: Orbax reads those of all when it opens the folder.
+    Older checkpoints have only their metrics checked, which Orbax reads when it opens the folder.
 
     Raises:
       UserError: there were checkpoints, and none is intact.
@@ -326,7 +326,7 @@ def finished(directory: Path) -> list[Path]:
 
 
 def by_name(tree: Any, known: Container[str] = ()) -> tuple[dict[str, Any], Any]:
-    """Returns the arrays of a tree by `renamed.array_name`, in its order, and its structure."""
+    """Returns `renamed.array_name` → array, in the tree's order, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return {renamed.array_name(path, known): leaf for path, leaf in leaves}, structure
 

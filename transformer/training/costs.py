@@ -19,7 +19,7 @@ from transformer.training.step import StepConfig, init_state, make_train_step
 def step_flops(model: Model, config: StepConfig, data: Dataset) -> int:
     """Returns the FLOPs of the matrix products in one step of one run.
 
-    They are those of the model, without what an attention backend or `remat` recomputes.
+    Recomputation by an attention backend or by `remat` is not counted.
     """
     plain = replace(model.config, attention_backend="einsum", remat="none")
     model = Model(plain, model.vocab_size, model.target_vocab_size)

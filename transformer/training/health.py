@@ -1,4 +1,4 @@
-"""NaN and Inf: how training reports them, where they come from; and spikes of the loss.
+"""Reports of NaN and Inf, and of loss spikes; the search for the operation that produced a NaN.
 
 The step itself skips non-finite updates (`step.skip_nonfinite`); the host reads the sums of each
 interval here.
@@ -29,8 +29,8 @@ SPIKE = 2.0  # times the median
 class NonfiniteError(Exception):
     """More updates had a NaN or Inf in the loss or a gradient than may be skipped.
 
-    step: the first that was one too many.
-    state: of one replica, as it was before that step.
+    step: the first step that exceeded the limit.
+    state: the state of one replica before that step.
     """
 
     def __init__(self, step: int, state: TrainState):
@@ -41,14 +41,14 @@ class NonfiniteError(Exception):
 class HealthMonitor:
     """Prints skipped updates, stopped replicas and loss spikes of each interval.
 
-    stopped: of each replica whether it has stopped.
+    stopped: for each replica, whether it has stopped.
 
     Args:
-      state: to start from.
-      max_skipped: updates that may be skipped.
+      state: the initial state.
+      max_skipped: the number of updates that may be skipped.
 
     Raises:
-      NonfiniteError: the state is that of a run that has stopped.
+      NonfiniteError: the run has already stopped in this state.
     """
 
     def __init__(self, state: TrainState, max_skipped: int):
@@ -68,9 +68,9 @@ class HealthMonitor:
         """Checks the interval that ended at `step`.
 
         Args:
-          step: the last of the interval.
-          sums: of each replica.
-          metrics: of each replica.
+          step: the last step of the interval.
+          sums: the sums of each replica.
+          metrics: the metrics of each replica.
           state: the newest; a stopped replica no longer changes in it.
 
         Raises:
@@ -123,7 +123,7 @@ def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> B
 
 
 def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, step: int) -> Path:
-    """Writes the batch of a step as NumPy arrays; of several hosts the first does."""
+    """Writes the batch of a step as NumPy arrays, on the first host only."""
     batch = hosts.fetch(batch_of(state, data, step))
     if hosts.first():
         with path.open("wb") as file:
@@ -134,7 +134,7 @@ def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, s
 def find_operation(
     model: Model, config: StepConfig, state: TrainState, data: Dataset | StreamedDataset, step: int
 ) -> str:
-    """The first operation of a step that makes a NaN or divides by zero, with its source line.
+    """The first operation of a step that produces a NaN or divides by zero, with its source line.
 
     The step is replayed from the state before it, with every operation checked.
     """
@@ -153,14 +153,14 @@ def explain_failure(
     model: Model,
     config: StepConfig | None,
 ) -> str:
-    """One line on a run that stopped for a NaN or Inf: where, what was in the batch, what to do.
+    """One line on a run that stopped for a NaN or Inf: the step, its batch, and the remedy.
 
     Args:
       failure: the error.
       data: what the failed step reads.
-      folder: takes the batch of that step.
-      model: the run's.
-      config: to find the operation with; None: it is not looked for.
+      folder: where to write the batch of that step.
+      model: the run's model.
+      config: the config to replay the step with; None: the operation is not searched for.
     """
     step, state = failure.step, failure.state
     file = dump_batch(folder / f"batch_of_step_{step}.npz", state, data, step)

@@ -16,7 +16,7 @@ ARRAYS = "default"  # the folder that Orbax writes a single pytree to
 
 
 class DamageError(Exception):
-    """A file of a checkpoint is missing or has changed. The message says which."""
+    """A file of a checkpoint is missing or has changed. The message names it."""
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
@@ -29,8 +29,8 @@ def write_manifest(arrays: Path, metrics: Mapping[str, float], interval: Mapping
     """Writes the manifest into the folder of the arrays, whose files are complete.
 
     Args:
-      arrays: the folder, `default` in the end, which Orbax has not renamed yet.
-      metrics: of the checkpoint.
+      arrays: the temporary folder, which Orbax then renames to `default`.
+      metrics: the checkpoint's metrics.
       interval: see `Checkpoints.save`.
     """
     files = {f"{ARRAYS}/{name}": each for name, each in checksums(arrays).items()}
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       DamageError: the manifest is missing or damaged.
     """
-    name = MANIFEST if (folder / MANIFEST).exists() else f"{ARRAYS}/{MANIFEST}"  # 0.1: the first
+    name = MANIFEST if (folder / MANIFEST).exists() else f"{ARRAYS}/{MANIFEST}"  # 0.1: top level
     try:
         manifest = json.loads((folder / name).read_text(encoding="utf-8"))
         sealed = manifest["sealed"]
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> None:
     """Raises a DamageError unless every file is as it was written."""
     manifest, present, metrics = read_manifest(folder), checksums(folder), read_metrics(folder)
-    if json.dumps(manifest.get("metrics", metrics)) != json.dumps(metrics):  # NaN is not itself
+    if json.dumps(manifest.get("metrics", metrics)) != json.dumps(metrics):  # NaN ≠ NaN
         raise DamageError("metrics/metrics has changed")
     for name, written in manifest["files"].items():
         if name not in present:

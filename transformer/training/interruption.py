@@ -1,10 +1,9 @@
 """Requests to stop: SIGTERM and SIGINT end a run with a checkpoint.
 
 Clusters send SIGTERM before they reclaim a machine; users type ^C. The current dispatch ends, a
-checkpoint is written, and the exit status tells that the same command resumes the run. Python runs
-signal handlers only between bytecode instructions, and the training loop waits for the device
-within one; a thread therefore reads signals as they arrive, so that a second ^C ends the process at
-once.
+checkpoint is written, and the exit status says that the same command resumes the run. Python runs
+signal handlers only between bytecode instructions, and waiting for the device is a single one. A
+thread therefore reads signals as they arrive, so that a second ^C ends the process immediately.
 """
 
 import os
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from transformer.console import console
 from transformer.parallel import hosts
 
-PARENT = "TRANSFORMER_PARENT"  # environment variable: the process whose end stops this one
+PARENT = "TRANSFORMER_PARENT"  # environment variable: id of the process whose end stops this one
 
 ONCE = 0.2  # seconds in which repeated signals, as from a scheduler, count as one
 
@@ -77,7 +76,7 @@ class StopRequests:
         self.read, self.write = socket.socketpair()
         self.write.setblocking(False)
         self.old_descriptor = signal.set_wakeup_fd(self.write.fileno(), warn_on_full_buffer=False)
-        # With several processes JAX receives SIGTERM, and tells the others.
+        # With several processes JAX handles SIGTERM and notifies the others.
         noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
         for each in noticed:
             self.before[each] = signal.signal(each, lambda *_: None)

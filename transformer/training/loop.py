@@ -35,7 +35,7 @@ class Intervals(NamedTuple):
     save_every: int
 
     def next_stop(self, step: int, most: int) -> int:
-        """The end of a dispatch of up to `most` steps from `step`; stops at the next due step."""
+        """The end of a dispatch of up to `most` steps from `step`, at most the next due step."""
         due = ((step // every + 1) * every for every in self[1:])
         return min(self.steps, step + most, *due)
 
@@ -47,13 +47,13 @@ class TrainingLoop:
     the interval that ends there. Each save comes with an evaluation, which ranks the checkpoints.
 
     Args:
-      intervals: of the run.
-      state: to start from; donated.
+      intervals: the run's intervals.
+      state: the initial state; donated.
       interval: sums of the interval in which the run was interrupted; see `Checkpoints.interval`.
       train_steps: `Run.train_steps`.
       zero_sums: `Run.zero_sums`.
       validate: (state, callback between dispatches) → metrics of each replica.
-      data: what the steps read.
+      data: the source of batches.
       monitor: checks each interval.
       checkpoints: where the state is saved.
       writer: where metrics are written.
@@ -85,22 +85,22 @@ class TrainingLoop:
         self.unvalidated = interval.get("unvalidated", False)
         self.zero_sums = zero_sums
         saved = {renamed.SUMS.get(k, k): v for k, v in interval.get("sums", zero_sums).items()}
-        # NaN: an older version did not sum it in the part of the interval before the interruption.
+        # NaN: the older version that saved the interval did not sum this metric.
         unknown = {name: np.full_like(zero, np.nan) for name, zero in zero_sums.items()}
         self.sums = self.place({k: np.float32(saved.get(k, unknown[k])) for k in zero_sums})
-        # An interval that has ended and is not logged: last step, sums, share of waits for data.
+        # The interval that has ended but is not logged yet: last step, sums and wait share.
         self.pending: tuple[int, Sums, float | None] | None = None
         self.timer = IntervalTimer(interval.get("seconds", 0.0))
         self.dispatch_size = DispatchSize()
 
     def run(self) -> TrainState:
-        """Trains to the last step; evaluates, saves and logs where they are due.
+        """Trains to the last step; logs, validates and saves when due.
 
         Raises:
           Interrupted: on request; the state is saved.
           NonfiniteError: more updates had a NaN or Inf than may be skipped.
         """
-        with status("compiling", "compiled"):  # it takes no step
+        with status("compiling", "compiled"):  # by a dispatch of 0 steps
             self.dispatch(self.data.empty_window(), self.place(np.array(0, np.int32)))
         with (
             contextlib.closing(self.data),
@@ -117,19 +117,19 @@ class TrainingLoop:
         return self.state
 
     def advance(self) -> None:
-        """Takes the steps of one dispatch, and does what is due after it."""
+        """Dispatches some steps, then logs, validates and saves if due."""
         before, (data, most) = self.sums, self.data.window(self.step)
         stop = self.intervals.next_stop(self.step, min(most, self.dispatch_size.steps))
         steps = self.place(np.array(stop - self.step, np.int32))
-        with jax.transfer_guard("disallow"):  # nothing else is copied to the device or back
+        with jax.transfer_guard("disallow"):  # no other transfer to or from the devices
             self.dispatch(data, steps)
-        # At most one dispatch is queued behind the running one; none where a step is slow.
+        # At most one dispatch is queued behind the running one; none if a step is slow.
         jax.block_until_ready(self.sums if self.dispatch_size.is_slow() else before)
         self.dispatch_size.dispatched(stop - self.step)
         self.step = stop
         self.bar.advance(self.step)
-        self.log_pending()  # only now: the device works on the next interval meanwhile
-        # At saves too, so that a resumed run logs the intervals of an uninterrupted one.
+        self.log_pending()  # only now, while the devices already run the next interval
+        # Saves end an interval too, so that a resumed run logs those of an uninterrupted one.
         if self.is_due(self.intervals.log_every) or self.save_is_due():
             self.pending = self.step, self.sums, self.data.wait_share()
             self.sums = self.place(self.zero_sums)
@@ -139,7 +139,7 @@ class TrainingLoop:
             self.evaluate()
 
     def dispatch(self, data: Dataset | BatchWindow, steps: Int[Array, ""]) -> None:
-        """Enqueues steps on the devices, and does not wait for them."""
+        """Enqueues steps on the devices without waiting for them."""
         self.state, self.sums = self.train_steps(self.state, self.sums, data, steps)
 
     def is_due(self, every: int) -> bool:
@@ -147,7 +147,7 @@ class TrainingLoop:
         return self.step % every == 0
 
     def save_is_due(self) -> bool:
-        """Whether this step has a checkpoint."""
+        """Whether a checkpoint is due at this step."""
         return self.is_due(self.intervals.save_every) or self.step == self.intervals.steps
 
     def log_pending(self) -> None:
@@ -166,10 +166,10 @@ class TrainingLoop:
         self.monitor.check(step, replicas, metrics, self.state)
 
     def evaluate(self) -> None:
-        """Validates, and saves if that is due too; the interval's time does not include it."""
+        """Validates, and saves if due; the interval's time includes neither."""
         self.unvalidated = True
         with self.timer.paused(self.sums):
-            # Several processes must stop after the same dispatch of training, and not here.
+            # Several processes must stop after the same training dispatch, not during validation.
             stop = (lambda: None) if hosts.several() else self.interrupt_if_requested
             metrics = self.validate(self.state, stop)
             self.bar.log_validation(self.step, metrics)
@@ -189,10 +189,10 @@ class TrainingLoop:
             self.save_and_interrupt()
 
     def save_and_interrupt(self) -> None:
-        """Saves the state, in the middle of an interval too, and raises Interrupted."""
+        """Saves the state, even in the middle of an interval, and raises Interrupted."""
         self.log_pending()
         if self.step > self.saved:
-            # While the run is validated, the timer is paused already.
+            # During validation the timer is already paused.
             paused = contextlib.nullcontext() if self.unvalidated else self.timer.paused(self.sums)
             with paused:
                 totals = hosts.fetch(self.sums)
@@ -211,15 +211,15 @@ class TrainingLoop:
         )
 
     def place(self, tree: Any) -> Any:
-        """Arrays on every device."""
+        """Replicates arrays over the devices."""
         return place(tree, replicated(jax.sharding.get_mesh()))
 
 
 class DispatchSize:
     """The number of steps per dispatch, chosen so that a dispatch takes about a second.
 
-    It affects no result. Several processes must agree: the first one decides, when an interval is
-    logged.
+    It does not affect the results. Several processes must agree on it: process 0 decides, when an
+    interval is logged.
     """
 
     seconds = 1.0  # of a dispatch
@@ -234,7 +234,7 @@ class DispatchSize:
         return self.steps == 1
 
     def dispatched(self, steps: int) -> None:
-        """To be called when a dispatch has begun and the one before it has ended."""
+        """Call this when a dispatch has begun and the previous one has ended."""
         now = time.perf_counter()
         slow = self.is_slow()
         if done := steps if slow else self.running:
@@ -244,25 +244,25 @@ class DispatchSize:
             self.steps = self.wanted
 
     def interrupted(self) -> None:
-        """To be called when the next dispatch will not begin as the one before it ends."""
+        """Call this when the next dispatch will not begin as soon as the previous one ends."""
         self.running, self.last = 0, time.perf_counter()
 
     def measured(self, steps: int, seconds: float) -> None:
-        """To be called with the time of an interval; all processes then follow the first."""
+        """Call this with the time of an interval; all processes then follow process 0."""
         self.last = time.perf_counter()
         self.want(steps, seconds)
         self.steps = hosts.once(lambda: self.wanted)
 
     def want(self, steps: int, seconds: float) -> None:
-        """Sets the wanted number of steps, given the time of some."""
+        """Sets the wanted number of steps, given the time that `steps` steps took."""
         self.wanted = max(1, int(self.seconds * steps / max(seconds, 1e-9)))
 
 
 class IntervalTimer:
-    """The seconds of training in the current interval.
+    """Measures the training time of the current interval.
 
     Args:
-      seconds: those before an interruption.
+      seconds: the time before an interruption.
     """
 
     def __init__(self, seconds: float):
@@ -270,11 +270,11 @@ class IntervalTimer:
         self.start()
 
     def start(self) -> None:
-        """Starts, or resumes after a pause."""
+        """Starts the timer, or resumes it after a pause."""
         self.started = time.perf_counter()
 
     def lap(self) -> float:
-        """The seconds of the interval, which ends here."""
+        """Ends the interval and returns its seconds."""
         seconds = self.seconds + time.perf_counter() - self.started
         self.seconds = 0.0
         self.start()
@@ -282,7 +282,7 @@ class IntervalTimer:
 
     @contextlib.contextmanager
     def paused(self, sums: Sums) -> Iterator[None]:
-        """Excludes the body; the computation of `sums` still counts."""
+        """Waits for `sums`, then excludes the `with` body from the time."""
         jax.block_until_ready(sums)
         self.seconds += time.perf_counter() - self.started
         yield
@@ -293,8 +293,8 @@ def write_profile(
     train_steps: Callable, state: TrainState, sums: Any, data: Any, steps: int, folder: Path
 ) -> None:
     """Writes a trace of `steps` steps for TensorBoard or xprof; `state` stays as it is."""
-    window = data.empty_window()  # of a stream rows of padding, which take as long as any
-    copy = jax.tree.map(jnp.copy, state)  # the steps donate their argument
+    window = data.empty_window()  # if streamed, rows of padding, which take as long
+    copy = jax.tree.map(jnp.copy, state)  # `train_steps` donates its argument
     copy, sums = jax.block_until_ready(train_steps(copy, sums, window, jnp.int32(0)))
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(train_steps(copy, sums, window, jnp.int32(steps)))

@@ -1,6 +1,6 @@
-"""Metrics of training, each declared once in `TRAIN_METRICS`, and the files that take metrics.
+"""Training metrics, each declared once in `TRAIN_METRICS`, and the files they are written to.
 
-The step adds up sums on the device; at the end of an interval the host divides them (`finalize`).
+The step accumulates sums on the device; the host divides them once per interval (`finalize`).
 metrics.jsonl, TensorBoard, the progress bar and reports follow from the declaration.
 """
 
@@ -31,7 +31,7 @@ COUNTS = ("tokens", "steps", "skipped", "stopped")  # `steps` includes the other
 
 
 class Update(NamedTuple):
-    """An update of the parameters, which metrics are computed from."""
+    """A parameter update, from which metrics are computed."""
 
     gradients: Any  # before clipping
     updates: Any
@@ -43,7 +43,7 @@ class Interval(NamedTuple):
     """The steps since the last line of metrics, as the host sees them.
 
     sums: name → total.
-    seconds: of training alone.
+    seconds: the training time, without validation.
     peak_share: the fraction of the devices' peak FLOPs that one step per second takes; None: the
       peak is unknown.
     wait_share: the fraction of the data windows that were not ready; None: data are on the devices.
@@ -61,14 +61,14 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMetric:
-    """A metric of an interval of training: one of `token`, `update` and `host`.
+    """A training metric over an interval; exactly one of `token`, `update` and `host` is set.
 
     token: (predictions, objective) → [B, T]; its mean over target tokens is the metric. The
       objective is the cross-entropy with label smoothing.
-    update: → scalar; its mean over the updates that were not skipped is the metric.
-    host: → the metric; None: it is left out.
-    bar: its text in the progress bar; None: it is not there.
-    per_replica: whether the bar has the mean over replicas, else their sum.
+    update: update → scalar; its mean over the updates that were not skipped is the metric.
+    host: interval → the metric; None: the metric is omitted.
+    bar: its format string in the progress bar; None: it is not shown.
+    per_replica: whether the bar shows the mean over replicas rather than their sum.
     """
 
     token: Callable[[Predictions, Array], Array] | None = None
@@ -81,7 +81,7 @@ class TrainMetric:
 TRAIN_METRICS: dict[str, TrainMetric] = {
     # Nats per target token, without label smoothing: comparable with validation/loss.
     "loss": TrainMetric(token=lambda predictions, _: NLL["nll"](predictions), bar="loss {:.4f}"),
-    # With label smoothing: what is minimised.
+    # The minimised objective, with label smoothing.
     "objective": TrainMetric(token=lambda _, objective: objective),
     "accuracy": TrainMetric(token=lambda predictions, _: CORRECT["correct"](predictions)),
     "gradient_norm": TrainMetric(update=lambda update: optax.tree.norm(update.gradients)),
@@ -107,7 +107,7 @@ TRAIN_METRICS: dict[str, TrainMetric] = {
 def sum_over_tokens(
     predictions: Predictions, objective: Float[Array, "B T"], weights: Float[Array, "B T"]
 ) -> Sums:
-    """The sums of the metrics of tokens, and of the tokens."""
+    """The sums of the per-token metrics, and the number of tokens."""
     sums = {
         f"train/{name}": (metric.token(predictions, objective) * weights).sum()
         for name, metric in TRAIN_METRICS.items()
@@ -117,19 +117,19 @@ def sum_over_tokens(
 
 
 def sum_over_updates(update: Update) -> Sums:
-    """The metrics of an update."""
+    """The per-update metrics of one update."""
     metrics = TRAIN_METRICS.items()
     return {f"train/{name}": metric.update(update) for name, metric in metrics if metric.update}
 
 
 def zero_sums(replicas: int = 1) -> Sums:
-    """The sums over no steps."""
+    """The sums before the first step of an interval: zeros."""
     names = [f"train/{name}" for name, metric in TRAIN_METRICS.items() if not metric.host]
     return {name: jnp.zeros(() if replicas == 1 else replicas) for name in (*names, *COUNTS)}
 
 
 def finalize(interval: Interval) -> dict[str, float]:
-    """`train/name` → value of each metric; NaN of an interval without a finite update."""
+    """Returns `train/name` → value of each metric; NaN if the interval has no finite update."""
     sums = {name: float(np.asarray(total)) for name, total in interval.sums.items()}
     interval = interval._replace(sums=sums)
     tokens, updates = sums["tokens"] or np.nan, sums["steps"] - sums["skipped"] or np.nan
@@ -153,7 +153,7 @@ class MetricsWriter:
     Args:
       workdir: where the files go.
       resume_from: the step that training resumes at; lines of later steps are dropped.
-      replicas: how many there are.
+      replicas: the number of replicas.
     """
 
     def __init__(self, workdir: Path, resume_from: int, replicas: int = 1):
@@ -197,7 +197,7 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns an error of the disk into a UserError."""
+        """Turns an OSError into a UserError."""
         try:
             yield
         except OSError as error:
@@ -210,13 +210,13 @@ class MetricsWriter:
 class Events:
     """A file of scalars for TensorBoard.
 
-    Of tensorboardX only the record writer is used. Its SummaryWriter writes in a thread: a full
-    disk ends the thread, and its callers then wait forever. Importing tensorboardX imports PyTorch
-    where that is installed, which takes 2 s once per run.
+    Only the record writer of tensorboardX is used. Its SummaryWriter writes in a thread; a full
+    disk ends the thread, and its callers then block forever. Importing tensorboardX also imports
+    PyTorch if it is installed, which takes 2 s once per run.
 
     Args:
       folder: where the file goes.
-      resume_from: TensorBoard hides what older files hold of later steps.
+      resume_from: TensorBoard hides the events of later steps in older files.
     """
 
     FLUSH = 10.0  # seconds between flushes, each of which is an fsync

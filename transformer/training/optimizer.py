@@ -17,8 +17,8 @@ from transformer.knobs import Choice, Range, Rate, validate
 TINY, LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-# After the warm-up: (steps since its end, its length, steps from its end to the last) → fraction of
-# the peak.
+# After the warm-up: (steps since its end, warm-up steps, steps after the warm-up) → fraction of the
+# peak.
 SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "constant": lambda since, warmup, decay: jnp.ones_like(since),
     "cosine": lambda since, warmup, decay: (
@@ -36,9 +36,9 @@ def make_schedule(
 ) -> Callable[[Any], Any]:
     """Returns update number, from 0 → learning rate.
 
-    The rate increases linearly, learning_rate · s / warmup_steps at the s-th update counted from 1,
-    and then follows the schedule `name`, which ends, at 0 for `linear` and `cosine`, with the last
-    of `steps` updates. `learning_rate` and `warmup_steps` may be traced.
+    During the warm-up, the s-th update, counted from 1, has the rate learning_rate · s /
+    warmup_steps. The rate then follows the schedule `name`; `linear` and `cosine` reach 0 at the
+    last of `steps` updates. `learning_rate` and `warmup_steps` may be traced.
     """
     # Without a warm-up the schedule starts at the first update, at the peak.
     warmup = jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1.0)
@@ -93,9 +93,9 @@ def sgd(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientT
 def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
     """Muon (Jordan et al. 2024) for matrices, Adam for embeddings and vectors, which do not decay.
 
-    Muon orthogonalises the momentum of each matrix. Both momenta, `beta1`, are Nesterov's, Adam's
-    too (Dozat 2016), and Adam's epsilon is 1e-8. Updates are scaled to suit Adam's learning rates
-    (Liu et al. 2025, section 2.2).
+    Muon orthogonalises the momentum of each matrix. Muon and Adam use Nesterov momentum with
+    `beta1` (for Adam: Dozat 2016); Adam's epsilon is 1e-8. Updates are scaled to suit Adam's
+    learning rates (Liu et al. 2025, section 2.2).
     """
 
     def dimensions(params):
@@ -144,12 +144,12 @@ class OptimizerConfig:
     name: Annotated[str, Choice(OPTIMIZERS)] = "adam"  # OPTIMIZERS in training/optimizer.py
     learning_rate: NonNegative = 4e-3  # the peak
     schedule: Annotated[str, Choice(SCHEDULES)] = "linear"  # after the warm-up
-    warmup_steps: Annotated[int, Range(0, LARGEST)] = 50  # of linear warm-up
-    beta1: Rate = 0.9  # of Adam; momentum of sgd and muon
-    beta2: Rate = 0.98  # of Adam
-    epsilon: Annotated[float, Range(TINY, LARGEST)] = 1e-9  # of Adam
+    warmup_steps: Annotated[int, Range(0, LARGEST)] = 50  # updates of linear warm-up
+    beta1: Rate = 0.9  # of adam, adamw, lion; momentum of sgd, muon
+    beta2: Rate = 0.98  # of adam, adamw, lion
+    epsilon: Annotated[float, Range(TINY, LARGEST)] = 1e-9  # of adam, adamw
     weight_decay: NonNegative = 0.0  # decoupled; of adamw, lion and muon
-    clip_norm: NonNegative = 1.0  # of all gradients together; 0: no clipping
+    clip_norm: NonNegative = 1.0  # global norm of the gradients; 0: no clipping
 
     def __post_init__(self):
         validate(self, "optimizer.")
@@ -171,8 +171,8 @@ def make_optimizer(
     """Returns the optimizer, preceded by clipping of the global norm if `clip_norm` is set.
 
     Args:
-      config: decides its structure.
-      steps: where the schedule ends.
+      config: determines its structure.
+      steps: the number of updates, with which the schedule ends.
       learning_rate: that of `config`, or a traced scalar.
       warmup_steps: that of `config`, or a traced scalar.
       weight_decay: that of `config`, or a traced scalar.

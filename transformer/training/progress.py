@@ -1,4 +1,4 @@
-"""The progress bar of training; plain lines where standard output is no terminal."""
+"""The progress bar of training; plain lines if standard output is not a terminal."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from transformer.metrics import PRINTED
 from transformer.parallel.replicas import format_replicas
 from transformer.training.metrics import TRAIN_METRICS
 
-SILENCE = 30.0  # seconds between lines, at most, where there is no bar
+SILENCE = 30.0  # at most so many seconds between lines if there is no bar
 
 
 class ProgressBar:
@@ -53,7 +53,7 @@ class ProgressBar:
         self.progress.stop()
 
     def advance(self, step: int) -> None:
-        """Shows the step; without a bar as a line, if none was printed for long."""
+        """Shows the step; without a bar, prints a line if the last one is `SILENCE` old."""
         self.progress.update(self.task, completed=step)
         if not self.live and time.monotonic() - self.printed > SILENCE:
             self.print(f"step {step}/{self.steps}")

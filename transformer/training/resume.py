@@ -26,7 +26,7 @@ def check_same_run(state: TrainState, seeds: Any, steps: int, folder: Any) -> No
 def check_stopped(state: TrainState, before: int, now: int) -> None:
     """Raises a UserError if a replica that stopped for a NaN or Inf would resume.
 
-    It has missed the steps that the others have taken since.
+    Such a replica has missed the steps that the others have taken since.
 
     Args:
       state: the restored state.

@@ -1,4 +1,4 @@
-"""The train state and the train step: one pure function for every use."""
+"""The train state, and the train step as one pure function for every use."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def data_keys(seeds: UInt32[Array, "*replicas"]) -> Array:
 
 
 class HParams(NamedTuple):
-    """Hyperparameters that the compiled step takes as numbers: Python's, or traced scalars."""
+    """Hyperparameters of the train step, as Python numbers or traced scalars."""
 
     learning_rate: Any
     warmup_steps: Any
@@ -54,12 +54,12 @@ class HParams(NamedTuple):
 class StepConfig:
     """The part of a run's config that the train step depends on.
 
-    optimizer: its structure.
-    steps: of the run, where schedules end.
-    ema_decay: of the moving average of the parameters; 0.0: none.
-    accumulation_steps: parts of a batch whose gradients are accumulated.
-    max_skipped: non-finite updates that are skipped before the run stops.
-    hparams: the config's; those in `TrainState.hparams` override them.
+    optimizer: determines the structure of the optimizer.
+    steps: number of steps of the run; schedules end there.
+    ema_decay: decay of the moving average of the parameters; 0.0: none.
+    accumulation_steps: number of microbatches whose gradients are accumulated.
+    max_skipped: number of non-finite updates that are skipped before the run stops.
+    hparams: the config's hyperparameters; `TrainState.hparams` overrides them.
     """
 
     optimizer: OptimizerConfig
@@ -88,13 +88,13 @@ class StepConfig:
 class TrainState(NamedTuple):
     """All that training carries from step to step, as a plain pytree.
 
-    The same structure also holds a property of each array, such as its sharding.
+    The same structure also holds shapes or shardings in the place of arrays.
 
     step: int32 scalar, the number of steps taken, skipped updates included.
     skipped: int32 scalar, the number of skipped updates; see `skip_nonfinite`.
     failed: int32 scalar, the step of the last skipped update; -1: none.
     seed: uint32 scalar, the source of all randomness; see `stream`.
-    hparams: name → float32 scalar, the `HParams` that are not the config's.
+    hparams: name → float32 scalar, the hyperparameters that override the config's.
     params: name → parameter, float32.
     batch_stats: name → running average of batch norm, float32.
     opt_state: the optimizer's state, such as Adam's moments.
@@ -143,12 +143,12 @@ def abstract_state(
 ) -> TrainState:
     """The shapes, dtypes and shardings of a train state, as `jax.ShapeDtypeStruct`.
 
-    Parameters are sharded by the rules of `parallel.mesh`, and so is what the optimizer keeps in
-    the shape of a parameter; everything else is replicated.
+    Parameters, and optimizer arrays that have the name and shape of a parameter, are sharded by the
+    rules of `parallel.mesh`; everything else is replicated.
 
     Args:
       model: the model.
-      config: how it is trained.
+      config: the config of the train step.
       mesh: the devices.
       hparams: the names in `TrainState.hparams`.
 
@@ -159,7 +159,7 @@ def abstract_state(
     state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), own)
     shardings = parameter_shardings(mesh, model.shapes, model.axes)
 
-    def place(path: Any, leaf: Any) -> Any:  # arrays of the optimizer end in a parameter's name
+    def place(path: Any, leaf: Any) -> Any:  # paths in opt_state end in a parameter's name
         name = str(getattr(path[-1], "key", ""))
         like_param = name in model.shapes and model.shapes[name].shape == leaf.shape
         sharding = shardings[name] if like_param else replicated(mesh)
@@ -174,8 +174,8 @@ def make_train_step(
     """Returns the train step, a pure function (state, batch) → (state, sums).
 
     It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
-    With gradient accumulation the result differs by rounding and in the dropout masks. `sums` are
-    what `training.metrics` divides into the metrics of an interval.
+    With gradient accumulation the result differs by rounding and in the dropout masks.
+    `training.metrics.finalize` computes metrics from the accumulated `sums`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -220,11 +220,11 @@ def make_train_step(
 def skip_nonfinite(
     state: TrainState, new_state: TrainState, sums: Sums, max_skipped: int
 ) -> tuple[TrainState, Sums]:
-    """Returns `new_state`; or `state`, a step later, if the loss or a gradient is NaN or Inf.
+    """Returns `new_state`, or `state` at the next step if the loss or a gradient is NaN or Inf.
 
-    A skipped update adds to the sums `steps` and `skipped` alone. After more than `max_skipped` of
-    them the run has stopped: nothing changes any more, `stopped` counts the steps that pass, and
-    the state stays as it was before step `failed`, whenever the host looks at it.
+    A skipped update adds only to the sums `steps` and `skipped`. After more than `max_skipped` of
+    them the run has stopped: the state no longer changes, so the host finds it as it was before
+    step `failed`, and `stopped` counts the remaining steps.
     """
     stopped = state.skipped > max_skipped
     finite = jnp.isfinite(sums["train/objective"]) & jnp.isfinite(sums["train/gradient_norm"])
@@ -239,10 +239,10 @@ def skip_nonfinite(
 
 
 def accumulate(function: Callable[[Batch, Array], Any], num_parts: int) -> Callable:
-    """Returns (batch, key) → the sum of `function` over `num_parts` parts of the batch.
+    """Returns (batch, key) → the sum of `function` over `num_parts` microbatches.
 
-    Part i has every `num_parts`-th row from row i on, so that each device has its own rows of each
-    part, and its own key.
+    Microbatch i holds every `num_parts`-th row, starting at row i, so that each device computes on
+    its own rows; each microbatch has its own key.
     """
     if num_parts == 1:
         return function
@@ -261,7 +261,7 @@ def accumulate(function: Callable[[Batch, Array], Any], num_parts: int) -> Calla
 
 
 def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
-    """The exponential moving average of the parameters after an update; {} of {}.
+    """The exponential moving average of the parameters after an update; {} stays {}.
 
     ema · d + params · (1 - d) with d = min(decay, (1 + step) / (10 + step)), so that the random
     initial parameters are soon forgotten.
@@ -276,10 +276,10 @@ def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) 
 def make_train_steps(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
 ) -> Callable[[TrainState, Sums, Dataset | BatchWindow, Int[Array, ""]], tuple[TrainState, Sums]]:
-    """Returns n steps in one dispatch: (state, sums, data, n) → (state, sums).
+    """Returns the function (state, sums, data, n) → (state, sums), which takes n steps.
 
-    n is an argument of one compiled program, which therefore runs the same machine code for every
-    n: the result does not depend on how steps are divided among dispatches.
+    n is an argument of one compiled program, so every n runs the same machine code, and the result
+    does not depend on how the steps are divided into dispatches.
     """
 
     def train_steps(
