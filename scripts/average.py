@@ -1,8 +1,8 @@
 """Averages the last checkpoints of a run, as in "Attention Is All You Need", section 6.1.
 
-Writes a run of its own, to evaluate and to predict with; see `averaging.mean` for what is averaged.
-A run keeps its last `--config.keep_checkpoints` checkpoints. Its folder is only read; training
-cannot resume from the new one.
+Writes a new run for evaluation and prediction, from which training cannot resume; the folder of the
+averaged run is only read. `averaging.mean` says what is averaged. A run keeps its last
+`--config.keep_checkpoints` checkpoints.
 
 Usage:
     python scripts/average.py --workdir=runs/x [--last=5] [--into=runs/x_average]

@@ -1,7 +1,7 @@
-"""Benchmarks this library beside its peers in one run, and writes the page.
+"""Benchmarks this library against its peers in one run, and writes the page of results.
 
-`pip install -e '.[bench]'` installs the peers; one that is missing is skipped. Run it on an idle
-machine, because the threads of a busy one wait for each other.
+`pip install -e '.[bench]'` installs the peers; missing ones are skipped. Run it on an idle machine:
+on a busy one, threads wait for each other.
 
 Usage:
     python scripts/benchmark.py
@@ -96,7 +96,7 @@ def prepare(name: str) -> measure.Bench:
 
 
 def about(bench: measure.Bench, load: float) -> str:
-    """What a part was measured on and with, and who is missing."""
+    """Describes the machine, the software and the missing contenders of a measurement."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # it takes no GPU memory
     device = cpu_name() if DEVICE.value == "cpu" else subprocess.check_output(query, text=True)
     present = [CONTENDERS[each] for each in bench.contenders if not CONTENDERS[each].missing()]

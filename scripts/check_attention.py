@@ -1,8 +1,8 @@
-"""Compares the attention backends of this device with the equation in float32.
+"""Compares the attention backends of this device with the reference in float32.
 
-Outputs and gradients, for several numbers of key heads and each kind of mask: of `cudnn` on an
-NVIDIA GPU and of `splash` compiled for a TPU, which the tests cannot run. Exits with status 1 if a
-backend is wrong.
+Compares outputs and gradients, for several numbers of key heads and each kind of mask. This covers
+`cudnn` on an NVIDIA GPU and `splash` on a TPU, which the tests cannot run. Exits with status 1 if
+a backend is wrong.
 
 Usage:
     python scripts/check_attention.py [--backends=cudnn]

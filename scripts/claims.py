@@ -1,6 +1,6 @@
 """Tests the claims of "Attention Is All You Need" and writes a page with the results.
 
-The sweeps that the claims rest on are run, or resumed, where their runs are missing.
+Runs or resumes the sweeps that the claims rest on if they are not complete.
 
 Usage:
     python scripts/claims.py [--workdir=runs] [--jobs=4] [--only=causality,moments]

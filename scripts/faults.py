@@ -4,9 +4,9 @@
     python scripts/faults.py --full        # also the slow tests, for what the default suite misses
     python scripts/faults.py --only=cache  # faults whose name, or whose file, contains a word
 
-A fault is a text that occurs once in a file, its replacement, and the test files that should notice
-it. Each is applied to a copy of the tree, and caught if one of those tests fails there. The exit
-status is 1 if too few are caught, and 2 if a fault no longer applies.
+A fault is a text that occurs once in a file, its replacement, and the test files that should detect
+it. Each fault is applied to a copy of the tree, and is caught if one of its tests fails there. The
+exit status is 1 if too few are caught, and 2 if a fault no longer applies.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def fails(fault: Fault, marker: str) -> tuple[bool, str]:
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode in (1, 2):  # a test fails, or a test file cannot be imported
         return True, failed[0].split(" - ")[0] if failed else "collection"
-    if not 0 <= done.returncode <= 5:  # which are pytest's own
+    if not 0 <= done.returncode <= 5:  # not a status of pytest
         return True, "the test process ends"
     if done.returncode in (0, 5):  # 5: these files have no such tests
         return False, ""
@@ -83,7 +83,7 @@ def fails(fault: Fault, marker: str) -> tuple[bool, str]:
 
 
 def check(fault: Fault, full: bool) -> tuple[str, str, float]:
-    """The suite that catches a fault (default, full or NOT CAUGHT), the test, and the seconds."""
+    """Returns the suite that catches a fault (or NOT CAUGHT), the test, and the seconds taken."""
     began = time.monotonic()
     for suite, marker in (("default", "not slow"), ("full", "slow"))[: 1 + full]:
         caught, test = fails(fault, marker)

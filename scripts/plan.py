@@ -1,8 +1,8 @@
-"""Compiles the train step of a config for a topology, and estimates what a run would take there.
+"""Compiles the train step of a config for a topology, and estimates the cost of a run there.
 
-For each topology, or with --sweep for each mesh that divides it: memory of a device by kind and
-whether it fits; operations; bytes to memory and to other devices; the roofline estimate of a step,
-which is a lower bound; and what it means for the whole run.
+Prints, for each topology or with --sweep for each of its meshes: memory per device by kind, and
+whether it fits; operations; bytes sent to memory and to other devices; the roofline estimate of a
+step, a lower bound; and the resulting estimate for the run.
 
 TPU topologies need the TPU compiler (pip install -e '.[plan]') and no TPU; cpu:2x4 simulates eight
 CPUs and needs nothing.
@@ -37,7 +37,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    """Compiles, and prints."""
+    """Compiles and prints the plans."""
     names = TOPOLOGY.value or []
     cpus = [planning.device_count(name) for name in names if re.fullmatch(r"cpu:\d+(x\d+)*", name)]
     jax.config.update("jax_platforms", "cpu")
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def plans_for(name: str) -> list[Plan]:
-    """The plan for a topology; with --sweep, those of its meshes, ranked."""
+    """Returns the plan for a topology; with --sweep, those of its meshes, ranked."""
     topology = planning.open_topology(name)
     devices, config = len(topology.devices), CONFIG.value.copy_and_resolve_references()
     config.batch_size = ROWS.value * devices if ROWS.value else config.batch_size
@@ -78,7 +78,7 @@ def plans_for(name: str) -> list[Plan]:
 
 
 def show(plans: list[Plan]) -> None:
-    """A row per plan; of one alone also the memory by kind and the collectives."""
+    """Prints a row per plan; for a single plan also the memory by kind and the collectives."""
     if len(plans) == 1:
         details(plans[0])
     steps, runs = [], []
@@ -106,7 +106,7 @@ def show(plans: list[Plan]) -> None:
 
 
 def details(plan: Plan) -> None:
-    """Memory by kind, collectives and operations of one plan."""
+    """Prints the memory by kind, the collectives and the operations of one plan."""
     traffic = plan.traffic
     rows = [(kind, f"{size / 2**20:,.2f}") for kind, size in plan.memory.items()]
     table("memory of a device", ("kind", "MiB"), rows)

@@ -1,4 +1,4 @@
-"""Writes the outputs of a trained model for each line of standard input.
+"""Writes the outputs of a trained model for each line of its standard input.
 
 Usage:
     python scripts/predict.py --workdir=runs/x < in.txt > out.txt
@@ -61,11 +61,11 @@ cli.define_plugins_flag()
 
 @dataclass
 class Report:
-    """What standard error says about the lines, by their numbers.
+    """The report on standard error about problematic lines, by line number.
 
     invalid: lines that are not UTF-8.
     truncated: lines with an output that reached its length limit.
-    unknown: line → symbols that are not in the tokenizer's vocabulary.
+    unknown: line → the number of symbols that are not in the tokenizer's vocabulary.
     """
 
     invalid: list[int] = field(default_factory=list)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def read_lines(file: IO[bytes], invalid: list[int]) -> Iterator[str]:
-    """The lines of `file`; the numbers of those that are not UTF-8 are added to `invalid`."""
+    """Yields the lines of `file`; adds the numbers of those that are not UTF-8 to `invalid`."""
     for number, line in enumerate(file, 1):
         try:
             text = line.decode()
@@ -155,7 +155,7 @@ def write(
 
 
 def formatted(number: int, output: Output) -> str:
-    """A line of standard output."""
+    """Returns an output as a line of standard output."""
     if JSON.value:
         record = {"line": number, "score": output.score, "text": output.text}
         return json.dumps(record, ensure_ascii=False)

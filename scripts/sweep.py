@@ -1,7 +1,7 @@
 """Trains the variants of a sweep and writes a report with confidence intervals and verdicts.
 
-Programs that are done are skipped and interrupted ones resumed, so the same command can be given
-again. A program is a call of `train.py`; `--dry_run` prints them.
+A program is a call of `train.py`; `--dry_run` prints them. Repeating the command skips finished
+programs and resumes interrupted ones.
 
 Usage:
     python scripts/sweep.py --sweep=configs/ablations/norms.py --workdir=runs/norms --jobs=4
@@ -44,7 +44,7 @@ PUBLISH = flags.DEFINE_string("publish", None, "A folder for a copy of the repor
 
 
 def main() -> None:
-    """Plans, trains, reports."""
+    """Plans the programs, runs them and writes the report."""
     sweep = load_sweep(SWEEP.value)
     root = Path(WORKDIR.value or f"runs/{Path(SWEEP.value).stem}")
     programs = plan(sweep, REPLICAS.value)

@@ -36,7 +36,7 @@ def get_config():
 
 
 def comments(config: type) -> dict[str, str]:
-    """Returns field → comment of a dataclass, on the lines of the field or on those above it."""
+    """Returns the comment of each field of a dataclass, from its lines or the lines above it."""
     source = textwrap.dedent(inspect.getsource(config))
     lines = {
         token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
