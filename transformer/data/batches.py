@@ -20,7 +20,7 @@ from transformer.parallel.mesh import constrain
 
 
 class Batch(NamedTuple):
-    """What a train step reads; `transformer.__doc__` explains the fields.
+    """The input of a train step; `transformer.__doc__` explains the fields.
 
     Positions are None for unpacked rows, where a token's position is its index in the row.
     """

@@ -81,7 +81,7 @@ class Corpus:
         return {"dataset": self.name} | self.tokenizers.digests()
 
     def left_out(self) -> str:
-        """Which examples the dataset skipped: `train: 1 empty (line 3)`; empty if unknown."""
+        """Says which examples the dataset skipped: `train: 1 empty (line 3)`; empty if unknown."""
         summary = getattr(self.dataset.builder, "left_out", None)
         return summary() if summary else ""
 
@@ -181,7 +181,7 @@ def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
     for side, kind in tokenizer_kinds(config).items():
         try:
             made.append(TOKENIZERS[kind].read((folder / side).read_bytes()))
-        except Exception as error:  # SentencePiece has its own
+        except Exception as error:  # SentencePiece raises its own types
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder / side} is damaged ({reason}); train again") from error
     return Tokenizers(made[0], made[-1])

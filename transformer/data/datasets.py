@@ -17,7 +17,7 @@ from transformer.data.config import DataConfig
 from transformer.data.ragged import chunk_ranges
 from transformer.errors import UserError, check_choice, nearest
 
-CHUNK = 20_000  # examples in memory as text
+CHUNK = 20_000  # number of examples held in memory as text
 # Importing a module registers its builders with TFDS.
 BUILDER_MODULES = (
     "transformer.data.pronunciations",
@@ -248,7 +248,7 @@ def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
                 builder.download_and_prepare(file_format="array_record")
         except UserError:
             raise
-        except Exception as error:  # TFDS and array_record each have their own
+        except Exception as error:  # TFDS and array_record raise their own types
             builder = find()
             if not is_prepared(builder):  # nor by another process meanwhile
                 raise UserError(why_unprepared(builder, error)) from error
@@ -275,7 +275,7 @@ def is_prepared(builder: Any) -> bool:
 def why_unprepared(builder: Any, error: Exception) -> str:
     """Says why a dataset cannot be prepared, and what to do."""
     name, folder = builder.info.full_name, builder.data_dir
-    request = getattr(error, "request", None)  # of the package requests, which downloads
+    request = getattr(error, "request", None)  # an error of `requests`, which downloads
     if request is not None:
         return (
             f"cannot prepare {name}: {request.url} cannot be reached; check the network, or copy "
@@ -303,7 +303,7 @@ def damage_explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # of the disk
+            raise  # a disk error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"the dataset {what} is damaged: {reason}; delete its folder to prepare it again"

@@ -75,6 +75,6 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
                     yield f"{word} {k}", {"source": word, "target": target, "references": own}
 
     def left_out(self) -> str:
-        """How many words were left out."""
+        """Says how many words were left out."""
         count = cast(dict, self.info.metadata)["words_left_out"]
         return f"{count:,} words with other characters than letters and apostrophes" * (count > 0)

@@ -52,8 +52,8 @@ class StreamedDataset:
         self.num_steps, self.num_workers, self.mesh = num_steps, num_workers, mesh
         row_bytes = sum(rows.widths) * np.dtype(np.int32).itemsize
         self.window_steps = min(WINDOW_STEPS, max(1, WINDOW_BYTES // (batch_size * row_bytes)))
-        self.windows: Any = None  # the iterator
-        self.held: BatchWindow | None = None  # of the steps from `begin` to `end` - 1
+        self.windows: Any = None  # an iterator, once workers are started
+        self.held: BatchWindow | None = None  # holds the steps `begin` to `end` - 1
         self.begin = self.end = 0
         self.taken = self.waited = 0  # windows since the last `wait_share`
 

@@ -68,7 +68,7 @@ class BrokenLineError(Exception):
 
 @dataclass
 class Tally:
-    """Which lines of a split's files were skipped.
+    """The skipped lines of a split's files.
 
     lines: the number of lines read.
     left_out: reason → the number of skipped lines, and the first line numbers.
@@ -280,7 +280,7 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
             cast(dict, self.info.metadata)[split] = record
 
     def left_out(self) -> str:
-        """Which lines were skipped: `train: 1 empty (line 3); test: …`."""
+        """Says which lines were skipped: `train: 1 empty (line 3); test: …`."""
         records = cast(dict, self.info.metadata).items()
         tallies = {split: Tally(**record) for split, record in records}
         return "; ".join(f"{split}: {tally}" for split, tally in tallies.items() if tally.left_out)

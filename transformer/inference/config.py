@@ -32,7 +32,7 @@ class DecodingConfig:
     temperature: Annotated[float, Range(0, 1e6)] = 0.0  # divides the logits; 0: no sampling
     top_k: SizeOrZero = 0  # sample among the k most likely tokens; 0: all
     top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest, up to probability p
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of sampling
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for sampling
     # Number of tokens by which an output may exceed its source; None: the run's.
     decode_margin: Annotated[int | None, Range(0, 2**16)] = None
 

@@ -164,7 +164,7 @@ def attention(
         title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
     queries, keys = ([shortened(label, 20) for label in labels] for labels in (queries, keys))
     side = 0.7 + 0.19 * max(len(queries), len(keys))
-    letters = max(map(len, (*queries, *keys)))  # of the longest label
+    letters = max(map(len, (*queries, *keys)))  # in the longest label
     edge = 0.5 + 0.08 * letters  # inches to the left of the panels and below them
     wide, high = edge + side * heads + 1.2, edge + side * layers + 0.6
     figure = Figure(figsize=(wide, high))

@@ -59,7 +59,7 @@ def by_source_length(
 
 
 def targets_beyond(data: Dataset, margin: int) -> tuple[int, int]:
-    """How many targets are longer than outputs may be, and the margin that would suffice."""
+    """The number of targets longer than outputs may be, and the margin that would suffice."""
     source, target = ((np.asarray(side) != PAD).sum(1) for side in (data.source, data.target))
     return int((target - source > margin).sum()), int((target - source).max())
 

@@ -51,7 +51,7 @@ class Score(NamedTuple):
 
 
 class TextMetric(NamedTuple):
-    """How a metric is computed; `better` is 1 if more is better, -1 if less is."""
+    """A metric of decoded text; `better` is 1 if higher is better, -1 if lower is."""
 
     score: Callable[[Texts], Score]
     better: int = 1
@@ -85,7 +85,7 @@ def bleu(texts: Texts) -> Score:
 
 
 def bleu_warning(texts: Texts, metric: Any) -> str:
-    """Why BLEU with this tokenizer says little about these references; empty if it does not."""
+    """Says why BLEU with this tokenizer is not meaningful for these references, if so."""
     references, tokenizer = [text for own in texts.references for text in own], texts.bleu_tokenizer
     unspaced = sum(bool(UNSPACED.search(text)) for text in references)
     order = metric.max_ngram_order
@@ -180,7 +180,7 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
     row = place
     for k, unit in enumerate(first, 1):
         kept = np.append(k, np.minimum(row[1:] + 1, row[:-1] + (second != unit)))
-        # An insertion costs 1 for each place to the right of where it begins.
+        # k insertions in a row cost k.
         row = np.minimum.accumulate(kept - place) + place
     return int(row[-1])
 

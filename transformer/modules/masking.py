@@ -100,7 +100,7 @@ class Mask:
         return mask
 
     def attends(self) -> Bool[Array, "B T"]:
-        """Which queries may attend to any key: in self-attention, those that are not padding."""
+        """Whether each query may attend to any key; in self-attention, whether it is a token."""
         if self.causal or self.window is not None:
             return self.queries != 0
         return segment(self.queries, self.keys)[:, 0].any(-1)

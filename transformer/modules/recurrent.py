@@ -135,7 +135,7 @@ class Cache(NamedTuple):
         return len(self.attended) // len(self.mask)
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
-        """The cache whose hypotheses continue from these."""
+        """The cache in which hypothesis j continues hypothesis parents[:, j]."""
         first = jnp.arange(len(parents))[:, None] * self.hypotheses()
         rows = (first + parents).reshape(-1)
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))

@@ -98,12 +98,12 @@ class SealingHandler(ocp.StandardCheckpointHandler):
 
 @ocp.args.register_with_handler(SealingHandler, for_save=True)
 class Save(ocp.args.StandardSave):
-    """What `SealingHandler` saves."""
+    """Arguments of a save by `SealingHandler`."""
 
 
 @ocp.args.register_with_handler(SealingHandler, for_restore=True)
 class Restore(ocp.args.StandardRestore):
-    """What `SealingHandler` restores."""
+    """Arguments of a restore by `SealingHandler`."""
 
 
 class Checkpoints:
@@ -235,7 +235,7 @@ class Checkpoints:
             state: Any = self.manager.restore(step, args=Restore(target))
         except UserError:
             raise
-        except Exception as error:  # Orbax, TensorStore and JSON each have their own
+        except Exception as error:  # Orbax, TensorStore and JSON raise different types
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {folder} cannot be restored: {reason}") from error
         restored = by_name(state, wanted)[0]

@@ -22,8 +22,8 @@ from transformer.parallel import hosts
 from transformer.parallel.replicas import is_stopped, split_replicas
 from transformer.training.step import StepConfig, TrainState, make_train_step, stream
 
-REMEMBERED = 20  # intervals whose median loss a spike is compared with
-SPIKE = 2.0  # times the median
+REMEMBERED = 20  # number of intervals over which the median loss is taken
+SPIKE = 2.0  # a loss above this multiple of the median is a spike
 
 
 class NonfiniteError(Exception):

@@ -20,7 +20,7 @@ from transformer.parallel import hosts
 
 PARENT = "TRANSFORMER_PARENT"  # environment variable: id of the process whose end stops this one
 
-ONCE = 0.2  # seconds in which repeated signals, as from a scheduler, count as one
+ONCE = 0.2  # seconds within which repeated signals, as from a scheduler, count as one
 
 RESUME = 75  # exit status, EX_TEMPFAIL of BSD's sysexits.h: try again
 
@@ -88,7 +88,7 @@ class StopRequests:
             signal.signal(each, handler)
         if self.before:
             signal.set_wakeup_fd(self.old_descriptor)
-            self.write.close()  # which ends the thread
+            self.write.close()  # ends the thread
 
     def listen(self, noticed: frozenset[signal.Signals]) -> None:
         """Reads the numbers of signals as they arrive."""

@@ -222,7 +222,7 @@ class DispatchSize:
     interval is logged.
     """
 
-    seconds = 1.0  # of a dispatch
+    seconds = 1.0  # the target time of a dispatch
 
     def __init__(self):
         self.steps = self.wanted = 1

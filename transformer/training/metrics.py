@@ -225,7 +225,7 @@ class Events:
         from tensorboardX import RecordWriter
         from tensorboardX.proto import event_pb2
 
-        self.proto: Any = event_pb2  # a type checker does not see its classes
+        self.proto: Any = event_pb2  # its classes are invisible to a type checker
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self.file, self.flushed = RecordWriter(str(folder / name)), time.monotonic()

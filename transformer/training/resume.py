@@ -47,8 +47,8 @@ def report_jump(state: TrainState, old: Sequence[StepConfig], new: Sequence[Step
 
     Args:
       state: the restored state.
-      old: of each replica, from the saved config.
-      new: of each replica, from the new config.
+      old: the step config of each replica, from the saved config.
+      new: the step config of each replica, from the new config.
     """
     updates = np.atleast_1d(hosts.fetch(state.step - state.skipped))
     for k, (done, *step_configs) in enumerate(zip(updates, old, new, strict=True)):
