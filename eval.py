@@ -27,7 +27,7 @@ from transformer.errors import UserError
 from transformer.inference import evaluation, plots, results
 from transformer.inference.config import DecodingConfig
 from transformer.inference.decoding import Hypotheses
-from transformer.inference.text_metrics import Texts, score_texts
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts
 from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh
@@ -43,7 +43,7 @@ DATA = flags.DEFINE_string(
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 OUT = flags.DEFINE_string("out", None, "The folder of the results; default the run's.")
-BLEU_TOKENIZER = flags.DEFINE_string("bleu_tokenizer", None, "sacrebleu's; default the run's.")
+BLEU_TOKENIZER = flags.DEFINE_enum("bleu_tokenizer", None, BLEU_TOKENIZERS, "Default the run's.")
 cli.define_decoding_flags()
 cli.define_plugins_flag()
 cli.define_host_flags()

@@ -68,7 +68,7 @@ def get_config():
     config.model.d_ff = 256  # F, feed-forward width; gated kinds use 2/3 of it
     config.model.feed_forward = "relu"  # modules/layers.py
     config.model.cell = "lstm"  # for architecture=recurrent; modules/recurrent.py
-    config.model.kernel_init = "glorot_uniform"  # modules/layers.py
+    config.model.kernel_init = "glorot_uniform"  # modules/linear.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights
     config.model.norm = "layer"  # NORMS in modules/normalization.py

@@ -61,7 +61,7 @@ def main() -> None:
         DATA_DIR.value,
         jobs=JOBS.value,
         cluster=CLUSTER.value,
-        parameters=dict(map(runner.parameter, PARAMETERS.value)),
+        parameters=dict(map(cli.cluster_parameter, PARAMETERS.value)),
     )
     command = shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]])
     path = report.write_report(sweep, programs, failures, root, command)

@@ -385,7 +385,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config = default_config()
     config.unlock()
     config.model.nrm = "rms"
-    with pytest.raises(UserError, match=r"model.nrm is not a knob \(did you mean norm\?\)"):
+    with pytest.raises(UserError, match=r"model.nrm: unknown option \(did you mean model.norm\?\)"):
         RunConfig.from_config_dict(config)
     del config.model.nrm, config.mesh.fsdp
     assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default

@@ -1,6 +1,7 @@
 """Our modules in anyone's Flax code: Flax's own modules are the oracles, its tools work on ours."""
 
 import inspect
+import itertools
 
 import flax
 import jax
@@ -275,6 +276,7 @@ def test_a_transformer_is_a_module_with_partition_specs():
 
 
 def test_every_public_module_can_be_imported_from_the_package():
+    assert set(dir(transformer)) == {"load", *itertools.chain(*transformer.PUBLIC.values())}
     for names in transformer.PUBLIC.values():
         for name in names:
             assert getattr(transformer, name).__name__ == name

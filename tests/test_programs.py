@@ -242,7 +242,7 @@ def test_the_programs_themselves_say_no_more_than_a_line(tmp_path, data_dir):
         ("--config is missing", ("train.py",), {}),
         ("no device for JAX_PLATFORMS=cuda", tiny, {"JAX_PLATFORMS": "cuda"}),
         ("holds no run", ("eval.py", f"--workdir={tmp_path / 'nothing'}"), {}),
-        ("--workdir is missing; set --workdir=…: The folder", ("eval.py",), {}),
+        ("--workdir is missing; set --workdir=…: The run's folder", ("eval.py",), {}),
     ):
         assert re.search(message, complaint(*words, **environment))
     assert {"--workdir:", "--beam_size:"} <= set(finish(start("eval.py", "--help")).split())

@@ -70,6 +70,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
     with jax.numpy_dtype_promotion("standard"):
         run = Run(RunConfig.from_config_dict(config), workdir.path, data_dir=data_dir)
         run.train()
+    assert run.restore("latest") is not run.state  # which a checkpoint read later does not replace
     assert run.state.taken() == 220
     results = json.loads(workdir.results.read_text())["replicas"]
     for found, wanted in zip(results, expected["resumed"], strict=True):
@@ -83,6 +84,9 @@ def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_
     assert not differences(saved_config(saved), default_config())
     saved["model"]["nrom"] = "rms"
     with pytest.raises(UserError, match=r"knob model\.nrom, which .* mean model\.norm\?"):
+        saved_config(saved)
+    saved["model"] = {"num_heads": None}
+    with pytest.raises(ValueError, match=r"model\.num_heads is null"):
         saved_config(saved)
 
 

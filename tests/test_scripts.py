@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -68,3 +70,12 @@ def test_a_silenced_head_is_the_one_that_is_meant():
         assert changed == {f"{where}/layers/{i}/{which}_attention/out/kernel" for i in range(2)}
         assert all((silent[name][0] == variables[name][0]).all() for name in changed)
         assert not any(silent[name][1].any() for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(Path("scripts").rglob("*.py")), ids=str)
+def test_a_script_finds_what_it_imports(path):
+    """Started as a user does: the tests' own path has scripts/ in it."""
+    if "flags.DEFINE" in path.read_text():
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+        assert "Error" not in done.stderr, done.stderr

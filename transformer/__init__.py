@@ -31,6 +31,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformer.config import RunConfig
+    from transformer.errors import UserError
+    from transformer.inference.config import DecodingConfig
     from transformer.inference.generation import Generator
     from transformer.modules.attention import MultiHeadAttention
     from transformer.modules.config import ModelConfig
@@ -48,6 +51,9 @@ __version__ = "0.2.0"
 # Where the public names are; imported when asked for, since JAX takes seconds.
 PUBLIC = {
     "run": ("Run",),
+    "config": ("RunConfig",),
+    "errors": ("UserError",),
+    "inference.config": ("DecodingConfig",),
     "modules.attention": ("MultiHeadAttention",),
     "modules.config": ("ModelConfig",),
     "modules.dropout": ("Dropout",),
@@ -58,6 +64,10 @@ PUBLIC = {
     "modules.stacks": ("Decoder", "Encoder"),
     "modules.transformer": ("Transformer",),
 }
+
+
+def __dir__() -> list[str]:
+    return ["load", *(name for names in PUBLIC.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:

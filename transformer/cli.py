@@ -297,3 +297,11 @@ def knob_type(config: ConfigDict, name: str) -> type:
     """Returns the type of a knob, also of a placeholder."""
     *sections, knob = name.split(".")
     return functools.reduce(getattr, sections, config).get_type(knob)
+
+
+def cluster_parameter(text: str) -> tuple[str, int | str]:
+    """`timeout_min=60` → ("timeout_min", 60)"""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--cluster_parameters: {text!r} is not of the form name=value")
+    return name, int(value) if value.isdigit() else value

@@ -185,7 +185,8 @@ def build(section: type[Section], values: Mapping[str, Any], prefix: str) -> Sec
     known = [knob.name for knob in fields(section)]  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
-            raise UserError(f"{prefix}{name} is not a knob{nearest(name, known)}")
+            names = [prefix + other for other in known]
+            raise UserError(f"{prefix}{name}: unknown option{nearest(prefix + name, names)}")
     return section(**values)
 
 
@@ -238,6 +239,8 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
                 f"the run has the knob {name}, which this version does not know"
                 f"{nearest(name, known)}; use the version that the run was saved by"
             )
+        if knobs[name] is None and known[name] is not None:
+            raise ValueError(f"{name} is null")
     config.update_from_flattened_dict(renamed.BEFORE | knobs)
     return config
 

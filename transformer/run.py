@@ -16,7 +16,7 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
 from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unpacked_rows
 from transformer.data.streaming import StreamedDataset
-from transformer.errors import UserError, within
+from transformer.errors import UserError, choose, within
 from transformer.inference import evaluation
 from transformer.inference.config import DecodingConfig
 from transformer.inference.decoding import Hypotheses
@@ -318,8 +318,7 @@ class Run:
         """
         directory, best = self.workdir.checkpoints, self.config.best_metric
         with Checkpoints(directory, None, best) as checkpoints:
-            self.state = checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
-        return self.state
+            return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
     def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
         """The trained model as a text generator, on the run's mesh.
@@ -349,7 +348,7 @@ class Run:
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
 
-        Evaluates the newest state in memory, otherwise the latest checkpoint.
+        Evaluates the last state of `train`, otherwise the latest checkpoint.
         """
         return mean_over_replicas(self.evaluate_replicas(split))
 
@@ -363,10 +362,10 @@ class Run:
 
         Args:
           split: `validation` or `test`.
-          state: a state on the mesh; None: the newest in memory, else the latest checkpoint.
+          state: a state on the mesh; None: the last of `train`, else the latest checkpoint.
           between: called before each batch; an exception ends the evaluation.
         """
-        config, data = self.config, self.data[split]
+        config, data = self.config, choose(self.data, split, "split")
         state = state or self.state or self.restore()
         with jax.set_mesh(self.mesh):
             totals = evaluation.score_in_batches(

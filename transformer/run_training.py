@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list[dict[str, Any]]:
     """See `Run.train`."""
     with StopRequests(exits) as requests:
+        run.state = None  # until the last step: `Run.evaluate` then restores the latest
         claim(run, allow_changes)
         run.check()
         facts(describe(run))

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from lab.sweeps.runner import ROOT, parameter
 
 from transformer import cli
 from transformer.console import facts
 from transformer.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 NODES = flags.DEFINE_integer("nodes", 1, "Number of nodes.", lower_bound=1)
 TASKS = flags.DEFINE_integer("tasks_per_node", 1, "Processes per node; one per GPU.", lower_bound=1)
 PARAMETERS = flags.DEFINE_list(
@@ -61,7 +61,7 @@ def main() -> None:
         "nodes": NODES.value,
         "tasks_per_node": TASKS.value,
         "slurm_additional_parameters": {"requeue": True},
-        **dict(map(parameter, PARAMETERS.value)),
+        **dict(map(cli.cluster_parameter, PARAMETERS.value)),
     }
     if DRY_RUN.value:
         print("\n".join(f"{name}={value}" for name, value in parameters.items()))

@@ -48,11 +48,6 @@ class RaggedArray:
         return cls.from_lengths(tokens[real], real.sum(1))
 
     @classmethod
-    def from_files(cls, values: Path, offsets: Path) -> "RaggedArray":
-        """Memory-mapped files of int32 and int64; only what is accessed is read."""
-        return cls(np.memmap(values, np.int32, "r"), np.memmap(offsets, np.int64, "r"))
-
-    @classmethod
     def concatenate(cls, parts: Iterable["RaggedArray"]) -> "RaggedArray":
         """The rows of all parts."""
         parts = list(parts)
@@ -62,7 +57,7 @@ class RaggedArray:
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         """Pickles memory-mapped files by name: worker processes map them again."""
         if isinstance(self.values, np.memmap) and isinstance(self.offsets, np.memmap):
-            return RaggedArray.from_files, (self.values.filename, self.offsets.filename)
+            return map_files, (self.values.filename, self.offsets.filename)
         return RaggedArray, (self.values, self.offsets)
 
     def __len__(self) -> int:
@@ -91,6 +86,11 @@ class RaggedArray:
         return RaggedArray(self.values, self.offsets[np.concatenate([[0], np.cumsum(counts)])])
 
 
+def map_files(values: Path, offsets: Path) -> RaggedArray:
+    """Memory-mapped files of int32 and int64; only what is accessed is read."""
+    return RaggedArray(np.memmap(values, np.int32, "r"), np.memmap(offsets, np.int64, "r"))
+
+
 class TokenPairs(NamedTuple):
     """Tokenized sources and their targets in the same order; each sequence ends with EOS."""
 
@@ -110,7 +110,7 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
     """
     if folder.is_dir():
         if is_intact(folder):
-            return TokenPairs(*(RaggedArray.from_files(*side) for side in pair_files(folder)))
+            return TokenPairs(*(map_files(*side) for side in pair_files(folder)))
         print(f"{folder} is damaged and is written again")
         shutil.rmtree(folder, ignore_errors=True)
     fresh = temporary(folder)
@@ -118,7 +118,7 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
         write_pairs(fresh, tokenize())
         with contextlib.suppress(OSError):  # another process has finished first
             fresh.rename(folder)
-        return TokenPairs(*(RaggedArray.from_files(*side) for side in pair_files(folder)))
+        return TokenPairs(*(map_files(*side) for side in pair_files(folder)))
     except OSError:
         return TokenPairs(*map(RaggedArray.concatenate, zip(*tokenize(), strict=True)))
     finally:

@@ -48,7 +48,7 @@ class ModelConfig:
     d_ff: Size = 256  # F, feed-forward width; gated kinds use 2/3 of it
     feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # modules/layers.py
     cell: Annotated[str, Choice(CELLS)] = "lstm"  # for architecture=recurrent; modules/recurrent.py
-    kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/layers.py
+    kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/linear.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
     norm: Annotated[str, Choice(NORMS)] = "layer"  # NORMS in modules/normalization.py

@@ -189,13 +189,13 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, if any."""
         return self.manager.latest_step()
 
-    def find(self, which: str) -> int:
+    def find(self, which: str | int) -> int:
         """Returns the step that `latest`, `best` or a number names.
 
         Raises:
           UserError: there is no such checkpoint.
         """
-        steps = self.steps()
+        which, steps = str(which), self.steps()
         if not steps:
             raise UserError(
                 f"{self.directory} holds no finished checkpoint; "

@@ -142,7 +142,10 @@ def through_submitit(
 ) -> Iterator[list[Any]]:
     """A submitit job for each call; the jobs outlive this process."""
     with needs("cluster"):
+        import cloudpickle  # pyright: ignore[reportMissingImports]
         import submitit  # pyright: ignore[reportMissingImports]  # an extra
+    # A job's process does not have scripts/ on its path, and could not import this module.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         executor = submitit.AutoExecutor(folder=root / "submitit", cluster=cluster)
         executor.update_parameters(name=root.name, **parameters)
@@ -152,14 +155,6 @@ def through_submitit(
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--cluster={cluster}: {reason}") from error
     yield jobs
-
-
-def parameter(text: str) -> tuple[str, int | str]:
-    """`timeout_min=60` → ("timeout_min", 60)"""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--cluster_parameters: {text!r} is not of the form name=value")
-    return name, int(value) if value.isdigit() else value
 
 
 def watch(programs: Sequence[Program], futures: Sequence[Any]) -> dict[str, str]:
