@@ -51,6 +51,25 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def reason(error: BaseException) -> str:
+    """The message of an exception on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds, by default of any, into a UserError.
+
+    `{reason}` in the message becomes that of the exception. A UserError passes unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or Exception as error:
+        raise UserError(message.replace("{reason}", reason(error))) from error
+
+
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Raises a UserError for a package that is imported inside and not installed.
