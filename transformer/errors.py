@@ -64,9 +64,9 @@ def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
-    except kinds or Exception as error:
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
+            raise
         raise UserError(message.replace("{reason}", reason(error))) from error
 
 
