@@ -84,7 +84,6 @@ def get_config():
     config.model.attention_bias = False  # on the four projections of attention
     config.model.normalize_qk = False  # RMS norm of queries and keys, per head
     config.model.qk_norm_epsilon = None  # for normalize_qk; None: norm_epsilon
-    config.model.fused_qkv = False  # one product for queries, keys and values
     config.model.attention_backend = "einsum"  # modules/dot_product_attention.py
     config.model.scan_layers = False  # scan over the layers, which compiles one for all
     config.model.remat = "none"  # what the backward pass recomputes

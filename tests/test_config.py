@@ -65,7 +65,7 @@ OTHER = {
     **of("model.", kernel_init="normal", dropout_rate=0.1, attention_dropout_rate=0.1, norm="rms"),
     **of("model.", norm_placement="post", norm_epsilon=1e-2, position_encoding="learned"),
     **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings=False),
-    **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2, fused_qkv=True),
+    **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2),
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
     **of("model.", separate_vocabularies=False),
     **{"plugins": ("tests.helpers",)},

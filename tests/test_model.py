@@ -49,7 +49,6 @@ OTHERS = [
     {"d_k": 3, "d_v": 5},
     {"num_heads": 4, "num_kv_heads": 2},
     {"window": 2},
-    {"fused_qkv": True, "attention_bias": True},
     {"num_layers": 2, "scan_layers": True, "remat": "full"},
     {"random_positions": 64, "position_encoding": "relative"},
     *({"architecture": "recurrent", "cell": name} for name in CELLS),
@@ -85,12 +84,7 @@ def test_every_variant_keeps_the_contract(changes):
 
 LOW: list = [
     {"attention_bias": True, "normalize_qk": True, "norm": "rms"},
-    {
-        "fused_qkv": True,
-        "attention_bias": True,
-        "position_encoding": "learned",
-        "feed_forward": "swiglu",
-    },
+    {"position_encoding": "learned", "feed_forward": "swiglu"},
     {"tie_embeddings": False, "position_encoding": "relative", "norm": "batch"},
     {"architecture": "recurrent"},
 ]

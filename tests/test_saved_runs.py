@@ -80,7 +80,7 @@ def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
 def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_is_named():
     saved = default_config().to_dict()
     del saved["model"]["norm"], saved["best_metric"], saved["optimizer"]
-    saved["steps_per_call"] = 7  # which is no more
+    saved["steps_per_call"], saved["model"]["fused_qkv"] = 7, True  # which are no more
     assert not differences(saved_config(saved), default_config())
     saved["model"]["nrom"] = "rms"
     with pytest.raises(UserError, match=r"knob model\.nrom, which .* mean model\.norm\?"):

@@ -31,7 +31,7 @@ KNOBS = {
 }
 
 # Knobs that are no more.
-REMOVED = {"steps_per_call"}
+REMOVED = {"steps_per_call", "model.fused_qkv"}
 
 # What runs did before a knob existed, if that is not its default.
 BEFORE: dict[str, Any] = {

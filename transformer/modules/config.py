@@ -63,7 +63,6 @@ class ModelConfig:
     attention_bias: bool = False  # on the four projections of attention
     normalize_qk: bool = False  # RMS norm of queries and keys, per head
     qk_norm_epsilon: Epsilon | None = None  # for normalize_qk; None: norm_epsilon
-    fused_qkv: bool = False  # one product for queries, keys and values
     attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = (
         "einsum"  # modules/dot_product_attention.py
     )

@@ -288,7 +288,6 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
         "use_bias": config.attention_bias,
         "normalize_qk": config.normalize_qk,
         "qk_norm": partial(RMSNorm, epsilon=qk_epsilon),
-        "fused_qkv": config.fused_qkv,
         "backend": config.attention_backend,
     }
 
