@@ -237,21 +237,10 @@ def test_qk_norm_has_scales_of_its_own_and_comes_before_positions(rng):
         y = jnp.einsum("btd,dnh->bnth", x, getattr(attention, name).kernel[...])
         return y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)) * scales[name] @ turn
 
-    query, key_value = attention.project(x, x, x, lambda y: y @ turn)
+    query = attention.project_query(x, lambda y: y @ turn)
+    key, _ = attention.project_kv(x, rotate=lambda y: y @ turn)
     np.testing.assert_allclose(query, by_hand("query"), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(key_value.key, by_hand("key"), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("changes", [{"value_width": 5}, {"value_width": 3, "use_bias": True}])
-def test_fused_projections_are_the_projections(changes, rng):
-    """One product where the matrices are alike, two where values are wider than keys."""
-    x = normal(rng, B, T, 8)
-    apart, fused = (make_attention(fused_qkv=fused, **changes) for fused in (False, True))
-    pair = (jax.tree.leaves(each.project(x, x, x)) for each in (apart, fused))
-    for one, other in zip(*pair, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    counts = [products(lambda x, each=each: each.project(x, x, x), x) for each in (apart, fused)]
-    assert counts == [3, 3 if changes["value_width"] == 5 else 1]
+    np.testing.assert_allclose(key, by_hand("key"), rtol=1e-4, atol=1e-5)
 
 
 def packed(length):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.modules.attention import KeyValue, MultiHeadAttention, Rotate
 from transformer.modules.dropout import CallRngs, Dropout
-from transformer.modules.linear import Initializer, Linear, axis_names, lecun_normal
+from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes
 from transformer.modules.normalization import NORMS, BatchNorm
 from transformer.parallel.mesh import constrain
 
@@ -60,19 +60,10 @@ class FeedForward(nnx.Module):
         self.activation, gated = FEED_FORWARDS[activation]
         hidden = max(8, round(d_ff * 2 / 3 / 8) * 8) if gated else d_ff
         linear = partial(Linear, kernel_init=kernel_init, rngs=rngs, **options)
-        expand = partial(
-            linear,
-            *(d_model, hidden),
-            kernel_metadata=axis_names("embed", "mlp"),
-            bias_metadata=axis_names("mlp"),
-        )
+        expand = partial(linear, d_model, hidden, **linear_axes("embed", "mlp"))
         self.expand = expand()
         self.gate = expand() if gated else nnx.data(None)
-        self.contract = linear(
-            *(hidden, d_model),
-            kernel_metadata=axis_names("mlp", "embed"),
-            bias_metadata=axis_names("norm"),
-        )
+        self.contract = linear(hidden, d_model, **linear_axes("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         hidden = self.activation(self.expand(x))
@@ -308,8 +299,8 @@ class DecoderLayer(Layer):
 
         def attend(h: Array) -> Array:
             nonlocal cache
-            query, new = self.self_attention.project(h, h, h, rotate)
-            cache = cache.write(new, index)
+            query = self.self_attention.project_query(h, rotate)
+            cache = cache.write(self.self_attention.project_kv(h, rotate=rotate), index)
             return self.self_attention.attend(query, cache, deterministic=True, **attention)
 
         def attend_memory(h: Array) -> Array:

@@ -1,8 +1,7 @@
 """Linear transformations and embeddings, with `nnx`'s arguments and parameter layouts."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ Initializer = Callable[..., Any]
 
 lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
-default_embed_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+embed_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 # Initializers of the matrices of attention and feed-forward.
 INITIALIZERS: dict[str, Initializer] = {
@@ -36,18 +35,21 @@ def axis_names(*names: str) -> dict[str, Any]:
     return {"out_sharding": names, "eager_sharding": False}
 
 
+def linear_axes(*names: str) -> dict[str, Any]:
+    """The metadata arguments of a `Linear` whose kernel has these axes from or to "embed"."""
+    bias = ("norm",) if names[-1] == "embed" else names[1:]
+    return {"kernel_metadata": axis_names(*names), "bias_metadata": axis_names(*bias)}
+
+
 def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
     """`dtype`, or if it is None the type that the arrays promote to, as in Flax."""
-    if dtype is not None:
-        return dtype
-    return jnp.result_type(*(each for each in arrays if each is not None))
+    return dtype or jnp.result_type(*(each for each in arrays if each is not None))
 
 
-class Linear(nnx.Module):
+class Linear(nnx.LinearGeneral):
     """x W + b over the last axis, or over several axes at once, as `nnx.Linear(General)`.
 
-    The gradient of the bias is summed in the dtype of the bias, not in that of the computation:
-    bfloat16 cannot count above 256.
+    The gradient of b is summed in the dtype of b: bfloat16 cannot count above 256.
 
     Args:
       in_features: size of the input's last axis, or of its last axes.
@@ -73,43 +75,26 @@ class Linear(nnx.Module):
         kernel_init: Initializer = lecun_normal,
         bias_init: Initializer = zeros,
         rngs: nnx.Rngs,
-        kernel_metadata: dict[str, Any] | None = None,
-        bias_metadata: dict[str, Any] | None = None,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        self.in_features = (in_features,) if isinstance(in_features, int) else tuple(in_features)
-        self.out_features = (
-            (out_features,) if isinstance(out_features, int) else tuple(out_features)
-        )
-        self.use_bias = use_bias
-        self.dtype = dtype
-        inputs, outputs = math.prod(self.in_features), math.prod(self.out_features)
-        kernel = kernel_init(rngs.params(), (inputs, outputs), param_dtype)
-        kernel = reshaped(kernel, (*self.in_features, *self.out_features))
-        self.kernel = nnx.Param(kernel, **(kernel_metadata or {}))
-        self.bias: nnx.Param[Array] | None = nnx.data(None)
-        if use_bias:
-            bias = reshaped(bias_init(rngs.params(), (outputs,), param_dtype), self.out_features)
-            self.bias = nnx.Param(bias, **(bias_metadata or {}))
+        axes = 1 if isinstance(in_features, int) else len(in_features)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options |= {"use_bias": use_bias, "kernel_init": kernel_init, "bias_init": bias_init}
+        options |= {"kernel_metadata": kernel_metadata, "bias_metadata": bias_metadata}
+        super().__init__(in_features, out_features, axis=range(-axes, 0), **options)
 
-    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, inputs: Float[Array, "..."], out_sharding: Any = None
+    ) -> Float[Array, "..."]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         dtype = compute_dtype(self.dtype, inputs, kernel, bias)
-        product = jnp.tensordot(
-            inputs.astype(dtype), kernel.astype(dtype), axes=len(self.in_features)
-        )
-        return product if bias is None else add_bias(product, bias)
-
-
-def reshaped(value: Any, shape: tuple[int, ...]) -> Any:
-    """Reshapes an initial value, keeping the metadata that `nnx.with_partitioning` adds to it."""
-    if isinstance(value, nnx.VariableMetadata):
-        return dataclasses.replace(value, raw_value=value.raw_value.reshape(shape))
-    return value.reshape(shape)
-
-
-def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x + bias. The cast follows the broadcast, so the gradient is summed in the bias's dtype."""
-    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+        options = {"axes": len(self.in_features), "out_sharding": out_sharding}
+        product = jnp.tensordot(inputs.astype(dtype), kernel.astype(dtype), **options)
+        if bias is None:
+            return product
+        # Cast after the broadcast: the gradient is summed in the bias's dtype.
+        return product + jnp.broadcast_to(bias, product.shape).astype(dtype)
 
 
 class Embed(nnx.Module):
@@ -133,7 +118,7 @@ class Embed(nnx.Module):
         *,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        embedding_init: Initializer = default_embed_init,
+        embedding_init: Initializer = embed_init,
         rngs: nnx.Rngs,
     ):
         self.num_embeddings, self.features = num_embeddings, features
@@ -152,12 +137,9 @@ class Embed(nnx.Module):
         self, query: Float[Array, "*B D"], *, preferred_element_type: Any = None
     ) -> Float[Array, "*B V"]:
         """query Eᵀ in `dtype`; `preferred_element_type` sets the dtype of the sum and result."""
-        return jnp.einsum(
-            "...D,VD->...V",
-            query.astype(self.dtype),
-            self.embedding[...].astype(self.dtype),
-            preferred_element_type=preferred_element_type,
-        )
+        query, table = query.astype(self.dtype), self.embedding[...].astype(self.dtype)
+        dtype = {"preferred_element_type": preferred_element_type}
+        return jnp.einsum("...D,VD->...V", query, table, **dtype)
 
 
 def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Embed:
@@ -168,8 +150,7 @@ def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Emb
 
 def embed_scaled(embedding: Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The token embeddings times √D. (Vaswani et al. 2017, section 3.4.)"""
-    x = embedding(tokens) * embedding.features**0.5
-    return constrain(x, "batch", "length", "width")
+    return constrain(embedding(tokens) * embedding.features**0.5, "batch", "length", "width")
 
 
 def logits_of(embedding: Embed, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -20,8 +20,8 @@ from transformer.modules.linear import (
     INITIALIZERS,
     Embed,
     Linear,
-    axis_names,
     embed_scaled,
+    linear_axes,
     logits_of,
     scaled_embedding,
 )
@@ -42,11 +42,8 @@ class Cell(nnx.Module):
     arrays = 1  # in the state
 
     def __init__(self, in_features: int, width: int, *, dtype: Any = None, rngs: nnx.Rngs):
-        metadata = {
-            "kernel_metadata": axis_names("embed", "mlp"),
-            "bias_metadata": axis_names("mlp"),
-        }
-        linear = partial(Linear, out_features=self.gates * width, dtype=dtype, **metadata)
+        linear = partial(Linear, out_features=self.gates * width, dtype=dtype)
+        linear = partial(linear, **linear_axes("embed", "mlp"))
         glorot, orthogonal = INITIALIZERS["glorot_uniform"], nnx.initializers.orthogonal()
         self.width, self.dtype = width, dtype
         self.input = linear(in_features, kernel_init=glorot, rngs=rngs)
@@ -191,8 +188,7 @@ class Recurrent(nnx.Module):
                 inputs,
                 d_model,
                 kernel_init=init,
-                kernel_metadata=axis_names("mlp", "embed"),
-                bias_metadata=axis_names("norm"),
+                **linear_axes("mlp", "embed"),
                 dtype=dtype,
                 rngs=rngs,
             )

@@ -62,7 +62,7 @@ def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...
 
     def projections(state: Any, x: Any) -> Any:
         module = nnx.merge(structure, state)
-        query, (key, value) = module.project(x, x, x)
+        query, (key, value) = module.project_query(x), module.project_kv(x)
         # The output projection reads the values in place of what the core would give.
         return query, key, module.out(value.swapaxes(1, 2))
 
