@@ -23,7 +23,7 @@ from lab.benchmark.worker import ContenderError
 
 from transformer import cli
 from transformer.console import console, facts, table
-from transformer.errors import UserError, choose
+from transformer.errors import UserError, check_choice, explained
 from transformer.parallel.devices import cpu_cores, cpu_name
 from transformer.workdir import commit, versions
 
@@ -47,7 +47,7 @@ def main() -> None:
     known_sizes = task.SIZES[DEVICE.value]
     for flag, known in ((WHAT, measure.PARTS), (ONLY, CONTENDERS), (SIZES, known_sizes)):
         for name in flag.value:
-            choose(known, name, f"--{flag.name}")
+            check_choice(known, name, f"--{flag.name}")
     if OURS not in ONLY.value:
         raise UserError(f"--contenders: it must include {OURS}, which the ratios are taken with")
     output = Path(OUTPUT.value)
@@ -59,40 +59,29 @@ def main() -> None:
                 console.print(f"{name} on a {DEVICE.value} is too large for {part}")
                 continue
             console.print(f"{name}: {part}")
-            load = os.getloadavg()[0]
-            try:
+            load, log = os.getloadavg()[0], bench.setting.folder / f"{OURS}.log"
+            with explained(f"{OURS} failed in {part}: {{reason}}; see {log}", ContenderError):
                 tables, found = measure.PARTS[part](bench)
-            except ContenderError as error:
-                log = bench.setting.folder / f"{OURS}.log"
-                raise UserError(f"{OURS} failed in {part} of {name}: {error}; see {log}") from error
             for each in tables:
                 table(each["title"], each["columns"], each["rows"])
             own = {"tables": tables, "about": about(bench, load), "rounds": found}
-            page.store(output, name, part, own)
-            page.write(output)
+            page.write(output, name, part, own)
     if output.exists():
         facts({"page": str(output)})
 
 
 def prepare(name: str) -> measure.Bench:
     """Draws the strings of a size, and finds the contenders that are installed."""
-    size = task.SIZES[DEVICE.value][name]
-    folder = Path(WORKDIR.value, f"{name}_{DEVICE.value}")
+    size, folder = task.SIZES[DEVICE.value][name], Path(WORKDIR.value, f"{name}_{DEVICE.value}")
     task.save(size, folder)
-    missing = {each: ", ".join(CONTENDERS[each].missing()) for each in ONLY.value}
-    failures = {each: f"{packages} not installed" for each, packages in missing.items() if packages}
-    for each, why in failures.items():
-        console.print(f"{CONTENDERS[each].title} is skipped: {why}")
-    return measure.Bench(
-        size=name,
-        setting=Setting(size, folder, DEVICE.value, THREADS.value),
-        contenders=ONLY.value,
-        rounds=ROUNDS.value,
-        seeds=SEEDS.value,
-        target=TARGET.value,
-        limit=LIMIT.value,
-        failures=failures,
-    )
+    setting = Setting(size, folder, DEVICE.value, THREADS.value)
+    often = ROUNDS.value, SEEDS.value, TARGET.value, LIMIT.value
+    bench = measure.Bench(name, setting, ONLY.value, *often)
+    for each in ONLY.value:
+        if missing := CONTENDERS[each].missing():
+            bench.failures[each] = f"{', '.join(missing)} not installed"
+            console.print(f"{CONTENDERS[each].title} is skipped: {bench.failures[each]}")
+    return bench
 
 
 def about(bench: measure.Bench, load: float) -> str:
@@ -100,12 +89,9 @@ def about(bench: measure.Bench, load: float) -> str:
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # it takes no GPU memory
     device = cpu_name() if DEVICE.value == "cpu" else subprocess.check_output(query, text=True)
     present = [CONTENDERS[each] for each in bench.contenders if not CONTENDERS[each].missing()]
-    packages = sorted({package for entry in present for package in entry.needs})
-    with_versions = versions() | {each: metadata.version(each) for each in packages}
-    size, software = (
-        ", ".join(f"{name} {value}" for name, value in each.items())
-        for each in (vars(bench.setting.size), with_versions)
-    )
+    peers = sorted({package for entry in present for package in entry.needs})
+    both = vars(bench.setting.size), versions() | {each: metadata.version(each) for each in peers}
+    size, software = (", ".join(f"{k} {v}" for k, v in each.items()) for each in both)
     absent = "".join(f" {CONTENDERS[name].title}: {why}." for name, why in bench.failures.items())
     return (
         f"`{shlex.join(['python', *sys.argv])}` on {device.strip()}, {THREADS.value} threads, load "

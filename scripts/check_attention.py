@@ -1,8 +1,7 @@
-"""Compares the attention backends of this device with the reference in float32.
+"""Compares outputs and gradients of the attention backends with the reference in float32.
 
-Compares outputs and gradients, for several numbers of key heads and each kind of mask. This covers
-`cudnn` on an NVIDIA GPU and `splash` on a TPU, which the tests cannot run. Exits with status 1 if
-a backend is wrong.
+For each mask and several numbers of key heads. This covers `cudnn` on an NVIDIA GPU and `splash` on
+a TPU, which the tests cannot run. Exits with status 1 if a backend is wrong.
 
 Usage:
     python scripts/check_attention.py [--backends=cudnn]
@@ -18,11 +17,7 @@ from absl import flags
 
 from transformer import cli
 from transformer.console import table
-from transformer.modules.dot_product_attention import (
-    ATTENTION_BACKENDS,
-    BFLOAT16_BACKENDS,
-    SHORT_MASK_BACKENDS,
-)
+from transformer.modules import dot_product_attention as attention
 from transformer.modules.masking import Mask
 
 BACKENDS = flags.DEFINE_list("backends", None, "Backends; default those of this device.")
@@ -40,10 +35,12 @@ def masks(length: int) -> dict[str, Mask]:
     half_empty = np.where(position < length // 2, packed, 0)
     rows = jnp.asarray(np.stack([packed, half_empty, 0 * packed + 1, 0 * packed]), jnp.int32)
     padding = (rows > 0).astype(jnp.int32)
-    causal = Mask(rows, rows, causal=True)
-    window = Mask(rows, rows, causal=True, window=length // 8)
-    both = {"padding": Mask(padding, padding), "packed": Mask(rows, rows)}
-    return both | {"causal": causal, "window": window}
+    return {
+        "padding": Mask(padding, padding),
+        "packed": Mask(rows, rows),
+        "causal": Mask(rows, rows, causal=True),
+        "window": Mask(rows, rows, causal=True, window=length // 8),
+    }
 
 
 def errors(backend: str, dtype: str, kv_heads: int, mask: Mask) -> list[float]:
@@ -53,18 +50,18 @@ def errors(backend: str, dtype: str, kv_heads: int, mask: Mask) -> list[float]:
     inputs = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
     def loss(name: str, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        taken = mask if name in SHORT_MASK_BACKENDS else mask.array()
-        out = ATTENTION_BACKENDS[name](*inputs, taken).astype(jnp.float32)
+        taken = mask if name in attention.SHORT_MASK_BACKENDS else mask.array()
+        out = attention.ATTENTION_BACKENDS[name](*inputs, taken).astype(jnp.float32)
         return jnp.sin(out + 1.0).sum(), out
 
     gradients = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
     found = jax.tree.leaves(gradients(backend, *inputs))
     exact = jax.tree.leaves(gradients("einsum", *(x.astype(jnp.float32) for x in inputs)))
-    differences = [x.astype(jnp.float32) - y for x, y in zip(found, exact, strict=True)]
-    *gradient_errors, error = [
-        float(jnp.abs(x).max() / jnp.abs(y).max()) for x, y in zip(differences, exact, strict=True)
+    *of_gradients, of_output = [
+        float(jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max())
+        for x, y in zip(found, exact, strict=True)
     ]
-    return [error, *gradient_errors]
+    return [of_output, *of_gradients]
 
 
 def main() -> None:
@@ -74,7 +71,7 @@ def main() -> None:
     choices = BACKENDS.value or default, (HEADS, HEADS // 4, 1), masks(LENGTH.value).items()
     rows = []
     for backend, kv_heads, (name, mask) in itertools.product(*choices):
-        dtype = "bfloat16" if backend in BFLOAT16_BACKENDS else "float32"
+        dtype = "bfloat16" if backend in attention.BFLOAT16_BACKENDS else "float32"
         with jax.default_matmul_precision("highest"):
             found = errors(backend, dtype, kv_heads, mask)
         is_wrong = not np.max(found) <= TOLERANCE[dtype]  # NaN is wrong too

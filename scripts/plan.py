@@ -1,11 +1,8 @@
 """Compiles the train step of a config for a topology, and estimates the cost of a run there.
 
-Prints, for each topology or with --sweep for each of its meshes: memory per device by kind, and
-whether it fits; operations; bytes sent to memory and to other devices; the roofline estimate of a
-step, a lower bound; and the resulting estimate for the run.
-
-TPU topologies need the TPU compiler (pip install -e '.[plan]') and no TPU; cpu:2x4 simulates eight
-CPUs and needs nothing.
+Prints, for each topology or with --sweep for each of its meshes, memory per device, operations,
+traffic, and the roofline estimate of a step and of the run. TPU topologies need the TPU compiler
+(pip install -e '.[plan]') and no TPU; cpu:2x4 simulates eight CPUs and needs nothing.
 
 Usage:
     python scripts/plan.py --config=configs/vaswani_big.py --topology=v5e:4x4 [--sweep]
@@ -42,8 +39,7 @@ def main() -> None:
     cpus = [planning.device_count(name) for name in names if re.fullmatch(r"cpu:\d+(x\d+)*", name)]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max([1, *cpus]))
-    plans = [plan for name in names for plan in plans_for(name)]
-    show(plans)
+    show([plan for name in names for plan in plans_for(name)])
     console.print(
         f"Assumptions: vocabulary {VOCAB.value:,}; rows of {LENGTH.value} tokens on each side "
         "without padding; the training split takes memory on top; every unit of a chip runs at its "
@@ -56,8 +52,7 @@ def plans_for(name: str) -> list[Plan]:
     topology = planning.open_topology(name)
     devices, config = len(topology.devices), CONFIG.value.copy_and_resolve_references()
     config.batch_size = ROWS.value * devices if ROWS.value else config.batch_size
-    cfg = RunConfig.from_config_dict(config)
-    plans = []
+    cfg, plans = RunConfig.from_config_dict(config), []
     for each in planning.meshes(cfg, devices) if SWEEP.value else [cfg]:
         try:
             plan = planning.make_plan(each, topology, vocab_size=VOCAB.value, length=LENGTH.value)
@@ -83,21 +78,17 @@ def show(plans: list[Plan]) -> None:
         details(plans[0])
     steps, runs = [], []
     for plan in plans:
-        name, tokens = label(plan), f"{plan.tokens:,}"
+        name = label(plan)
         memory = f"{sum(plan.memory.values()) / GIB:.2f}" if plan.memory else "too much"
         times = [f"{1e3 * seconds:.3g} ms" for seconds in plan.seconds().values()]
-        steps.append((name, tokens, memory, *(times or [""] * 3), plan.bound()))
+        steps.append((name, f"{plan.tokens:,}", memory, *(times or [""] * 3), plan.bound()))
         if times:
             chip_hours = plan.hours() * plan.chips
             cost = "" if PRICE.value is None else f", ${figure(chip_hours * PRICE.value)}"
-            run = (
-                figure(plan.tokens / plan.step_seconds()),
-                percent(plan.mfu()),
-                figure(plan.hours() / 24),
-                f"{figure(chip_hours)} chip-hours{cost}",
-                figure(chip_hours * 1e9 / (plan.tokens * plan.steps)),
-            )
-            runs.append((name, *run))
+            speed, days = figure(plan.tokens / plan.step_seconds()), figure(plan.hours() / 24)
+            per_billion = figure(chip_hours * 1e9 / (plan.tokens * plan.steps))
+            cost = f"{figure(chip_hours)} chip-hours{cost}"
+            runs.append((name, speed, percent(plan.mfu()), days, cost, per_billion))
     columns = ("", "tokens", "GiB a device", "compute", "memory", "interconnect", "bound by")
     table("a step, roofline estimate", columns, steps)
     if runs:
@@ -113,10 +104,10 @@ def details(plan: Plan) -> None:
     sent = traffic.sent.items()
     rows = [(kind, f"{traffic.counts[kind]:,}", f"{size / 2**20:,.2f}") for kind, size in sent]
     table("sent by a device in a step", ("collective", "count", "MiB"), rows)
+    products = f"{plan.model_flops / plan.chips:.4g} of matrix products in a step, per device"
     facts(
         {
-            "FLOPs": f"{plan.model_flops / plan.chips:.4g} of matrix products in a step, per "
-            f"device; {plan.flops:.4g} by the compiler's count",
+            "FLOPs": f"{products}; {plan.flops:.4g} by the compiler's count",
             "HBM": f"{traffic.memory / GIB:,.3g} GiB read and written in a step, per device",
             "loops": f"{traffic.unknown_loops} of unknown length, counted once",
         }

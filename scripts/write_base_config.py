@@ -7,12 +7,9 @@ Usage:
 import ast
 import inspect
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from transformer.config import RunConfig, sections
 
@@ -36,23 +33,17 @@ def get_config():
 
 
 def comments(config: type) -> dict[str, str]:
-    """Returns the comment of each field of a dataclass, from its lines or the lines above it."""
+    """The comment of each field of a dataclass, from its lines or the lines above it."""
     source = textwrap.dedent(inspect.getsource(config))
-    lines = {
-        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-        for token in tokenize.generate_tokens(StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    lines = source.splitlines()
     found = {}
-    (definition,) = ast.parse(source).body
-    for node in getattr(definition, "body", ()):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign):
-            first = node.lineno
-            while lines.get(first - 1, ("", False))[1]:
+            first = node.lineno - 1
+            while lines[first - 1].lstrip().startswith("#"):
                 first -= 1
-            numbers = range(first, (node.end_lineno or first) + 1)
-            words = " ".join(lines[number][0] for number in numbers if number in lines)
-            found[ast.unparse(node.target)] = words
+            words = [line.partition("#")[2].strip() for line in lines[first : node.end_lineno]]
+            found[ast.unparse(node.target)] = " ".join(filter(None, words))
     return found
 
 
@@ -62,8 +53,10 @@ def shown(config: type, prefix: str) -> Iterator[str]:
     for each in fields(config):
         if is_dataclass(each.default_factory):
             continue
-        meaning = meanings[each.name]
-        line = f"    config.{prefix}{each.name} = {literal(each.default)}"
+        value, meaning = repr(each.default).replace("'", '"'), meanings[each.name]
+        if type(each.default) is int:
+            value = f"{each.default:_}"
+        line = f"    config.{prefix}{each.name} = {value}"
         if len(line) + len(meaning) + 4 <= WIDTH:
             yield f"{line}  # {meaning}"
         else:
@@ -74,15 +67,8 @@ def shown(config: type, prefix: str) -> Iterator[str]:
         yield from shown(section, f"{name}.")
 
 
-def literal(value: Any) -> str:
-    """Returns a value as ruff formats it."""
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f"{value:_}" if type(value) is int else repr(value)
-
-
 def base_config() -> str:
-    """Returns the text of `configs/base.py`."""
+    """The text of `configs/base.py`."""
     return "\n".join((HEADER, *shown(RunConfig, ""), "", "    return config", ""))
 
 

@@ -34,7 +34,7 @@ def on_tpu(test):
 
 
 # A chip whose units need as many seconds as a step has operations or bytes.
-UNIT = Chip(1.0, math.inf, 1.0, 1.0, ())
+UNIT = Chip(1.0, math.inf, 1.0, 1.0, "")
 
 
 def load(name="toy_reverse", **changes):
@@ -101,12 +101,12 @@ def test_the_roofline_is_the_slowest_unit():
     assert plan.step_seconds() == max(seconds.values()) == seconds[plan.bound()]
     assert plan.mfu() == plan.model_flops / 4 / plan.step_seconds()
     assert plan.hours() == plan.step_seconds() * 1_800 / 3600
-    slow = on(replace(UNIT, interconnect=1e-6))
+    slow = on(UNIT._replace(interconnect=1e-6))
     assert slow.bound() == "interconnect"
     assert slow.step_seconds() == pytest.approx(1e6 * sent)
     assert (toy().seconds(), toy().step_seconds()) == ({}, math.inf)
     # The slower ranks later, and what does not fit last.
-    slow, refused = on(replace(UNIT, bandwidth=1e-3)), replace(plan, refusal="no room")
+    slow, refused = on(UNIT._replace(bandwidth=1e-3)), replace(plan, refusal="no room")
     assert slow.seconds()["memory"] == pytest.approx(1e3 * memory)
     assert refused.seconds() == {}
     assert rank([refused, slow, plan]) == [plan, slow, refused]
@@ -194,7 +194,7 @@ def test_a_tpu_sends_its_gradients_once():
 
 @on_tpu
 def test_every_topology_of_the_table_is_known_to_the_compiler():
-    for name in (f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies):
+    for name in planning.TPUS:
         assert len(open_topology(name).devices) == planning.device_count(name)
 
 

@@ -14,18 +14,11 @@ import jax
 from transformer import cli
 
 Name = TypeVar("Name", bound=Hashable)
+Calls = Mapping[Name, Callable[[], Any]]
 
 
-def rotate(
-    calls: Mapping[Name, Callable[[], Any]], rounds: int, pause: float = 0.0
-) -> dict[Name, list[Any]]:
-    """The result of every call in each of several rounds, in a new random order every round.
-
-    Args:
-      calls: name → a function without arguments.
-      rounds: how often each is called.
-      pause: seconds before each call, in which the threads of the previous one go to sleep.
-    """
+def rotate(calls: Calls[Name], rounds: int, pause: float = 0.0) -> dict[Name, list[Any]]:
+    """The result of every call in each round, in a random order, after so many seconds' pause."""
     found: dict[Name, list[Any]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in random.Random(number).sample(list(calls), len(calls)):
@@ -34,16 +27,8 @@ def rotate(
     return found
 
 
-def interleaved(
-    calls: Mapping[Name, Callable[[], Any]], rounds: int, shortest: float = 0.02
-) -> dict[Name, list[float]]:
-    """Seconds per call in each of several rounds; see `rotate`.
-
-    Args:
-      calls: name → a function without arguments, whose arrays are waited for.
-      rounds: measurements of each.
-      shortest: seconds that one measurement takes at least, by repeating the call.
-    """
+def interleaved(calls: Calls[Name], rounds: int, shortest: float = 0.02) -> dict[Name, list[float]]:
+    """Seconds per call in each round; a measurement repeats a call for `shortest` seconds."""
     timers = {}
     for name, call in calls.items():
         jax.block_until_ready(call())  # compiles, and warms the caches
@@ -60,10 +45,7 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def in_process(cores: int | None, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a fresh process on so many CPU cores; None: on all of them.
-
-    `function` and its arguments are pickled.
-    """
+    """`function(*args)`, pickled, in a fresh process on so many CPU cores; None: on all of them."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_initialize, initargs=(cores,)) as pool:
         return pool.submit(function, *args).result()

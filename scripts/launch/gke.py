@@ -38,10 +38,8 @@ def main() -> None:
     if not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"--topology={shape}: write it like 4x4 or 2x2x4")
     if (wanted := math.prod(map(int, shape.split("x")))) != hosts * chips:
-        raise UserError(
-            f"--topology={shape} has {wanted} chips, but --hosts={hosts} with --chips={chips} each "
-            f"have {hosts * chips}; make them agree"
-        )
+        given = f"--hosts={hosts} with --chips={chips} each"
+        raise UserError(f"--topology={shape} has {wanted} chips, but {given} have {hosts * chips}")
     tpu = {"google.com/tpu": chips}
     container = {
         "name": "program",
@@ -59,15 +57,12 @@ def main() -> None:
     }
     job = {"parallelism": hosts, "completions": hosts, "completionMode": "Indexed"}
     template = {"spec": {**job, "backoffLimit": 0, "template": {"spec": pod}}}
-    manifest = {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {"name": NAME.value},
-        "spec": {
-            "failurePolicy": {"maxRestarts": RESTARTS.value},
-            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": template}],
-        },
+    spec = {
+        "failurePolicy": {"maxRestarts": RESTARTS.value},
+        "replicatedJobs": [{"name": "slice", "replicas": 1, "template": template}],
     }
+    manifest = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet"}
+    manifest |= {"metadata": {"name": NAME.value}, "spec": spec}
     print(json.dumps(manifest, indent=2))
 
 

@@ -22,14 +22,12 @@ from absl import flags
 
 from transformer import cli
 from transformer.console import facts
-from transformer.errors import UserError
+from transformer.errors import explained, needs
 
 ROOT = Path(__file__).parents[2]
 NODES = flags.DEFINE_integer("nodes", 1, "Number of nodes.", lower_bound=1)
 TASKS = flags.DEFINE_integer("tasks_per_node", 1, "Processes per node; one per GPU.", lower_bound=1)
-PARAMETERS = flags.DEFINE_list(
-    "cluster_parameters", [], "Parameters of submitit's executor: timeout_min=60,…"
-)
+PARAMETERS = flags.DEFINE_list("cluster_parameters", [], "For submitit's executor: name=value,…")
 COMMAND = flags.DEFINE_string("command", None, "train.py or eval.py, and its flags.", required=True)
 LOGS = flags.DEFINE_string("logs", "runs/slurm", "Folder for the output of the jobs.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be submitted, and stop.")
@@ -56,27 +54,21 @@ class Command:
 def main() -> None:
     """Submits, or prints what it would submit."""
     words = [sys.executable, *cli.host_command(COMMAND.value)]
-    parameters: dict[str, Any] = {
-        "name": Path(words[1]).stem,
-        "nodes": NODES.value,
-        "tasks_per_node": TASKS.value,
-        "slurm_additional_parameters": {"requeue": True},
-        **dict(map(cli.cluster_parameter, PARAMETERS.value)),
-    }
+    parameters: dict[str, Any] = {"name": Path(words[1]).stem, "nodes": NODES.value}
+    additional = {"slurm_additional_parameters": {"requeue": True}}
+    parameters |= {"tasks_per_node": TASKS.value} | additional
+    parameters |= dict(map(cli.cluster_parameter, PARAMETERS.value))
     if DRY_RUN.value:
         print("\n".join(f"{name}={value}" for name, value in parameters.items()))
         print(shlex.join(["srun", *words]))
         return
-    try:
+    kinds = RuntimeError, ValueError, TypeError, OSError, NameError
+    with needs("cluster"), explained("SLURM refused the job: {reason}", *kinds):
         import submitit  # pyright: ignore[reportMissingImports]  # an extra
 
         executor = submitit.AutoExecutor(LOGS.value, "slurm", slurm_max_num_timeout=1000)
         executor.update_parameters(**parameters)
         job = executor.submit(Command(words))
-    except ImportError as error:
-        raise UserError("submitit is not installed; pip install -e '.[cluster]'") from error
-    except (RuntimeError, ValueError, TypeError, OSError, NameError) as error:
-        raise UserError(f"SLURM refused the job: {' '.join(str(error).split())[:200]}") from error
     facts({"job": job.job_id, "output": str(job.paths.stdout)})
 
 

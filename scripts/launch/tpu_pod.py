@@ -15,7 +15,7 @@ import subprocess
 from absl import flags
 
 from transformer import cli
-from transformer.errors import UserError
+from transformer.errors import UserError, explained
 
 NAME = flags.DEFINE_string("name", None, "Name of the slice.", required=True)
 ZONE = flags.DEFINE_string("zone", None, "Its zone.", required=True)
@@ -33,10 +33,8 @@ def main() -> None:
     if DRY_RUN.value:
         print(shlex.join(call))
         return
-    try:
+    with explained("gcloud is not installed; install the Google Cloud CLI", FileNotFoundError):
         status = subprocess.run(call).returncode
-    except FileNotFoundError as error:
-        raise UserError("gcloud is not installed; install the Google Cloud CLI") from error
     if status:
         raise UserError(f"gcloud exited with status {status}; see its output above")
 

@@ -1,9 +1,9 @@
 """The contenders, and the one interface that all of them implement."""
 
-import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Schedule:
         return max(self.steps - step - 1, 0) / max(self.steps - self.warmup_steps, 1)
 
 
-class Contender:
+class Contender(Protocol):
     """A model with its optimizer in one framework; its `Entry` says what it supports."""
 
     def start(self, seed: int, schedule: Schedule) -> None:
@@ -43,19 +43,16 @@ class Contender:
 
     def train(self, steps: int, batching: str) -> tuple[int, float]:
         """Takes steps and waits for them; their useful target tokens, and mean loss (nats)."""
-        raise NotImplementedError
+        ...
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         """The outputs [n, length] for sources [n, S], in their order, `batch` at a time."""
-        raise NotImplementedError
+        ...
 
-    def save(self, path: Path) -> None:
-        """Writes the parameters."""
-        raise NotImplementedError
+    def save(self, path: Path) -> None: ...
 
     def load(self, path: Path) -> None:
         """Reads parameters that `save` of this contender, or of `Entry.weights`, has written."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -69,34 +66,21 @@ class Entry:
     beams: tuple[int, ...] = ()  # beam sizes of decoding; 1: greedy
     weights: str = ""  # the contender whose parameters it decodes with, if not its own
 
-    def make(self, setting: Setting) -> Contender:
-        """The contender."""
-        module, name = self.where.split(":")
-        return getattr(importlib.import_module(f"lab.benchmark.{module}"), name)(setting)
-
     def missing(self) -> list[str]:
         """The packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 OURS = "ours"
+MARIAN, X = ("torch", "transformers"), ("torch", "x_transformers")
 CONTENDERS = {
     OURS: Entry("this library", "ours:Ours", (), ("packed",), (1, 4)),
     "pytorch": Entry("PyTorch", "torch_peers:PyTorch", ("torch",), beams=(1,)),
     "pytorch_compiled": Entry("PyTorch, compiled", "torch_peers:Compiled", ("torch",)),
-    "marian": Entry(
-        "Hugging Face Marian", "torch_peers:Marian", ("torch", "transformers"), beams=(1, 4)
-    ),
-    "x_transformers": Entry(
-        "x-transformers", "torch_peers:XTransformers", ("torch", "x_transformers"), beams=(1,)
-    ),
+    "marian": Entry("Hugging Face Marian", "torch_peers:Marian", MARIAN, beams=(1, 4)),
+    "x_transformers": Entry("x-transformers", "torch_peers:XTransformers", X, beams=(1,)),
     "ctranslate2": Entry(
-        "CTranslate2",
-        "ctranslate2:CTranslate2",
-        ("torch", "transformers", "ctranslate2"),
-        batchings=(),
-        beams=(1, 4),
-        weights="marian",
+        "CTranslate2", "ctranslate2:CTranslate2", (*MARIAN, "ctranslate2"), (), (1, 4), "marian"
     ),
 }
 

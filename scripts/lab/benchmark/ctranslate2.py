@@ -20,32 +20,13 @@ class IdTokenizer:
     """Token ids as words, in place of a tokenizer, as far as the converter needs one."""
 
     bos_token, eos_token, unk_token = str(BOS), str(EOS), str(PAD)
+    convert_ids_to_tokens = staticmethod(str)
 
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
     def get_vocab(self) -> dict[str, int]:
         return {str(token): token for token in range(self.vocabulary)}
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return str(token)
-
-
-class Converter(ctranslate2.converters.Converter):
-    """Converts a Marian trained here.
-
-    By the loader of Bart: that of Marian expects padding at the end of the vocabulary, and as
-    the first token of every target, as in the models of Helsinki-NLP.
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def _load(self) -> Any:
-        config = self.model.config
-        config.normalize_before = config.normalize_embedding = False
-        with torch.no_grad():
-            return loaders.BartLoader()(self.model, IdTokenizer(config.vocab_size))
 
 
 class CTranslate2(Contender):
@@ -57,16 +38,21 @@ class CTranslate2(Contender):
     def load(self, path: Path) -> None:
         network = MarianNetwork(self.setting.size)
         network.load_state_dict(torch.load(path, map_location="cpu"))
+        config = network.model.config
+        config.normalize_before = config.normalize_embedding = False
+        # The loader of Bart: that of Marian expects padding at the end of the vocabulary, and as
+        # the first token of every target, as in the models of Helsinki-NLP.
+        with torch.no_grad():
+            model = loaders.BartLoader()(network.model, IdTokenizer(config.vocab_size))
+        model.validate()
+        model.optimize()
         gpu = self.setting.device == "gpu"
+        device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
+        threads = {"inter_threads": self.setting.threads, "intra_threads": 1}
         with tempfile.TemporaryDirectory() as folder:
-            Converter(network.model).convert(folder, force=True)
-            self.translator = ctranslate2.Translator(
-                folder,
-                device="cuda" if gpu else "cpu",
-                compute_type="bfloat16" if gpu else "float32",
-                inter_threads=self.setting.threads,
-                intra_threads=1,
-            )
+            model.save(folder)
+            options = {"device": device, "compute_type": dtype} | threads
+            self.translator = ctranslate2.Translator(folder, **options)
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         words = [[str(token) for token in row[row != PAD]] for row in source]

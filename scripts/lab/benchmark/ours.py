@@ -74,24 +74,24 @@ class Ours(Contender):
         return tokens, float(sums["train/objective"]) / tokens
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        method = decoding.greedy
-        if beams > 1:
-            method = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
+        search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
         mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
+            method = search if beams > 1 else decoding.greedy
             decode = partial(evaluation.decode, self.run.model, max_length=length, method=method)
             options = evaluation.compiler_options()
             self.decoders[key] = jax.jit(decode, compiler_options=options)
-        parts = [without_padding(row) for row in source] if batch == 1 else [source]
+        parts, widths = [source], -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
+        if batch == 1:
+            parts = [row[None, :width] for row, width in zip(source, widths, strict=True)]
         with jax.set_mesh(mesh):
             if mesh not in self.placed:
                 self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))
             call = partial(self.decoders[key], self.placed[mesh])
             found = [jax.block_until_ready(call(Dataset(part, part, batch))) for part in parts]
-        tokens = np.concatenate([np.asarray(each.tokens) for each in found])
-        return tokens[:, 0]
+        return np.concatenate([np.asarray(each.tokens) for each in found])[:, 0]
 
     def save(self, path: Path) -> None:
         arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}
@@ -101,9 +101,3 @@ class Ours(Contender):
     def load(self, path: Path) -> None:
         with np.load(path) as arrays:
             self.variables, self.placed = dict(arrays), {}
-
-
-def without_padding(row: np.ndarray) -> np.ndarray:
-    """One source [1, S], S a multiple of 8, so that few programs serve every length."""
-    length = int((row != PAD).sum())
-    return row[None, : -(-length // 8) * 8]

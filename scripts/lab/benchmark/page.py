@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from lab.benchmark.contender import CONTENDERS, OURS
@@ -38,64 +39,48 @@ NOTES = {
 
 
 def comparison(
-    title: str,
-    values: Mapping[str, Sequence[float]],
-    extra: Mapping[str, Mapping[str, str]],
-    *,
-    lower: bool = False,
+    title: str,  # the quantity
+    values: Mapping[str, Sequence[float]],  # contender → a value per round; [] if there is none
+    extra: Mapping[str, Mapping[str, str]],  # column → contender → cell
+    lower: bool = False,  # whether lower is better
     write: Callable[[float], str] = "{:,.0f}".format,
 ) -> dict[str, Any]:
     """A table (title, columns, rows; values for the chart) with a row per contender.
 
     After the extra columns come the value, and the ratio of this library's value to it.
-
-    Args:
-      title: the quantity.
-      values: contender → a value per round; [] if there is none.
-      extra: column → contender → cell.
-      lower: whether lower is better.
-      write: formats a value.
     """
-    measured = {name: each for name, each in values.items() if each}
-    ours = next((each for name, each in measured.items() if name.startswith(OURS_TITLE)), [])
-    medians = {name: statistics.median(each) for name, each in measured.items() if each is not ours}
-    fastest = (min if lower else max)(medians, key=lambda name: medians[name], default="")
+    ours = next((each for name, each in values.items() if name.startswith(OURS_TITLE)), [])
+    peers = [name for name, each in values.items() if each and each is not ours]
+    best = min if lower else max
+    fastest = best(peers, key=lambda name: statistics.median(values[name]), default="")
     rows = []
     for name, each in values.items():
-        ratio = ""
-        if ours and name in medians:
-            ratio = spread(ratios(ours, each), "{:.2f}".format)
-            ratio = f"**{ratio}**" if name == fastest else ratio
+        ratio = spread(ratios(ours, each), "{:.2f}".format) if ours and name in peers else ""
+        ratio = f"**{ratio}**" if ratio and name == fastest else ratio
         others = [column[name] for column in extra.values()]
         rows.append([name, *others, spread(each, write) if each else "", ratio])
     columns = ["", *extra, title, "this library / it"]
     return {"title": title, "columns": columns, "rows": rows, "values": values}
 
 
-def store(path: Path, size: str, part: str, own: Mapping[str, Any]) -> None:
-    """Adds a part (tables, about, rounds) to the record beside the page."""
-    file = path.with_suffix(".json")
+def write(path: Path, size: str, part: str, own: Mapping[str, Any]) -> None:
+    """Adds a part (tables, about, rounds) to the record beside the page; writes page and chart."""
+    file, chart = path.with_suffix(".json"), path.with_suffix(".png")
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     record.setdefault(size, {})[part] = own
     write_json(file, record)
-
-
-def write(path: Path) -> None:
-    """Writes the page and its chart from the record."""
-    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    chart, text = path.with_suffix(".png"), ""
-    panels = {}
-    for size, parts in record.items():
-        text += f"\n## {size}\n"
-        for part, own in parts.items():
-            text += f"\n### {part.replace('_', ' ').capitalize()}, {size}\n\n"
-            text += own.get("note") or NOTES[part]
-            for table in own["tables"]:
+    text, panels = HEAD.format(chart=chart.name), {}
+    for name, parts in record.items():
+        text += f"\n## {name}\n"
+        for what, measured in parts.items():
+            text += f"\n### {what.replace('_', ' ').capitalize()}, {name}\n\n"
+            text += measured.get("note") or NOTES[what]
+            for table in measured["tables"]:
                 text += "\n\n" + markdown(table["columns"], table["rows"]).rstrip()
-                panels[f"{size}: {table['title']}"] = table["values"]
-            text += "\n\n" + own["about"] + "\n"
+                panels[f"{name}: {table['title']}"] = table["values"]
+            text += "\n\n" + measured["about"] + "\n"
     draw(panels, chart)
-    path.write_text(HEAD.format(chart=chart.name) + text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -103,18 +88,18 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
     panels = {title: values for title, values in panels.items() if any(values.values())}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    most = max(map(len, panels.values()))
-    figure = Figure(figsize=(5.2 * columns, rows * (1.0 + 0.28 * most)), layout="constrained")
+    height = rows * (1.0 + 0.28 * max(map(len, panels.values())))
+    figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, values) in zip(places, panels.items(), strict=False):
         values = {name: each for name, each in values.items() if each}
-        for row, (name, each) in enumerate(values.items()):
-            color = INK if name.startswith(OURS_TITLE) else PEER
-            axes.barh(row, statistics.median(each), height=0.7, color=color)
-            axes.plot([min(each), max(each)], [row, row], color="black", linewidth=1.2)
-        axes.set_yticks(range(len(values)), list(values), fontsize=8)
+        medians = np.array([statistics.median(each) for each in values.values()])
+        low, high = (np.array([end(each) for each in values.values()]) for end in (min, max))
+        colors = [INK if name.startswith(OURS_TITLE) else PEER for name in values]
+        axes.barh(list(values), medians, 0.7, xerr=[medians - low, high - medians], color=colors)
         axes.set(xlim=(0, None), ylim=(len(values) - 0.4, -0.6))
         axes.set_title(title, fontsize=9)
+        axes.tick_params(axis="y", labelsize=8)
         axes.grid(color=GRID, linewidth=0.6, axis="x")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -43,18 +43,15 @@ class Size:
         return self.longest + 8
 
 
-TRIAL = Size(32, 2, 64, 1, 4, 4_000, 32, 16, 10, 1_000, 4e-3, 20)
-TINY = Size(128, 4, 512, 2, 32, 65_536, 128, 64, 20, 1_500)
+SMALL = {
+    "trial": Size(32, 2, 64, 1, 4, 4_000, 32, 16, 10, 1_000, 4e-3, 20),
+    "tiny": Size(128, 4, 512, 2, 32, 65_536, 128, 64, 20, 1_500),
+}
 # device → name → size. On a GPU a batch fills the device, and all contenders fit at once.
 SIZES = {
-    "cpu": {
-        "trial": TRIAL,
-        "tiny": TINY,
-        "base": Size(512, 8, 2048, 6, 64, 8_192, 16, 128, 10, 0),
-    },
-    "gpu": {
-        "trial": TRIAL,
-        "tiny": TINY,
+    "cpu": SMALL | {"base": Size(512, 8, 2048, 6, 64, 8_192, 16, 128, 10, 0)},
+    "gpu": SMALL
+    | {
         "base": Size(512, 8, 2048, 6, 64, 131_072, 256, 256, 20, 2_000, 5e-4, 400),
         "big": Size(1024, 16, 4096, 6, 127, 65_536, 128, 256, 10, 0),
     },
@@ -114,11 +111,8 @@ def load(folder: Path, split: str) -> Strings:
 def batches(lengths: np.ndarray, batch: int, seed: int, batching: str) -> Iterator[np.ndarray]:
     """The rows [batch] of each training step, each string at most once per epoch.
 
-    Args:
-      lengths: tokens of each string.
-      batch: strings per step; those that do not fill a batch wait for the next epoch.
-      seed: of the order.
-      batching: `padded`: in random order; `bucketed`: strings of similar length together.
+    `padded` batches are in random order; `bucketed` ones hold strings of similar length. Strings
+    that do not fill a batch wait for the next epoch.
     """
     rng, pool = np.random.default_rng(seed), POOL if batching == "bucketed" else 1
     count = len(lengths) // (batch * pool) * batch * pool
@@ -131,9 +125,3 @@ def batches(lengths: np.ndarray, batch: int, seed: int, batching: str) -> Iterat
             pools = np.take_along_axis(pools, order, axis=1)
         for rows in pools:  # in random order, so that a pool does not end with its longest
             yield from rng.permutation(rows.reshape(pool, batch))
-
-
-def by_length(lengths: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Rows to decode together: `batch` at a time of similar length, the longest first."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[first : first + batch] for first in range(0, len(order), batch)]

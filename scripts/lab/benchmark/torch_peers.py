@@ -28,14 +28,12 @@ class TorchPeer(Contender):
     """
 
     def __init__(self, network: Any, setting: Setting, compiled: bool = False):
-        self.network, self.compiled = network, compiled
+        self.network, self.compiled, self.size = network, compiled, setting.size
         torch.set_num_threads(setting.threads)
-        self.size = setting.size
         self.device = torch.device("cuda" if setting.device == "gpu" else "cpu")
         strings = task.load(setting.folder, "train")
         self.lengths = strings.lengths
-        sides = torch.from_numpy(np.stack(strings))
-        self.source, self.target = sides.long().to(self.device)
+        self.source, self.target = torch.from_numpy(np.stack(strings)).long().to(self.device)
 
     def start(self, seed: int, schedule: Schedule) -> None:
         torch.manual_seed(seed)
@@ -44,10 +42,8 @@ class TorchPeer(Contender):
         parameters, rate = self.module.parameters(), schedule.learning_rate
         self.optimizer = torch.optim.Adam(parameters, rate, (0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule.factor)
-        self.batches = {
-            batching: task.batches(self.lengths, self.size.batch, seed, batching)
-            for batching in ("padded", "bucketed")
-        }
+        batches = partial(task.batches, self.lengths, self.size.batch, seed)
+        self.batches = {name: batches(name) for name in ("padded", "bucketed")}
 
     def train(self, steps: int, batching: str) -> tuple[int, float]:
         self.module.train()
@@ -65,8 +61,7 @@ class TorchPeer(Contender):
         source, target = self.source[index, :longest], self.target[index, :longest]
         target_in = functional.pad(target[:, :-1], (1, 0), value=BOS)
         with self.precision():
-            logits = self.forward(source, target_in)
-            logits = logits.flatten(0, 1)
+            logits = self.forward(source, target_in).flatten(0, 1)
             loss = functional.cross_entropy(logits, target.flatten(), ignore_index=PAD)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -84,9 +79,10 @@ class TorchPeer(Contender):
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         self.module.eval()
         lengths = (source != PAD).sum(1)
+        order = np.argsort(-lengths, kind="stable")
         decoded = np.full((len(source), length), PAD, source.dtype)
         with torch.inference_mode(), self.precision():
-            for rows in task.by_length(lengths, batch):
+            for rows in np.split(order, range(batch, len(order), batch)):
                 part = torch.from_numpy(source[rows, : lengths[rows].max()]).long()
                 out = self.module.generate(part.to(self.device), beams, length).cpu().numpy()
                 decoded[rows, : out.shape[1]] = out
@@ -133,15 +129,12 @@ class TransformerNetwork(nn.Module):
 
     def generate(self, source: Any, beams: int, length: int) -> Any:
         """Greedy. PyTorch has no cache, so each token recomputes the whole target."""
-        memory = self.encode(source)
-        tokens = torch.full_like(source[:, :1], BOS)
+        memory, tokens = self.encode(source), torch.full_like(source[:, :1], BOS)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-        for _ in range(length):
+        while tokens.shape[1] <= length and not done.all():
             token = self.decode(tokens, memory, source)[:, -1].argmax(-1).masked_fill(done, PAD)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             done |= token == EOS
-            if done.all():
-                break
         return tokens[:, 1:]
 
 
@@ -151,45 +144,30 @@ class MarianNetwork(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         transformers: Any = importlib.import_module("transformers")
+        side = {"layers": size.num_layers, "attention_heads": size.num_heads, "ffn_dim": size.d_ff}
         config = transformers.MarianConfig(
+            **{f"{name}_{key}": side[key] for name in ("encoder", "decoder") for key in side},
             vocab_size=task.VOCABULARY,
             d_model=size.d_model,
-            encoder_layers=size.num_layers,
-            decoder_layers=size.num_layers,
-            encoder_attention_heads=size.num_heads,
-            decoder_attention_heads=size.num_heads,
-            encoder_ffn_dim=size.d_ff,
-            decoder_ffn_dim=size.d_ff,
             max_position_embeddings=size.room + 1,
             activation_function="relu",
             dropout=0.0,
             scale_embedding=True,
             init_std=size.d_model**-0.5,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
+            **{"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS},
             decoder_start_token_id=BOS,
             forced_eos_token_id=None,
         )
         self.model = transformers.MarianMTModel(config)
 
     def forward(self, source: Any, target_in: Any) -> Any:
-        return self.model(
-            input_ids=source,
-            attention_mask=(source != PAD).long(),
-            decoder_input_ids=target_in,
-            use_cache=False,
-        ).logits
+        inputs = {"input_ids": source, "attention_mask": (source != PAD).long()}
+        return self.model(**inputs, decoder_input_ids=target_in, use_cache=False).logits
 
     def generate(self, source: Any, beams: int, length: int) -> Any:
-        tokens = self.model.generate(
-            input_ids=source,
-            attention_mask=(source != PAD).long(),
-            max_new_tokens=length,
-            num_beams=beams,
-            do_sample=False,
-        )
-        return tokens[:, 1:]  # without BOS
+        inputs = {"input_ids": source, "attention_mask": (source != PAD).long()}
+        options = {"max_new_tokens": length, "num_beams": beams, "do_sample": False}
+        return self.model.generate(**inputs, **options)[:, 1:]  # without BOS
 
 
 class XNetwork(nn.Module):
@@ -197,7 +175,7 @@ class XNetwork(nn.Module):
 
     def __init__(self, size: Size):
         super().__init__()
-        common = {
+        side = {
             "num_tokens": task.VOCABULARY,
             "max_seq_len": size.room + 1,
             "depth": size.num_layers,
@@ -206,7 +184,7 @@ class XNetwork(nn.Module):
             "ff_mult": size.d_ff // size.d_model,
             "attn_flash": True,
         }
-        sides = {f"{side}_{name}": common[name] for side in ("enc", "dec") for name in common}
+        sides = {f"{name}_{key}": side[key] for name in ("enc", "dec") for key in side}
         make: Any = importlib.import_module("x_transformers").XTransformer
         self.model = make(dim=size.d_model, tie_token_emb=True, pad_value=PAD, **sides)
 

@@ -7,6 +7,7 @@ A worker is idle between requests. What its libraries print goes to standard err
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 
 from lab.benchmark import task
 from lab.benchmark.contender import CONTENDERS, Contender, Schedule, Setting
-from lab.benchmark.task import Size
+from lab.benchmark.task import EOS, PAD, Size
 
 ROOT = Path(__file__).parents[3]
 SHORTEST = 0.5  # seconds that a timing of decoding takes at least, by repeating it
@@ -44,17 +45,21 @@ class Worker:
         """Takes steps: their seconds, useful target tokens and loss."""
         started = time.perf_counter()
         tokens, loss = self.contender.train(steps, batching)
-        own = {"steps": steps, "tokens": tokens, "loss": loss}
-        return own | {"seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return {"steps": steps, "tokens": tokens, "loss": loss, "seconds": seconds}
 
     def decode(self, strings: int, batch: int, beams: int, shortest: float = SHORTEST) -> Any:
-        """Decodes the first held-out strings: seconds and outputs."""
-        source, passes, seconds, decoded = self.held_out.source[:strings], 0, 0.0, np.zeros(0)
-        started = time.perf_counter()
+        """Decodes the first held-out strings: seconds, exact match, and tokens per output."""
+        source, target = (side[:strings] for side in self.held_out)
+        passes, seconds, found, started = 0, 0.0, source, time.perf_counter()
         while not passes or seconds < shortest:
-            decoded = self.contender.decode(source, batch, beams, self.setting.size.room)
+            found = self.contender.decode(source, batch, beams, self.setting.size.room)
             passes, seconds = passes + 1, time.perf_counter() - started
-        return {"strings": strings, "seconds": seconds / passes, "outputs": decoded.tolist()}
+        found[np.cumsum(found == EOS, 1) - (found == EOS) > 0] = PAD  # some repeat EOS
+        target = np.pad(target, ((0, 0), (0, found.shape[1] - target.shape[1])))
+        exact, tokens = (found == target).all(1).mean(), (found != PAD).sum(1).mean()
+        own = {"strings": strings, "seconds": seconds / passes}
+        return own | {"exact": float(exact), "tokens": float(tokens)}
 
     def save(self, path: str) -> None:
         self.contender.save(Path(path))
@@ -70,7 +75,7 @@ class Remote:
         self.contender, self.log = contender, log
         folder = str(setting.folder.resolve())
         words = dataclasses.asdict(setting) | {"folder": folder, "contender": contender}
-        environment = {
+        environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": str(setting.threads),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other processes need memory too
@@ -79,29 +84,17 @@ class Remote:
         }
         if setting.device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "lab.benchmark.worker", json.dumps(words)]
         with log.open("a", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lab.benchmark.worker", json.dumps(words)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=os.environ | environment,
-            )
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self.process: Any = subprocess.Popen(command, text=True, env=environment, **pipes)
 
     def ask(self, method: str, **arguments: Any) -> Any:
-        """The result of a method of `Worker`.
-
-        Raises:
-          ContenderError: it failed, or the process has ended.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
+        """The result of a method of `Worker`; a ContenderError if it or the process fails."""
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
             print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
         if not line:
             last = self.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             status = self.process.wait()
@@ -114,24 +107,25 @@ class Remote:
     def __enter__(self) -> "Remote":
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
             self.process.kill()
         with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self.process.__exit__(kind, error, trace)  # without requests it ends
+            self.process.__exit__(None, None, None)  # without requests it ends
 
 
 def main() -> None:
     """Answers requests from standard input until it is closed."""
     words = json.loads(sys.argv[1])
-    entry = CONTENDERS[words.pop("contender")]
+    module, name = CONTENDERS[words.pop("contender")].where.split(":")
     size, folder = Size(**words.pop("size")), Path(words.pop("folder"))
     setting = Setting(size=size, folder=folder, **words)
     if setting.device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.threads])
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not be taken for a reply
-    worker = Worker(entry.make(setting), setting)
+    contender = getattr(importlib.import_module(f"lab.benchmark.{module}"), name)
+    worker = Worker(contender(setting), setting)
     for line in sys.stdin:
         method, arguments = json.loads(line)
         try:

@@ -21,12 +21,16 @@ RING = {
     "collective-broadcast": lambda n: 1,
 }
 
-# Instructions that move nothing themselves: names for existing arrays, ends of operations that are
-# counted at their start, and calls, whose bodies are counted instead.
+# What moves nothing itself: names for arrays, ends of operations that are counted at their start,
+# and calls, whose bodies are counted instead.
 FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|replica-id"
     r"|opt-barrier|domain|while|conditional|call|iota|.*-done|.*-update|async-start"
 )
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
+CALLS = ("to_apply", "calls")
+# Operation → the roles of the computations that it calls and that are counted.
+ROLES = {"while": ("body", "condition"), "call": CALLS, "async-start": CALLS, "fusion": CALLS[1:]}
 
 ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)")
@@ -43,7 +47,6 @@ class Instruction(NamedTuple):
     attributes: str
 
     def operands(self) -> list[str]:
-        """The names of the instructions that it reads."""
         return re.findall(r"%([\w.-]+)", self.inside)
 
     def called(self, *roles: str) -> list[str]:
@@ -76,9 +79,9 @@ def traffic(text: str, devices: int) -> Traffic:
             kind = each.opcode.removesuffix("-start")
             # The TPU compiler splits a collective into a chain of fusions, and writes a
             # reduce-scatter as an all-reduce in a fusion of that name.
-            chain = re.search(r'chain_id="(\d+)"', each.attributes)
-            if kind in RING and not (chain and chain[1] in chains):
-                chains.update([chain[1]] if chain else [])
+            chain = re.findall(r'chain_id="(\d+)"', each.attributes)
+            if kind in RING and not chains.intersection(chain):
+                chains.update(chain)
                 size = sum(bytes_ for op in each.operands() for bytes_, _ in arrays(shapes[op]))
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scatters else kind
@@ -87,17 +90,10 @@ def traffic(text: str, devices: int) -> Traffic:
                 total.counts[kind] = total.counts.get(kind, 0) + times
             if not fused:
                 total.memory += times * bytes_moved(each, shapes)
-            roles = ["branch_computations", "true_computation", "false_computation"]
-            trips = 1
-            if each.opcode == "while":
-                trips = trip_count(each, program)
-                total.unknown_loops += trips is None
-                roles += ["body", "condition"]
-            if each.opcode in ("call", "async-start"):
-                roles += ["to_apply", "calls"]
-            fusion = each.opcode == "fusion"
-            for body in each.called(*roles, *(["calls"] if fusion else [])):
-                visit(body, times * (trips or 1), fused or fusion)
+            trips = trip_count(each, program) if each.opcode == "while" else 1
+            total.unknown_loops += trips is None
+            for body in each.called(*BRANCHES, *ROLES.get(each.opcode, ())):
+                visit(body, times * (trips or 1), fused or each.opcode == "fusion")
 
     visit(entry, 1, False)
     return total

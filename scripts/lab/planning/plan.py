@@ -5,6 +5,7 @@ figures of a chip they give the roofline estimate, a lower bound: the time of a 
 always ran at its peak and none waited for another (Williams, Waterman and Patterson 2009).
 """
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -36,65 +37,49 @@ NO_TPU = {  # otherwise the compiler looks for a TPU and for other hosts
 }
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """The published figures of a chip."""
 
     flops: float  # bfloat16 operations per second
     memory: float  # bytes of HBM, of which the compiler reserves a little
     bandwidth: float  # bytes per second to and from HBM
     interconnect: float  # bytes per second sent to neighbours; half of what both directions have
-    topologies: tuple[str, ...]  # shapes of its slices
+    shapes: str  # of its slices
 
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = (
-    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
-    *("8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
-)
-
+FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24"
 # docs.cloud.google.com/tpu/docs/v5e, v6e and v5p, as of 2025. (v5p:1x1x1, one of the four chips of
 # a host, cannot be rented; it is there for comparison.)
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2, FLAT),
     "v6e": Chip(918e12, 32 * GIB, 1600e9, 800e9 / 2, FLAT),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2, ("1x1x1", *CUBES)),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2, f"1x1x1 {CUBES}"),
 }
+TPUS = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes.split()]
 
 
 class Topology(NamedTuple):
-    """Devices to compile for; `chip` is None for simulated CPUs."""
+    """Devices to compile for."""
 
     name: str
-    chip: Chip | None
+    chip: Chip | None  # None: simulated CPUs
     devices: Sequence[Any]
 
 
 def open_topology(name: str) -> Topology:
-    """The abstract devices of `v5e:4x4`, or the simulated CPUs of `cpu:2x4`.
-
-    Raises:
-      UserError: the topology is unknown, its compiler is missing, or there are too few CPUs.
-    """
+    """The abstract devices of `v5e:4x4`, or the simulated CPUs of `cpu:2x4`."""
     if re.fullmatch(r"cpu:[1-9]\d*(x[1-9]\d*)*", name):
         devices, size = jax.devices("cpu"), device_count(name)
         if len(devices) < size:
-            raise UserError(
-                f"--topology={name}: JAX simulates {len(devices)} CPUs; set "
-                f"JAX_NUM_CPU_DEVICES={size}"
-            )
+            remedy = f"set JAX_NUM_CPU_DEVICES={size}"
+            raise UserError(f"--topology={name}: JAX simulates {len(devices)} CPUs; {remedy}")
         return Topology(name, None, devices[:size])
-    known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.topologies]
-    if name not in known:
-        raise UserError(
-            f"--topology={name}: choose one of {', '.join(known)}, or simulated CPUs such as "
-            f"cpu:2x4{nearest(name, known)}"
-        )
+    if name not in TPUS:
+        choices = f"{', '.join(TPUS)}, or simulated CPUs such as cpu:2x4"
+        raise UserError(f"--topology={name}: choose one of {choices}{nearest(name, TPUS)}")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology={name} needs the TPU compiler: pip install -e '.[plan]'; or plan for "
-            "simulated CPUs, such as --topology=cpu:2x4"
-        )
+        raise UserError(f"--topology={name} needs the TPU compiler: pip install -e '.[plan]'")
     for variable, value in NO_TPU.items():
         os.environ.setdefault(variable, value)
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == 1 else {}
@@ -107,7 +92,7 @@ def device_count(name: str) -> int:
     return math.prod(map(int, name.partition(":")[2].split("x")))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plan:
     """What one train step takes on a mesh."""
 
@@ -123,7 +108,6 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        """The number of devices."""
         return math.prod(self.mesh.values())
 
     def seconds(self) -> dict[str, float]:
@@ -143,7 +127,8 @@ class Plan:
 
     def bound(self) -> str:
         """The unit that limits the step."""
-        return max(self.seconds().items(), key=lambda item: item[1], default=("", 0))[0]
+        seconds = self.seconds()
+        return max(seconds, key=lambda unit: seconds[unit], default="")
 
     def mfu(self) -> float:
         """Model FLOPs utilization at the roofline, which is an upper bound."""
@@ -158,18 +143,11 @@ class Plan:
 def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: int) -> Plan:
     """Compiles one train step of a single run for a topology.
 
-    The batch has `cfg.batch_size` rows of `length` tokens on each side, packed where the
-    architecture supports it. The training split, which `train.py` keeps on every device, comes on
-    top of the memory.
-
-    Raises:
-      UserError: the mesh does not divide the devices, the batch or a parameter, or a row is
-        longer than the positions allow.
+    A row has `length` tokens on each side, packed where the architecture supports it. The memory
+    is without the training split, which `train.py` keeps on every device.
     """
     if cfg.replicas > 1:
-        raise UserError(
-            f"replicas={cfg.replicas}: plan a single run, replicas=1, for the devices of a replica"
-        )
+        raise UserError(f"replicas={cfg.replicas}: plan replicas=1 for the devices of a replica")
     mesh = make_mesh(cfg.mesh, 1, topology.devices)
     check_batch(mesh, cfg.batch_size)
     cfg.model.check_length(length, f"--length={length}")
@@ -182,13 +160,9 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
     train_step = make_train_step(run.model, cfg.step_config())
-    plan = Plan(
-        topology=topology,
-        mesh={name: size for name, size in mesh.shape.items() if name != "replica"},
-        steps=cfg.steps,
-        tokens=cfg.batch_size * length,
-        model_flops=step_flops(run.model, cfg.step_config(), data),
-    )
+    axes = {name: size for name, size in mesh.shape.items() if name != "replica"}
+    flops = step_flops(run.model, cfg.step_config(), data)
+    plan = Plan(topology, axes, cfg.steps, cfg.batch_size * length, flops)
     with jax.set_mesh(mesh):
         step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         lowered = step.lower(state, batch)
@@ -209,39 +183,31 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
 
 def memory_by_kind(state: TrainState, batch: Batch, analysis: Any) -> dict[str, int]:
     """The bytes of each kind on one device, from shapes and from the compiler's analysis."""
+
+    def size(leaf: Any) -> int:  # without the padding of the chip
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
     kinds = {"parameters": state.params, "batch": batch}
     kinds |= {"opt_state": state.opt_state, "ema_params": state.ema_params}
-    # Without the padding of the chip.
-    memory = {
-        kind: sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-        for kind, tree in kinds.items()
-    }
+    memory = {kind: sum(map(size, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
     memory["other arguments, padding"] = analysis.argument_size_in_bytes - sum(memory.values())
     # All results but the metrics reuse the memory of the arguments.
     memory["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory["activations, gradients, temporaries"] = analysis.temp_size_in_bytes
     memory["program"] = analysis.generated_code_size_in_bytes
-    return {kind: size for kind, size in memory.items() if size}
+    return {kind: bytes_ for kind, bytes_ in memory.items() if bytes_}
 
 
 def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
-    """`cfg` with each mesh (data, fsdp, tensor) of so many devices that divides the batch.
-
-    `mesh.context` stays as it is.
-    """
+    """`cfg` with each mesh (data, fsdp, tensor) of so many devices that divides the batch."""
     devices //= cfg.mesh.context
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for data, fsdp in itertools.product(divisors, divisors):
         if devices % (data * fsdp) == 0 and cfg.batch_size % (data * fsdp) == 0:
             tensor = devices // (data * fsdp)
             mesh = replace(cfg.mesh, replica=1, data=data, fsdp=fsdp, tensor=tensor)
-            try:
+            with contextlib.suppress(UserError):  # such as a tensor mesh of the recurrent baseline
                 yield replace(cfg, mesh=mesh)
-            except UserError:  # such as a tensor mesh of the recurrent baseline
-                continue
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
