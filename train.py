@@ -4,6 +4,7 @@ Usage:
     python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformer.parallel import hosts
 from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
 
-CONFIG = config_flags.DEFINE_config_file("config")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file, such as configs/toy_reverse.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config's name>.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 ALLOW_CHANGES = flags.DEFINE_bool(
@@ -46,12 +47,11 @@ def main() -> None:
     overrides = config_flags.get_override_values(flag)
     facts({"config": " ".join([str(file), *(f"{k}={v}" for k, v in overrides.items())])})
     run = Run(config, WORKDIR.value or f"runs/{file.stem}", data_dir=DATA_DIR.value)
-    results = run.train(allow_changes=ALLOW_CHANGES.value, profile=PROFILE.value, exits=True)
-    report(run, results)
+    report(run, run.train(allow_changes=ALLOW_CHANGES.value, profile=PROFILE.value, exits=True))
 
 
 def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
-    """Prints the results of `Run.train`."""
+    """Prints the final metrics and a few outputs."""
     show_results(f"after {run.config.steps:,} steps", results)
     show_samples(run)
 
@@ -59,17 +59,11 @@ def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
 def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
     """Prints the final metrics; for a population, their mean, minimum and maximum."""
     over = {"": np.mean} if len(results) == 1 else {"mean": np.mean, "min": np.min, "max": np.max}
-    rows = [
-        (
-            f"{split} {word}".strip(),
-            *(
-                metric.format(float(summary([result[f"{split}/{name}"] for result in results])))
-                for name, metric in PRINTED.items()
-            ),
-        )
-        for split in ("validation", "test")
-        for word, summary in over.items()
-    ]
+    rows = []
+    for split, (word, summary) in itertools.product(("validation", "test"), over.items()):
+        values = {name: [result[f"{split}/{name}"] for result in results] for name in PRINTED}
+        cells = [PRINTED[name].format(float(summary(values[name]))) for name in PRINTED]
+        rows.append((f"{split} {word}".strip(), *cells))
     table(title, ("split", *(name.replace("_", " ") for name in PRINTED)), rows)
 
 
@@ -84,12 +78,9 @@ def show_samples(run: Run, count: int = 3) -> None:
     with jax.set_mesh(run.mesh):
         decoded = hosts.fetch(decode(variables, samples))
     source, target = run.tokenizers
-    rows = zip(
-        map(source.decode, samples.source.tolist()),
-        *(map(target.decode, each.tolist()) for each in (samples.target, decoded.tokens[:, 0])),
-        strict=True,
-    )
-    table("samples", ("source", "target", "output"), list(rows))
+    columns = [map(source.decode, samples.source.tolist())]
+    columns += [map(target.decode, x.tolist()) for x in (samples.target, decoded.tokens[:, 0])]
+    table("samples", ("source", "target", "output"), list(zip(*columns, strict=True)))
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def test_the_step_is_traced_but_once_and_a_real_run_leaves_what_the_fingerprint_
     expected, workdir = fingerprint({}, tmp_path / "fake"), Workdir(str(tmp_path / "real"))
     traced = Mock(side_effect=lambda steps, *given: steps(*given))
     counted = lambda step: partial(traced, make_train_steps(step))  # noqa: E731
-    monkeypatch.setattr("transformer.run.make_train_steps", counted)
+    monkeypatch.setattr("transformer.training.step.make_train_steps", counted)
     with jax.numpy_dtype_promotion("standard"):
         found = left(workdir, trained({}, workdir, data_dir))
     assert traced.call_count == 1
@@ -358,7 +358,7 @@ def mistakes():
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
-ONLY_DATA = r"model.architecture=recurrent is sharded over the batch alone; set all"
+ONLY_DATA = r"model.architecture=recurrent is sharded by mesh.data alone; set all"
 RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
 
 

@@ -197,7 +197,7 @@ def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
     [
         (UserError("no"), 2, "error: no\n"),
         (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; fix"),
-        (MemoryError("x"), 2, "error: this machine's memory is full"),
+        (MemoryError("x"), 2, "error: out of memory (x)"),
         (Interrupted("stopped"), 75, "stopped\n"),  # EX_TEMPFAIL: a scheduler starts it again
         (
             KeyboardInterrupt(),

@@ -60,8 +60,9 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
         checkpoints.save(state, {})
     run.tokenizers.save(into.tokenizers)
     # Last: a folder without it holds no run.
-    averaged = {"averaged": {"workdir": str(workdir.path), "steps": steps}}
-    write_json(into.config, workdir.read_record() | averaged)
+    record = workdir.read_record()
+    record |= {"averaged": {"workdir": str(workdir.path), "steps": steps}}
+    write_json(into.config, record | {"config": record["config"].to_dict()})
     return steps
 
 

@@ -6,11 +6,11 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 from transformer import plugins
 from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, tolerate_closed_output
-from transformer.errors import UserError, nearest
-from transformer.files import home
+from transformer.errors import UserError, nearest, reason
 from transformer.inference.config import DecodingConfig
 from transformer.parallel import hosts
 from transformer.parallel.devices import cpu_cores, find_devices
@@ -49,20 +48,16 @@ flags.disclaim_key_flags()  # --help lists the flags that are defined here with 
 
 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
-    """Parses the flags and calls `main`.
+    """Parses the flags and calls `main`; see `explained` for the exit status.
 
-    User mistakes, flags that do not parse and I/O errors end the program with one line on standard
-    error and exit status 2. A run that was asked to stop exits with status 75; the same command
-    resumes it.
-
-    Args:
-      main: the program.
-      outlives_readers: whether it continues when its output is no longer read (`| head`).
+    A program that `outlives_readers` continues when its output is no longer read (`| head`).
     """
     if outlives_readers:
         tolerate_closed_output()
     elif sys.stdout is None:  # closed from the start
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers
+        os.environ["HOME"] = f"{tempfile.gettempdir()}/home-{os.getuid()}"
     end_with_parent()
     silence_failed_saves()
     app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
@@ -81,7 +76,10 @@ def silence_failed_saves() -> None:
 
 
 def explained(function: Callable, *args) -> Any:
-    """Calls `function`; turns errors that the user can fix into one line and status 2."""
+    """Calls `function`; turns errors that the user can fix into one line and exit status 2.
+
+    A run that was asked to stop exits with status 75; the same command resumes it.
+    """
     try:
         return function(*args)
     except UserError as error:
@@ -89,14 +87,11 @@ def explained(function: Callable, *args) -> Any:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; fix this, or choose another path"
-    except MemoryError as error:
-        message = f"this machine's memory is full ({error}); {OUT_OF_MEMORY}"
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        if "RESOURCE_EXHAUSTED" in reason:
-            message = f"a device's memory is full ({reason}); {OUT_OF_MEMORY}"
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            message = f"out of memory ({reason(error)}); {OUT_OF_MEMORY}"
         elif hosts.several():
-            message = f"stopped together with another process, which may say why: {reason}"
+            message = f"stopped together with another process, which may say why: {reason(error)}"
         else:
             raise
     except Interrupted as stop:
@@ -130,26 +125,20 @@ def set_up_jax(config: RunConfig | None = None) -> None:
 
     A population, or a model up to `SMALL_WIDTH`, gets one device per core, or the largest smaller
     number that divides its replicas or batch. A wider model gets one device, which uses all cores.
-
-    Args:
-      config: the run's config; None: one device.
     """
     for name, value in REQUIRED.items():
-        if getattr(jax.config, name) != value:
-            asked = f"{name.upper()}={getattr(jax.config, name)}"
-            print(f"{asked} is not used: it is {value} here", file=sys.stderr)
+        if (asked := getattr(jax.config, name)) != value:
+            print(f"{name.upper()}={asked} is not used: it is {value} here", file=sys.stderr)
             jax.config.update(name, value)
-    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or (
-        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    )
-    if config is not None and not chosen:
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if config is not None and not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
         shards = config.replicas
         if shards == 1 and config.model.d_model <= SMALL_WIDTH:
             shards = config.batch_size // config.accumulation_steps
         number = max(n for n in range(1, cpu_cores() + 1) if shards % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", home() / ".cache"), "transformer-jax", "xla")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{cache}/transformer-jax/xla")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -161,9 +150,8 @@ def define_plugins_flag() -> None:
 
 def define_host_flags() -> None:
     """Defines the flags of a program that may run as several processes; see `hosts.join`."""
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0; auto: JAX detects the processes."
-    )
+    address = "HOST:PORT of process 0; auto: JAX detects the processes."
+    flags.DEFINE_string("coordinator", None, address)
     flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Index of this process, from 0.", lower_bound=0)
 
@@ -180,41 +168,29 @@ def define_decoding_flags() -> None:
         "decode_margin": "Tokens by which an output may exceed its source; default the run's.",
     }
     for each in fields(DecodingConfig):
-        default: Any = each.default
-        define: Any = flags.DEFINE_integer
-        if isinstance(default, float):
-            define = flags.DEFINE_float
-        define(each.name, default, meanings[each.name])
+        real = isinstance(each.default, float)
+        define: Any = flags.DEFINE_float if real else flags.DEFINE_integer
+        define(each.name, each.default, meanings[each.name])
 
 
 def decoding() -> DecodingConfig:
     """Returns the settings given by the flags of `define_decoding_flags`."""
-    given = flags.FLAGS
-    settings: dict[str, Any] = {
-        each.name: given[each.name].value for each in fields(DecodingConfig)
-    }
-    return DecodingConfig(**settings)
+    given: Any = {each.name: flags.FLAGS[each.name].value for each in fields(DecodingConfig)}
+    return DecodingConfig(**given)
 
 
 def host_command(text: str) -> list[str]:
-    """Returns the words of a `--command` that is to run on several hosts.
-
-    Raises:
-      UserError: it is not a program that joins other hosts.
-    """
+    """Returns the words of a `--command` that is to run on several hosts."""
     words = shlex.split(text)
-    if not words or words[0] not in ("train.py", "eval.py"):
-        raise UserError(
-            f"--command={text!r}: it begins with train.py or eval.py, and their flags follow"
-        )
+    if words[:1] not in (["train.py"], ["eval.py"]):
+        raise UserError(f"--command={text!r}: it begins with train.py or eval.py, then their flags")
     return words
 
 
 def join_hosts(*, interruptible: bool = False) -> None:
     """Joins the other processes, if there are any; only the first of them prints.
 
-    Args:
-      interruptible: whether the program uses `interruption.StopRequests`.
+    A program that uses `interruption.StopRequests` is `interruptible`.
     """
     given = flags.FLAGS
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
@@ -227,11 +203,7 @@ def join_hosts(*, interruptible: bool = False) -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses `argv` into absl's flags.
-
-    Raises:
-      UserError: a flag or an override is unknown or ill-typed, or the config file fails.
-    """
+    """Parses `argv` into absl's flags; a UserError says which flag or override is wrong."""
     # Expand `~` as the shell does at the start of a word.
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
     config = read_config_file(argv)
@@ -240,10 +212,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except SystemExit:  # absl exits with status 1 after --help
         sys.exit(0)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(explain_flag(argv, config, error)) from error
-    homeless = "TFDS_DATA_DIR" not in os.environ and os.path.expanduser("~") == "~"
-    if homeless and "data_dir" in flags.FLAGS and flags.FLAGS["data_dir"].value is None:
-        flags.FLAGS["data_dir"].value = str(home() / "tensorflow_datasets")
+        raise UserError(explain_flag(argv, config, " ".join(str(error).split()))) from error
     if "plugins" in flags.FLAGS:
         plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
@@ -257,19 +226,14 @@ def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
     """Returns the config in the file that `--config` names, without overrides; None: no file."""
     words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
     paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
-    if not paths:
-        return None
     try:
-        return load_config(paths[-1])
+        return load_config(paths[-1]) if paths else None
     except UserError as error:
         raise UserError(f"--config={error}") from error
 
 
-def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exception) -> str:
-    """Returns one line that says why the flags did not parse."""
-    message = " ".join(str(error).split())
-    if config is None and "config" in flags.FLAGS and "--config must" in message:
-        return "--config is missing; name a config file, such as --config=configs/toy_reverse.py"
+def explain_flag(argv: Sequence[str], config: ConfigDict | None, message: str) -> str:
+    """Returns one line that says why the flags did not parse, from absl's message."""
     if missing := re.search(r"--(\w+) must have a value other than None", message):
         name = missing[1]
         return f"--{name} is missing; set --{name}=…: {flags.FLAGS[name].help}"
@@ -279,24 +243,19 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, error: Exceptio
     pattern = r"--?config\.([\w.]+)(?:=(.*))?$"
     overrides = [match.groups() for each in argv if (match := re.match(pattern, each))]
     for name, _ in overrides:
-        if name in config and isinstance(config[name], ConfigDict):
-            return f"--config.{name} is a section; set one of its knobs: --config.{name}.NAME=value"
+        if inside := [knob for knob in knobs if knob.startswith(f"{name}.")]:
+            return f"--config.{name} is a section; set one of its knobs, such as {inside[0]}"
         if name not in knobs:
             return f"--config.{name}: unknown option{nearest(name, knobs)}"
-    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-    kinds[tuple] = "a tuple such as (1,2)"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple"}
     for name, value in overrides:
         if f"--config.{name}=" in message or value is None:
-            kind = kinds.get(knob_type(config, name), "a word")
+            *sections, knob = name.split(".")
+            kind = functools.reduce(getattr, sections, config).get_type(knob)  # of None too
             given = f"--config.{name}" + ("" if value is None else f"={value}")
-            return f"{given}: it takes {kind}; without this flag it is {knobs[name]}"
+            takes = kinds.get(kind, "a word")
+            return f"{given}: it takes {takes}; without this flag it is {knobs[name]}"
     return message
-
-
-def knob_type(config: ConfigDict, name: str) -> type:
-    """Returns the type of a knob, also of a placeholder."""
-    *sections, knob = name.split(".")
-    return functools.reduce(getattr, sections, config).get_type(knob)
 
 
 def cluster_parameter(text: str) -> tuple[str, int | str]:

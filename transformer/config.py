@@ -8,13 +8,14 @@ import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from transformer import plugins, renamed
 from transformer.data.config import DataConfig
-from transformer.errors import UserError, nearest
+from transformer.errors import UserError, explained, nearest
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
 from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
 from transformer.metrics import METRICS
@@ -24,32 +25,16 @@ from transformer.parallel.replicas import PerReplica, Population
 from transformer.training.optimizer import OptimizerConfig
 from transformer.training.step import HParams, StepConfig
 
-Section = TypeVar("Section")
-
 TEXT_METRIC = Choice(TEXT_METRICS)
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
-FREE_KNOBS = (
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "debug_nans",
-    "best_metric",
-    "data.metrics",
-    "data.bleu_tokenizer",
-    "data.num_workers",
-    "mesh.",
-)
+FREE_KNOBS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "debug_nans", "mesh.")
+FREE_KNOBS += ("best_metric", "data.metrics", "data.bleu_tokenizer", "data.num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Population):
-    """All knobs of a run.
-
-    Raises:
-      UserError: a knob is out of its range or contradicts another.
-    """
+    """All knobs of a run; a UserError if one is out of its range or contradicts another."""
 
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for initialisation, dropout and data order
     replicas: Annotated[int, Range(1, 10_000)] = 1  # runs trained at once, with seeds seed, seed+1…
@@ -76,9 +61,8 @@ class RunConfig(Population):
     def __post_init__(self):
         for knob, value, constraint in self.constrained():
             constraint.check(knob, value)
-        for is_wrong, message in self.contradictions():
-            if is_wrong:
-                raise UserError(message)
+        for message in self.contradictions():
+            raise UserError(message)
         self.check_replicas()
 
     def constrained(self) -> Iterator[tuple[str, Any, Range | Choice]]:
@@ -91,48 +75,29 @@ class RunConfig(Population):
             yield "data.metrics", str(name), TEXT_METRIC
         yield "data.bleu_tokenizer", self.data.bleu_tokenizer, Choice(BLEU_TOKENIZERS)
 
-    def contradictions(self) -> list[tuple[bool, str]]:
-        """Returns a pair for each rule: whether knobs contradict each other, and the message."""
-        data, model, mesh, steps = self.data, self.model, self.mesh, self.accumulation_steps
-        recurrent = model.architecture == "recurrent"
-        return [
-            (
-                self.steps * self.batch_size >= 2**32,
-                f"steps={self.steps} × batch_size={self.batch_size} passes 2**32 examples, "
-                "where the order of the data would repeat; lower one of them",
-            ),
-            (
-                self.batch_size % steps > 0,
-                f"accumulation_steps={steps} does not divide batch_size={self.batch_size}; choose "
-                "one that does",
-            ),
-            (
-                steps > 1 and model.norm == "batch",
-                f"accumulation_steps={steps}: model.norm=batch needs the whole batch at once; set "
-                "it to 1, or choose another norm",
-            ),
-            (
-                model.tie_embeddings and data.target_tokenizer is not None,
-                f"data.target_tokenizer={data.target_tokenizer}: model.tie_embeddings=True needs "
-                "one vocabulary for source, target and logits; set it to False",
-            ),
-            (
-                recurrent and data.pack_length > 0,
-                f"data.pack_length={data.pack_length}: model.architecture=recurrent reads one "
-                "example a row; set it to 0",
-            ),
-            (
-                # XLA's partitioner (jaxlib 0.10.2) gives wrong numbers in the decoder's loop.
-                recurrent and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1),
-                f"mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}, mesh.context={mesh.context}: "
-                "model.architecture=recurrent is sharded over the batch alone; set all three to 1",
-            ),
-            (
-                self.optimizer.warmup_steps >= self.steps,
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
-                f"steps={self.steps}; lower it or train longer",
-            ),
-        ]
+    def contradictions(self) -> Iterator[str]:
+        """Yields a message for each rule that the knobs break."""
+        data, model, mesh, warmup = self.data, self.model, self.mesh, self.optimizer.warmup_steps
+        batch_size, parts = f"batch_size={self.batch_size}", self.accumulation_steps
+        if self.steps * self.batch_size >= 2**32:  # where the order of the data would repeat
+            yield f"steps={self.steps} × {batch_size} passes 2**32 examples; lower one of them"
+        if self.batch_size % parts:
+            yield f"accumulation_steps={parts} does not divide {batch_size}; choose one that does"
+        if parts > 1 and model.norm == "batch":
+            yield f"accumulation_steps={parts}: model.norm=batch needs the whole batch; set it to 1"
+        if model.tie_embeddings and data.target_tokenizer is not None:
+            knob = f"data.target_tokenizer={data.target_tokenizer}"
+            yield f"{knob}: model.tie_embeddings needs one vocabulary; set it to False"
+        if warmup >= self.steps:
+            yield f"optimizer.warmup_steps={warmup} is not below steps={self.steps}; lower it"
+        if model.architecture == "recurrent" and data.pack_length:
+            knob = f"data.pack_length={data.pack_length}: model.architecture=recurrent"
+            yield f"{knob} reads one example a row; set it to 0"
+        sizes = {f"mesh.{name}": getattr(mesh, name) for name in ("fsdp", "tensor", "context")}
+        # XLA's partitioner (jaxlib 0.10.2) gives wrong numbers in the decoder's loop.
+        if model.architecture == "recurrent" and set(sizes.values()) != {1}:
+            knobs = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            yield f"{knobs}: model.architecture=recurrent is sharded by mesh.data alone; set all 1"
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
@@ -141,12 +106,16 @@ class RunConfig(Population):
         Raises:
           UserError: a knob is unknown, out of its range or contradicts another.
         """
+        known = flat_knobs(default_config())
+        for name in flat_knobs(config):
+            if name not in known:
+                raise UserError(f"{name}: unknown option{nearest(name, known)}")
         values: dict[str, Any] = dict(config)
         plugins.load(values.get("plugins", ()))
         for name, section in sections(cls).items():
             if name in values:
-                values[name] = build(section, dict(values[name]), f"{name}.")
-        run = build(cls, values, "")
+                values[name] = section(**values[name])
+        run = cls(**values)
         for knob, value, constraint in () if run.plugins else run.constrained():
             if isinstance(constraint, Choice) and value not in constraint.built_in:
                 raise UserError(
@@ -157,37 +126,26 @@ class RunConfig(Population):
 
     def step_config(self) -> StepConfig:
         """The part of the config that the train step depends on."""
-        hparams = HParams(
-            learning_rate=self.optimizer.learning_rate,
-            warmup_steps=self.optimizer.warmup_steps,
-            weight_decay=self.optimizer.weight_decay,
-            label_smoothing=self.label_smoothing,
-            dropout_rate=self.model.dropout_rate,
-            attention_dropout_rate=self.model.attention_dropout_rate,
-        )
         return StepConfig(
             optimizer=self.optimizer,
             steps=self.steps,
             ema_decay=self.ema_decay,
             accumulation_steps=self.accumulation_steps,
             max_skipped=self.max_skipped_steps,
-            hparams=hparams,
+            hparams=HParams(
+                learning_rate=self.optimizer.learning_rate,
+                warmup_steps=self.optimizer.warmup_steps,
+                weight_decay=self.optimizer.weight_decay,
+                label_smoothing=self.label_smoothing,
+                dropout_rate=self.model.dropout_rate,
+                attention_dropout_rate=self.model.attention_dropout_rate,
+            ),
         )
 
 
 def sections(config: type) -> dict[str, Any]:
     """Returns the fields of a config that are configs themselves: name → class."""
     return {name: kind for name, kind in get_type_hints(config).items() if is_dataclass(kind)}
-
-
-def build(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    """Returns `section(**values)`, or raises a UserError that names an unknown knob."""
-    known = [knob.name for knob in fields(section)]  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name not in known:
-            names = [prefix + other for other in known]
-            raise UserError(f"{prefix}{name}: unknown option{nearest(prefix + name, names)}")
-    return section(**values)
 
 
 def default_config() -> Any:
@@ -209,28 +167,18 @@ def default_config() -> Any:
 
 
 def load_config(path: str | Path, function: str = "get_config") -> Any:
-    """Returns what a function of a Python file returns, by default the config of a config file.
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
-    try:
-        return runpy.run_path(str(path))[function]()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; see configs/") from error
-    except UserError:
-        raise
-    except Exception as error:  # anything that the user's code may raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
+    """Returns what a function of a Python file returns, by default the config of a config file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file; see configs/")
+    with explained(f"{path}: {{kind}}: {{reason}}"):  # whatever the user's code raises
+        found = runpy.run_path(str(path))
+        if function not in found:
+            raise UserError(f"{path} does not define a function {function}()")
+        return found[function]()
 
 
 def saved_config(saved: Mapping[str, Any]) -> Any:
-    """Returns the config of a saved run, with current names and the defaults of newer knobs.
-
-    Raises:
-      UserError: it has a knob that this version does not know.
-    """
+    """Returns the config of a saved run, with current names and the defaults of newer knobs."""
     config = default_config()
     knobs, known = renamed.knobs(flat_knobs(ConfigDict(saved))), flat_knobs(config)
     for name in knobs:
@@ -278,12 +226,7 @@ def fixed_knobs(config: Any) -> set[str]:
     return fixed | ({"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set())
 
 
-def flat_knobs(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat_knobs(config: ConfigDict) -> dict[str, Any]:
     """Returns `model.norm` → value for every knob."""
-    knobs = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            knobs |= flat_knobs(value, f"{prefix}{name}.")
-        else:  # JSON makes lists of tuples
-            knobs[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return knobs
+    knobs = flatten_dict(config.to_dict(), sep=".")  # JSON makes lists of tuples
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in knobs.items()}

@@ -13,13 +13,7 @@ from typing import Any, TypeVar
 from absl import logging
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    track,
-)
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 Item = TypeVar("Item")
@@ -31,7 +25,6 @@ class TolerantFile(io.FileIO):
     """A standard stream that discards its output once the reader has gone (`| head`)."""
 
     def write(self, data: Any) -> int:
-        """Writes `data`; without a reader, to the null device."""
         try:
             return super().write(data)
         except OSError as error:
@@ -39,8 +32,8 @@ class TolerantFile(io.FileIO):
                 raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         if self.fileno() == 1:
-            note = "standard output is closed: the program continues, and its output is lost"
-            print(note, file=sys.stderr, flush=True)
+            message = "standard output is closed: the program continues, and its output is lost"
+            print(message, file=sys.stderr, flush=True)
         return len(data)
 
 
@@ -50,12 +43,10 @@ def tolerate_closed_output() -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed from the start: a file opened later must not get its number
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        tolerant = io.TextIOWrapper(
-            io.BufferedWriter(TolerantFile(number, "w", closefd=False)),
-            encoding=stream and stream.encoding,
-            errors="replace",  # characters that an ASCII terminal lacks
-            line_buffering=True,
-        )
+        buffer = io.BufferedWriter(TolerantFile(number, "w", closefd=False))
+        encoding = stream and stream.encoding
+        # An ASCII terminal lacks characters.
+        tolerant = io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=True)
         setattr(sys, name, tolerant)
 
 
@@ -71,10 +62,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     In a file or a pipe it is as wide as its contents. In a terminal that is narrower than its
     words, each row becomes a list.
     """
-    rows = [list(map(escape, row)) for row in rows]
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
+    rows = [list(map(escape, row)) for row in rows]
     for row in rows:
         drawn.add_row(*row)
     needed = console.measure(drawn, options=console.options.update(width=1_000))
@@ -99,14 +90,12 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
 @contextlib.contextmanager
 def status(what: str, done: str) -> Iterator[None]:
     """Shows an activity while it lasts, then that it is done and how long it took."""
-    started = time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    started, columns = time.perf_counter(), (SpinnerColumn(), TextColumn(what), TimeElapsedColumn())
+    if not console.is_terminal:
+        console.print(f"{what} …")
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         bar.add_task(what)
-        if not console.is_terminal:
-            console.print(f"{what} …")
         yield
     facts({done: f"in {time.perf_counter() - started:.1f} s"})
 
@@ -114,12 +103,12 @@ def status(what: str, done: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides what TFDS and Orbax log when all is well, and retries of downloads."""
-    before, downloads = logging.get_verbosity(), getLogger("urllib3")
-    downloads_before = downloads.level
+    downloads = getLogger("urllib3")
+    before = logging.get_verbosity(), downloads.level
     logging.set_verbosity(logging.ERROR)
     downloads.setLevel("ERROR")
     try:
         yield
     finally:
-        logging.set_verbosity(before)
-        downloads.setLevel(downloads_before)
+        logging.set_verbosity(before[0])
+        downloads.setLevel(before[1])

@@ -1,4 +1,4 @@
-"""`UserError`, the exception for errors that the user can fix, and helpers that raise it."""
+"""`UserError`, for errors that the user can fix, and helpers that raise it."""
 
 import contextlib
 import difflib
@@ -9,14 +9,13 @@ Entry = TypeVar("Entry")
 
 
 class UserError(Exception):
-    """A mistake of the user, or a fault of their disk or devices.
+    """A mistake of the user, or a fault of their disk or devices; any function may raise it.
 
     The message is one line with the cause and the remedy. Programs print it and exit with status 2
     (`transformer.cli.run`).
     """
 
-    def _render_traceback_(self) -> list[str]:
-        """Returns what IPython shows in a notebook in place of a traceback."""
+    def _render_traceback_(self) -> list[str]:  # shown by IPython instead of a traceback
         return [f"error: {self}"]
 
 
@@ -32,17 +31,17 @@ def choose(table: Mapping[str, Entry], name: str, knob: str) -> Entry:
     return table[name]
 
 
-def within(knob: str, value: int | float, least: int | float, most: int | float) -> None:
-    """Raises a UserError unless `least` ≤ `value` ≤ `most`."""
+def within(
+    knob: str, value: int | float, least: int | float, most: int | float, below: bool = False
+) -> None:
+    """Raises a UserError unless `least` ≤ `value` ≤ `most`, or < `most` if `below`."""
+    low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in (least, most))
+    if below and not least <= value < most:
+        raise UserError(f"{knob}={value}: it must be at least {low} and below {high}")
     if not value >= least:  # NaN is not
-        raise UserError(f"{knob}={value}: it must be at least {shown(least)}")
+        raise UserError(f"{knob}={value}: it must be at least {low}")
     if value > most:
-        raise UserError(f"{knob}={value}: it must be at most {shown(most)}")
-
-
-def shown(number: int | float) -> str:
-    """Returns a bound as text: 1,048,576 or 3.40282e+38."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+        raise UserError(f"{knob}={value}: it must be at most {high}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -52,7 +51,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of an exception on one line, at most 200 characters."""
+    """Returns the message of an exception on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -60,26 +59,17 @@ def reason(error: BaseException) -> str:
 def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions of these kinds, by default of any, into a UserError.
 
-    `{reason}` in the message becomes that of the exception. A UserError passes unchanged.
+    `{kind}` and `{reason}` in the message become those of the exception. A UserError passes.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
             raise
+        message = message.replace("{kind}", type(error).__name__)
         raise UserError(message.replace("{reason}", reason(error))) from error
 
 
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Raises a UserError for a package that is imported inside and not installed.
-
-    Args:
-      extra: the extra of this package that installs it.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"the package {error.name} is not installed: pip install -e '.[{extra}]'"
-        ) from error
+def needs(extra: str) -> contextlib.AbstractContextManager[None]:
+    """Raises a UserError for a package that is imported inside and that `extra` would install."""
+    return explained(f"{{reason}}: pip install -e '.[{extra}]'", ImportError)

@@ -4,19 +4,10 @@ import json
 import math
 import os
 import socket
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-
-def home() -> Path:
-    """Returns the user's home folder; a temporary one for a user without, as in some containers."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path(tempfile.gettempdir(), f"home-{os.getuid()}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -33,7 +24,7 @@ def temporary(path: Path) -> Path:
 
 
 def checksum(path: Path) -> list[int]:
-    """Returns the bytes and the CRC-32 of a file."""
+    """Returns the size and the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while part := file.read(1 << 24):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
-from transformer.errors import UserError, check_choice, shown, within
+from transformer.errors import check_choice, within
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,16 @@ class Range:
     exclusive: bool = False
 
     def check(self, knob: str, value: int | float) -> None:
-        """Raises a UserError for a value that is out of range, or NaN."""
-        if self.exclusive and not self.least <= value < self.most:
-            least, most = shown(self.least), shown(self.most)
-            raise UserError(f"{knob}={value}: it must be at least {least} and below {most}")
-        within(knob, value, self.least, self.most)
+        within(knob, value, self.least, self.most, self.exclusive)
 
 
 class Choice:
-    """A name in a table, which plugins may extend.
-
-    built_in: the names without plugins.
-    """
+    """A name in a table, which plugins may extend; `built_in` are the names without plugins."""
 
     def __init__(self, table: Collection[str]):
         self.table, self.built_in = table, frozenset(table)
 
     def check(self, knob: str, value: str) -> None:
-        """Raises a UserError for a name that is not in the table."""
         check_choice(self.table, value, knob)
 
 
@@ -49,26 +41,12 @@ SizeOrZero = Annotated[int, Range(0, 2**20)]
 Rate = Annotated[float, Range(0, 1, exclusive=True)]
 
 
-def constraints(config: type) -> dict[str, list[Range | Choice]]:
-    """Returns the constraints of each field of a dataclass, by name."""
-    hints = get_type_hints(config, include_extras=True)
-    return {  # `Size | None` and `Sequence[Size]` hold theirs inside
-        name: [c for part in (hint, *get_args(hint)) for c in getattr(part, "__metadata__", ())]
-        for name, hint in hints.items()
-    }
-
-
 def constrained(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range | Choice]]:
-    """Yields (knob, value, constraint) for each value of a config.
-
-    None satisfies every constraint, and each entry of a sequence is a value.
-
-    Args:
-      config: an instance of a dataclass.
-      prefix: the prefix of the knobs' names, such as `model.`.
-    """
-    for name, declared in constraints(type(config)).items():
+    """Yields (knob, value, constraint) for each value, and entry of a sequence, but None."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
+        parts = (hint, *get_args(hint))  # `Size | None` and `Sequence[Size]` hold theirs inside
+        declared = [c for part in parts for c in getattr(part, "__metadata__", ())]
         for each in value if isinstance(value, tuple | list) else (value,):
             if each is not None:
                 yield from ((prefix + name, each, constraint) for constraint in declared)

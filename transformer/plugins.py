@@ -8,28 +8,19 @@ import importlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformer.errors import UserError
+from transformer.errors import UserError, explained
 
 _loaded: set[str] = set()
 
 
 def load(names: Iterable[str]) -> None:
-    """Imports modules that are installed or on PYTHONPATH.
-
-    Raises:
-      UserError: one is missing or fails.
-    """
+    """Imports modules that are installed or on PYTHONPATH."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise UserError(f"plugins={names}: names of modules, such as ('my_norms',)")
     for name in names:
-        try:
+        remedy = "install it, or name its folder in PYTHONPATH"
+        with explained(f"plugins: {name} cannot be imported ({{kind}}: {{reason}}); {remedy}"):
             importlib.import_module(name)
-        except Exception as error:  # anything that the user's code may raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"plugins: {name} cannot be imported ({type(error).__name__}: {reason}); install "
-                "it, or name its folder in PYTHONPATH"
-            ) from error
         _loaded.add(name)
 
 

@@ -1,7 +1,4 @@
-"""Names of earlier versions → the names of today, so that saved runs still load.
-
-The tables are applied where config.json, a checkpoint or metrics.jsonl is read, and nowhere else.
-"""
+"""Names of earlier versions → those of today, applied where config.json or a checkpoint is read."""
 
 from collections.abc import Container, Mapping
 from typing import Any
@@ -39,23 +36,20 @@ BEFORE: dict[str, Any] = {
     "model.qk_norm_epsilon": 1e-6,
 }
 
-# Components of a parameter's name, such as `encoder/final_norm/gain`.
-PARAMETERS = {
-    "gain": "scale",
-    "key_norm": "key_ln",
-    "query_norm": "query_ln",
-    "table": "embedding",
-    "variance": "var",
-}
-
-# Fields of the train state, and of its hyperparameters.
-STATE = {
+# Components of the names of arrays: of parameters, such as `encoder/final_norm/gain`, and fields of
+# the train state and its hyperparameters.
+ARRAYS = {
     "attention_dropout": "attention_dropout_rate",
     "average": "ema_params",
     "dropout": "dropout_rate",
+    "gain": "scale",
+    "key_norm": "key_ln",
     "moments": "opt_state",
     "numbers": "hparams",
+    "query_norm": "query_ln",
     "statistics": "batch_stats",
+    "table": "embedding",
+    "variance": "var",
 }
 
 # Sums of an interval, as an interrupted run saves them beside a checkpoint.
@@ -67,9 +61,6 @@ SUMS = {
     "nll": "train/loss",
 }
 
-# Metrics, as in metrics.jsonl.
-METRICS: dict[str, str] = {}
-
 
 def knobs(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the knobs of a saved config, as `section.name`, with today's names."""
@@ -77,19 +68,6 @@ def knobs(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def array_name(path: tuple[Any, ...], known: Container[str] = ()) -> str:
-    """Returns today's name of an array of a train state, such as `params/encoder/…/scale`.
-
-    Args:
-      path: the key path of the array, as of `jax.tree_util.tree_flatten_with_path`.
-      known: names that are not changed.
-    """
+    """Returns today's name of an array of a train state, by its key path, unless it is `known`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if name in known:
-        return name
-    renamed = PARAMETERS | STATE
-    return "/".join(renamed.get(component, component) for component in name.split("/"))
-
-
-def metrics(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a line of metrics.jsonl with today's names."""
-    return {METRICS.get(name, name): value for name, value in row.items()}
+    return name if name in known else "/".join(ARRAYS.get(part, part) for part in name.split("/"))

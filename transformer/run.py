@@ -23,28 +23,13 @@ from transformer.inference.decoding import Hypotheses
 from transformer.inference.generation import Generator
 from transformer.metrics import finalize
 from transformer.modules.model import Model
-from transformer.parallel import hosts
+from transformer.parallel import hosts, replicas
 from transformer.parallel.devices import check_memory
 from transformer.parallel.mesh import check_batch, make_mesh, place, replicated
-from transformer.parallel.replicas import (
-    add_replica_axis,
-    is_stopped,
-    mask_stopped,
-    mean_over_replicas,
-    split_replicas,
-    vmap_replicas,
-)
-from transformer.training import costs
+from transformer.training import costs, step
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import zero_sums
-from transformer.training.step import (
-    TrainState,
-    abstract_state,
-    data_keys,
-    init_state,
-    make_train_step,
-    make_train_steps,
-)
+from transformer.training.step import TrainState
 from transformer.workdir import Workdir
 
 
@@ -74,6 +59,8 @@ class Run:
         mesh: Mesh | None = None,
         model: Model | None = None,
     ):
+        if not isinstance(config, RunConfig):
+            raise UserError("Run takes a RunConfig; make one by RunConfig.from_config_dict(config)")
         self.config, self.data_dir = config, data_dir
         self._workdir = None if workdir is None else Workdir(str(workdir))
         self._mesh, self._model = mesh, model
@@ -82,22 +69,17 @@ class Run:
 
     @classmethod
     def saved(cls, workdir: str | Path, **options: Any) -> "Run":
-        """Returns the run that was trained in a folder, with its saved config.
+        """The run that was trained in a folder, with its saved config.
 
         Raises:
           UserError: the folder holds no run.
         """
-        return cls(
-            RunConfig.from_config_dict(Workdir(str(workdir)).read_config()), workdir, **options
-        )
+        config = Workdir(str(workdir)).read_config()
+        return cls(RunConfig.from_config_dict(config), workdir, **options)
 
     @property
     def workdir(self) -> Workdir:
-        """The run's folder.
-
-        Raises:
-          UserError: it has none.
-        """
+        """The run's folder."""
         if self._workdir is None:
             raise UserError("this run has no folder: give one, Run(config, workdir)")
         return self._workdir
@@ -109,22 +91,14 @@ class Run:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of devices.
-
-        Raises:
-          UserError: the devices do not match the config.
-        """
+        """The mesh of devices."""
         return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
 
     # --- Data -------------------------------------------------------------------------------
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The dataset with its tokenizers; prepares the dataset if necessary.
-
-        Raises:
-          UserError: the dataset cannot be prepared, or is not the one the run was trained on.
-        """
+        """The dataset with its tokenizers; prepares the dataset if necessary."""
         saved = self.workdir.tokenizers if self.is_trained else None
         corpus = open_corpus(self.config.data, self.data_dir, saved)
         if self.is_trained and not self.allow_changes:
@@ -132,29 +106,23 @@ class Run:
         return corpus
 
     def evaluation_corpus(self, file: str | None = None) -> Corpus:
-        """The run's dataset, found by its recorded name; or a file of pairs, as split `test`.
-
-        Raises:
-          UserError: the dataset is missing, or is not the one the run was trained on.
-        """
-        config, data_dir = self.config.data, self.data_dir
-        if file is not None:
-            opened = partial(datasets.open_test_files, config, file, data_dir)
-            return Corpus(hosts.in_turn(opened), self.tokenizers)
+        """The run's dataset, found by its recorded name; or a file of pairs, as split `test`."""
         recorded = self.workdir.read_record()["corpus"]["dataset"]
-        opened = partial(datasets.reopen_dataset, config, recorded, data_dir)
-        corpus = Corpus(hosts.in_turn(opened), self.tokenizers)
-        self.workdir.check_corpus(corpus.identity())
+        opened = datasets.open_test_files if file else datasets.reopen_dataset
+        dataset = hosts.in_turn(partial(opened, self.config.data, file or recorded, self.data_dir))
+        corpus = Corpus(dataset, self.tokenizers)
+        if not file:
+            self.workdir.check_corpus(corpus.identity())
         return corpus
 
     @cached_property
     def tokenizers(self) -> Tokenizers:
         """The tokenizers; those of a trained run come from its folder, without the dataset."""
-        if self.is_trained:
-            tokenizers = saved_tokenizers(self.config.data, self.workdir.tokenizers)
-            self.workdir.check_corpus(tokenizers.digests())
-            return tokenizers
-        return self.corpus.tokenizers
+        if not self.is_trained:
+            return self.corpus.tokenizers
+        tokenizers = saved_tokenizers(self.config.data, self.workdir.tokenizers)
+        self.workdir.check_corpus(tokenizers.digests())
+        return tokenizers
 
     @cached_property
     def examples(self) -> tuple[TokenRows, dict[str, int]]:
@@ -174,27 +142,21 @@ class Run:
     @cached_property
     def data(self) -> dict[str, Dataset]:
         """`validation` and `test` → their examples, on the host."""
-        splits = {"validation": self.config.data.validation, "test": self.config.data.test}
-        data = {k: self.corpus.load(split, self.config.batch_size) for k, split in splits.items()}
-        for name, each in data.items():
-            where = f"the longest example of data.{name}"
-            self.config.model.check_length(each.longest(), where)
+        config, data = self.config, {}
+        for name in ("validation", "test"):
+            data[name] = self.corpus.load(getattr(config.data, name), config.batch_size)
+            config.model.check_length(data[name].longest(), f"the longest example of data.{name}")
         return data
 
     @cached_property
     def feed(self) -> Dataset | StreamedDataset:
         """The source of batches: rows on the devices, or a stream from worker processes."""
-        config = self.config
-        if not config.data.num_workers:
-            return place(Dataset.from_rows(self.rows, config.batch_size), self.replicated)
-        return StreamedDataset(
-            self.rows,
-            config.batch_size,
-            data_keys(config.seeds()),
-            num_steps=config.steps,
-            num_workers=config.data.num_workers,
-            mesh=self.mesh,
-        )
+        config, workers = self.config, self.config.data.num_workers
+        if not workers:
+            return self.place(Dataset.from_rows(self.rows, config.batch_size))
+        options = {"num_steps": config.steps, "num_workers": workers, "mesh": self.mesh}
+        keys = step.data_keys(config.seeds())
+        return StreamedDataset(self.rows, config.batch_size, keys, **options)
 
     # --- Model, state and compiled programs -------------------------------------------------
 
@@ -205,46 +167,37 @@ class Run:
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """The shapes, dtypes and shardings of the train state.
-
-        Raises:
-          UserError: the mesh does not divide a parameter.
-        """
+        """The shapes, dtypes and shardings of the train state."""
         config = self.config
-        state = abstract_state(self.model, config.step_config(), self.mesh, config.hparams())
-        return add_replica_axis(state, config.replicas)
-
-    @property
-    def replicated(self) -> Any:
-        """The sharding of replicated arrays."""
-        return replicated(self.mesh)
+        state = step.abstract_state(self.model, config.step_config(), self.mesh, config.hparams())
+        return replicas.add_replica_axis(state, config.replicas)
 
     def _vmap(self, function: Callable, *in_axes: int | None) -> Callable:
-        return vmap_replicas(function, self.config.replicas, in_axes)
+        return replicas.vmap_replicas(function, self.config.replicas, in_axes)
 
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
-        init = self._vmap(partial(init_state, self.model, self.config.step_config()), 0, 0)
-        return jax.jit(init, out_shardings=self._state_shardings)
+        init = partial(step.init_state, self.model, self.config.step_config())
+        return jax.jit(self._vmap(init, 0, 0), out_shardings=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
-        steps = make_train_steps(make_train_step(self.model, self.config.step_config()))
+        train_step = step.make_train_step(self.model, self.config.step_config())
         # Streamed batches have a replica axis.
         data_axis = 0 if self.config.data.num_workers else None
         return jax.jit(
-            self._vmap(steps, 0, 0, data_axis, None),
+            self._vmap(step.make_train_steps(train_step), 0, 0, data_axis, None),
             donate_argnums=0,
-            out_shardings=(self._state_shardings, self.replicated),
+            out_shardings=(self._state_shardings, replicated(self.mesh)),
         )
 
     @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
         score = self._vmap(partial(evaluation.score, self.model), 0, None)
-        return jax.jit(score, out_shardings=self.replicated)
+        return jax.jit(score, out_shardings=replicated(self.mesh))
 
     @property
     def _state_shardings(self) -> TrainState:
@@ -255,12 +208,12 @@ class Run:
         return self.init(self.config.seeds(), self.config.hparams())
 
     def zero_sums(self) -> Any:
-        """Returns zero sums, on the host, for `train_steps` to add to."""
+        """Zero sums, on the host, for `train_steps` to add to."""
         return jax.device_get(zero_sums(self.config.replicas))
 
     def place(self, tree: Any) -> Any:
         """Replicates host arrays over the devices."""
-        return place(tree, self.replicated)
+        return place(tree, replicated(self.mesh))
 
     @cached_property
     def step_flops(self) -> int:
@@ -272,21 +225,13 @@ class Run:
     # --- What a run does --------------------------------------------------------------------
 
     def check(self) -> None:
-        """Checks config and data before anything is compiled.
-
-        Raises:
-          UserError: they are invalid, or the state does not fit in memory.
-        """
+        """Raises a UserError if config or data are invalid, or the state exceeds the memory."""
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
         _ = self.examples, self.data, self.rows
         check_memory(self.abstract_state)
 
     def trace(self) -> None:
-        """Traces the train step, which finds errors before compilation.
-
-        Raises:
-          UserError: an option, such as an attention backend, is not supported on this platform.
-        """
+        """Traces the train step, which finds errors before compilation."""
         sums, steps = self.place((self.zero_sums(), np.array(0, np.int32)))
         # Placed as in training, so that compilation reuses this trace.
         self.train_steps.trace(self.abstract_state, sums, self.feed.empty_window(), steps)
@@ -311,7 +256,7 @@ class Run:
         return run_training.train(self, allow_changes=allow_changes, profile=profile, exits=exits)
 
     def restore(self, checkpoint: str = "latest") -> TrainState:
-        """Restores the state saved as `latest`, as `best` or at a step number, onto the mesh.
+        """The state saved as `latest`, as `best` or at a step number, placed on the mesh.
 
         Raises:
           UserError: there is no such checkpoint, or it is damaged.
@@ -321,26 +266,26 @@ class Run:
             return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
     def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
-        """The trained model as a text generator, on the run's mesh.
+        """The trained model as a text generator, on the run's mesh; see `restore`.
 
         Args:
           checkpoint: latest, best, or a step number.
           replica: the index of a replica in a population.
         """
-        within("replica", replica, 0, self.config.replicas - 1)
+        config = self.config
+        within("replica", replica, 0, config.replicas - 1)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
-            variables = split_replicas(self.restore(checkpoint).variables(), self.config.replicas)
-        margin = self.config.decode_margin
-        return Generator(
-            self.model, variables[replica], self.tokenizers, decode_margin=margin, mesh=self.mesh
-        )
+            all_variables = self.restore(checkpoint).variables()
+            variables = replicas.split_replicas(all_variables, config.replicas)[replica]
+        options = {"decode_margin": config.decode_margin, "mesh": self.mesh}
+        return Generator(self.model, variables, self.tokenizers, **options)
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data` with every replica."""
         decode = partial(decoding.decode, self.model, margin=self.config.decode_margin)
         program = jax.jit(
             self._vmap(decode, 0, None),
-            out_shardings=self.replicated,
+            out_shardings=replicated(self.mesh),
             compiler_options=evaluation.compiler_options(),
         )
         return program(variables, data)
@@ -350,7 +295,7 @@ class Run:
 
         Evaluates the last state of `train`, otherwise the latest checkpoint.
         """
-        return mean_over_replicas(self.evaluate_replicas(split))
+        return replicas.mean_over_replicas(self.evaluate_replicas(split))
 
     def evaluate_replicas(
         self,
@@ -358,7 +303,7 @@ class Run:
         state: TrainState | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> list[dict[str, float]]:
-        """The metrics of each replica; NaN for a replica that a NaN or Inf has stopped.
+        """The metrics of each replica, as `evaluate`; NaN for a replica that a NaN or Inf stopped.
 
         Args:
           split: `validation` or `test`.
@@ -368,13 +313,12 @@ class Run:
         config, data = self.config, choose(self.data, split, "split")
         state = state or self.state or self.restore()
         with jax.set_mesh(self.mesh):
-            totals = evaluation.score_in_batches(
-                self.score, state.variables(), data, self.place, between
-            )
+            variables = state.variables()
+            totals = evaluation.score_in_batches(self.score, variables, data, self.place, between)
+        split_totals = replicas.split_replicas(totals, config.replicas)
         metrics = [
-            finalize(one, split, single.label_smoothing)
-            for one, single in zip(
-                split_replicas(totals, config.replicas), config.single_runs(), strict=True
-            )
+            finalize(each, split, single.label_smoothing)
+            for each, single in zip(split_totals, config.single_runs(), strict=True)
         ]
-        return mask_stopped(metrics, is_stopped(state.skipped, config.max_skipped_steps))
+        stopped = replicas.is_stopped(state.skipped, config.max_skipped_steps)
+        return replicas.mask_stopped(metrics, stopped)

@@ -24,6 +24,7 @@ from transformer.training.loop import Intervals, TrainingLoop, write_profile
 from transformer.training.metrics import MetricsWriter, read_metrics
 from transformer.training.resume import check_same_run, check_stopped, report_jump
 from transformer.training.step import TrainState
+from transformer.workdir import write_json
 
 if TYPE_CHECKING:
     from transformer.run import Run
@@ -57,7 +58,8 @@ def claim(run: "Run", allow_changes: bool) -> None:
     run.allow_changes = allow_changes
     run.workdir.claim(config, allow_changes=allow_changes)
     if run.is_trained:
-        run.config = RunConfig.from_config_dict(continued(config, run.workdir.known_config()))
+        saved = run.workdir.read_record()["config"]
+        run.config = RunConfig.from_config_dict(continued(config, saved))
 
 
 def describe(run: "Run") -> dict[str, str]:
@@ -161,13 +163,12 @@ def finish(run: "Run", state: TrainState) -> list[dict[str, Any]]:
     for split in run.data:
         for result, metrics in zip(results, run.evaluate_replicas(split, state), strict=True):
             result |= metrics
-    run.workdir.write_results(
-        {
-            "step": run.config.steps,
-            "devices": describe_mesh(run.mesh),
-            "parameters": run.model.count_parameters(),
-            "flops_per_step": run.step_flops,
-            "replicas": results,
-        }
-    )
+    record = {
+        "step": run.config.steps,
+        "devices": describe_mesh(run.mesh),
+        "parameters": run.model.count_parameters(),
+        "flops_per_step": run.step_flops,
+        "replicas": results,
+    }
+    write_json(run.workdir.results, record)
     return results

@@ -3,30 +3,23 @@
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from transformer.errors import UserError
+from transformer.errors import UserError, explained
 
 
 def find_devices() -> list[Any]:
-    """Returns the devices of all hosts.
-
-    Raises:
-      UserError: the platform of JAX_PLATFORMS is missing, or this is one of several hosts, and
-        `hosts.join` was not called.
-    """
-    try:
+    """Returns the devices of all hosts."""
+    asked = f"no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+    remedy = "install JAX for it, or unset it"
+    # JAX asserts that there is a backend.
+    with explained(f"{asked}: {{reason}}; {remedy}", RuntimeError, AssertionError):
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a backend
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split()) or "JAX finds none"
-        raise UserError(
-            f"no device for JAX_PLATFORMS={asked}: {reason}; install JAX for it, or unset it"
-        ) from error
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
             f"this host is one of {jax.process_count()} of a TPU slice; start the same program on "
@@ -72,16 +65,12 @@ def describe_mesh(mesh: Mesh) -> str:
 
 def cpu_name() -> str:
     """Returns the name of the processor, if the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    name = re.search(r"^model name\s*: (.*\S)", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def cpu_cores() -> int:
     """Returns how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

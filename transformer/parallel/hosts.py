@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from transformer.errors import UserError
+from transformer.errors import UserError, explained, within
 
 Result = TypeVar("Result")
 
 PATIENCE = 300  # seconds for all processes to arrive
 SILENCE = 10  # seconds before a process that waits says so
+ALL_FLAGS = "--coordinator=HOST:PORT, --processes=N and --process=I"
 
 
 def join(
@@ -37,52 +38,27 @@ def join(
       processes: the number of processes.
       process: the index of this process.
       interruptible: whether the program handles requests to stop (`interruption`).
-
-    Raises:
-      UserError: a flag is missing or invalid, or the other processes cannot be reached.
     """
-    flags = [flag for flag in (coordinator, processes, process) if flag is not None]
-    if not flags and not in_cluster():
+    given = [flag for flag in (coordinator, processes, process) if flag is not None]
+    if not given and not in_cluster():
         return
-    where = {} if flags in ([], ["auto"]) else place_among(coordinator, processes, process)
-    if where and where["process_id"]:
-        find(where["coordinator_address"])
+    where: dict[str, Any] = {}
+    if given not in ([], ["auto"]):
+        if processes is None or process is None or not re.fullmatch(r".+:\d+", coordinator or ""):
+            raise UserError(
+                f"several processes need all of {ALL_FLAGS}; or none of them under SLURM or "
+                "Kubernetes; or --coordinator=auto alone"
+            )
+        within("--process", process, 0, processes - 1)
+        if process:
+            find(str(coordinator))
+        where = {"coordinator_address": coordinator, "num_processes": processes}
+        where |= {"process_id": process, "cluster_detection_method": "deactivate"}
     # With the service SIGTERM does not end a process; see `interruption`.
     jax.config.update("jax_enable_preemption_service", interruptible)
-    try:
+    message = f"the other processes are not found: {{reason}}; name them by {ALL_FLAGS}"
+    with explained(message, OSError, RuntimeError, ValueError):
         jax.distributed.initialize(**where, initialization_timeout=PATIENCE)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the other processes are not found: {reason}; name them by --coordinator="
-            "HOST:PORT --processes=N --process=I"
-        ) from error
-
-
-def place_among(
-    coordinator: str | None, processes: int | None, process: int | None
-) -> dict[str, Any]:
-    """Returns the arguments of `jax.distributed.initialize` for the flags.
-
-    Raises:
-      UserError: a flag is missing or out of range.
-    """
-    if processes is None or process is None or not re.fullmatch(r".+:\d+", coordinator or ""):
-        raise UserError(
-            "several processes need all of --coordinator=HOST:PORT, --processes=N and --process=I; "
-            "or none of them under SLURM or Kubernetes; or --coordinator=auto alone"
-        )
-    if not 0 <= process < processes:
-        raise UserError(
-            f"--process={process} of --processes={processes}: they are counted from 0 to "
-            f"{processes - 1}"
-        )
-    return {
-        "coordinator_address": coordinator,
-        "num_processes": processes,
-        "process_id": process,
-        "cluster_detection_method": "deactivate",
-    }
 
 
 def in_cluster() -> bool:
@@ -100,33 +76,23 @@ def in_cluster() -> bool:
 
 
 def find(coordinator: str) -> None:
-    """Waits until process 0 answers; JAX itself would abort without an exception.
-
-    Raises:
-      UserError: it does not answer.
-    """
+    """Waits until process 0 answers; JAX itself would abort without an exception."""
     host, _, port = coordinator.rpartition(":")
-    began, said = time.monotonic(), False
+    began, silent = time.monotonic(), True
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
-            waited = time.monotonic() - began
+            waited, fault = time.monotonic() - began, f"--coordinator={coordinator}: {error}"
             if waited > PATIENCE:
                 raise UserError(
-                    f"--coordinator={coordinator}: nobody answered in {PATIENCE} s ({error}); "
-                    "start process 0 there, and see that this host reaches it"
+                    f"{fault}: nobody answered in {PATIENCE} s; start process 0 there, and see "
+                    "that this host reaches it"
                 ) from error
-            if waited > SILENCE and not said:
-                said = True
-                print(
-                    f"--coordinator={coordinator}: nobody answers yet ({error}); waiting for "
-                    f"process 0, {PATIENCE} s at most",
-                    file=sys.stderr,
-                )
-            time.sleep(0.2)
-        else:
-            return
+            if silent and waited > SILENCE:
+                silent = False
+                print(f"{fault}: waiting for process 0, {PATIENCE} s at most", file=sys.stderr)
+        time.sleep(0.2)
 
 
 def several() -> bool:
@@ -142,32 +108,25 @@ def first() -> bool:
 def once(function: Callable[[], Any]) -> Any:
     """Calls `function` on the first host; returns its result, which must be JSON, on all hosts.
 
-    Raises:
-      UserError: on all hosts, if the call fails.
+    If the call fails there, it raises a UserError on the others.
     """
     if not several():
         return function()
-    said: dict[str, Any] = {}
-    fault: Exception | None = None
+    result, fault, message = None, None, None
     if first():
         try:
-            said = {"result": function()}
-        except UserError as error:
-            said = {"error": str(error)}
-        except OSError as error:
-            said = {"error": f"{error.filename}: {error.strerror or error}; fix this"}
+            result = function()
         except Exception as error:  # of any kind: the other processes must not wait forever
-            fault = error
-            said = {"error": f"the first process failed: {type(error).__name__}: {error}"}
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+            fault, message = error, str(error)
+            if not isinstance(error, UserError):
+                message = f"the first process failed: {type(error).__name__}: {error}"
+    text = np.frombuffer(json.dumps([result, message]).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    said = json.loads(np.asarray(text).tobytes())
-    if fault is not None:
-        raise fault
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["result"]
+    result, message = json.loads(np.asarray(text).tobytes())
+    if message is not None:
+        raise fault or UserError(message)
+    return result
 
 
 def in_turn(function: Callable[[], Result]) -> Result:
@@ -181,9 +140,8 @@ def fetch(tree: Any) -> Any:
     """Returns the arrays of `tree` as NumPy arrays, gathered on every host."""
 
     def whole(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
+        there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if there and not leaf.is_fully_replicated:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 

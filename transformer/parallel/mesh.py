@@ -7,7 +7,7 @@ batches are split and what the compiler is told inside the model all follow from
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -48,59 +48,45 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh over the first devices.
+    """Returns a mesh over the first of `devices`, by default of all.
 
-    Args:
-      config: the sizes of its axes.
-      replicas: of the population, of which the axis `replica` takes a divisor.
-      devices: to take them from, also those of an ahead-of-time topology; None: all.
-
-    Raises:
-      UserError: a size is not positive, or the mesh does not fit the devices or the replicas.
+    Its axis `replica` takes a divisor of `replicas`. The devices may be those of an ahead-of-time
+    topology.
     """
-    devices = devices or find_devices()
-    sizes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
-    taken = math.prod(size for size in sizes.values() if size > 0)
-    replica = config.replica
-    if replica == -1:
-        replica = math.gcd(replicas, max(len(devices) // taken, 1))
-    if replica < 1 or replicas % replica:
+    devices, sizes = devices or find_devices(), asdict(config)
+    if config.replica == -1:
+        others = math.prod(size for size in sizes.values() if size > 0)
+        sizes["replica"] = math.gcd(replicas, max(len(devices) // others, 1))
+    if sizes["replica"] < 1 or replicas % sizes["replica"]:
         raise UserError(
-            f"mesh.replica={replica} does not divide replicas={replicas}; choose one that does, or "
-            "-1: as many as fit"
+            f"mesh.replica={config.replica} does not divide replicas={replicas}; choose one that "
+            "does, or -1: as many as fit"
         )
-    sizes = {"replica": replica} | sizes
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
             f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)"
         )
-    taken = math.prod(size for size in sizes.values() if size != -1)
-    if free and taken <= len(devices):
-        if len(devices) % taken:
-            raise UserError(
-                f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
-                f"set mesh.{free[0]} to a number"
-            )
-        sizes[free[0]] = len(devices) // taken
-    needed = math.prod(abs(size) for size in sizes.values())
+    taken = math.prod(map(abs, sizes.values()))
+    if free and taken < len(devices) and len(devices) % taken:
+        raise UserError(
+            f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
+            f"set mesh.{free[0]} to a number"
+        )
+    sizes |= dict.fromkeys(free, max(len(devices) // taken, 1))
+    needed = math.prod(sizes.values())
     if needed > len(devices):
         raise UserError(
             f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower mesh.data, mesh.fsdp, mesh.tensor, mesh.context or "
-            "mesh.replica"
+            f"({devices[0].device_kind}); lower mesh.data, fsdp, tensor, context or replica"
         )
     if needed < len(devices) and jax.process_count() > 1:
         raise UserError(
             f"mesh {sizes} takes {needed} of the {len(devices)} devices of {jax.process_count()} "
             "processes, and each process must have its part; set mesh.data=-1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[:needed],
-    )
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices[:needed])
 
 
 def one_device_mesh() -> Mesh:
@@ -115,10 +101,10 @@ def data_parallel_mesh() -> Mesh:
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
     """Raises a UserError if the mesh does not divide the batch of each accumulation step."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
-    if batch_size % shards:
-        among = f"mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}"
-        among += f" × accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
+    factors = {f"mesh.{name}": mesh.shape[name] for name in ("data", "fsdp")}
+    factors |= {"accumulation_steps": accumulation_steps} if accumulation_steps > 1 else {}
+    if batch_size % (shards := math.prod(factors.values())):
+        among = " × ".join(f"{name}={factor}" for name, factor in factors.items())
         raise UserError(
             f"batch_size={batch_size} does not divide among {among}; choose a multiple of {shards}"
         )
@@ -183,12 +169,8 @@ def row_shards() -> int:
 def shard_by_rules(function: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     """Returns `function` run by each device on its own shards of the arguments.
 
-    For what XLA cannot shard by itself, such as a Pallas kernel. Shards must be independent.
-
-    Args:
-      function: of arrays; returns one array.
-      in_axes: the logical axes of each argument.
-      out_axes: those of the result.
+    For what XLA cannot shard by itself, such as a Pallas kernel. Shards must be independent. The
+    axes are the logical ones of each argument and of the result, which is one array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if is_unsharded(mesh):
@@ -208,12 +190,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, where: Any) -> Any:
-    """Puts NumPy arrays, the same on every host, on the devices.
-
-    Args:
-      tree: the arrays.
-      where: a sharding, or one for each array.
-    """
+    """Puts NumPy arrays, the same on every host, on devices; `where` is a sharding, or one each."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -226,16 +203,7 @@ def place(tree: Any, where: Any) -> Any:
 def parameter_shardings(
     mesh: Mesh, params: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, NamedSharding]:
-    """Returns a sharding for each parameter.
-
-    Args:
-      mesh: the devices.
-      params: name → anything with a shape.
-      axes: name → logical axes, one for each dimension.
-
-    Raises:
-      UserError: a mesh axis does not divide the dimension that it shards.
-    """
+    """Returns a sharding for each parameter (name → anything with a shape) by its logical axes."""
     shardings = {}
     for name, param in params.items():
         spec = partition_spec(axes[name])
@@ -244,7 +212,7 @@ def parameter_shardings(
                 knobs = " × ".join(f"mesh.{each}" for each in np.atleast_1d(part))
                 raise UserError(
                     f"{knobs}={axis_shards(axis, mesh)} does not divide the {size} of axis "
-                    f"{axis!r} in {name} {tuple(param.shape)}; choose a {knobs} that does"
+                    f"{axis!r} in {name} {tuple(param.shape)}; choose one that does"
                 )
         shardings[name] = NamedSharding(mesh, spec)
     return shardings

@@ -31,13 +31,12 @@ class PerReplica:
     def __post_init__(self):
         for name, values in vars(self).items():
             whole = name in ("seed", "warmup_steps")
-            if not isinstance(values, tuple | list) or not all(
-                isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-                for value in values
-            ):
+            kind = int if whole else int | float
+            fits = isinstance(values, tuple | list) and not any(isinstance(x, bool) for x in values)
+            if not fits or not all(isinstance(value, kind) for value in values):
                 raise UserError(
-                    f"per_replica.{name}={values}: it takes a {'whole ' if whole else ''}"
-                    "number for each replica, such as (1,2,3)"
+                    f"per_replica.{name}={values}: it takes a {'whole ' * whole}number for each "
+                    "replica, such as (1,2,3)"
                 )
             if not whole:
                 object.__setattr__(self, name, tuple(map(float, values)))
@@ -58,8 +57,7 @@ class Population:
                     f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
                     "give as many as there are replicas, two or more"
                 )
-        if self.replicas > 1:
-            self.single_runs()
+        self.single_runs()
 
     def single_runs(self) -> list[Any]:
         """The config of the single run that each replica is."""
@@ -69,35 +67,27 @@ class Population:
         """The config of the single run that replica `k` is."""
         config: Any = self
         own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
-        own = {"seed": self.seed + k} | own
-        inside = {
-            name: replace(part, **{each: own.pop(each) for each in own.keys() & vars(part).keys()})
-            for name, part in (("optimizer", config.optimizer), ("model", config.model))
-        }
-        return replace(config, replicas=1, per_replica=PerReplica(), **inside, **own)
+        own = {"seed": self.seed + k, "replicas": 1, "per_replica": PerReplica()} | own
+        for name, part in (("optimizer", config.optimizer), ("model", config.model)):
+            inside = {each: own.pop(each) for each in own.keys() & vars(part).keys()}
+            own[name] = replace(part, **inside)
+        return replace(config, **own)
 
     def seeds(self) -> Any:
         """The seed; of a population those of the replicas, [R]; uint32."""
-        if self.replicas == 1:
-            return np.uint32(self.seed)
-        return np.array([config.seed for config in self.single_runs()], np.uint32)
+        seeds = np.array([config.seed for config in self.single_runs()], np.uint32)
+        return seeds if self.replicas > 1 else seeds[0]
 
     def hparams(self) -> dict[str, np.ndarray]:
         """The hyperparameters that differ among the replicas: name → [R] float32."""
-        return {
-            name: np.array(values, np.float32)
-            for name, values in vars(self.per_replica).items()
-            if values and name != "seed"
-        }
+        own = {name: values for name, values in vars(self.per_replica).items() if values}
+        return {name: np.array(own[name], np.float32) for name in own if name != "seed"}
 
 
 def vmap_replicas(function: Callable, replicas: int, in_axes: tuple[int | None, ...]) -> Callable:
     """Returns `function` of a single run's arrays vectorised over R replicas; under a mesh.
 
-    Args:
-      function: of arrays.
-      replicas: R; 1: `function` itself.
-      in_axes: 0 for an argument of which each replica has its own, None for a shared one.
+    `in_axes` has 0 for an argument of which each replica has its own, None for a shared one.
     """
     if replicas == 1:
         return function
@@ -121,16 +111,13 @@ def add_replica_axis(state: Any, replicas: int) -> Any:
     """Returns the shapes and shardings of a single run's arrays as those of R replicas."""
     if replicas == 1:
         return state
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (replicas, *leaf.shape),
-            leaf.dtype,
-            sharding=NamedSharding(
-                leaf.sharding.mesh, PartitionSpec("replica", *leaf.sharding.spec)
-            ),
-        ),
-        state,
-    )
+
+    def add(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec("replica", *leaf.sharding.spec)
+        where = NamedSharding(leaf.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct((replicas, *leaf.shape), leaf.dtype, sharding=where)
+
+    return jax.tree.map(add, state)
 
 
 def split_replicas(tree: Any, replicas: int) -> list[Any]:
@@ -153,20 +140,11 @@ def format_replicas(values: Sequence[float], form: Callable[[float], str]) -> st
 
 
 def is_stopped(skipped: Any, max_skipped_steps: int) -> np.ndarray:
-    """Whether each replica has stopped for a NaN or Inf, [R] (see `step.skip_nonfinite`).
-
-    Args:
-      skipped: of a train state.
-      max_skipped_steps: of the config.
-    """
+    """Whether each replica has stopped for a NaN or Inf, [R] (see `step.skip_nonfinite`)."""
     return np.atleast_1d(hosts.fetch(skipped)) > max_skipped_steps
 
 
-def mask_stopped(
-    metrics: Sequence[dict[str, float]], stopped: np.ndarray
-) -> list[dict[str, float]]:
+def mask_stopped(metrics: Sequence[Any], stopped: np.ndarray) -> list[dict[str, float]]:
     """The metrics of each replica; NaN for stopped ones, whose parameters are old."""
-    return [
-        dict.fromkeys(one, float("nan")) if old else one
-        for one, old in zip(metrics, stopped, strict=True)
-    ]
+    each = zip(metrics, stopped, strict=True)
+    return [dict.fromkeys(one, float("nan")) if old else one for one, old in each]

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from transformer import renamed
 from transformer.errors import UserError
 from transformer.files import nan_for_null, to_json
 from transformer.metrics import CORRECT, NLL, Predictions
@@ -255,7 +254,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(renamed.metrics(nan_for_null(json.loads(line))))
+            rows.append(nan_for_null(json.loads(line)))
         except ValueError as error:
             raise UserError(f"{path}, line {number} is damaged; delete or fix the line") from error
     return rows

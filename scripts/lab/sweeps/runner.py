@@ -28,7 +28,7 @@ def is_done(program: Program, workdir: Path) -> bool:
     if not all(path.exists() for path in (folder.results, *evaluated)):
         return False
     try:
-        saved = folder.known_config()
+        saved = folder.read_record()["config"]
         return not differences(saved, continued(program.resolved(), saved))
     except UserError:  # a damaged record, which its program will report
         return False
