@@ -6,34 +6,35 @@ Usage:
     python scripts/claims.py [--workdir=runs] [--jobs=4] [--only=causality,moments]
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 from absl import flags
-from lab.claims import attention, complexity, learning, norms, page, recurrence
-from lab.claims.claim import Setting, verdict
+from lab.claims import cost, learning, modules
+from lab.claims.claim import Setting, verdict, write_page
 
 from transformer import cli
 from transformer.console import console, facts
-from transformer.errors import choose
+from transformer.errors import check_choice
 from transformer.parallel.devices import describe_mesh
 from transformer.parallel.mesh import one_device_mesh
-from transformer.workdir import commit
+from transformer.workdir import commit, write_json
 
 # In the order of the page.
 CLAIMS = {
-    "causality": attention.causality,
-    "probabilities": attention.probabilities,
-    "heads": attention.heads,
-    "moments": norms.moments,
-    "same_scale": norms.same_scale,
+    "causality": modules.causality,
+    "probabilities": modules.probabilities,
+    "heads": modules.heads,
+    "moments": modules.moments,
+    "same_scale": modules.same_scale,
     "convergence": learning.convergence,
-    "growth": complexity.growth,
-    "meeting": complexity.meeting,
+    "growth": cost.growth,
+    "meeting": cost.meeting,
     "learning": learning.learning,
-    "sequential": recurrence.sequential,
-    "wall_time": recurrence.wall_time,
-    "parallel": recurrence.parallel,
+    "sequential": cost.sequential,
+    "wall_time": cost.wall_time,
+    "parallel": cost.parallel,
 }
 
 WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of the sweeps' folders.")
@@ -46,21 +47,18 @@ ONLY = flags.DEFINE_list("only", list(CLAIMS), "Which claims; the page keeps the
 def main() -> None:
     """Measures the claims and writes the page."""
     for name in ONLY.value:
-        choose(CLAIMS, name, "--only")
+        check_choice(CLAIMS, name, "--only")
     cli.set_up_jax()
     folder = Path(OUTPUT.value, "claims")
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(Path(WORKDIR.value), DATA_DIR.value, JOBS.value, folder)
-    about = {
-        "devices": describe_mesh(one_device_mesh()),
-        "commit": commit(),
-        "jax": jax.__version__,
-    }
+    devices = describe_mesh(one_device_mesh())
+    about = {"devices": devices, "commit": commit(), "jax": jax.__version__}
     for name in (name for name in CLAIMS if name in ONLY.value):
         claim = CLAIMS[name](setting)
-        page.store(name, claim, folder, about)
+        write_json(folder / f"{name}.json", about | asdict(claim))
         console.print(f"{claim.title}: {verdict(claim.checks)}")
-    facts({"page": str(page.write(folder, list(CLAIMS)))})
+    facts({"page": str(write_page(folder, list(CLAIMS)))})
 
 
 if __name__ == "__main__":

@@ -6,50 +6,110 @@ Usage:
     python scripts/compare.py --run=runs/one --other=runs/two
 """
 
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 from absl import flags
-from lab.comparison import arrays_of, compare, metrics_of
 
 from transformer import cli
 from transformer.config import differences
 from transformer.console import console, facts, table
 from transformer.errors import UserError
+from transformer.parallel.mesh import one_device_mesh
+from transformer.run import Run
+from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir
 
 RUN = flags.DEFINE_string("run", None, "A run's folder.", required=True)
 OTHER = flags.DEFINE_string("other", None, "Another run's folder.", required=True)
 cli.define_plugins_flag()
 
+SPEEDS = ("per_second", "mfu", "data_waits")  # metrics that no two runs share
+
+Groups = dict[str, dict[str, Any]]  # metric, or field of the train state → where → value
+
+
+def metrics_of(path: Path) -> Groups:
+    """Each metric of a `metrics.jsonl` by step and replica, without speeds."""
+    found: Groups = {}
+    for row in read_metrics(path):
+        step, replica = row.pop("step"), row.pop("replica", 0)
+        where = f"step {step:,}" + (f", replica {replica}" if replica else "")
+        for name, value in row.items():
+            if not name.endswith(SPEEDS):
+                found.setdefault(name, {})[where] = value
+    return found
+
+
+def arrays_of(workdir: Path, step: int) -> Groups:
+    """The arrays of a checkpoint, grouped by field of the train state."""
+    found: Groups = {}
+    state = Run.saved(workdir, mesh=one_device_mesh()).restore(str(step))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        name = jax.tree_util.keystr(path)
+        field = name.lstrip(".").split("[")[0].split(".")[0]
+        found.setdefault(f"{field} at step {step:,}", {})[name] = np.asarray(leaf)
+    return found
+
+
+class Agreement(NamedTuple):
+    """How two groups of named numbers or arrays differ."""
+
+    group: str
+    compared: int  # names that both have
+    missing: int  # names that only one has
+    unequal: int  # names that both have, with different bits
+    largest: float  # `distance`; NaN where one is NaN and the other is not
+    where: str  # the name with the largest distance
+
+
+def compare(one: Groups, other: Groups) -> list[Agreement]:
+    """How two runs differ, group by group."""
+    found = []
+    for group in {**one, **other}:
+        ours, theirs = one.get(group, {}), other.get(group, {})
+        both = {k: (np.asarray(ours[k]), np.asarray(theirs[k])) for k in ours if k in theirs}
+        unequal = {k: distance(a, b) for k, (a, b) in both.items() if a.tobytes() != b.tobytes()}
+        where = max(unequal, key=lambda k: (np.isnan(unequal[k]), unequal[k]), default="")
+        missing, largest = len(ours.keys() ^ theirs.keys()), unequal.get(where, 0.0)
+        found.append(Agreement(group, len(both), missing, len(unequal), largest, where))
+    return found
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference of an element, relative to the root mean square of `one`."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    scale, apart = float(np.sqrt(np.mean(one**2))), np.abs(one - other).max()
+    return float(apart / scale) if scale else float("inf") if apart else 0.0
+
 
 def main() -> None:
     """Prints a row for each metric and each field of the train state."""
     cli.set_up_jax()
     folders = [Workdir(path) for path in (RUN.value, OTHER.value)]
-    changed = differences(*(folder.read_config() for folder in folders))
-    if changed:
+    if changed := differences(*(folder.read_config() for folder in folders)):
         facts({"configs": "; ".join(changed)})
-    steps = [
+    one, other = (
         {int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()}
         for folder in folders
-    ]
-    if not steps[0] & steps[1]:
+    )
+    if not one & other:
         raise UserError(
-            f"the runs have no checkpoint of the same step: {sorted(steps[0])} and "
-            f"{sorted(steps[1])}; train them for equally many steps"
+            f"the runs have no checkpoint of the same step: {sorted(one)} and {sorted(other)}; "
+            "train them for equally many steps"
         )
-    last = max(steps[0] & steps[1])
+    last = max(one & other)
     found = compare(*(metrics_of(each.metrics) | arrays_of(each.path, last) for each in folders))
     rows = [
-        (
-            each.group,
-            *map(str, (each.compared, each.missing, each.unequal)),
-            f"{each.largest:.1e}" if each.unequal else "",
-            each.where,
-        )
+        (each.group, *map(str, each[1:4]), f"{each.largest:.1e}" * (each.unequal > 0), each.where)
         for each in found
     ]
     columns = ("of", "compared", "in one only", "unequal", "largest, relative", "at")
     table(f"{RUN.value} and {OTHER.value}", columns, rows)
-    console.print("bit-identical" if all(each.identical for each in found) else "not bit-identical")
+    identical = not any(each.missing or each.unequal for each in found)
+    console.print("bit-identical" if identical else "not bit-identical")
 
 
 if __name__ == "__main__":

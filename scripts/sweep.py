@@ -4,10 +4,9 @@ A program is a call of `train.py`; `--dry_run` prints them. Repeating the comman
 programs and resumes interrupted ones.
 
 Usage:
-    python scripts/sweep.py --sweep=configs/ablations/norms.py --workdir=runs/norms --jobs=4
-    python scripts/sweep.py --sweep=configs/ablations/norms.py --workdir=runs/norms --dry_run
-    python scripts/sweep.py --sweep=configs/ablations/norms.py --workdir=runs/norms \\
-        --cluster=slurm --cluster_parameters=timeout_min=60,slurm_partition=gpu,gpus_per_node=1
+    python scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4
+    python scripts/sweep.py --sweep=configs/ablations/norms.py --cluster=slurm \\
+        --cluster_parameters=timeout_min=60,slurm_partition=gpu,gpus_per_node=1
 """
 
 import shlex
@@ -86,25 +85,18 @@ def stop(*_: Any) -> None:
 
 def show(sweep: Sweep, programs: list[Program], root: Path) -> None:
     """Prints the commands of every program, and a table of the programs with their cost."""
+    rows = []
     for program in programs:
         for command in program.commands(root / program.name, DATA_DIR.value):
             print(shlex.join(["python", *command]))
-    rows = [
-        (
-            program.name,
-            str(len(program.members)),
-            f"{program.resolved().steps:,}",
-            f"{flops(program):.3g}",
-        )
-        for program in programs
-    ]
+        runs, config = len(program.members), RunConfig.from_config_dict(program.resolved())
+        rows.append((program.name, str(runs), f"{config.steps:,}", f"{flops(config):.3g}"))
     title = f"{SWEEP.value}: {len(sweep.variants)} variants × {sweep.seeds} seeds"
     table(title, ("program", "runs", "steps", "FLOPs per run"), rows)
 
 
-def flops(program: Program) -> float:
+def flops(config: RunConfig) -> float:
     """Floating-point operations of the matrix products in all steps of one run."""
-    config = RunConfig.from_config_dict(program.resolved())
     return float(config.steps * Run(config, data_dir=DATA_DIR.value).step_flops)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from lab.claims import attention
+from lab.claims import modules
 
 from tests.helpers import program, random_params, small_model
 from transformer import cli
@@ -63,9 +63,9 @@ def test_a_wrong_backend_is_shown(monkeypatch, capsys):
 
 def test_a_silenced_head_is_the_one_that_is_meant():
     variables = random_params(small_model(num_layers=2), 0)
-    for kind, where in zip(attention.KINDS, ("encoder", "decoder", "decoder"), strict=True):
+    for kind, where in zip(modules.KINDS, ("encoder", "decoder", "decoder"), strict=True):
         which = "cross" if kind == "cross" else "self"
-        silent = attention.without_head(variables, kind, 1)
+        silent = modules.without_head(variables, kind, 1)
         changed = {name for name in variables if not (silent[name] == variables[name]).all()}
         assert changed == {f"{where}/layers/{i}/{which}_attention/out/kernel" for i in range(2)}
         assert all((silent[name][0] == variables[name][0]).all() for name in changed)

@@ -1,7 +1,7 @@
 """Figures of the reports: lines in panels, confidence intervals, matrices."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,31 @@ class Panel:
     series: Mapping[str, Sequence[Any]]  # name → (x, y), or (x, y, low, high) with a band
     log: str = ""  # the logarithmic axes: "", "x", "y" or "xy"
     share: bool = False  # whether y is a share, shown in percent
-    vertical: Mapping[str, float] = field(default_factory=dict)  # label → dotted line
+    vertical: float | None = None  # dotted line
     horizontal: float | None = None  # dotted line
 
 
 def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
-    """Draws panels in rows; a name has the same colour in all of them."""
+    """Draws panels in rows; a name has the same colour and dashes in all of them."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     size = (8.0, 4.5) if len(panels) == 1 else (4.6 * columns, 3.8 * rows)
     figure = Figure(figsize=size, layout="constrained")
     axes_of = list(figure.subplots(rows, columns, squeeze=False).flat)
-    styles = line_styles(dict.fromkeys(name for panel in panels for name in panel.series))
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    colours = colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    dotted = {"color": "gray", "linestyle": ":", "linewidth": 1.0}
     for axes, panel in zip(axes_of, panels, strict=False):
         for name, (x, y, *band) in panel.series.items():
-            axes.plot(x, y, label=name, marker=".", **styles[name])
+            again, i = divmod(names.index(name), 10)
+            dashes = ("-", "--", ":", "-.")[again % 4]
+            axes.plot(x, y, label=name, marker=".", color=colours[i], linestyle=dashes)
             if band:
-                axes.fill_between(x, *band, color=styles[name]["color"], alpha=0.12, linewidth=0)
-        for name, position in panel.vertical.items():
-            axes.axvline(position, color="gray", linestyle=":", linewidth=1.0)
-            where = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": "gray"}
-            axes.annotate(name, (position, 0.02), **where)
+                axes.fill_between(x, *band, color=colours[i], alpha=0.12, linewidth=0)
+        if panel.vertical is not None:
+            axes.axvline(panel.vertical, **dotted)
         if panel.horizontal is not None:
-            axes.axhline(panel.horizontal, color="gray", linestyle=":", linewidth=1.0)
+            axes.axhline(panel.horizontal, **dotted)
         if "x" in panel.log:
             axes.set_xscale("log", base=2)
         if "y" in panel.log:
@@ -58,17 +60,8 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     for axes in axes_of[len(panels) :]:
         axes.remove()
-    crowded = len(panels) == 1 and len(panels[0].series) > 4
+    crowded = len(panels) == 1 and len(names) > 4
     finish(figure, axes_of[: len(panels)], path, legend="beside" if crowded else "best")
-
-
-def line_styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """A colour for each name, with another dash pattern where colours repeat."""
-    colours = colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
-    return {
-        name: {"color": colours[i % 10], "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
-        for i, name in enumerate(names)
-    }
 
 
 def intervals(
@@ -88,8 +81,8 @@ def intervals(
                 axes.annotate("not compared", (0, row), color="gray", fontsize=7, va="center")
                 continue
             axes.plot([interval.low, interval.high], [row, row], color=INK, linewidth=1.5)
-            shown = not isinstance(interval, Difference) or interval.p <= ALPHA
-            face = INK if shown else "white"
+            filled = not isinstance(interval, Difference) or interval.p <= ALPHA
+            face = INK if filled else "white"
             axes.plot([interval.mean], [row], "o", color=INK, markerfacecolor=face)
         axes.axvline(0.0, color=SECOND, linewidth=1.0, linestyle="--", zorder=0)
         axes.set_xlabel(label, fontsize=9)

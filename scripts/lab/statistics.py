@@ -38,8 +38,8 @@ def mean_interval(values: Values, level: float = LEVEL) -> Interval:
 
     The bounds are NaN for a single value; a value that is not finite makes everything NaN.
     """
-    sample = as_sample(values)
-    mean, error = mean_and_error(sample, scale=np.abs(sample).max())
+    sample = _as_sample(values)
+    mean, error = _mean_and_error(sample, scale=np.abs(sample).max())
     margin = critical(sample.size, level) * error
     return Interval(mean, mean - margin, mean + margin, sample.size)
 
@@ -52,12 +52,11 @@ def paired(variant: Values, baseline: Values, level: float = LEVEL) -> Differenc
     the mean is NaN; a value that is not finite makes everything NaN. Differences that are all
     zero have p = 1, and equal ones other than zero p = 0. ValueError if the seeds do not match.
     """
-    ours, theirs = as_sample(variant), as_sample(baseline)
+    ours, theirs = _as_sample(variant), _as_sample(baseline)
     if ours.size != theirs.size:
         raise ValueError(f"{ours.size} values cannot be paired with {theirs.size}")
-    n = ours.size
-    mean, error = mean_and_error(ours - theirs, scale=np.abs([ours, theirs]).max())
-    return t_test(mean, error, n, level)
+    mean, error = _mean_and_error(ours - theirs, scale=np.abs([ours, theirs]).max())
+    return t_test(mean, error, ours.size, level)
 
 
 def t_test(mean: float, error: float, n: int, level: float = LEVEL) -> Difference:
@@ -98,10 +97,8 @@ def verdict(difference: Difference, unit: Callable[[float], str], higher_is_bett
     if difference.p <= ALPHA:
         word = "better" if (difference.mean > 0.0) == higher_is_better else "worse"
         return f"{word} by {unit(abs(difference.mean))} ({p_text(difference.p)})"
-    return (
-        f"no evidence of a difference at {difference.n} seeds; "
-        f"smallest detectable: {unit(difference.detectable)}"
-    )
+    smallest = f"smallest detectable: {unit(difference.detectable)}"
+    return f"no evidence of a difference at {difference.n} seeds; {smallest}"
 
 
 def p_text(p: float) -> str:
@@ -109,15 +106,14 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def as_sample(values: Values) -> np.ndarray:
-    """The values as a vector of float64, infinities as NaN; ValueError if there are none."""
+def _as_sample(values: Values) -> np.ndarray:
     sample = np.asarray(values, np.float64)
     if sample.ndim != 1 or sample.size == 0:
         raise ValueError(f"expected one value per seed, not an array of shape {sample.shape}")
     return np.where(np.isfinite(sample), sample, np.nan)
 
 
-def mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
+def _mean_and_error(sample: np.ndarray, scale: float) -> tuple[float, float]:
     """The mean and its standard error s / √n, which is NaN for a single value.
 
     What is within the rounding of numbers as large as `scale` counts as zero: 0.9 - 0.8 and

@@ -5,13 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """A Markdown table.
-
-    Args:
-      columns: the header.
-      rows: the cells.
-      align: `l` or `r` for each column; by default all but the first are numbers, to the right.
-    """
+    """A Markdown table; `align` has `l` or `r` per column, by default `l` for the first alone."""
     rule = [{"l": "---", "r": "---:"}[each] for each in align or "l" + "r" * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *rows)) + "\n"
 

@@ -1,15 +1,26 @@
-"""What a claim is, how its verdict follows from its checks, and the checks that are t-tests."""
+"""What a claim is, checks that are t-tests, verdicts, and the page of all claims."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lab.statistics import ALPHA, Interval, holm, mean_interval, p_text, paired
+from lab.statistics import ALPHA, Interval, Values, holm, mean_interval, p_text, paired
+from lab.tables import markdown
 
 MOST_NAMED = 4  # exceptions that a verdict names; it counts more of them
+HEAD = """# The claims, checked
+
+    python scripts/claims.py --jobs=4
+
+Each claim is tested in several cases, in each of which it is true, or not, or the measurements do
+not decide. A claim *holds* if it is true in all cases, *holds with a condition* if in some, and
+*does not hold here* if in none. Brackets are 95% confidence intervals (Student's t). The toy task
+is small: effects that it does not show may exist elsewhere.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,34 +50,24 @@ class Claim:
     says: str  # the claim, in a sentence
     method: str  # what was measured, how, and when a check is true
     checks: Sequence[Check]
-    tables: Sequence[str] = ()  # Markdown, below the checks
-    data: Mapping[str, Any] = field(default_factory=dict)  # the measurements
+    data: Mapping[str, Any]  # the measurements
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """`holds` if all checks are true, `holds with a condition` if some are.
-
-    The exceptions are named, or counted if there are many.
-    """
-    cases = {
-        answer: [check.case for check in checks if check.holds is answer]
-        for answer in (True, False, None)
-    }
-    exceptions = len(checks) - len(cases[True])
+    """`holds` if all checks are true; otherwise the exceptions are named, or counted if many."""
+    true, false, undecided = (
+        [check.case for check in checks if check.holds is answer] for answer in (True, False, None)
+    )
     if not checks:
         return "could not be measured here"
-    if not cases[True]:
+    if not true:
         return "does not hold here"
-    if not exceptions:
-        return "holds"
-    if exceptions > MOST_NAMED:
-        return (
-            f"holds with a condition: in {len(cases[True])} of {len(checks)} cases, not in "
-            f"{len(cases[False])}, undecided in {len(cases[None])}"
-        )
-    named = {"not for": cases[False], "undecided": cases[None]}
-    parts = [f"{words}: {'; '.join(each)}" for words, each in named.items() if each]
-    return f"holds with a condition; {'; '.join(parts)}"
+    if len(false + undecided) > MOST_NAMED:
+        counts = f"in {len(true)} of {len(checks)} cases, not in {len(false)}"
+        return f"holds with a condition: {counts}, undecided in {len(undecided)}"
+    named = {"not for": false, "undecided": undecided}
+    parts = [f"; {words}: {'; '.join(cases)}" for words, cases in named.items() if cases]
+    return f"holds with a condition{''.join(parts)}" if parts else "holds"
 
 
 def answer(mean: float, p: float) -> bool | None:
@@ -74,21 +75,18 @@ def answer(mean: float, p: float) -> bool | None:
     return mean > 0.0 if p <= ALPHA else None
 
 
-def above_zero(
-    cases: Mapping[str, Sequence[float]], write: Callable[[Interval], str]
-) -> list[Check]:
+def above_zero(cases: Mapping[str, Values], write: Callable[[Interval], str]) -> list[Check]:
     """A check per case that the mean of its repetitions is positive: t-tests, corrected by Holm."""
-    tests = {name: paired(values, [0.0] * len(values)) for name, values in cases.items()}
-    adjusted = holm([test.p for test in tests.values()])
+    tests = [paired(values, np.zeros(len(values))) for values in cases.values()]
     return [
         Check(name, f"{write(mean_interval(cases[name]))} ({p_text(p)})", answer(test.mean, p))
-        for (name, test), p in zip(tests.items(), adjusted, strict=True)
+        for name, test, p in zip(cases, tests, holm([test.p for test in tests]), strict=True)
     ]
 
 
-def log_ratio(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+def log_ratio(theirs: Values, ours: Values) -> np.ndarray:
     """log(theirs / ours), value by value."""
-    return (np.log(theirs) - np.log(ours)).tolist()
+    return np.log(theirs) - np.log(ours)
 
 
 def times(interval: Interval) -> str:
@@ -106,3 +104,29 @@ def band(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, ..
     """The median, lowest and highest repetition at each point, of values [points, repetitions]."""
     values = np.asarray(values)
     return np.median(values, 1), values.min(1), values.max(1)
+
+
+def write_page(folder: Path, names: Sequence[str]) -> Path:
+    """Writes the page of the claims whose JSON is in `folder`, in the order of `names`."""
+    answers = {True: "yes", False: "**no**", None: "undecided"}
+    sections, rows = [], []
+    for name in names:
+        if not (path := folder / f"{name}.json").exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checks = [Check(**check) for check in record["checks"]]
+        title, words = record["title"], verdict(checks)
+        anchor = "".join(c for c in title.lower() if c.isalnum() or c in " -").replace(" ", "-")
+        rows.append((f"[{title}](#{anchor})", record["says"], f"**{words}**"))
+        cases = [(each.case, each.found, answers[each.holds]) for each in checks]
+        picture, by = folder / f"{name}.png", record["commit"] or "unknown"
+        sections += [
+            f"## {title}\n\n> {record['says']}\n\n{record['method']}\n\n**{words}**\n",
+            *([markdown(("case", "found", "true"), cases, align="lll")] if cases else []),
+            *([f"![{title}]({folder.name}/{picture.name})\n"] if picture.exists() else []),
+            f"On {record['devices']}; JAX {record['jax']}; commit {by}.\n",
+        ]
+    summary = markdown(("claim", "the text", "verdict"), rows, align="lll")
+    path = folder.with_suffix(".md")
+    path.write_text("\n".join((HEAD, summary, *sections)), encoding="utf-8")
+    return path

@@ -1,8 +1,10 @@
 """Races to a target accuracy: layer norm against other norms, attention against recurrence."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +13,9 @@ import numpy as np
 from lab import plots
 from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, shown, times
 from lab.statistics import LEVEL, Difference, critical, holm, mean_interval, p_text, paired, t_test
-from lab.sweeps import runner
+from lab.sweeps import report, runner
 from lab.sweeps.records import Record, curve, read_all
-from lab.sweeps.report import learning_panel
 from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
-from lab.tables import markdown
 from lab.timing import in_process, interleaved
 from transformer.config import RunConfig
 from transformer.errors import UserError
@@ -25,16 +25,6 @@ CHOOSING = 3  # seeds on which a learning rate is chosen; the others test it
 STEPS, ROUNDS = 10, 5  # of training, in a timing; of timings, in a process
 REPLICAS = 8  # the default of scripts/sweep.py, so that both share runs
 
-Records = Mapping[str, Sequence[Record]]
-METHOD = """\
-The target is a validation sequence accuracy of {target:.0%}. \
-Each kind is taken at the best of the same five learning rates, chosen on {choosing} seeds; the \
-other seeds test it. A run arrives where its learning curve crosses the target, interpolated \
-between evaluations; seconds are steps times the time of a step, measured in turns in fresh \
-processes. A case is true if the logarithms of what the other kind and of what {ours} needs differ \
-in favour of the latter (paired t-test, Holm over all cases). A loser whose best learning rate is \
-at the end of those tried decides nothing. Bands go from the lowest to the highest seed."""
-
 
 def sweep_of(name: str) -> Sweep:
     """A shipped sweep."""
@@ -42,11 +32,7 @@ def sweep_of(name: str) -> Sweep:
 
 
 def records(setting: Setting, name: str) -> dict[str, list[Record]]:
-    """Variant → records of a shipped sweep, which is run, or resumed, if it is not complete.
-
-    Raises:
-      UserError: a program failed.
-    """
+    """Variant → records of a shipped sweep, which is run, or resumed, if it is not complete."""
     sweep, root = sweep_of(name), setting.root / name
     programs = plan(sweep, REPLICAS)
     failures = runner.run_all(programs, root, setting.data_dir, jobs=setting.jobs)
@@ -60,26 +46,24 @@ def records(setting: Setting, name: str) -> dict[str, list[Record]]:
 
 def seconds_per_step(name: str, variants: Sequence[str], data_dir: str | None) -> dict[str, float]:
     """Median seconds of a training step of each variant, as a single run on all cores, in turns."""
-    sweep = sweep_of(name)
-    found = interleaved({each: trainer(sweep, each, data_dir) for each in variants}, ROUNDS)
+    sweep, calls = sweep_of(name), {}
+    for variant in variants:
+        overrides = {**sweep.overrides, **sweep.variants[variant]}
+        config = Program(variant, sweep.config, overrides, ((variant, 0),)).resolved()
+        run = Run(RunConfig.from_config_dict(config), data_dir=data_dir)
+        with jax.set_mesh(run.mesh):
+            states = [run.initial_state()]  # the newest
+            sums, window = run.zero_sums(), run.feed.empty_window()
+        calls[variant] = partial(_train, run, states, sums, window)
+    found = interleaved(calls, ROUNDS)
     return {variant: float(np.median(each)) / STEPS for variant, each in found.items()}
 
 
-def trainer(sweep: Sweep, variant: str, data_dir: str | None) -> Callable[[], Any]:
-    """A call that takes `STEPS` training steps of a variant."""
-    overrides = {**sweep.overrides, **sweep.variants[variant]}
-    config = Program(variant, sweep.config, overrides, ((variant, 0),)).resolved()
-    run = Run(RunConfig.from_config_dict(config), data_dir=data_dir)
+def _train(run: Run, states: list[Any], sums: Any, window: Any) -> Any:
     with jax.set_mesh(run.mesh):
-        state, sums, window = run.initial_state(), run.zero_sums(), run.feed.empty_window()
-
-    def call() -> Any:
-        nonlocal state
-        with jax.set_mesh(run.mesh):
-            state, found = run.train_steps(state, sums, window, np.int32(STEPS))
-        return found
-
-    return call
+        state, found = run.train_steps(states.pop(), sums, window, np.int32(STEPS))
+    states.append(state)
+    return found
 
 
 def step_times(
@@ -93,12 +77,9 @@ def step_times(
 
 def arrival(record: Record, target: float) -> float | None:
     """The step at which the learning curve crosses the target, interpolated, or None."""
-    before = (0, 0.0)
-    for step, accuracy in record.curve:
-        if accuracy >= target:
-            share = (target - before[1]) / (accuracy - before[1])
-            return before[0] + share * (step - before[0])
-        before = (step, accuracy)
+    for (before, low), (step, high) in itertools.pairwise([(0, 0.0), *record.curve]):
+        if high >= target:
+            return before + (target - low) / (high - low) * (step - before)
     return None
 
 
@@ -127,7 +108,7 @@ class Best:
         return text if len(steps) == number else f"{text} ({len(steps)} of {number} seeds)"
 
 
-def bests(found: Records, target: float) -> dict[str, Best]:
+def bests(found: Mapping[str, Sequence[Record]], target: float) -> dict[str, Best]:
     """Each kind of a sweep whose variants are called `kind, rate`, at its own best rate.
 
     The rate is the one at which most of the first `CHOOSING` seeds arrive; among those the one
@@ -138,7 +119,7 @@ def bests(found: Records, target: float) -> dict[str, Best]:
         chosen = found[variant][:CHOOSING]
         steps = [step for each in chosen if (step := arrival(each, target)) is not None]
         accuracy = float(np.mean([each.outcomes["sequence_accuracy"] for each in chosen]))
-        return (-len(steps), float(np.mean(steps)) if steps else 0.0, -accuracy)
+        return -len(steps), float(np.mean(steps)) if steps else 0.0, -accuracy
 
     kinds: dict[str, dict[str, float]] = {}
     for variant in found:
@@ -156,20 +137,14 @@ def bests(found: Records, target: float) -> dict[str, Best]:
 
 def timed_bests(
     setting: Setting, name: str, processes: int
-) -> tuple[dict[str, Best], list[tuple[str, ...]], dict[str, Any]]:
-    """The best of each kind with its seconds per step, rows for every rate, and data for JSON."""
+) -> tuple[dict[str, Best], dict[str, Any]]:
+    """The best of each kind with its seconds per step, and data for JSON."""
     found, target = records(setting, name), sweep_of(name).target
     best = bests(found, target)
-    chosen = [each.variant for each in best.values()]
-    seconds = step_times(setting, name, chosen, processes)
+    seconds = step_times(setting, name, [each.variant for each in best.values()], processes)
     best = {kind: replace(each, seconds=seconds[each.variant]) for kind, each in best.items()}
     arrivals = {k: [arrival(one, target) for one in each] for k, each in found.items()}
-    rows = []
-    for variant, each in arrivals.items():
-        steps = [step for step in each if step is not None]
-        mean = f"{np.mean(steps):,.0f}" if steps else ""
-        rows.append((variant, f"{len(steps)}/{len(each)}", mean, "best" * (variant in chosen)))
-    return best, rows, {"seconds per step": seconds, "arrivals": arrivals}
+    return best, {"seconds per step": seconds, "arrivals": arrivals}
 
 
 def in_steps(ours: Best, theirs: Best) -> Difference:
@@ -214,12 +189,19 @@ def panels_of(title: str, best: Mapping[str, Best]) -> list[plots.Panel]:
     by_steps = {kind: curve(each.records) for kind, each in best.items()}
     by_time = {k: curve(each.records, float(np.median(each.seconds))) for k, each in best.items()}
     found = {"step": by_steps, "seconds of training": by_time}
-    return [learning_panel(title, x, series) for x, series in found.items()]
+    return [report.learning_panel(title, x, series) for x, series in found.items()]
 
 
 def method_text(sweep: str, ours: str) -> str:
     """How the races of a sweep are judged."""
-    return METHOD.format(target=sweep_of(sweep).target, choosing=CHOOSING, ours=ours)
+    return f"""\
+The target is a validation sequence accuracy of {sweep_of(sweep).target:.0%}. \
+Each kind is taken at the best of the same five learning rates, chosen on {CHOOSING} seeds; the \
+other seeds test it. A run arrives where its learning curve crosses the target, interpolated \
+between evaluations; seconds are steps times the time of a step, measured in turns in fresh \
+processes. A case is true if the logarithms of what the other kind and of what {ours} needs differ \
+in favour of the latter (paired t-test, Holm over all cases). A loser whose best learning rate is \
+at the end of those tried decides nothing. Bands go from the lowest to the highest seed."""
 
 
 def convergence(
@@ -229,21 +211,20 @@ def convergence(
     processes: int = 5,
 ) -> Claim:
     """Layer norm against none and batch norm to the target, at two batch sizes."""
-    races, panels, rows, data = {}, [], [], {}
+    races, panels, data = {}, [], {}
     for name in sweeps:
         batch = f"batch {name.rpartition('_')[2]}"
-        best, tried, data[name] = timed_bests(setting, name, processes)
-        rows += [(batch, *row) for row in tried]
+        best, data[name] = timed_bests(setting, name, processes)
+        depths: dict[str, dict[str, Best]] = {}
         for kind, rival in best.items():
             norm, depth = kind.split(", ")
+            depths.setdefault(depth, {})[norm] = rival
             if norm != "layer":
                 case = f"{batch}, {depth}, against {'no' if norm == 'none' else norm} norm"
                 races[case] = best[f"layer, {depth}"], rival
-        for depth in dict.fromkeys(kind.split(", ")[1] for kind in best):
-            chosen = {kind.split(", ")[0]: one for kind, one in best.items() if depth in kind}
-            panels += panels_of(f"{batch}, {depth}", chosen)
+        for depth, each in depths.items():
+            panels += panels_of(f"{batch}, {depth}", each)
     plots.lines(panels, setting.folder / "convergence.png")
-    columns = ("batch", "norm, layers, learning rate", "seeds that arrive", "steps", "")
     return Claim(
         title="Convergence with layer norm",
         says="With layer normalisation training converges faster than without, and than with batch "
@@ -253,25 +234,17 @@ def convergence(
         "All clip gradients at a norm of 1. Batch norm sees later target positions in "
         "training, and running averages in evaluation. " + method_text(sweeps[0], "layer norm"),
         checks=judge(races),
-        tables=[markdown(columns, rows, align="lllll")],
         data=data,
     )
 
 
 def learning(setting: Setting, *, sweep: str = "recurrence", processes: int = 5) -> Claim:
     """The Transformer against recurrent models to the target."""
-    best, rows, data = timed_bests(setting, sweep, processes)
-    ours = best["transformer"]
-    races = {
-        f"against the {kind.upper()}": (ours, each) for kind, each in best.items() if each != ours
-    }
+    best, data = timed_bests(setting, sweep, processes)
+    rivals = {kind: each for kind, each in best.items() if kind != "transformer"}
+    races = {f"against the {k.upper()}": (best["transformer"], x) for k, x in rivals.items()}
     plots.lines(panels_of("reverse", best), setting.folder / "learning.png")
     sizes = ", ".join(f"{kind} {each.records[0].parameters:,}" for kind, each in best.items())
-    milliseconds = [
-        (kind, shown(mean_interval([1e3 * one for one in each.seconds])))
-        for kind, each in best.items()
-    ]
-    columns = ("kind, learning rate", "seeds that arrive", "steps", "")
     return Claim(
         title="Steps and seconds to learn",
         says="Recurrent networks need more steps to train.",
@@ -280,9 +253,5 @@ def learning(setting: Setting, *, sweep: str = "recurrence", processes: int = 5)
         "as Luong et al. 2015 do, so attention is inside its loop. "
         + method_text(sweep, "the Transformer"),
         checks=judge(races),
-        tables=[
-            markdown(columns, rows, align="llll"),
-            markdown(("kind", "milliseconds per step"), milliseconds),
-        ],
         data=data,
     )

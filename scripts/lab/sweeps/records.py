@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lab.sweeps.sweep import Program, Sweep
-from transformer.errors import UserError
+from transformer.errors import explained
 from transformer.files import nan_for_null
 from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir
@@ -32,20 +32,15 @@ class Record:
 
 
 def read_all(sweep: Sweep, programs: Iterable[Program], root: Path) -> dict[str, list[Record]]:
-    """Variant → the records of its seeds in order, of finished programs.
-
-    Raises:
-      UserError: a file is missing or damaged.
-    """
+    """Variant → the records of its seeds in order, of finished programs."""
     found: dict[str, list[Record]] = {variant: [] for variant in sweep.variants}
     for program in programs:
         for k, (variant, seed) in enumerate(program.members):
-            found[variant].append(read(sweep, program, k, seed, root / program.name))
+            found[variant].append(_read(sweep, program, k, seed, root / program.name))
     return {name: sorted(each, key=lambda one: one.seed) for name, each in found.items()}
 
 
-def read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) -> Record:
-    """The record of one replica of a finished program; see `read_all`."""
+def _read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) -> Record:
     workdir, size = Workdir(str(folder)), len(program.members)
     results = read_json(workdir.results)
     final = nan_for_null(results["replicas"][replica])
@@ -79,17 +74,10 @@ def read(sweep: Sweep, program: Program, replica: int, seed: int, folder: Path) 
 
 
 def read_json(path: Path) -> Any:
-    """The content of a result file.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
-    try:
+    """The content of a result file."""
+    message = f"{path} cannot be read ({{reason}}); delete the folder and run again"
+    with explained(message, OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete the folder and run again"
-        ) from error
 
 
 def curve(records: Sequence[Record], seconds_per_step: float = 1.0) -> tuple[Any, ...]:

@@ -11,17 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lab import plots
-from lab.statistics import (
-    ALPHA,
-    Difference,
-    Interval,
-    holm,
-    mean_interval,
-    p_text,
-    paired,
-    verdict,
-)
+from lab import plots, statistics
+from lab.statistics import ALPHA, Difference, Interval, holm, mean_interval, paired
 from lab.sweeps.records import Record, curve, read_all, read_json
 from lab.sweeps.sweep import PaperRow, Program, Sweep, parameters
 from lab.tables import markdown
@@ -31,6 +22,8 @@ from transformer.workdir import Workdir, write_json
 CROWDED = 8  # most variants whose learning curves are told apart in one pair of axes
 PAPER_VOCABULARY = 37_000  # shared pieces, by the paper's text; Table 3 does not state it
 PAPER_CONFIG = str(Path(__file__).parents[3] / "configs" / "vaswani_base.py")
+
+Records = Mapping[str, Sequence[Record]]  # variant → seeds
 
 
 class Outcome(NamedTuple):
@@ -53,11 +46,12 @@ class Outcome(NamedTuple):
 
 
 def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
-    """The metrics that the sweep compares, by their declarations, and the steps to the target."""
-    titles = {name: name.replace("_", " ").capitalize() for name in sweep.metrics}
+    """The metrics that the sweep compares, and the steps to the target."""
     return {
-        name: Outcome(title, METRICS[name].format, METRICS[name].better > 0)
-        for name, title in titles.items()
+        name: Outcome(
+            name.replace("_", " ").capitalize(), METRICS[name].format, METRICS[name].better > 0
+        )
+        for name in sweep.metrics
     } | {"steps": Outcome("Steps to the target", "{:,.0f}".format, False)}
 
 
@@ -71,9 +65,7 @@ class Comparison:
     verdict: str
 
 
-def compare(
-    records: Mapping[str, Sequence[Record]], baseline: str, name: str, outcome: Outcome
-) -> dict[str, Comparison]:
+def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dict[str, Comparison]:
     """Each variant against the baseline in one outcome.
 
     A variant with a seed that did not reach the target is not compared: to leave that seed out
@@ -84,14 +76,13 @@ def compare(
     }
     complete = {variant for variant, each in values.items() if None not in each}
     others = [each for each in values if each != baseline and {each, baseline} <= complete]
-    tests = [paired(values[variant], values[baseline]) for variant in others]
     # Holm's strictest step, which the smallest of the p-values has to pass.
     strict = 1.0 - ALPHA / max(len(others), 1)
+    tests = [paired(values[variant], values[baseline], strict) for variant in others]
+    adjusted = holm([test.p for test in tests])
     differences = {
-        variant: replace(
-            test, p=p, detectable=paired(values[variant], values[baseline], strict).detectable
-        )
-        for variant, test, p in zip(others, tests, holm([each.p for each in tests]), strict=True)
+        variant: replace(paired(values[variant], values[baseline]), p=p, detectable=test.detectable)
+        for variant, test, p in zip(others, tests, adjusted, strict=True)
     }
     result = {}
     for variant, each in values.items():
@@ -100,7 +91,7 @@ def compare(
         if variant == baseline:
             words = "baseline"
         elif difference:
-            words = verdict(difference, outcome.unit, outcome.higher_is_better)
+            words = statistics.verdict(difference, outcome.unit, outcome.higher_is_better)
         else:
             short, who = (each, "") if None in each else (values[baseline], " of the baseline")
             reached = sum(value is not None for value in short)
@@ -131,15 +122,12 @@ def write_report(
         name: compare(records, sweep.baseline, name, each) for name, each in outcomes.items()
     }
     configs = [read_json(Workdir(str(root / each.name)).config) for each in finished]
+    told = ("config", "overrides", "seeds", "target", "baseline")
     facts = {
         "command": command,
         "commit": ", ".join(sorted({each["commit"] or "unknown" for each in configs})),
         "devices": read_json(Workdir(str(root / finished[0].name)).results)["devices"],
-        "config": sweep.config,
-        "overrides": dict(sweep.overrides),
-        "seeds": sweep.seeds,
-        "target": sweep.target,
-        "baseline": sweep.baseline,
+        **{name: getattr(sweep, name) for name in told},
         "failed": dict(failures),
     }
     variants = {
@@ -151,27 +139,23 @@ def write_report(
         for name, each in records.items()
     }
     write_json(root / "report.json", facts | {"variants": variants})
-    figures = draw(sweep, records, compared, root)
     parts = [
         heading(sweep, root, facts),
-        *(f"![{title}]({file})\n" for title, file in figures.items()),
+        *draw(sweep, records, compared, root),
         *(outcome_table(outcomes[name], by) for name, by in compared.items()),
         cost_table(records),
         *(length_table(split, records) for split in sweep.splits),
-        paper_table(sweep.paper),
+        *([paper_table(sweep.paper)] if sweep.paper else []),
         *([f"Failed: {', '.join(lost)}. See `log.txt` in their folders.\n"] if lost else []),
     ]
-    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    path.write_text("\n".join(parts), encoding="utf-8")
     return path
 
 
 def draw(
-    sweep: Sweep,
-    records: Mapping[str, Sequence[Record]],
-    compared: Mapping[str, Mapping[str, Comparison]],
-    root: Path,
-) -> dict[str, str]:
-    """Draws the figures; title → file name. The baseline is in every panel."""
+    sweep: Sweep, records: Records, compared: Mapping[str, Mapping[str, Comparison]], root: Path
+) -> list[str]:
+    """Draws the figures; their Markdown. The baseline is in every panel."""
     groups: dict[str, list[str]] = {}
     for name in records:  # where there are many variants, a panel for the first part of each name
         groups.setdefault(name.split(", ")[0] if len(records) > CROWDED else "", []).append(name)
@@ -193,15 +177,13 @@ def draw(
         series = {}
         for name, each in records.items():
             sizes, _, tokens = np.array([record.by_length[split] for record in each]).T
-            found = [mean_interval(row) for row in tokens]
-            series[name] = (
-                sizes[:, 0],
-                *zip(*((x.mean, x.low, x.high) for x in found), strict=True),
-            )
+            means = [mean_interval(row) for row in tokens]
+            bounds = np.array([(each.mean, each.low, each.high) for each in means]).T
+            series[name] = (sizes[:, 0], *bounds)
         panel = plots.Panel("", "source length", f"token accuracy, {split}", series, share=True)
         figures[f"Accuracy by source length, {split}"] = file = f"by_length_{split}.png"
         plots.lines([panel], root / file)
-    return figures
+    return [f"![{title}]({file})\n" for title, file in figures.items()]
 
 
 def learning_panel(title: str, x: str, series: Mapping[str, Any], **marks: Any) -> plots.Panel:
@@ -233,33 +215,36 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
     """One outcome of every variant."""
     rows = []
     for name, each in by_variant.items():
-        found, size = each.interval, len(each.values)
-        mean = f"not reached (0/{size})" if found is None else interval_text(found, outcome.write)
-        mean += f" ({found.n}/{size})" if found is not None and found.n < size else ""
         difference, p = "", ""
         if each.difference:
-            difference = interval_text(each.difference, outcome.signed)
-            p = p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+            difference = _interval_text(each.difference, outcome.signed)
+            p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+        mean = _mean_text(each.values, outcome.write)
         rows.append((name, mean, difference, p, each.verdict))
     columns = ("variant", "mean", "difference", "p", "verdict")
     return f"## {outcome.title}\n\n{markdown(columns, rows, align='lrrrl')}"
 
 
-def interval_text(interval: Interval, write: Callable[[float], str]) -> str:
+def _interval_text(interval: Interval, write: Callable[[float], str]) -> str:
     """`99.10% [98.52%, 99.68%]`; of a single seed the value alone."""
     mean, low, high = map(write, (interval.mean, interval.low, interval.high))
     return mean if interval.n == 1 else f"{mean} [{low}, {high}]"
 
 
-def cost_table(records: Mapping[str, Sequence[Record]]) -> str:
+def _mean_text(values: Sequence[float | None], write: Callable[[float], str]) -> str:
+    """The mean of the values that are known, and how many they are if not all."""
+    known = [value for value in values if value is not None]
+    mean = _interval_text(mean_interval(known), write) if known else "not reached"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)}/{len(values)})"
+
+
+def cost_table(records: Records) -> str:
     """Parameters, FLOPs and speed of every variant."""
     rows = []
     for name, each in records.items():
-        known = [record.seconds for record in each if record.seconds is not None]
-        seconds = interval_text(mean_interval(known), "{:.1f}".format) if known else "not reached"
-        seconds += f" ({len(known)}/{len(each)})" if 0 < len(known) < len(each) else ""
-        speed = sum(record.tokens_per_second for record in each) / len(each)
         counts = f"{each[0].parameters:,}", f"{each[0].flops_per_step:,}"
+        seconds = _mean_text([record.seconds for record in each], "{:.1f}".format)
+        speed = sum(record.tokens_per_second for record in each) / len(each)
         rows.append((name, *counts, seconds, f"{speed:,.0f}"))
     columns = ("variant", "parameters", "FLOPs per step", "seconds to the target")
     return f"""## Cost
@@ -271,7 +256,7 @@ Programs may have run side by side, so compare speeds within this table only, an
 """
 
 
-def length_table(split: str, records: Mapping[str, Sequence[Record]]) -> str:
+def length_table(split: str, records: Records) -> str:
     """Mean accuracy over seeds by source length."""
     rows, sizes = [], []
     for name, each in records.items():
@@ -285,8 +270,6 @@ def length_table(split: str, records: Mapping[str, Sequence[Record]]) -> str:
 
 def paper_table(paper: Mapping[str, PaperRow]) -> str:
     """The exact number of parameters at the paper's size, next to the paper's column."""
-    if not paper:
-        return ""
     rows = []
     for name, row in paper.items():
         count = parameters(PAPER_CONFIG, row.overrides, PAPER_VOCABULARY)

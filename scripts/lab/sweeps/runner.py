@@ -14,11 +14,12 @@ from lab.sweeps.sweep import Program
 from transformer.config import RunConfig, continued, differences
 from transformer.console import console, progress
 from transformer.data.corpus import open_corpus
-from transformer.errors import UserError, needs
+from transformer.errors import UserError, explained, needs
 from transformer.training.interruption import PARENT
 from transformer.workdir import Workdir
 
 ROOT = Path(__file__).parents[3]
+Call = tuple[list[list[str]], Path]  # arguments of `run_commands`
 
 
 def is_done(program: Program, workdir: Path) -> bool:
@@ -45,21 +46,13 @@ def run_all(
 ) -> dict[str, str]:
     """Runs the programs that are not done; a failing program does not stop the others.
 
-    Args:
-      programs: of the sweep; each has a folder in `root`.
-      root: the sweep's folder.
-      data_dir: where TFDS keeps datasets.
-      jobs: processes at a time on this machine, each on its share of the cores.
-      cluster: None, or `slurm` or `local` to submit each program through submitit.
-      parameters: of submitit's executor.
-
-    Returns:
-      Name → reason of each program that failed.
+    On this machine `jobs` processes run at a time, each on its share of the cores; `cluster` is
+    `slurm` or `local` to submit each program through submitit, whose executor gets `parameters`.
+    Returns name → reason of each program that failed.
     """
     root = root.absolute()
     waiting = [each for each in programs if not is_done(each, root / each.name)]
-    if len(waiting) < len(programs):
-        done = len(programs) - len(waiting)
+    if done := len(programs) - len(waiting):
         console.print(f"{done} of {len(programs)} programs are already done")
     # Prepared once here: concurrent programs would prepare the same dataset several times.
     for data in {RunConfig.from_config_dict(each.resolved()).data for each in waiting}:
@@ -74,11 +67,25 @@ def run_all(
         submitted = on_this_machine(calls, jobs)
     else:
         submitted = through_submitit(calls, root, cluster, parameters or {})
+    failures = {}
     with submitted as futures:
-        return watch(waiting, futures)
+        left = {program.name: future for program, future in zip(waiting, futures, strict=True)}
+        for number, (name, why) in enumerate(progress(_ended(left), len(waiting), "sweep"), 1):
+            console.print(f"{number}/{len(waiting)}  {name}: {f'failed, {why}' if why else 'done'}")
+            if why:
+                failures[name] = why
+    return failures
 
 
-Call = tuple[list[list[str]], Path]  # arguments of `run_commands`
+def _ended(left: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """The name of each future as it ends, and why it failed, if it did."""
+    while left:
+        time.sleep(0.5)
+        for name in [name for name, future in left.items() if future.done()]:
+            try:
+                yield name, left.pop(name).result()
+            except Exception as error:  # submitit has its own for a job that the cluster ended
+                yield name, " ".join(str(error).split())[-200:]
 
 
 def run_commands(
@@ -146,40 +153,9 @@ def through_submitit(
         import submitit  # pyright: ignore[reportMissingImports]  # an extra
     # A job's process does not have scripts/ on its path, and could not import this module.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
+    with explained(f"--cluster={cluster}: {{reason}}"):
         executor = submitit.AutoExecutor(folder=root / "submitit", cluster=cluster)
         executor.update_parameters(name=root.name, **parameters)
         with executor.batch():
             jobs = [executor.submit(run_commands, *call) for call in calls]
-    except (RuntimeError, ValueError, TypeError, OSError, NameError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--cluster={cluster}: {reason}") from error
     yield jobs
-
-
-def watch(programs: Sequence[Program], futures: Sequence[Any]) -> dict[str, str]:
-    """Shows progress until all programs have ended; name → reason of those that failed."""
-
-    def ended() -> Iterator[tuple[str, str | None]]:
-        left = {program.name: future for program, future in zip(programs, futures, strict=True)}
-        while left:
-            time.sleep(0.5)
-            for name in [name for name, future in left.items() if future.done()]:
-                yield name, failure(left.pop(name))
-
-    failures = {}
-    for number, (name, reason) in enumerate(progress(ended(), len(programs), "sweep"), 1):
-        console.print(
-            f"{number}/{len(programs)}  {name}: {f'failed, {reason}' if reason else 'done'}"
-        )
-        if reason:
-            failures[name] = reason
-    return failures
-
-
-def failure(future: Any) -> str | None:
-    """Why a program that has ended failed; None if it did not."""
-    try:
-        return future.result()
-    except Exception as error:  # submitit has its own for a job that the cluster ended
-        return " ".join(str(error).split())[-200:]

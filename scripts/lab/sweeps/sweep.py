@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from transformer.config import RunConfig, default_config, flat_knobs, load_config
-from transformer.errors import UserError, choose, nearest
+from transformer.errors import UserError, check_choice
 from transformer.metrics import METRICS
 from transformer.modules.model import Model
+from transformer.parallel.replicas import PerReplica
 
 Overrides = Mapping[str, Any]
 
@@ -47,34 +46,23 @@ class Sweep:
     note: str = ""  # text at the top of the report
 
     def __post_init__(self):
-        if self.baseline not in self.variants:
-            raise UserError(
-                f"baseline={self.baseline!r} is not a variant of the sweep: choose one of "
-                f"{', '.join(self.variants)}{nearest(self.baseline, self.variants)}"
-            )
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds}: a sweep needs at least 1")
+        check_choice(self.variants, self.baseline, "baseline")
         for name in self.metrics:
-            choose(METRICS, name, "metrics")
+            check_choice(METRICS, name, "metrics")
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise UserError(f"seeds={self.seeds!r}: it must be a whole number, at least 1")
 
 
 def grid(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """All combinations: `grid(model__norm=["layer", "rms"], model__num_layers=[1, 2])`.
 
-    `__` stands for the dot in a knob's name; the variants are named `layer, 1` and so on.
+    `__` stands for the dot in an option's name; the variants are named `layer, 1` and so on.
     """
-    return combined(
-        *({str(value): {knob(name): value} for value in values} for name, values in axes.items())
-    )
-
-
-def zipped(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """The first value of each list, then the second of each, and so on; lists of equal length."""
-    names = [knob(name) for name in axes]
-    return {
-        ", ".join(map(str, values)): dict(zip(names, values, strict=True))
-        for values in zip(*axes.values(), strict=True)
-    }
+    for name, values in axes.items():
+        if isinstance(values, str):
+            raise UserError(f"{name}={values!r}: it must be a list, such as [{values!r}]")
+    named = ((name.replace("__", "."), values) for name, values in axes.items())
+    return combined(*({str(value): {name: value} for value in values} for name, values in named))
 
 
 def combined(*axes: Mapping[str, Overrides]) -> dict[str, dict[str, Any]]:
@@ -86,9 +74,12 @@ def combined(*axes: Mapping[str, Overrides]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def knob(name: str) -> str:
-    """`model__norm` → `model.norm`"""
-    return name.replace("__", ".")
+def load_sweep(path: str) -> Sweep:
+    """The result of a sweep file's `get_sweep`."""
+    sweep = load_config(path, "get_sweep")
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"{path}: get_sweep() returns a {type(sweep).__name__}, not a Sweep")
+    return sweep
 
 
 def parameters(path: str, overrides: Overrides, vocab_size: int) -> int:
@@ -105,22 +96,18 @@ class Program:
     name: str  # of its folder
     config: str  # path of the config file
     overrides: Overrides  # those of the population included
-    members: tuple[tuple[str, int], ...]  # the variant and the seed of each replica
-    splits: tuple[str, ...] = ()  # evaluated in addition to the test split
+    members: Sequence[tuple[str, int]]  # the variant and the seed of each replica
+    splits: Sequence[str] = ()  # evaluated in addition to the test split
 
     def commands(self, workdir: Path, data_dir: str | None) -> list[list[str]]:
         """The command lines of training and evaluation, without the interpreter."""
         place = [f"--workdir={workdir}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-        overrides = [f"--config.{name}={as_flag(value)}" for name, value in self.overrides.items()]
+        overrides = [f"--config.{name}={_as_flag(value)}" for name, value in self.overrides.items()]
         train = ["train.py", f"--config={self.config}", *overrides, *place]
         return [train, *(["eval.py", *place, f"--split={split}"] for split in self.splits)]
 
     def resolved(self) -> Any:
-        """Its config.
-
-        Raises:
-          UserError: an override is unknown, has the wrong type or contradicts another.
-        """
+        """Its config, or a UserError that names the variant."""
         config = load_config(self.config)
         try:
             config.update_from_flattened_dict(dict(self.overrides))
@@ -131,68 +118,48 @@ class Program:
         return config
 
 
-def as_flag(value: Any) -> str:
-    """A value as absl's flags parse it."""
+def _as_flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def load_sweep(path: str) -> Sweep:
-    """The result of a sweep file's `get_sweep`.
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
-    sweep = load_config(path, "get_sweep")
-    if not isinstance(sweep, Sweep):
-        raise UserError(f"{path}: get_sweep() returns a {type(sweep).__name__}, not a Sweep")
-    return sweep
-
-
 def plan(sweep: Sweep, max_replicas: int) -> list[Program]:
-    """The programs of a sweep: runs that differ in knobs of `per_replica` alone share one.
-
-    Raises:
-      UserError: a variant's overrides are unknown or contradict each other.
-    """
+    """The programs of a sweep: runs that differ in options of `per_replica` alone share one."""
     replica_knobs = knobs_per_replica()
-    groups: dict[str, list[tuple[tuple[str, int], dict[str, Any]]]] = {}
-    for variant, overrides in sweep.variants.items():
-        for seed in range(sweep.seeds):
-            own = {**sweep.overrides, **overrides, "seed": seed}
-            config = Program(variant, sweep.config, own, ((variant, seed),)).resolved()
-            shared = {k: v for k, v in flat_knobs(config).items() if k not in replica_knobs}
-            key = json.dumps(shared, sort_keys=True)
-            groups.setdefault(key, []).append(((variant, seed), own))
+    groups: dict[str, list[tuple[tuple[str, int], Overrides]]] = {}
+    for variant, seed in itertools.product(sweep.variants, range(sweep.seeds)):
+        own = {**sweep.overrides, **sweep.variants[variant], "seed": seed}
+        config = Program(variant, sweep.config, own, [(variant, seed)]).resolved()
+        shared = {k: v for k, v in flat_knobs(config).items() if k not in replica_knobs}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(((variant, seed), own))
     programs: list[Program] = []
     for group in groups.values():
         size = math.ceil(len(group) / math.ceil(len(group) / max_replicas))
         for start in range(0, len(group), size):
-            chunk = group[start : start + size]
-            members = tuple(member for member, _ in chunk)
+            members, overrides = zip(*group[start : start + size], strict=True)
             name = slug(" and ".join(dict.fromkeys(variant for variant, _ in members)))
             while name in {each.name for each in programs}:
                 name += "-more"
-            overrides = population([own for _, own in chunk], load_config(sweep.config))
-            programs.append(Program(name, sweep.config, overrides, members, tuple(sweep.splits)))
+            together = population(overrides, flat_knobs(load_config(sweep.config)))
+            programs.append(Program(name, sweep.config, together, members, sweep.splits))
             programs[-1].resolved()
     return programs
 
 
 def knobs_per_replica() -> dict[str, str]:
-    """Each knob in which replicas of one program may differ → its name in `per_replica`."""
-    knobs, prefix = flat_knobs(default_config()), "per_replica."
+    """Each option in which replicas of one program may differ → its name in `per_replica`."""
+    names = {name: name.rpartition(".")[2] for name in flat_knobs(default_config())}
     return {
-        name: name.rpartition(".")[2]
-        for name in knobs
-        if not name.startswith(prefix) and prefix + name.rpartition(".")[2] in knobs
+        name: own
+        for name, own in names.items()
+        if hasattr(PerReplica, own) and not name.startswith("per_replica.")
     }
 
 
-def population(members: Sequence[Overrides], base: ConfigDict) -> dict[str, Any]:
+def population(members: Sequence[Overrides], defaults: Overrides) -> dict[str, Any]:
     """The overrides of the population that several runs form; those of a single run, unchanged."""
     if len(members) == 1:
         return dict(members[0])
-    defaults, replica_knobs = flat_knobs(base), knobs_per_replica()
+    replica_knobs = knobs_per_replica()
     overrides = {k: v for k, v in members[0].items() if k not in replica_knobs}
     overrides["replicas"] = len(members)
     for name, own in replica_knobs.items():
