@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from lab.sweeps import Sweep, combined, grid, report, runner, zipped
+from lab.sweeps import Sweep, combined, grid, report, runner
 from lab.sweeps.report import PAPER_CONFIG
 from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
@@ -25,14 +25,11 @@ def sweep_of(variants, **changes):
     return Sweep(variants=variants, **known | changes)
 
 
-def test_variants_are_every_combination_or_lists_in_step():
+def test_variants_are_every_combination():
     assert grid(model__norm=["layer", "rms"], model__num_layers=[1, 2]) == {
         f"{norm}, {layers}": {"model.norm": norm, "model.num_layers": layers}
         for norm, layers in (("layer", 1), ("layer", 2), ("rms", 1), ("rms", 2))
     }
-    both = zipped(model__d_model=[32, 64], model__num_heads=[2, 4])
-    assert list(both) == ["32, 2", "64, 4"]
-    assert both["64, 4"] == {"model.d_model": 64, "model.num_heads": 4}
     named = combined({"": {}, "deep": {"model.num_layers": 4}}, {"rms": {"model.norm": "rms"}})
     assert list(named) == ["rms", "deep, rms"]
 
@@ -81,24 +78,29 @@ def test_every_shipped_sweep_can_be_planned_and_says_how_it_is_run(name):
 
 
 @pytest.mark.parametrize(
-    ("sweep", "message"),
+    ("changes", "message"),
     [
         ({"variants": {"a": {"model.nrm": "rms"}}}, r"variant 'a' of the sweep: .*nrm"),
         ({"variants": {"a": {"model.norm": "rmsnorm"}}}, r"model.norm=rmsnorm: choose one of"),
         ({"variants": {"a": {"model.num_layers": "two"}}}, r"variant 'a' of the sweep"),
-        (
-            {"variants": {"a": {}}, "baseline": "b"},
-            r"baseline='b' is not a variant of the sweep: choose one of a",
-        ),
-        ({"variants": {"a": {}}, "seeds": 0}, r"seeds=0: a sweep needs at least 1"),
-        ({"variants": {"a": {}}, "metrics": ["los"]}, r"metrics=los: choose .* mean loss\?"),
-        ({"variants": {"a": {}}, "config": "configs/nothing.py"}, r"there is no such file"),
+        ({"baseline": "b"}, r"baseline=b: choose one of a"),
+        ({"seeds": 0}, r"seeds=0: it must be a whole number, at least 1"),
+        ({"seeds": "2"}, r"seeds='2': it must be a whole number"),
+        ({"metrics": ["los"]}, r"metrics=los: choose .* mean loss\?"),
+        ({"config": "configs/nothing.py"}, r"there is no such file"),
     ],
 )
-def test_a_sweep_that_cannot_be_run_is_explained(sweep, message):
+def test_a_sweep_that_cannot_be_run_is_explained(changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan(sweep_of(**sweep), 8)
+        plan(sweep_of(**{"variants": {"a": {}}} | changes), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_sweep_and_an_axis_without_a_list_are_explained():
+    with pytest.raises(UserError, match=rf"{SMALL}: .*get_sweep"):
+        load_sweep(SMALL)
+    with pytest.raises(UserError, match=r"model__norm='rms': it must be a list, such as \['rms'\]"):
+        grid(model__norm="rms")
 
 
 def test_the_kinds_of_the_recurrence_sweep_have_about_equal_parameters():
