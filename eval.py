@@ -62,12 +62,12 @@ def main() -> None:
     corpus = run.evaluation_corpus(DATA.value)
     split = SPLIT.value or ("test" if DATA.value else config.data.test)
     data, references = corpus.load(split, config.batch_size), corpus.references(split)
-    split = corpus.split(split)  # its name in the dataset, where the config names a file
+    split = corpus.dataset.split(split)  # its name in the dataset, where the config names a file
     config.model.check_length(data.longest(), f"the longest example of {split}")
-    name, out = file_name(split, decoding, corpus.name), Path(OUT.value or run.workdir.path)
+    name, out = file_name(split, decoding, corpus.dataset.name), Path(OUT.value or run.workdir.path)
     hosts.once(partial(make_folder, out))
     show_facts(
-        data=f"{corpus.name}, {split}: {len(data):,} examples",
+        data=f"{corpus.dataset.name}, {split}: {len(data):,} examples",
         filtered=corpus.left_out(),
         unknown=corpus.unknown(split),
     )
@@ -88,7 +88,7 @@ def main() -> None:
 
     margin = decoding.margin(config.decode_margin)
     beyond, needed = results.targets_beyond(data, margin)
-    record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.name}
+    record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.dataset.name}
     record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
     record |= {"references_beyond_margin": beyond, "replicas": replicas}
     write_json(out / f"eval_{name}.json", record)

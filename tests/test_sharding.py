@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import logits_of, small_model, strings
+from tests.helpers import TOKENIZER, logits_of, small_model, strings
 from tests.test_training import initial, small_config
 from transformer.data.batches import Dataset, make_batch
+from transformer.data.corpus import Tokenizers
 from transformer.data.packing import pack_rows, unpacked_rows
-from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import beam_search
@@ -40,7 +40,7 @@ from transformer.training.step import abstract_state, make_train_step, make_trai
 TEXTS = ["abcd"[: 1 + i % 4] + "efghijkl"[i % 8 :] for i in range(24)]
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
 DATA = Dataset(BATCH.source, BATCH.target_out, 8)
-PAIRS = TokenPairs(*(RaggedArray.from_padded(np.asarray(x)) for x in (DATA.source, DATA.target)))
+PAIRS = Tokenizers(TOKENIZER, TOKENIZER).encode(TEXTS, [text[::-1] for text in TEXTS])
 PACKED = Dataset.from_rows(pack_rows(unpacked_rows(PAIRS), 21), 8)
 CHANGES = {"num_heads": 8, "d_k": 4, "attention_bias": True}
 STEP_CONFIG = {

@@ -108,7 +108,7 @@ def test_pairs_of_a_given_test_are_in_no_other_split(tmp_path):
     with pytest.raises(UserError, match=r"no pair is left for train: 3 also in test \(lines 1"):
         opened(tmp_path, write(tmp_path / "few.tsv", tsv(GOOD[:3])), test=files["test"])
     # A part of a file too.
-    assert pairs(corpus, corpus.split(files["test"]) + "[:2]") == GOOD[105:107]
+    assert pairs(corpus, corpus.dataset.split(files["test"]) + "[:2]") == GOOD[105:107]
 
 
 def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
@@ -119,24 +119,19 @@ def test_broken_lines_are_left_out_counted_and_shown(tmp_path):
     corpus = opened(tmp_path, path)
     kept = [pair for k, pair in enumerate(GOOD, 1) if k not in broken]
     assert sorted(everything(corpus)) == sorted(kept)
-    said = corpus.left_out()
-    tabs = "1 with 0 tabs instead of 1 (line 3)", "1 with 2 tabs instead of 1 (line 30)"
-    empty = "4 empty (lines 9, 31, 32, …)", "1 with an empty text (line 10)"
-    for words in (*tabs, *empty, "1 not UTF-8 (line 20)"):
-        assert words in said
-    assert opened(tmp_path, path).left_out() == said  # at each start, not the first alone
+    said = (
+        "train: 1 with 0 tabs instead of 1 (line 3); 4 empty (lines 9, 31, 32, …); 1 with an empty "
+        "text (line 10); 1 not UTF-8 (line 20); 1 with 2 tabs instead of 1 (line 30)"
+    )
+    assert corpus.left_out() == opened(tmp_path, path).left_out() == said  # at each start
     lines = [json.dumps({"source": source, "target": target}) for source, target in GOOD]
     lines[4:8] = "{", "[1]", '{"source": "a"}', '{"source": 1, "target": 2}'
     lines[8:10] = "[" * 100_000, r'{"source": "\ud800", "target": "a"}'
     corpus = opened(tmp_path, write(tmp_path / "train.jsonl", lines))
-    said = corpus.left_out()
-    for words in (
-        "2 not JSON (lines 5, 9)",
-        "1 not a JSON object (line 6)",
-        "without a text 'target'",
-    ):
-        assert words in said
-    assert "1 with a lone surrogate (line 10)" in said
+    assert corpus.left_out() == (
+        "train: 2 not JSON (lines 5, 9); 1 not a JSON object (line 6); 1 without a text 'target' "
+        "(line 7); 1 without a text 'source' (line 8); 1 with a lone surrogate (line 10)"
+    )
     assert len(everything(corpus)) == len(GOOD) - 6
 
 
@@ -167,7 +162,7 @@ def test_unknown_symbols_are_counted(tmp_path):
         ("a.tsv", "a\tb\n", r"data\.validation=train\[:10\]"),
         ("a.tsv.gz", "a\tb\n", "is damaged: Not a gzipped file.*fetch it or make"),
         ("a.de,b.en", "3 lines", "they have 3 and 2 lines; make them agree"),
-        ("a.de,b.en,a.de", "3 lines", "one file with pairs, or two"),
+        ("a.de,b.en,a.de", "3 lines", "a.de: name one file with pairs.*, or two"),
         ("train.tsv.gz", "cut off", r"train\.tsv\.gz is damaged: .*; fetch it or make"),
     ],
 )
@@ -187,12 +182,12 @@ def test_what_is_no_corpus_is_refused_in_a_line(name, content, message, tmp_path
 
 def test_a_file_that_changed_is_another_dataset(tmp_path):
     first = opened(tmp_path, as_tsv(tmp_path))
-    assert opened(tmp_path, as_tsv(tmp_path)).name == first.name
+    assert opened(tmp_path, as_tsv(tmp_path)).dataset.name == first.dataset.name
     other = opened(tmp_path, write(tmp_path / "train.tsv", tsv(GOOD[:-1])))
-    assert other.name != first.name
+    assert other.dataset.name != first.dataset.name
     assert len(everything(other)) == len(GOOD) - 1
     (tmp_path / "elsewhere").mkdir()  # where the file lies does not matter
-    assert opened(tmp_path, as_tsv(tmp_path / "elsewhere")).name == first.name
+    assert opened(tmp_path, as_tsv(tmp_path / "elsewhere")).dataset.name == first.dataset.name
 
 
 def test_any_bytes_are_pairs_or_are_counted(tmp_path):
@@ -203,8 +198,9 @@ def test_any_bytes_are_pairs_or_are_counted(tmp_path):
         lines = [b"s%d\tt" % k for k in range(60)] + [rng.choice(odd) for _ in range(5)]
         rng.shuffle(lines)
         path.write_bytes(b"\n".join(lines) + rng.choice([b"", b"\n"]))
-        tally = text.Tally()
-        kept = list(text.read(str(path), text.COLUMNS, tally))
+        files, tally = {"all": str(path)}, text.Tally()
+        config = text.FilesConfig(name="any", files=files, fields=text.COLUMNS)
+        kept = list(config.read("all", tally))
         lost = sum(each["count"] for each in tally.left_out.values())
         assert len(kept) + lost == tally.lines
         assert tally.lines in (65, 64)  # a last empty line without an end is none
@@ -214,8 +210,10 @@ def test_any_bytes_are_pairs_or_are_counted(tmp_path):
 def test_long_and_empty_examples_are_left_out_of_training_alone(tmp_path):
     corpus = opened(tmp_path, as_tsv(tmp_path))
     tokens = corpus.tokenizers.encode(["ab", "", "abcd", "a", "s"], ["t", "t", "s", "", "stst"])
-    kept, counts = zip(*(filter_by_length(tokens, longest) for longest in (3, 4, 0)), strict=True)
-    assert [each.tolist() for each in kept] == [[0], [0], [0, 2, 4]]  # 0: its source has 3 tokens
-    assert counts[1] == {"with an empty text": 2, "with a text of more than 4 tokens": 2}
+    for longest, expected in {3: [0], 4: [0], 0: [0, 2, 4]}.items():  # the first has 3 tokens
+        kept, left_out = filter_by_length(tokens, longest)
+        assert kept.tolist() == expected
+        long = f", 2 with a text of more than {longest} tokens" if longest else ""
+        assert left_out == f"2 with an empty text{long}"
     with pytest.raises(UserError, match=r"data\.max_length=1 leaves no .*\(2 with an empty"):
         filter_by_length(tokens, 1)

@@ -125,8 +125,8 @@ class Run:
         return tokenizers
 
     @cached_property
-    def examples(self) -> tuple[TokenRows, dict[str, int]]:
-        """Training examples, one per row, and counts of those filtered out, by reason."""
+    def examples(self) -> tuple[TokenRows, str]:
+        """Training examples, one per row, and a text that counts those filtered out."""
         pairs = self.corpus.tokens(self.config.data.train)
         kept, excluded = filter_by_length(pairs, self.config.data.max_length)
         rows = unpacked_rows(pairs, kept)

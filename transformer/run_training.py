@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from transformer.config import RunConfig, continued
 from transformer.console import facts
-from transformer.data.packing import format_counts
 from transformer.errors import UserError
 from transformer.parallel import hosts
 from transformer.parallel.devices import describe_mesh
@@ -66,10 +65,10 @@ def describe(run: "Run") -> dict[str, str]:
     """Describes data, devices and model, for `console.facts`."""
     config, corpus, (examples, excluded) = run.config, run.corpus, run.examples
     unknown = corpus.unknown(config.data.train, config.data.validation, config.data.test)
-    left_out = "; ".join(filter(None, (corpus.left_out(), format_counts(excluded))))
+    left_out = "; ".join(filter(None, (corpus.left_out(), excluded)))
     backend = run.model.config.backend_at(max(run.rows.widths))
     found = {
-        "data": f"{corpus.name}, {len(examples):,} training examples"
+        "data": f"{corpus.dataset.name}, {len(examples):,} training examples"
         + (f" in {len(run.rows):,} rows" if config.data.pack_length else "")
         + "".join(f", {len(data):,} of {name}" for name, data in run.data.items()),
         "left out": left_out,

@@ -18,71 +18,58 @@ from transformer.data.permutation import permute, round_keys
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.parallel.mesh import constrain
 
+Source = Int[Array, "B S"]
+Target = Int[Array, "B T"]
+
 
 class Batch(NamedTuple):
-    """The input of a train step; `transformer.__doc__` explains the fields.
+    """The input of a train step; `transformer.__doc__` explains the fields."""
 
-    Positions are None for unpacked rows, where a token's position is its index in the row.
-    """
-
-    source: Int[Array, "B S"]
-    source_segments: Int[Array, "B S"]
-    target_in: Int[Array, "B T"]
-    target_out: Int[Array, "B T"]
-    target_segments: Int[Array, "B T"]
+    source: Source
+    source_segments: Source
+    target_in: Target
+    target_out: Target
+    target_segments: Target
     weights: Float[Array, "B T"]
-    source_positions: Int[Array, "B S"] | None = None
-    target_positions: Int[Array, "B T"] | None = None
+    source_positions: Source | None = None  # None: the index in the row, if it is unpacked
+    target_positions: Target | None = None
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of a call of the model."""
-        return {
-            name: value
-            for name, value in self._asdict().items()
-            if name not in ("target_out", "weights")
-        }
+        given = self._asdict()
+        return {name: given[name] for name in given if name not in ("target_out", "weights")}
 
 
-def make_batch(source: Int[Array, "B S"], target: Int[Array, "B T"], packed: bool = False) -> Batch:
-    """Makes a batch of rows of tokens.
+def make_batch(source: Source, target: Target, packed: bool = False) -> Batch:
+    """A batch of rows of tokens, each sequence with EOS at its end, padded at the end.
 
-    Args:
-      source: int32 rows, each sequence with EOS at its end, padded at the end.
-      target: their targets in the same order, likewise.
-      packed: whether a row may hold several examples. The k-th target of a row then belongs to its
-        k-th source, and positions restart in each.
+    A packed row may hold several examples: the k-th target belongs to the k-th source, and
+    positions restart in each.
     """
     real = target != PAD
-    start = jnp.full_like(target[:, :1], BOS)
-    before = jnp.concatenate([start, target[:, :-1]], axis=1)
-    if not packed:
-        return Batch(
-            source=source,
-            source_segments=(source != PAD).astype(jnp.int32),
-            target_in=jnp.where(real, before, PAD),
-            target_out=target,
-            target_segments=real.astype(jnp.int32),
-            weights=real.astype(jnp.float32),
-        )
+    before = jnp.concatenate([jnp.full_like(target[:, :1], BOS), target[:, :-1]], axis=1)
+    if packed:
+        before = jnp.where(before == EOS, BOS, before)
     return Batch(
-        source=source,
-        source_segments=segment_ids(source),
-        target_in=jnp.where(real, jnp.where(before == EOS, BOS, before), PAD),
-        target_out=target,
-        target_segments=segment_ids(target),
-        weights=real.astype(jnp.float32),
-        source_positions=positions(source),
-        target_positions=positions(target),
+        source,
+        _segment_ids(source, packed),
+        jnp.where(real, before, PAD),
+        target,
+        _segment_ids(target, packed),
+        real.astype(jnp.float32),
+        *(map(_positions, (source, target)) if packed else ()),
     )
 
 
-def segment_ids(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """1, 2, … for the examples of packed rows, 0 for padding."""
+def _segment_ids(tokens: Target, packed: bool) -> Target:
+    """1, 2, … for the examples of a row, 0 for padding."""
+    if not packed:
+        return (tokens != PAD).astype(jnp.int32)
     ends = (tokens == EOS).astype(jnp.int32)
     return jnp.where(tokens != PAD, 1 + jnp.cumsum(ends, axis=1) - ends, 0)
 
 
-def positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def _positions(tokens: Target) -> Target:
     """0, 1, … from the first token of each example of packed rows; 0 for padding."""
     index = jnp.arange(tokens.shape[1])
     first = jnp.pad(tokens[:, :-1] == EOS, ((0, 0), (1, 0)))
@@ -93,24 +80,16 @@ def positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dataset:
-    """All rows of a split as two arrays: a pytree, to be passed to jitted functions.
+    """All rows of a split as two arrays: a pytree, to be passed to jitted functions."""
 
-    source: [rows, S] int32, each sequence with EOS at its end, padded at the end.
-    target: [rows, T] int32, likewise.
-    batch_size: rows per batch.
-    packed: whether a row may hold several examples; see `packing.pack_rows`.
-    """
-
-    source: Array | np.ndarray
-    target: Array | np.ndarray
-    batch_size: int = field(metadata={"static": True})
-    packed: bool = field(default=False, metadata={"static": True})
+    source: Array | np.ndarray  # [rows, S] int32, each sequence with EOS, padded at the end
+    target: Array | np.ndarray  # [rows, T] int32, likewise
+    batch_size: int = field(metadata={"static": True})  # in rows
+    packed: bool = field(default=False, metadata={"static": True})  # see `packing.pack_rows`
 
     @classmethod
     def from_rows(cls, rows: TokenRows, batch_size: int) -> "Dataset":
-        """A dataset of all `rows`."""
-        source, target = rows.take(np.arange(len(rows)))
-        return cls(source, target, batch_size, rows.packed)
+        return cls(*rows.take(np.arange(len(rows))), batch_size, rows.packed)
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -134,10 +113,7 @@ class Dataset:
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
         keys = jax.vmap(round_keys, (None, 0))(key, epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
-        source, target = (
-            constrain(tokens[rows], "batch", "length") for tokens in (self.source, self.target)
-        )
-        return make_batch(source, target, self.packed)
+        return _placed(self, rows)
 
     def window(self, step: int) -> tuple["Dataset", int]:
         """The data to pass to jitted steps from `step` on, and the number of steps it is for."""
@@ -158,25 +134,21 @@ class Dataset:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchWindow:
-    """The rows of consecutive batches, made on the host; see `streaming`.
+    """The rows of consecutive batches; see `streaming`. Replicas are a first axis of all arrays."""
 
-    With replicas, all arrays have a leading axis [replicas].
-
-    source: [steps, B, S] int32, rows like those of a `Dataset`.
-    target: [steps, B, T] int32, likewise.
-    first: the first step.
-    packed: whether a row may hold several examples.
-    """
-
-    source: Array | np.ndarray
-    target: Array | np.ndarray
-    first: Int[Array, "*replicas"] | np.ndarray
+    source: Array | np.ndarray  # [steps, B, S] int32, rows like those of a `Dataset`
+    target: Array | np.ndarray  # [steps, B, T] int32, likewise
+    first: Int[Array, "*replicas"] | np.ndarray  # the first step
     packed: bool = field(metadata={"static": True})
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
         """The batch of a step of this window; `key` is unused, as the rows are already drawn."""
-        source, target = (
-            constrain(tokens[step - self.first], "batch", "length")
-            for tokens in (self.source, self.target)
-        )
-        return make_batch(source, target, self.packed)
+        return _placed(self, step - self.first)
+
+
+def _placed(data: Dataset | BatchWindow, index: Array) -> Batch:
+    """The batch of these rows, sharded over the mesh."""
+    source, target = (
+        constrain(tokens[index], "batch", "length") for tokens in (data.source, data.target)
+    )
+    return make_batch(source, target, data.packed)

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -11,18 +11,18 @@ from typing import NamedTuple
 from transformer.console import progress, status
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
-from transformer.data.datasets import CHUNK, PreparedDataset, damage_explained, open_dataset
+from transformer.data.datasets import CHUNK, PreparedDataset, open_dataset
 from transformer.data.packing import unpacked_rows
-from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs, chunk_ranges
+from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
-from transformer.errors import UserError
+from transformer.errors import explained
 from transformer.files import write_atomically
 from transformer.parallel import hosts
 
 ENOUGH = 1_000_000  # at most so many texts to learn a tokenizer from
-VERSION = 2  # incremented when the pieces or tokens of a text change, which invalidates caches
+VERSION = 3  # incremented when pieces, tokens or their files change, which invalidates caches
 
 
 class Tokenizers(NamedTuple):
@@ -35,15 +35,6 @@ class Tokenizers(NamedTuple):
         """The tokens of pairs of texts."""
         tokens = self.source.encode_all(sources), self.target.encode_all(targets)
         return TokenPairs(*map(RaggedArray.from_lists, tokens))
-
-    def unknown(self, pairs: TokenPairs) -> dict[str, tuple[int, int]]:
-        """Side → the number of unknown tokens, and of all tokens except EOS."""
-        counts = {}
-        for name, tokenizer, side in zip(TokenPairs._fields, self, pairs, strict=True):
-            count = len(side.values)
-            chunks = (side.values[part.start : part.stop] for part in chunk_ranges(count, 1 << 24))
-            counts[name] = (sum(map(tokenizer.count_unknown, chunks)), count - len(side))
-        return counts
 
     def digests(self) -> dict[str, str]:
         """Hashes of their pieces, for the record of a run."""
@@ -58,54 +49,36 @@ class Tokenizers(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A dataset on disk with its tokenizers; splits are in TFDS notation: `train[:10%]`.
-
-    opened: split → its tokens, if already loaded.
-    """
+    """A dataset on disk with its tokenizers; splits are in TFDS notation: `train[:10%]`."""
 
     dataset: PreparedDataset
     tokenizers: Tokenizers
-    opened: dict[str, TokenPairs] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The dataset's name, with its config and version."""
-        return self.dataset.name
-
-    def split(self, name: str) -> str:
-        """The dataset's name of a split of the config."""
-        return self.dataset.split(name)
+    opened: dict[str, TokenPairs] = field(default_factory=dict)  # split → its tokens, once loaded
 
     def identity(self) -> dict[str, str]:
         """The dataset's name and the digests of the tokenizers, for the record of a run."""
-        return {"dataset": self.name} | self.tokenizers.digests()
+        return {"dataset": self.dataset.name} | self.tokenizers.digests()
 
     def left_out(self) -> str:
         """Says which examples the dataset skipped: `train: 1 empty (line 3)`; empty if unknown."""
-        summary = getattr(self.dataset.builder, "left_out", None)
-        return summary() if summary else ""
+        return getattr(self.dataset.builder, "left_out", str)()
 
     def texts(self, split: str) -> tuple[list[str], list[str]]:
-        """The sources and the targets of `split`.
-
-        Raises:
-          UserError: there is no such split, it is empty, or its files are damaged.
-        """
-        sides = zip(*self.dataset.texts(self.split(split)), strict=True)
+        """The sources and the targets of `split`."""
+        sides = zip(*self.dataset.texts(split), strict=True)
         sources, targets = (list(itertools.chain.from_iterable(side)) for side in sides)
         return sources, targets
 
     def references(self, split: str) -> list[list[str]]:
         """The references of each source, the primary one first."""
-        dataset = self.dataset
-        if "references" not in dataset.builder.info.features:
+        if "references" not in self.dataset.builder.info.features:
             return [[target] for target in self.texts(split)[1]]
-        chunks = dataset.columns(self.split(split), ["references"])
+        chunks = self.dataset.columns(split, ["references"])
         return [[cleaned(text.decode()) for text in own] for (chunk,) in chunks for own in chunk]
 
     def tokens(self, split: str) -> TokenPairs:
-        """All tokens of a split, cached in files next to the dataset; raises as `texts` does."""
-        name, dataset = self.split(split), self.dataset
+        """All tokens of a split, cached in files next to the dataset."""
+        name, dataset = self.dataset.split(split), self.dataset
         if name in self.opened:
             return self.opened[name]
         chunks = -(-dataset.num_examples(name) // CHUNK)
@@ -114,8 +87,8 @@ class Corpus:
             for sources, targets in progress(dataset.texts(name), chunks, f"tokens of {name}"):
                 yield self.tokenizers.encode(sources, targets)
 
-        key = cache_key(f"{name} {dataset.fields} {self.tokenizers.digests()} {VERSION}")
-        with dataset.damage_explained():
+        key = _cache_key(f"{name} {dataset.fields} {self.tokenizers.digests()} {VERSION}")
+        with dataset.readable():
             found = cached_pairs(Path(dataset.builder.data_dir) / "tokens" / key, tokenize)
         return self.opened.setdefault(name, found)
 
@@ -126,12 +99,12 @@ class Corpus:
         """
         found = []
         for split in splits:
-            sides = [
-                f"{side} {count:,} of {tokens:,} tokens ({count / tokens:.2%})"
-                for side, (count, tokens) in self.tokenizers.unknown(self.tokens(split)).items()
-                if count
-            ]
-            found += [f"{self.split(split)}: {', '.join(sides)}"] if sides else []
+            sides = []
+            for side, rows in self.tokens(split)._asdict().items():
+                total = len(rows.values) - len(rows)  # without EOS
+                if count := getattr(self.tokenizers, side).count_unknown(rows.values):
+                    sides.append(f"{side} {count:,} of {total:,} tokens ({count / total:.2%})")
+            found += [f"{self.dataset.split(split)}: {', '.join(sides)}"] if sides else []
         return "; ".join(found)
 
     def load(self, split: str, batch_size: int) -> Dataset:
@@ -139,75 +112,59 @@ class Corpus:
         return Dataset.from_rows(unpacked_rows(self.tokens(split)), batch_size)
 
 
-def cache_key(made_of: str) -> str:
-    """The name of a cached file: a hash of what determines its content."""
-    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
-
-
 def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = None) -> Corpus:
     """The dataset of `config`, which is prepared if necessary, and its tokenizers.
 
     Hosts may share `data_dir` or have one each: process 0 prepares the dataset before the others.
-
-    Args:
-      config: the data section of a config.
-      data_dir: where TFDS stores datasets; None: its default.
-      saved: where a run stores its tokenizers; None: learn them from the training split.
+    Tokenizers are read from the folder `saved` of a run, or learned from the training split.
     """
 
     def find() -> Corpus:
         dataset = open_dataset(config, data_dir)
-        if saved is not None:
-            return Corpus(dataset, saved_tokenizers(config, saved))
-        return Corpus(dataset, learned_tokenizers(config, dataset))
+        found = saved_tokenizers(config, saved) if saved else _learned_tokenizers(config, dataset)
+        return Corpus(dataset, found)
 
     return hosts.in_turn(find)
 
 
-def tokenizer_kinds(config: DataConfig) -> dict[str, str]:
-    """`source` and `target`, or `shared` → the kind of the tokenizer."""
+def _for_sides(config: DataConfig, make: Callable[[str, str], Tokenizer]) -> Tokenizers:
+    """The tokenizers `make(side, kind)`; the side is `shared` if both have the same one."""
     if config.target_tokenizer is None:
-        return {"shared": config.tokenizer}
-    return {"source": config.tokenizer, "target": config.target_tokenizer}
+        return Tokenizers(*[make("shared", config.tokenizer)] * 2)
+    return Tokenizers(make("source", config.tokenizer), make("target", config.target_tokenizer))
+
+
+def _read(kind: str, path: Path) -> Tokenizer:
+    with explained(f"{path} is damaged ({{reason}}); delete the folder to make it again"):
+        return TOKENIZERS[kind].read(path.read_bytes())
 
 
 def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
-    """The tokenizers that a run stored in `folder`.
-
-    Raises:
-      UserError: they are missing or damaged.
-    """
-    made = []
-    for side, kind in tokenizer_kinds(config).items():
-        try:
-            made.append(TOKENIZERS[kind].read((folder / side).read_bytes()))
-        except Exception as error:  # SentencePiece raises its own types
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder / side} is damaged ({reason}); train again") from error
-    return Tokenizers(made[0], made[-1])
+    """The tokenizers that a run stored in `folder`."""
+    return _for_sides(config, lambda side, kind: _read(kind, folder / side))
 
 
-def learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
+def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
     """Tokenizers learned from the training split, and cached next to the dataset."""
     split = dataset.split(config.train)
-    made = []
-    for side, kind in tokenizer_kinds(config).items():
+
+    def find(side: str, kind: str) -> Tokenizer:
         made_of = f"{kind} {side} {split} {dataset.fields} {config.vocab_size} {VERSION}"
-        cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{cache_key(made_of)}"
+        cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{_cache_key(made_of)}"
         if cache.exists():
-            with damage_explained(f"whose tokenizer is {cache}"):
-                made.append(TOKENIZERS[kind].read(cache.read_bytes()))
-        elif config.dataset == "toy_strings" and kind == "characters":
+            return _read(kind, cache)
+        if config.dataset == "toy_strings" and kind == "characters":
             task = TASKS[config.task]  # all characters, even of a small split
-            made.append(SymbolTokenizer(task.alphabet + task.target_only))
-        else:
-            made.append(learn(kind, side, config.vocab_size, dataset, split))
-            with contextlib.suppress(OSError):  # the folder may be read-only
-                write_atomically(cache, made[-1].to_bytes())
-    return Tokenizers(made[0], made[-1])
+            return SymbolTokenizer(task.alphabet + task.target_only)
+        tokenizer = _learn(kind, side, config.vocab_size, dataset, split)
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            write_atomically(cache, tokenizer.to_bytes())
+        return tokenizer
+
+    return _for_sides(config, find)
 
 
-def learn(kind: str, side: str, vocab_size: int, dataset: PreparedDataset, split: str) -> Tokenizer:
+def _learn(kind: str, side: str, size: int, dataset: PreparedDataset, split: str) -> Tokenizer:
     """Learns a tokenizer from at most `ENOUGH` evenly spaced texts of one side, or of both."""
     sides = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
     count = dataset.num_examples(split) * len(sides)
@@ -216,4 +173,9 @@ def learn(kind: str, side: str, vocab_size: int, dataset: PreparedDataset, split
     chunks = dataset.texts(split, stride)
     texts = (text for chunk in chunks for which in sides for text in chunk[which])
     with status(f"learning {kind} from {some}{count:,} texts", "learned"):
-        return TOKENIZERS[kind].learn(texts, vocab_size)
+        return TOKENIZERS[kind].learn(texts, size)
+
+
+def _cache_key(made_of: str) -> str:
+    """The name of a cached file: a hash of what determines its content."""
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]

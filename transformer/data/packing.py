@@ -8,23 +8,17 @@ from jaxtyping import Int
 from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.errors import UserError
 
-OPEN_ROWS = 64  # newest rows in which `first_fit` looks for room
+OPEN_ROWS = 64  # newest rows in which `_first_fit` looks for room
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Padded rows of tokens on the host, built on demand.
+    """Padded rows of tokens on the host, built on demand."""
 
-    pairs: all examples.
-    members: row → the indices of its examples, in order.
-    widths: the most tokens in the source and in the target of a row.
-    packed: whether a row may hold several examples.
-    """
-
-    pairs: TokenPairs
-    members: RaggedArray
-    widths: tuple[int, int]
-    packed: bool
+    pairs: TokenPairs  # all examples
+    members: RaggedArray  # row → the indices of its examples, in order
+    widths: tuple[int, int]  # the most tokens in the source and in the target of a row
+    packed: bool  # whether a row may hold several examples
 
     def __len__(self) -> int:
         return len(self.members)
@@ -33,88 +27,73 @@ class TokenRows:
         self, index: Int[np.ndarray, "taken"]
     ) -> tuple[Int[np.ndarray, "taken S"], Int[np.ndarray, "taken T"]]:
         """The sources and the targets of some rows, int32, each padded at the end."""
-        members = self.members.take(index)
-        source, target = (
-            side.take(members.values).merge_rows(members.lengths()).to_padded(width)
-            for side, width in zip(self.pairs, self.widths, strict=True)
-        )
-        return source, target
+        members, sides = self.members.take(index), []
+        for side, width in zip(self.pairs, self.widths, strict=True):
+            examples = side.take(members.values)
+            rows = RaggedArray(examples.values, np.diff(examples.offsets[members.offsets]))
+            sides.append(rows.to_padded(width))
+        return sides[0], sides[1]
 
 
 def unpacked_rows(pairs: TokenPairs, kept: Int[np.ndarray, "kept"] | None = None) -> TokenRows:
     """One example per row: those with the indices `kept`, or all."""
     kept = np.arange(len(pairs.source)) if kept is None else kept
     source, target = pairs.lengths()[kept].max(0, initial=1).tolist()
-    members = RaggedArray(kept.astype(np.int32), np.arange(len(kept) + 1))
+    members = RaggedArray(kept.astype(np.int32), np.ones_like(kept))
     return TokenRows(pairs, members, (source, target), packed=False)
 
 
 def pack_rows(rows: TokenRows, length: int) -> TokenRows:
     """Packs the examples of unpacked rows into rows of `length` tokens.
 
-    `first_fit` places them in an order that depends only on their number. A row has the same
-    examples in every epoch, so that a batch remains a function of its step.
-
-    Raises:
-      UserError: an example is longer than a row.
+    The order in which they are placed depends only on their number. A row has the same examples in
+    every epoch, so that a batch remains a function of its step.
     """
-    if max(rows.widths) > length:
+    if (longest := max(rows.widths)) > length:
         raise UserError(
-            f"data.pack_length={length}: the longest example has {max(rows.widths)} tokens (EOS "
-            "included); set pack_length to that or more, to 0 for one example per row, or "
-            "data.max_length to leave out longer examples"
+            f"data.pack_length={length}: the longest example has {longest} tokens (EOS included); "
+            "set pack_length to that or more, to 0 for one example per row, or data.max_length to "
+            "leave out longer examples"
         )
     examples = rows.members.values
     order = np.random.default_rng(len(rows)).permutation(len(rows))
-    row_of = first_fit(rows.pairs.lengths()[examples[order]], length)
+    row_of = _first_fit(rows.pairs.lengths()[examples[order]], length)
     # A stable sort: the examples of a row stay in the order in which they were placed.
     members = examples[order[np.argsort(row_of, kind="stable")]]
-    packed = RaggedArray.from_lengths(members, np.bincount(row_of))
+    packed = RaggedArray(members, np.bincount(row_of))
     return TokenRows(rows.pairs, packed, (length, length), packed=True)
 
 
-def first_fit(lengths: Int[np.ndarray, "pairs 2"], capacity: int) -> Int[np.ndarray, "pairs"]:
+def _first_fit(lengths: Int[np.ndarray, "pairs 2"], capacity: int) -> Int[np.ndarray, "pairs"]:
     """The row of each pair: the first of the newest `OPEN_ROWS` with room for source and target."""
     row_of = np.empty(len(lengths), np.int64)
     room = np.zeros((0, 2), int)  # in the open rows
     opened = 0
     for pair, size in enumerate(lengths):
         fits = np.flatnonzero((room >= size).all(1))
-        if fits.size:
-            which = fits[0]
-        else:
+        if not fits.size:
             room = np.concatenate([room, [[capacity, capacity]]])[-OPEN_ROWS:]
             opened += 1
-            which = len(room) - 1
+        which = fits[0] if fits.size else len(room) - 1
         room[which] -= size
         row_of[pair] = opened - len(room) + which
     return row_of
 
 
-def filter_by_length(
-    pairs: TokenPairs, max_length: int
-) -> tuple[Int[np.ndarray, "kept"], dict[str, int]]:
-    """The indices of the examples to train on, and reason → the number of examples left out.
+def filter_by_length(pairs: TokenPairs, max_length: int) -> tuple[Int[np.ndarray, "kept"], str]:
+    """The indices of the examples to train on, and a text that counts those left out.
 
     A source or a target may have `max_length` tokens, EOS included; 0: no limit.
-
-    Raises:
-      UserError: no example is left.
     """
     lengths = pairs.lengths()
     empty = lengths.min(1) <= 1
-    long = (lengths.max(1) > max_length) & ~empty if max_length else np.zeros_like(empty)
+    long = (lengths.max(1) > max_length) & ~empty & (max_length > 0)
     masks = {"with an empty text": empty, f"with a text of more than {max_length} tokens": long}
-    counts = {reason: int(mask.sum()) for reason, mask in masks.items() if mask.any()}
-    (kept,) = np.nonzero(~(empty | long))
+    left_out = ", ".join(f"{mask.sum():,} {why}" for why, mask in masks.items() if mask.any())
+    kept = np.flatnonzero(~(empty | long))
     if not kept.size:
         raise UserError(
-            f"data.max_length={max_length} leaves no training example ({format_counts(counts)}); "
+            f"data.max_length={max_length} leaves no training example ({left_out}); "
             "raise it, or set it to 0"
         )
-    return kept, counts
-
-
-def format_counts(counts: dict[str, int]) -> str:
-    """`3 with an empty text, 1 with a text of more than 128 tokens`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return kept, left_out

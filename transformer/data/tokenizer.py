@@ -10,16 +10,15 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from transformer.errors import UserError, nearest, needs
+from transformer.errors import UserError, explained, nearest, needs
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 UNKNOWN = "<unk>"
-PIECES = dict(zip(("pad", "bos", "eos", "unk"), (*SPECIALS, UNKNOWN), strict=True))
 # SentencePiece skips texts of more than 4,192 bytes, which may be 1,048 characters. A part has up
 # to 1,000 characters and ends before a space if possible.
 PART = re.compile(r"(.{1,1000})(?: |\Z)|.{1,1000}", re.DOTALL)
@@ -30,13 +29,10 @@ class Tokenizer(abc.ABC):
     """Base class of tokenizers; ids 0, 1 and 2 are padding, BOS and EOS.
 
     Text is never encoded as these special tokens: `<eos>` in a text is ordinary text.
-
-    pieces: the text of each id.
-    unknown_id: the id of unknown symbols; None: all are known, or unknown ones raise an error.
     """
 
-    pieces: Sequence[str]
-    unknown_id: int | None = None
+    pieces: Sequence[str]  # the text of each id
+    unknown_id: int | None = None  # None: all symbols are known, or unknown ones raise an error
 
     @property
     def vocab_size(self) -> int:
@@ -48,8 +44,7 @@ class Tokenizer(abc.ABC):
         """The ids of `text`, followed by EOS."""
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes each text."""
-        return [self.encode(text) for text in texts]
+        return list(map(self.encode, texts))
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -60,10 +55,11 @@ class Tokenizer(abc.ABC):
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
 
     def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """The number of unknown tokens in `tokens`."""
+        """The number of unknown tokens."""
         if self.unknown_id is None:
             return 0
-        return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
+        parts = (tokens[k : k + 2**24] for k in range(0, len(tokens), 2**24))  # saves memory
+        return sum(int(np.count_nonzero(np.asarray(part) == self.unknown_id)) for part in parts)
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
@@ -75,16 +71,10 @@ class Tokenizer(abc.ABC):
 
 
 class SymbolTokenizer(Tokenizer):
-    """A tokenizer with a fixed list of symbols: characters, or words separated by white space.
-
-    Args:
-      symbols: the known symbols, in the order of their ids.
-      separator: the separator of words; empty: symbols are characters.
-      unknown: whether other symbols become `<unk>`; otherwise they raise an error.
-    """
+    """A tokenizer with a fixed list of symbols: characters, or words separated by white space."""
 
     def __init__(self, symbols: Sequence[str], separator: str = "", unknown: bool = False):
-        self.separator = separator
+        self.separator = separator  # of words; empty: symbols are characters
         self.pieces = (*SPECIALS, *symbols, *([UNKNOWN] if unknown else []))
         # Without the special tokens: a text may contain their names.
         self.ids = {symbol: number for number, symbol in enumerate(symbols, len(SPECIALS))}
@@ -94,9 +84,9 @@ class SymbolTokenizer(Tokenizer):
     @classmethod
     def learn(cls, separator: str, texts: Iterable[str], vocab_size: int) -> "SymbolTokenizer":
         """Learns all characters of `texts`, or the most common words, `vocab_size` ids in all."""
-        counts = Counter(
-            symbol for text in texts for symbol in (text.split() if separator else text)
-        )
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(text.split() if separator else text)
         counts.pop(UNKNOWN, None)  # <unk> in a text is the unknown word
         if not separator:
             return cls(sorted(counts), separator, unknown=True)
@@ -104,16 +94,10 @@ class SymbolTokenizer(Tokenizer):
         return cls(common[: vocab_size - len(SPECIALS) - 1], separator, unknown=True)
 
     @classmethod
-    def from_bytes(cls, saved: bytes) -> "SymbolTokenizer":
-        """The inverse of `to_bytes`."""
+    def read(cls, saved: bytes) -> "SymbolTokenizer":
         return cls(**json.loads(saved))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of `text`, and EOS.
-
-        Raises:
-          UserError: a symbol is not in the list, and there is no token for unknown ones.
-        """
         symbols, other = text.split() if self.separator else text, self.unknown_id
         if other is not None:
             return [*(self.ids.get(symbol, other) for symbol in symbols), EOS]
@@ -123,8 +107,7 @@ class SymbolTokenizer(Tokenizer):
             (symbol,) = unknown.args
             raise UserError(
                 f"{symbol!r} in {reprlib.repr(text)} is not one of the tokenizer's symbols "
-                f"{self.separator.join(self.pieces[len(SPECIALS) :])}"
-                f"{nearest(symbol.lower(), self.ids)}"
+                f"{self.separator.join(self.ids)}{nearest(symbol.lower(), self.ids)}"
             ) from None
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -150,18 +133,15 @@ def before_end(tokens: Iterable[int]) -> list[int]:
 class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte: encodes any text without learning, as long sequences."""
 
-    def __init__(self):
-        self.pieces = (*SPECIALS, *(f"<{value:02x}>" for value in range(256)))
+    pieces = (*SPECIALS, *(f"<{value:02x}>" for value in range(256)))
 
     def encode(self, text: str) -> list[int]:
         return [*(len(SPECIALS) + value for value in text.encode()), EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        values = bytearray()
-        for token in before_end(tokens):
-            known = len(SPECIALS) <= token < len(self.pieces)
-            values += bytes([token - len(SPECIALS)]) if known else b"\xff"
-        return values.decode(errors="replace")
+        values = (token - len(SPECIALS) for token in before_end(tokens))
+        shown = bytes(value if 0 <= value < 256 else 0xFF for value in values)
+        return shown.decode(errors="replace")
 
     def symbol(self, token: int) -> str:
         value = token - len(SPECIALS)
@@ -176,21 +156,17 @@ class PieceTokenizer(Tokenizer):
 
     Text is not normalised, spaces are part of pieces, and unknown characters fall back to bytes.
     (SentencePiece writes a space as ▁, so a ▁ in a text is decoded as a space.)
-
-    Args:
-      model: SentencePiece's serialized model.
     """
 
     def __init__(self, model: bytes):
         with needs("text"):
             from sentencepiece import SentencePieceProcessor
 
-        self.model = model
+        self.model = model  # as SentencePiece serialized it
         self.processor = SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
         self.unknown_id = self.processor.unk_id()
-        size = self.processor.GetPieceSize()
-        self.pieces = tuple(self.processor.IdToPiece(number) for number in range(size))
+        self.pieces = tuple(map(self.processor.IdToPiece, range(self.processor.GetPieceSize())))
 
     @classmethod
     def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
@@ -198,19 +174,21 @@ class PieceTokenizer(Tokenizer):
 
         The vocabulary has at most `vocab_size` pieces, including the special tokens and the 256
         bytes; a small corpus may give fewer.
-
-        Raises:
-          UserError: SentencePiece fails.
         """
         with needs("text"):
             from sentencepiece import SentencePieceTrainer
 
-        model = io.BytesIO()
-        special: dict[str, Any] = {f"{name}_id": k for k, name in enumerate(PIECES)}
-        special |= {f"{name}_piece": piece for name, piece in PIECES.items()}
-        try:
+        model, special = io.BytesIO(), {}
+        for number, name in enumerate(("pad", "bos", "eos", "unk")):
+            special |= {f"{name}_id": number, f"{name}_piece": f"<{name}>"}
+        knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
+        with explained(
+            f"{knobs}: {{reason}}; raise vocab_size, name a split with texts, or choose bytes",
+            RuntimeError,
+            OSError,
+        ):
             SentencePieceTrainer.Train(
-                sentence_iterator=parts(texts),
+                sentence_iterator=_parts(texts),
                 model_writer=model,
                 model_type=model_type,
                 vocab_size=vocab_size,
@@ -221,46 +199,28 @@ class PieceTokenizer(Tokenizer):
                 byte_fallback=True,
                 minloglevel=2,
             )
-        except (RuntimeError, OSError) as error:
-            knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
-            raise UserError(f"{knobs}: {explain_failure(str(error))}") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
         return [*self.processor.Encode(text), EOS]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes each text, on all cores."""
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:  # on all cores
         return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        unknown = self.processor.unk_id()
-        return self.processor.Decode(
-            [token if token < len(self.pieces) else unknown for token in before_end(tokens)]
-        )
+        size, unknown = len(self.pieces), self.processor.unk_id()
+        own = [token if token < size else unknown for token in before_end(tokens)]
+        return self.processor.Decode(own)
 
     def to_bytes(self) -> bytes:
         return self.model
 
 
-def parts(texts: Iterable[str]) -> Iterator[str]:
+def _parts(texts: Iterable[str]) -> Iterator[str]:
     """Splits long texts into parts, so that SentencePiece skips none."""
     for text in texts:
         for part in PART.finditer(text.replace(SKIPPED, " ")):
             yield part[1] or part[0]
-
-
-def explain_failure(reason: str) -> str:
-    """Says why SentencePiece failed, and what to do."""
-    if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
-        return (
-            "the special tokens, the 256 bytes and the characters of the texts need "
-            f"{int(needed[1]):,} pieces; raise data.vocab_size to that or more, or set "
-            "data.tokenizer=bytes"
-        )
-    if "sentences_.empty()" in reason:
-        return "there is no text to learn from; name a split that has some"
-    return f"SentencePiece failed: {' '.join(reason.split())[-200:]}; choose another size, or bytes"
 
 
 class TokenizerKind(NamedTuple):
@@ -271,8 +231,8 @@ class TokenizerKind(NamedTuple):
 
 
 TOKENIZERS = {
-    "characters": TokenizerKind(partial(SymbolTokenizer.learn, ""), SymbolTokenizer.from_bytes),
-    "words": TokenizerKind(partial(SymbolTokenizer.learn, " "), SymbolTokenizer.from_bytes),
+    "characters": TokenizerKind(partial(SymbolTokenizer.learn, ""), SymbolTokenizer.read),
+    "words": TokenizerKind(partial(SymbolTokenizer.learn, " "), SymbolTokenizer.read),
     "bytes": TokenizerKind(lambda texts, vocab_size: ByteTokenizer(), lambda _: ByteTokenizer()),
     "bpe": TokenizerKind(partial(PieceTokenizer.learn, "bpe"), PieceTokenizer),
     "unigram": TokenizerKind(partial(PieceTokenizer.learn, "unigram"), PieceTokenizer),
