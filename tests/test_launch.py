@@ -1,12 +1,16 @@
-"""The starters of scripts/launch, as far as they go without the machines they are for."""
+"""The starters of scripts/launch, as far as they go without their machines, and a local SLURM."""
 
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.helpers import program
-from tests.test_programs import complaint
+from tests.test_programs import ROOT, complaint
 from transformer import cli
 
 COMMAND = "--command=train.py --config=configs/toy_reverse.py --workdir='runs/a b'"
@@ -17,7 +21,6 @@ GKE = ("--name=big", "--image=hub/it:1", "--claim=disk", "--accelerator=tpu-v5-l
 
 def launch(name, *flags):
     with program(f"scripts/launch/{name}.py", *flags) as starter:
-        assert f"python scripts/launch/{name}.py" in starter.__doc__
         cli.explained(starter.main)
 
 
@@ -49,26 +52,42 @@ def test_gke_gets_a_pod_for_each_host(capsys):
     assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (4, 4, "Indexed")
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
     (container,) = pod["containers"]
     assert container["command"] == ["python", *WORDS, "--data_dir=/runs/data"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
 
 
-def test_what_cannot_be_started_is_explained(capsys):
-    for name, flags, message in (
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
         ("gke", (*GKE, "--topology=4x4", "--hosts=2", COMMAND), "has 16 chips, but --hosts=2"),
         ("gke", (*GKE, "--topology=big", "--hosts=2", COMMAND), "write it like 4x4"),
         ("slurm", ("--command=ls",), "it begins with train.py or eval.py"),
         ("slurm", ("--cluster_parameters=a", COMMAND), "'a' is not of the form name=value"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            launch(name, *flags)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        assert message in line
+    ],
+)
+def test_what_cannot_be_started_is_explained(name, flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        launch(name, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.slow
 def test_missing_tools_are_named():
     assert "gcloud is not installed" in complaint("scripts/launch/tpu_pod.py", *TPU_POD, PATH="")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_slurm_job_of_two_tasks_is_requeued_and_goes_on():
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(ROOT / "tests/slurm.sh", capture_output=True, text=True, env=env)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming    at step" in done.stdout
+    assert done.stdout.endswith("passed\n")

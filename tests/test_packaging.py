@@ -1,6 +1,7 @@
 """What is installed: within bounds, and with hashes for who wants the very same again."""
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.test_programs import ROOT
+from tests.test_layout import ROOT, tracked
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -23,10 +24,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 def others(requirements):
     """Those that are not an extra of this package itself, and what such an extra holds."""
     for wanted in map(Requirement, requirements):
-        if wanted.name != PROJECT["name"]:
-            yield wanted
-        for extra in wanted.extras if wanted.name == PROJECT["name"] else ():
-            yield from others(EXTRAS[extra])
+        own = wanted.name == PROJECT["name"]
+        extras = [others(EXTRAS[extra]) for extra in wanted.extras] if own else [[wanted]]
+        yield from itertools.chain(*extras)
 
 
 def test_every_version_is_bounded_on_both_sides():
@@ -38,9 +38,9 @@ def test_every_version_is_bounded_on_both_sides():
 def pinned():
     """Name → the requirements that constraints.txt has for it."""
     text = (ROOT / "constraints.txt").read_text()
-    entries = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()
+    assert "://" not in text
     found = defaultdict(list)
-    for entry in entries:
+    for entry in re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines():
         requirement, *hashes = entry.split("--hash=")
         assert hashes, entry
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", each) for each in hashes)
@@ -52,13 +52,12 @@ def pinned():
 
 def test_the_constraints_hold_each_dependency_with_hashes_and_no_address():
     pins = pinned()
-    assert "://" not in (ROOT / "constraints.txt").read_text()
     for wanted in others((*PROJECT["dependencies"], *EXTRAS["test"])):
-        there = pins[canonicalize_name(wanted.name)]
-        assert there, wanted
-        for pin in there:
-            (version,) = (each.version for each in pin.specifier)
-            assert wanted.specifier.contains(version), pin
+        versions = [
+            s.version for pin in pins[canonicalize_name(wanted.name)] for s in pin.specifier
+        ]
+        assert versions, wanted
+        assert all(map(wanted.specifier.contains, versions)), wanted
 
 
 def test_a_python_finds_one_version_of_each():
@@ -107,20 +106,15 @@ def test_an_installed_package_wins_beside_a_clone_of_its_name(kind, tmp_path):
 
 def without_encoding(tree):
     """The calls that open a text file in the locale's encoding."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and "encoding" not in {each.arg for each in node.keywords}:
-            name = ast.unparse(node.func).rpartition(".")[2]
-            words = [ast.unparse(each) for each in (*node.args, *(k.value for k in node.keywords))]
-            binary = any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", word) for word in words)
-            if name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary):
-                yield f"{node.lineno}: {ast.unparse(node)}"
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function, call = ast.unparse(node.func), ast.unparse(node)
+        opens = re.search(r"\b(?<!os\.)(?<!gzip\.)((read|write)_text|(fd)?open)$", function)
+        if opens and not re.search(r"encoding=|'[rwax+]*b[rwax+]*'", call):
+            yield call
 
 
 def test_files_are_utf_8_whatever_the_locale():
-    found, kept = [], ("os.open(", "gzip.open(", "bench.open(")
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("transformer/**/*.py")):
-        for call in without_encoding(ast.parse(path.read_text(encoding="utf-8"))):
-            if not any(each in call for each in kept):
-                found.append(f"{path.name}:{call}")
-    assert not found
+    files = {path: tree for path, (tree, _) in tracked().items() if path.parts[0] != "tests"}
+    found = {path: [*without_encoding(tree)] for path, tree in files.items()}
+    assert {path: calls for path, calls in found.items() if calls} == {}
     assert [*without_encoding(ast.parse("path.open('w'); a.read_text()"))]

@@ -10,29 +10,40 @@ from tests.helpers import program, random_params, small_model
 from transformer import cli
 from transformer.config import RunConfig, default_config
 
+SCRIPTS = sorted(path for path in Path("scripts").rglob("*.py") if "lab" not in path.parts)
 
-@pytest.mark.parametrize("path", sorted(Path("scripts").glob("*.py")), ids=str)
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
 def test_a_script_names_itself_in_its_docstring(path):
     assert f"python {path}" in path.read_text().split('"""')[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_a_script_finds_what_it_imports(path):
+    """Started as a user does: the tests' own path has scripts/ in it."""
+    if "flags.DEFINE" in path.read_text():
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+        assert "Error" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        *((4, {}), (3, {"batch_size": 33}), (1, {"batch_size": 7}), (1, {"model.d_model": 512})),
-        *(
-            (2, {"batch_size": 16, "accumulation_steps": 8}),
-            (3, {"replicas": 3, "model.d_model": 512}),
-        ),
+        (4, {}),
+        (3, {"batch_size": 33}),
+        (1, {"batch_size": 7}),
+        (1, {"model.d_model": 512}),
+        (2, {"batch_size": 16, "accumulation_steps": 8}),
+        (3, {"replicas": 3, "model.d_model": 512}),
     ],
 )
 def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatch):
-    asked = {}
+    asked, config = {}, default_config()
     monkeypatch.setattr(cli, "cpu_cores", lambda: 4)
     monkeypatch.setattr(jax.config, "update", asked.__setitem__)
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    config = default_config()
     config.update_from_flattened_dict(changes)
     for name, value, expected in (
         ("XLA_FLAGS", "--xla_cpu_enable_fast_math=false", devices),  # not about devices
@@ -70,12 +81,3 @@ def test_a_silenced_head_is_the_one_that_is_meant():
         assert changed == {f"{where}/layers/{i}/{which}_attention/out/kernel" for i in range(2)}
         assert all((silent[name][0] == variables[name][0]).all() for name in changed)
         assert not any(silent[name][1].any() for name in changed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(Path("scripts").rglob("*.py")), ids=str)
-def test_a_script_finds_what_it_imports(path):
-    """Started as a user does: the tests' own path has scripts/ in it."""
-    if "flags.DEFINE" in path.read_text():
-        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
-        assert "Error" not in done.stderr, done.stderr
