@@ -1,6 +1,7 @@
 """Eight simulated devices, strict promotion, and what many tests need."""
 
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,13 +19,11 @@ import pytest
 
 if jax.__version_info__ < (0, 11):
     # XLA's older code generators, which it has lost since, compile in a third of the time.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+    emitters = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{emitters} --xla_cpu_parallel_codegen_split_count=1"
 
-# The programs that tests start share what they compile. The tests themselves do not: they compile
-# little twice, and programs for several CPU devices that were read from a cache have deadlocked
-# (jaxlib 0.10.2).
+# Only the programs that tests start share what they compile: programs for several CPU devices that
+# were read from a cache have deadlocked (jaxlib 0.10.2).
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 jax.config.update("jax_enable_compilation_cache", False)
@@ -57,17 +56,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deals the long tests out to the test processes first, so that nobody waits for a last one.
-
-    pytest-xdist gives each process a run of neighbours, and a process that is through takes over
-    tests of the others.
-    """
+    """Deals out the long tests first; pytest-xdist gives each process a run of neighbours."""
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
-    fast = [item for item in items if not item.get_closest_marker("slow")]
+    fast = [item for item in items if item not in slow]
     share = -(-len(fast) // processes)
-    items[:] = [
-        item
-        for k in range(processes)
-        for item in (*slow[k::processes], *fast[k * share : (k + 1) * share])
-    ]
+    dealt = [slow[k::processes] + fast[k * share : (k + 1) * share] for k in range(processes)]
+    items[:] = itertools.chain(*dealt)

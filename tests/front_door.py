@@ -44,9 +44,8 @@ def answer(words, data_dir):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", ["train.py", *words])  # where config flags look for overrides
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections' own
-                cli.explained(cli.parse, sys.argv)
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                cli.explained(cli.parse, sys.argv)  # the warnings are ml_collections' own
             cli.explained(begin, data_dir)
         except SystemExit as end:
             status = end.code

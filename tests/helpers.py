@@ -24,10 +24,8 @@ from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
-
 # Whose flags stay, whichever program is tried.
 LIBRARIES = ("absl", "array_record", "grain", "orbax", "tensorflow_datasets")
-
 # The environment of a program that compiles as a user's does (conftest.py).
 AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
@@ -46,23 +44,15 @@ def small_model(**changes: Any) -> Model:
 
 def random_params(model: Model, seed: int) -> Params:
     """Variables that are all random, biases and scales too, and quicker to make than `init`'s."""
-    rng = np.random.default_rng(seed)
-
-    def draw(name: str, shape: tuple[int, ...]) -> Array:
-        noise = rng.normal(size=shape)
-        special = {
-            "scale": 1.0 + 0.1 * noise,
-            "bias": 0.1 * noise,
-            "mean": 0.3 * noise,
-            "var": np.exp(0.3 * noise),
-        }
-        values = special.get(name.split("/")[-1], noise * model.config.d_model**-0.5)
-        return jnp.asarray(values, jnp.float32)
-
+    rng, params = np.random.default_rng(seed), dict(model.shapes)
     # Drawn in the order of the former names: tolerances were measured with these values.
-    names = sorted(model.shapes, key=lambda name: name.replace("/scale", "/gain"))
-    drawn = {name: draw(name, model.shapes[name].shape) for name in names}
-    return {name: drawn[name] for name in model.shapes}
+    for name in sorted(params, key=lambda name: name.replace("/scale", "/gain")):
+        noise = rng.normal(size=params[name].shape)
+        special = {"scale": 1.0 + 0.1 * noise, "bias": 0.1 * noise, "mean": 0.3 * noise}
+        special["var"] = np.exp(0.3 * noise)
+        values = special.get(name.split("/")[-1], noise * model.config.d_model**-0.5)
+        params[name] = jnp.asarray(values, jnp.float32)
+    return params
 
 
 def training(key: Array) -> dict[str, Any]:
@@ -81,14 +71,11 @@ def logits_of(
 
 def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int = 0) -> Batch:
     """A batch of (source, target) strings, padded to the longest or further."""
-    columns = []
+    sides = []
     for texts, length in zip(zip(*pairs, strict=True), (source_length, target_length), strict=True):
-        rows = [TOKENIZER.encode(text) for text in texts]
-        padded = itertools.zip_longest(*rows, fillvalue=0)
-        tokens = np.array(list(padded), np.int32).T
-        missing = max(0, length - tokens.shape[1])
-        columns.append(jnp.asarray(np.pad(tokens, ((0, 0), (0, missing)))))
-    return make_batch(*columns)
+        rows = [*map(TOKENIZER.encode, texts), [0] * length]
+        sides.append(np.array([*itertools.zip_longest(*rows, fillvalue=0)], np.int32).T[:-1])
+    return make_batch(*map(jnp.asarray, sides))
 
 
 @contextlib.contextmanager
@@ -98,15 +85,12 @@ def program(path: str, *words: str) -> Iterator[Any]:
     Programs define flags of the same names; those of other programs are set aside meanwhile.
     """
     known, mine = flags.FLAGS, importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert mine is not None
-    assert mine.loader is not None
+    assert mine and mine.loader  # noqa: PT018
 
     def take() -> dict[str, flags.Flag]:
-        names = [
-            n for n in known if not (known.find_module_defining_flag(n) or "").startswith(LIBRARIES)
-        ]
-        taken = {name: known[name] for name in names}
-        for name in names:
+        definer = {name: known.find_module_defining_flag(name) or "" for name in known}
+        taken = {name: known[name] for name in known if not definer[name].startswith(LIBRARIES)}
+        for name in taken:
             delattr(known, name)
         return taken
 

@@ -53,9 +53,8 @@ def pinned():
 def test_the_constraints_hold_each_dependency_with_hashes_and_no_address():
     pins = pinned()
     for wanted in others((*PROJECT["dependencies"], *EXTRAS["test"])):
-        versions = [
-            s.version for pin in pins[canonicalize_name(wanted.name)] for s in pin.specifier
-        ]
+        own = pins[canonicalize_name(wanted.name)]
+        versions = [each.version for pin in own for each in pin.specifier]
         assert versions, wanted
         assert all(map(wanted.specifier.contains, versions)), wanted
 

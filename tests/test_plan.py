@@ -28,9 +28,8 @@ TOY = "--config=configs/toy_reverse.py"
 
 def on_tpu(test):
     """Marks a test that compiles for TPUs."""
-    there = importlib.util.find_spec("libtpu") is not None
-    reason = "the TPU's compiler is not installed: pip install -e '.[plan]'"
-    return pytest.mark.slow(pytest.mark.skipif(not there, reason=reason)(test))
+    missing, reason = importlib.util.find_spec("libtpu") is None, "pip install -e '.[plan]'"
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason=reason)(test))
 
 
 # A chip whose units need as many seconds as a step has operations or bytes.
@@ -78,8 +77,7 @@ def test_fsdp_shards_all_but_the_small_norms_and_biases():
 
 def check_gradients_are_sent_once(plan):
     """And a few scalars. Of a tied table those of its three uses may be sent one by one."""
-    # In a ring of 4 each sends 2 · 3/4 of all gradients.
-    expected = 2 * 3 / 4 * plan.memory["parameters"]
+    expected = 2 * 3 / 4 * plan.memory["parameters"]  # of each device in a ring of 4
     assert expected < plan.traffic.sent["all-reduce"] < 1.01 * expected
 
 
@@ -117,10 +115,9 @@ def test_the_command_shows_the_memory_the_roofline_and_the_cost_of_all_chips(cap
     plan = on(CHIPS["v5e"])
     with program("scripts/plan.py", TOY, "--topology=v5e:2x2", "--price=3") as script:
         script.show([plan])
-    shown = capsys.readouterr().out
-    hours = f"{figure(plan.hours() * 4)} chip-hours, ${figure(plan.hours() * 4 * 3)}"
-    for words in ("data 4", "all-reduce", "parameters", plan.bound(), hours):
-        assert words in shown
+    shown, hours = capsys.readouterr().out, plan.hours() * 4
+    cost = f"{figure(hours)} chip-hours, ${figure(3 * hours)}"
+    assert all(w in shown for w in ("data 4", "all-reduce", "parameters", plan.bound(), cost))
 
 
 def test_a_sweep_tries_every_mesh_that_divides_devices_and_batch():
@@ -133,50 +130,40 @@ def test_a_sweep_tries_every_mesh_that_divides_devices_and_batch():
     assert found(8, model__architecture="recurrent") == [(1, 8, 1, 1, 1)]
 
 
-HEADS = {"mesh__tensor": 4, "model__num_heads": 2}
-
-
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
         ("needs 8 devices and there are 4", {"mesh__data": 8}),
         ("batch_size=126 does not divide", {"batch_size": 126}),
-        (r"mesh.tensor=4 does not divide the 2 of axis 'heads'", HEADS),
+        (r"tensor=4 does not divide the 2 of", {"mesh__tensor": 4, "model__num_heads": 2}),
         ("--length=16: 16 tokens", {"model__position_encoding": "learned", "model__max_length": 8}),
         ("replicas=2", {"replicas": 2}),
         (r"did you mean v5e:4x\d", {"topology": "v5e:4x5"}),
-        (r"did you mean v5p:4x4x4", {"topology": "v5x:4x4x4"}),
         ("choose one of", {"topology": "cpu:0"}),
         ("JAX simulates 8 CPUs; set JAX_NUM_CPU_DEVICES=64", {"topology": "cpu:64"}),
+        (r"pip install -e '\.\[plan\]'", {"topology": "v5e:2x2"}),
     ],
 )
-def test_what_cannot_be_planned_is_refused(message, changes):
-    with pytest.raises(UserError, match=message) as error:
-        toy(**changes)
-    assert "\n" not in str(error.value)
-
-
-def test_without_the_compiler_the_remedy_is_named(monkeypatch):
+def test_what_cannot_be_planned_is_refused(message, changes, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[plan\]'"):
-        open_topology("v5e:2x2")
+    with pytest.raises(UserError, match=f"^.*{message}.*$"):
+        toy(**changes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_compiles_for_simulated_devices(name):
-    """With a narrow layer of each kind: here it is about the config, not about size."""
     cfg = load(name, **NARROW, batch_size=8)
     plan = make_plan(cfg, open_topology("cpu:2x2"), vocab_size=96, length=16)
     assert plan.chips == 4
     assert plan.flops > 0
 
 
-CASES = [("toy_reverse", "splash"), ("toy_reverse", "einsum"), ("vaswani_base", "einsum")]
-
-
 @on_tpu
-@pytest.mark.parametrize(("name", "backend"), CASES)
-def test_a_shipped_config_compiles_for_a_tpu(name, backend):
+@pytest.mark.parametrize(
+    "case", ["toy_reverse splash", "toy_reverse einsum", "vaswani_base einsum"]
+)
+def test_a_shipped_config_compiles_for_a_tpu(case):
+    name, backend = case.split()
     cfg = load(name, model__attention_backend=backend, model__num_layers=1)
     plan = make_plan(cfg, open_topology("v5e:2x2"), vocab_size=37_000, length=32)
     assert plan.refusal == ""
@@ -210,13 +197,11 @@ def test_the_compiler_refuses_what_does_not_fit():
 @pytest.mark.slow
 def test_the_command_prints_a_plan_and_ranks_meshes():
     out = finish(start("scripts/plan.py", TOY, "--topology=cpu:2x2"))
-    for words in ("cpu:2x2, data 4", "activations, gradients, temporaries", "all-reduce"):
+    for words in ("cpu:2x2, data 4", "activations, gradients", "all-reduce", "vocabulary 37,000"):
         assert words in out
-    assert "vocabulary 37,000" in out
     out = finish(start("scripts/plan.py", TOY, "--topology=cpu:4", "--sweep", "--vocab=90"))
     assert "skipped: mesh.tensor=4 does not divide the 90" in out
     assert out.count("cpu:4, ") == 2 * 5  # of six meshes, in the log and in the table
-    # What it cannot do is one line.
     assert "did you mean" in complaint("scripts/plan.py", TOY, "--topology=v5:4x4")
     assert "topology" in complaint("scripts/plan.py", TOY)
     assert "no mesh" in complaint("scripts/plan.py", TOY, "--topology=cpu:3", "--sweep")
