@@ -73,10 +73,7 @@ def checkpoint(workdir, step):
 
 def results(workdir):
     """`metrics.jsonl` without the speeds."""
-    rows, speeds = (
-        read_metrics(Path(workdir) / "metrics.jsonl"),
-        ("per_second", "mfu", "data_waits"),
-    )
+    rows, speeds = read_metrics(Path(workdir) / "metrics.jsonl"), ("per_second", "mfu", "waits")
     return [{key: row[key] for key in row if not key.endswith(speeds)} for row in rows]
 
 
