@@ -7,7 +7,7 @@ Usage:
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,27 +54,20 @@ def arrays_of(workdir: Path, step: int) -> Groups:
     return found
 
 
-class Agreement(NamedTuple):
-    """How two groups of named numbers or arrays differ."""
+def compare(one: Groups, other: Groups) -> list[tuple[str, int, int, int, float, str]]:
+    """How two runs differ, group by group.
 
-    group: str
-    compared: int  # names that both have
-    missing: int  # names that only one has
-    unequal: int  # names that both have, with different bits
-    largest: float  # `distance`; NaN where one is NaN and the other is not
-    where: str  # the name with the largest distance
-
-
-def compare(one: Groups, other: Groups) -> list[Agreement]:
-    """How two runs differ, group by group."""
+    The number of names that both have, that only one has, and that both have with different bits;
+    the largest `distance`, NaN where one is NaN and the other is not, and its name.
+    """
     found = []
     for group in {**one, **other}:
         ours, theirs = one.get(group, {}), other.get(group, {})
         both = {k: (np.asarray(ours[k]), np.asarray(theirs[k])) for k in ours if k in theirs}
         unequal = {k: distance(a, b) for k, (a, b) in both.items() if a.tobytes() != b.tobytes()}
         where = max(unequal, key=lambda k: (np.isnan(unequal[k]), unequal[k]), default="")
-        missing, largest = len(ours.keys() ^ theirs.keys()), unequal.get(where, 0.0)
-        found.append(Agreement(group, len(both), missing, len(unequal), largest, where))
+        counts = len(both), len(ours.keys() ^ theirs.keys()), len(unequal)
+        found.append((group, *counts, unequal.get(where, 0.0), where))
     return found
 
 
@@ -103,12 +96,12 @@ def main() -> None:
     last = max(one & other)
     found = compare(*(metrics_of(each.metrics) | arrays_of(each.path, last) for each in folders))
     rows = [
-        (each.group, *map(str, each[1:4]), f"{each.largest:.1e}" * (each.unequal > 0), each.where)
-        for each in found
+        (group, *map(str, counts), f"{largest:.1e}" * (counts[-1] > 0), where)
+        for group, *counts, largest, where in found
     ]
     columns = ("of", "compared", "in one only", "unequal", "largest, relative", "at")
     table(f"{RUN.value} and {OTHER.value}", columns, rows)
-    identical = not any(each.missing or each.unequal for each in found)
+    identical = not any(missing or unequal for _, _, missing, unequal, *_ in found)
     console.print("bit-identical" if identical else "not bit-identical")
 
 

@@ -89,15 +89,11 @@ def show(sweep: Sweep, programs: list[Program], root: Path) -> None:
     for program in programs:
         for command in program.commands(root / program.name, DATA_DIR.value):
             print(shlex.join(["python", *command]))
-        runs, config = len(program.members), RunConfig.from_config_dict(program.resolved())
-        rows.append((program.name, str(runs), f"{config.steps:,}", f"{flops(config):.3g}"))
+        config = RunConfig.from_config_dict(program.resolved())
+        flops = config.steps * Run(config, data_dir=DATA_DIR.value).step_flops
+        rows.append((program.name, str(config.replicas), f"{config.steps:,}", f"{flops:.3g}"))
     title = f"{SWEEP.value}: {len(sweep.variants)} variants × {sweep.seeds} seeds"
     table(title, ("program", "runs", "steps", "FLOPs per run"), rows)
-
-
-def flops(config: RunConfig) -> float:
-    """Floating-point operations of the matrix products in all steps of one run."""
-    return float(config.steps * Run(config, data_dir=DATA_DIR.value).step_flops)
 
 
 if __name__ == "__main__":

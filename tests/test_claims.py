@@ -13,7 +13,7 @@ import pytest
 from lab import timing
 from lab.claims import cost, learning, modules
 from lab.claims.claim import Check, Setting, above_zero, shown, verdict, write_page
-from lab.sweeps.records import Record
+from lab.sweeps.report import Record
 from matplotlib.figure import Figure
 
 from tests.helpers import random_params, small_model

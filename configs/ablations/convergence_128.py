@@ -1,7 +1,6 @@
 """Steps to a target accuracy with each norm, in batches of 128 strings (after Ba et al. 2016).
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/convergence_128.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/convergence_128.py --jobs=4`
 """
 
 import runpy

@@ -1,7 +1,6 @@
 """Steps to a target accuracy with each norm, in batches of 4 strings (after Ba et al. 2016).
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/convergence_4.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/convergence_4.py --jobs=4`
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
     depths = {f"{n} layer{'s' * (n > 1)}": {"model.num_layers": n} for n in (4, 1)}
     learning_rates = {str(rate): {"optimizer.learning_rate": rate} for rate in rates}
     norms = {name: {"model.norm": name} for name in ("layer", "batch", "none")}
-
     return Sweep(
         config="configs/ablations/small.py",
         overrides={
@@ -42,6 +40,5 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
 
 
 def get_sweep():
-    return convergence(
-        batch_size=4, steps=3_600, eval_every=100, rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    )
+    rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    return convergence(batch_size=4, steps=3_600, eval_every=100, rates=rates)

@@ -1,7 +1,6 @@
 """Kinds of feed-forward at equal parameters (Shazeer 2020; Narang et al. 2021).
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/feed_forward.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/feed_forward.py --jobs=4`
 """
 
 from lab.sweeps import Sweep

@@ -1,7 +1,6 @@
 """The width of keys, d_k: rows B of Table 3 (Vaswani et al. 2017), at a laptop's size.
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/head_width.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/head_width.py --jobs=4`
 """
 
 from lab.sweeps import PaperRow, Sweep
@@ -16,8 +15,8 @@ def get_sweep():
         seeds=5,
         paper={
             "base, d_k 64": PaperRow(millions=65),
-            "d_k 16": PaperRow(overrides={"model.d_k": 16, "model.d_v": 64}, millions=58),
-            "d_k 32": PaperRow(overrides={"model.d_k": 32, "model.d_v": 64}, millions=60),
+            "d_k 16": PaperRow({"model.d_k": 16, "model.d_v": 64}, 58),
+            "d_k 32": PaperRow({"model.d_k": 32, "model.d_v": 64}, 60),
         },
         note="4 heads throughout, with values of width 16; the paper has 8 with values of 64.",
     )

@@ -1,7 +1,6 @@
 """Heads at fixed width: rows A of Table 3 (Vaswani et al. 2017), at a laptop's size.
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/heads.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/heads.py --jobs=4`
 """
 
 from lab.sweeps import PaperRow, Sweep
@@ -16,8 +15,7 @@ def get_sweep():
         baseline="4 heads",
         seeds=5,
         paper={
-            f"{names[n]} of {width}": PaperRow(overrides={"model.num_heads": n})
-            for n, width in paper.items()
+            f"{names[n]} of {width}": PaperRow({"model.num_heads": n}) for n, width in paper.items()
         },
         note="Width 64 throughout, so that N heads are 64/N wide. The paper's baseline is 8 of 64.",
     )

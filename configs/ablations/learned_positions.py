@@ -1,7 +1,6 @@
 """Learned instead of sinusoidal positions: row E of Table 3 (Vaswani et al. 2017).
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/learned_positions.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/learned_positions.py --jobs=4`
 """
 
 from lab.sweeps import PaperRow, Sweep
@@ -15,7 +14,7 @@ def get_sweep():
         seeds=10,
         paper={
             "base, sinusoidal": PaperRow(millions=65),
-            "learned": PaperRow(overrides={"model.position_encoding": "learned"}),
+            "learned": PaperRow({"model.position_encoding": "learned"}),
         },
         note="The paper finds no difference. `learned` adds 2 · `max_length` · D parameters.",
     )

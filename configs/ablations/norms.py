@@ -1,7 +1,6 @@
 """Norm × placement × warm-up (Xiong et al. 2020: post-norm needs a warm-up, pre-norm does not).
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4`
 """
 
 from lab.sweeps import Sweep, combined
@@ -15,10 +14,7 @@ def get_sweep():
         variants=combined(
             {name: {"model.norm": name} for name in ("layer", "rms", "batch")},
             {name: {"model.norm_placement": name} for name in ("pre", "post", "both")},
-            {
-                "": {"optimizer.warmup_steps": 50},
-                "no warm-up": {"optimizer.warmup_steps": 0},
-            },
+            {"": {"optimizer.warmup_steps": 50}, "no warm-up": {"optimizer.warmup_steps": 0}},
         )
         | {
             "none": {"model.norm": "none", "optimizer.warmup_steps": 50},

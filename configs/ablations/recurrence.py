@@ -1,25 +1,22 @@
 """The Transformer against recurrent encoder-decoders with attention, at equal parameters.
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/recurrence.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/recurrence.py --jobs=4`
 """
 
-from lab.sweeps import Sweep
+from lab.sweeps import Sweep, combined
 
-CONFIG = "configs/ablations/small.py"
 # At these widths they have about as many parameters as the Transformer; a test checks it.
 WIDTHS = {"lstm": 68, "gru": 76}
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def get_sweep():
-    recurrent = {
+    kinds = {"transformer": {}} | {
         cell: {"model.architecture": "recurrent", "model.cell": cell, "model.d_model": width}
         for cell, width in WIDTHS.items()
     }
-    kinds = {"transformer": {}} | recurrent
     return Sweep(
-        config=CONFIG,
+        config="configs/ablations/small.py",
         # As in convergence_4.py: a schedule without an end favours no kind.
         overrides={
             "steps": 800,
@@ -29,19 +26,13 @@ def get_sweep():
             "data.validation": "validation[:500]",
             "optimizer.schedule": "inverse_sqrt",
         },
-        variants={
-            f"{name}, {rate}": {**overrides, "optimizer.learning_rate": rate}
-            for name, overrides in kinds.items()
-            for rate in RATES
-        },
+        variants=combined(kinds, {str(rate): {"optimizer.learning_rate": rate} for rate in RATES}),
         baseline="transformer, 0.008",
         seeds=8,
         target=0.8,
         splits=("test_longer",),
         note=(
             "Each kind is trained at five learning rates. Widths are chosen to match the number of "
-            "parameters of the Transformer: "
-            + ", ".join(f"{name} {each['model.d_model']}" for name, each in recurrent.items())
-            + "."
+            f"parameters of the Transformer: {', '.join(f'{k} {n}' for k, n in WIDTHS.items())}."
         ),
     )

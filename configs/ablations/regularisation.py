@@ -1,7 +1,6 @@
 """Dropout and label smoothing: rows D of Table 3 (Vaswani et al. 2017), at a laptop's size.
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/regularisation.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/regularisation.py --jobs=4`
 """
 
 from lab.sweeps import PaperRow, Sweep
@@ -24,10 +23,10 @@ def get_sweep():
         seeds=5,
         paper={
             "base: dropout 0.1, smoothing 0.1": PaperRow(millions=65),
-            "dropout 0.0": PaperRow(overrides={"model.dropout_rate": 0.0}),
-            "dropout 0.2": PaperRow(overrides={"model.dropout_rate": 0.2}),
-            "smoothing 0.0": PaperRow(overrides={"label_smoothing": 0.0}),
-            "smoothing 0.2": PaperRow(overrides={"label_smoothing": 0.2}),
+            "dropout 0.0": PaperRow({"model.dropout_rate": 0.0}),
+            "dropout 0.2": PaperRow({"model.dropout_rate": 0.2}),
+            "smoothing 0.0": PaperRow({"label_smoothing": 0.0}),
+            "smoothing 0.2": PaperRow({"label_smoothing": 0.2}),
         },
         target=0.5,
         note=(

@@ -1,7 +1,6 @@
 """Layers, width and feed-forward width: rows C of Table 3 (Vaswani et al. 2017), small.
 
-Usage:
-    python scripts/sweep.py --sweep=configs/ablations/size.py --jobs=4
+`python scripts/sweep.py --sweep=configs/ablations/size.py --jobs=4`
 """
 
 from lab.sweeps import PaperRow, Sweep
@@ -24,17 +23,13 @@ def get_sweep():
         seeds=5,
         paper={
             "base": PaperRow(millions=65),
-            "2 layers": PaperRow(overrides={"model.num_layers": 2}, millions=36),
-            "4 layers": PaperRow(overrides={"model.num_layers": 4}, millions=50),
-            "8 layers": PaperRow(overrides={"model.num_layers": 8}, millions=80),
-            "width 256, d_k 32": PaperRow(
-                overrides={"model.d_model": 256, "model.d_k": 32}, millions=28
-            ),
-            "width 1024, d_k 128": PaperRow(
-                overrides={"model.d_model": 1024, "model.d_k": 128}, millions=168
-            ),
-            "ff 1024": PaperRow(overrides={"model.d_ff": 1024}, millions=53),
-            "ff 4096": PaperRow(overrides={"model.d_ff": 4096}, millions=90),
+            "2 layers": PaperRow({"model.num_layers": 2}, 36),
+            "4 layers": PaperRow({"model.num_layers": 4}, 50),
+            "8 layers": PaperRow({"model.num_layers": 8}, 80),
+            "width 256, d_k 32": PaperRow({"model.d_model": 256, "model.d_k": 32}, 28),
+            "width 1024, d_k 128": PaperRow({"model.d_model": 1024, "model.d_k": 128}, 168),
+            "ff 1024": PaperRow({"model.d_ff": 1024}, 53),
+            "ff 4096": PaperRow({"model.d_ff": 4096}, 90),
         },
         note="The baseline has 1 layer of width 32 with a feed-forward of 128, 4 heads throughout.",
     )

@@ -3,7 +3,6 @@
 Training is deliberately short: after 500 steps of 64 strings a good model is close to, but below,
 perfect accuracy, so that variants can be told apart.
 
-Usage:
     python train.py --config=configs/ablations/small.py
 """
 

@@ -13,8 +13,8 @@ import numpy as np
 from lab import plots
 from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, shown, times
 from lab.statistics import LEVEL, Difference, critical, holm, mean_interval, p_text, paired, t_test
-from lab.sweeps import report, runner
-from lab.sweeps.records import Record, curve, read_all
+from lab.sweeps import runner
+from lab.sweeps.report import CURVE, Record, Records, curve, read_all
 from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
 from lab.timing import in_process, interleaved
 from transformer.config import RunConfig
@@ -108,7 +108,7 @@ class Best:
         return text if len(steps) == number else f"{text} ({len(steps)} of {number} seeds)"
 
 
-def bests(found: Mapping[str, Sequence[Record]], target: float) -> dict[str, Best]:
+def bests(found: Records, target: float) -> dict[str, Best]:
     """Each kind of a sweep whose variants are called `kind, rate`, at its own best rate.
 
     The rate is the one at which most of the first `CHOOSING` seeds arrive; among those the one
@@ -189,7 +189,7 @@ def panels_of(title: str, best: Mapping[str, Best]) -> list[plots.Panel]:
     by_steps = {kind: curve(each.records) for kind, each in best.items()}
     by_time = {k: curve(each.records, float(np.median(each.seconds))) for k, each in best.items()}
     found = {"step": by_steps, "seconds of training": by_time}
-    return [report.learning_panel(title, x, series) for x, series in found.items()]
+    return [plots.Panel(title, x, **CURVE, series=series) for x, series in found.items()]
 
 
 def method_text(sweep: str, ours: str) -> str:

@@ -88,9 +88,8 @@ def causality(setting: Setting, *, length: int = 12, seeds: int = 5) -> Claim:
         title="Masked attention",
         says="With masked multi-head attention an output depends on earlier outputs alone.",
         method="The gradient of every logit with respect to the embedded token at every target "
-        f"position, through a whole model with random parameters ({seeds} seeds, {length} "
-        f"positions, {later.sum()} pairs of an output and a later input). True if the gradients "
-        "of all these pairs are exactly 0, and no others are.",
+        f"position of a model with random parameters ({seeds} seeds, {length} positions). True if "
+        f"those of the {later.sum()} later inputs are exactly 0, and no others are.",
         checks=checks,
         data={name: found.tolist() for name, found in drawn.items()},
     )
@@ -128,8 +127,8 @@ def probabilities(setting: Setting, *, length: int = 16, seeds: int = 5) -> Clai
         says="Masking sets illegal scores to -∞, so that their probability is zero.",
         method=f"The output of every attention backend for random queries and keys (2 heads, "
         f"{length} positions, {seeds} seeds) with unit vectors as values: the probabilities. True "
-        "if the largest of a masked key is exactly 0 and those of each query sum to 1 within 1e-5, "
-        "or to 0 where a query may attend to nothing.",
+        "if those of masked keys are exactly 0 and those of each query sum to 1 within 1e-5, or to "
+        "0 where it may attend to nothing.",
         checks=checks,
         data={name: found.tolist() for name, found in drawn.items()},
     )
@@ -218,13 +217,12 @@ def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
     return Claim(
         title="Several heads",
         says="Several heads attend in several ways at once; one head averages them.",
-        method="The trained seeds of 4 heads of `configs/ablations/heads.py`, on test strings. The "
+        method="The seeds with 4 heads of `configs/ablations/heads.py`, on test strings. The "
         "distance of two heads is the total variation of their attention, here of the two most "
-        f"similar ones: more than {APART}, and more than in the same seed before training. The "
-        "worth of a head is the accuracy lost when it is silenced; the most useful head is chosen "
-        "on one half of the strings and measured on the other. One head as wide as the four is "
-        "compared with them, trained alike. True if the mean over seeds is above 0 or above the "
-        "stated value (t-tests, Holm).",
+        f"similar ones: more than {APART}, and more than before training. The worth of a head is "
+        "the accuracy lost when it is silenced; the most useful one is chosen on one half of the "
+        "strings and measured on the other. One head as wide as the four is trained alike. True "
+        "if the mean over seeds is above 0 or the stated value (t-tests, Holm).",
         checks=above_zero(cases, shown),
         data=found | {"accuracy": accuracy},
     )
@@ -244,23 +242,20 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
         mean, variance = np.abs(y.mean(-1)).max(), y.var(-1)
         text = f"means within ±{mean:.1g}; variance {variance.min():.4f} to {variance.max():.4f}"
         checks.append(Check(name, text, bool(mean < 1e-3 and np.abs(variance - 1).max() < 1e-2)))
-    before = projected(inputs, matrix)
-    unlike = {"in training": batch(before)}
-    others = inputs.at[1:].multiply(3.0)
+    before, others = projected(inputs, matrix), inputs.at[1:].multiply(3.0)
+    outputs = {"in training": batch(before)}
     ours, theirs = (bool((norm(inputs)[0] == norm(others)[0]).all()) for norm in (layer, batch))
     batch.mean[...], batch.var[...] = before.mean((0, 1)), before.var((0, 1))
     batch.eval()
-    in_use = "in evaluation, weights × 10 since its averages"
-    unlike[in_use] = batch(projected(inputs, 10.0 * matrix))
-    for name, y in unlike.items():
+    after = batch(projected(inputs, 10.0 * matrix))
+    outputs["in evaluation, weights × 10 since its averages"] = after
+    for name, y in outputs.items():
         variance = np.asarray(y, np.float64).var(-1)
         text = f"its variance over the width is {variance.min():.2f} to {variance.max():.2f}"
         holds = bool(np.abs(variance - 1.0).max() > 1e-2)
         checks.append(Check(f"unlike batch norm {name}", text, holds))
-    text = (
-        f"layer norm's is {'bit-identical' if ours else 'different'}; batch norm's in training is "
-        f"{'identical' if theirs else 'different'}"
-    )
+    words = ["bit-identical" if same else "different" for same in (ours, theirs)]
+    text = f"layer norm's is {words[0]}; batch norm's in training is {words[1]}"
     name = "one example's output, others of its batch changed"
     checks.append(Check(name, text, ours and not theirs))
     for name, norm in (("layer norm", layer), ("batch norm in evaluation", batch)):
@@ -276,8 +271,8 @@ def moments(setting: Setting, *, rows: int = 512, width: int = 64) -> Claim:
         "ones, with a mean as large as their spread, then the norm (scale 1, bias 0, "
         f"ε = {EPSILON:g}). True if every mean over the width is within 1e-3 of 0 and every "
         "variance within 1e-2 of 1; ε shows where the variance is of its size. Batch norm "
-        "normalises over the batch instead, and in evaluation by its running averages, here for "
-        "weights × 1. Bands go from the lowest to the highest.",
+        "normalises over the batch, and in evaluation by its running averages, here for "
+        "weights × 1. Bands show all vectors.",
         checks=checks,
         data={name: np.array(each).tolist() for name, each in series.items()},
     )
@@ -320,8 +315,7 @@ def trained(setting: Setting) -> list[tuple[Model, Params]]:
     return found
 
 
-def growth(values: Sequence[float]) -> float:
-    """The largest over the smallest."""
+def _growth(values: Sequence[float]) -> float:
     return max(values) / min(values)
 
 
@@ -341,15 +335,15 @@ def same_scale(setting: Setting, *, layers: int = 16, width: int = 64) -> Claim:
     checks, panels = [], []
     kinds = {"inputs": "the inputs of attention", "stream": "the residual stream"}
     for what, title in kinds.items():
-        without = [f"{growth(each[what]):.3g}" for k, each in series.items() if "no norm" in k]
+        without = [f"{_growth(each[what]):.3g}" for k, each in series.items() if "no norm" in k]
         for placement in ("post-norm", "pre-norm"):
             runs = [each[what] for name, each in series.items() if placement in name]
-            spread = growth([value for each in runs for value in each[what == "inputs" :]])
+            spread = _growth([value for each in runs for value in each[what == "inputs" :]])
             text = f"largest {spread:.3g} times the smallest (without norm {' and '.join(without)})"
             checks.append(Check(f"{title}, {placement}", text, spread < 1.1))
-        grown = [growth(each[what]) for each in after]
-        text = f"largest {min(grown):.3g} to {max(grown):.3g} times the smallest"
-        text += f" ({len(after)} seeds)"
+        grown = [_growth(each[what]) for each in after]
+        spread = f"{min(grown):.3g} to {max(grown):.3g}"
+        text = f"largest {spread} times the smallest ({len(after)} seeds)"
         checks.append(Check(f"{title}, pre-norm, trained", text, max(grown) < 1.1))
         lines = {name: (range(1, layers + 1), each[what]) for name, each in series.items()}
         panels.append(plots.Panel(title, "layer", "root mean square", lines, log="y"))
@@ -361,8 +355,8 @@ def same_scale(setting: Setting, *, layers: int = 16, width: int = 64) -> Claim:
         "first of post-norm reads embeddings) and of the residual stream, in an encoder of "
         f"{layers} layers of width {width}, with its initial weights and with weights twice as "
         "large. True if the largest, over layers and weights, is less than 1.1 times the smallest. "
-        "The output of a norm has that scale by construction while its scale parameter is 1; so "
-        "the trained models of 4 layers of `configs/ablations/convergence_128.py` are included.",
+        "A norm gives that by construction while its scale parameter is 1; therefore also in the "
+        "trained models of 4 layers of `configs/ablations/convergence_128.py`.",
         checks=checks,
         data=series,
     )

@@ -22,7 +22,7 @@ from transformer.parallel.replicas import PerReplica
 Overrides = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PaperRow:
     """A row of a published table."""
 
