@@ -24,14 +24,13 @@ from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
 from transformer.errors import UserError
-from transformer.inference import evaluation, plots, results
-from transformer.inference.config import DecodingConfig
-from transformer.inference.decoding import Hypotheses
+from transformer.inference import evaluation, plots
+from transformer.inference.decoding import DecodingConfig, Hypotheses
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts
 from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh
-from transformer.parallel.replicas import mean_over_replicas, split_replicas
+from transformer.parallel.replicas import is_stopped, mean_over_replicas, split_replicas
 from transformer.run import Run
 from transformer.workdir import write_json
 
@@ -78,22 +77,23 @@ def main() -> None:
     arrays = [jax.tree.map(np.asarray, each) for each in arrays]
     replicas: list[dict[str, Any]] = [
         {"seed": seed}
-        | results.summarize(split, data, totals, found)
+        | evaluation.summarize(split, data, totals, found)
         | {"text": text_scores(run, found, references)}
         for seed, (totals, found) in zip(seeds, arrays, strict=True)
     ]
-    stopped = np.atleast_1d(hosts.fetch(state.skipped)) > config.max_skipped_steps
-    for k in np.flatnonzero(stopped):  # by a NaN or Inf: only the counts are valid
+    stopped = is_stopped(state.skipped, config.max_skipped_steps)
+    for k in np.flatnonzero(stopped):  # only the counts are valid
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
 
-    margin = decoding.margin(config.decode_margin)
-    beyond, needed = results.targets_beyond(data, margin)
+    chosen = decoding.decode_margin
+    margin = config.decode_margin if chosen is None else chosen
+    beyond, needed = evaluation.targets_beyond(data, margin)
     record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.dataset.name}
     record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
     record |= {"references_beyond_margin": beyond, "replicas": replicas}
     write_json(out / f"eval_{name}.json", record)
     if hosts.first():  # before anything is printed: its reader may be gone
-        results.write_samples(out / f"samples_{name}.tsv", run.tokenizers, data, arrays[0][1])
+        evaluation.write_samples(out / f"samples_{name}.tsv", run.tokenizers, data, arrays[0][1])
     lengths = (each["by_source_length"] for each in replicas)
     by_length = [mean_over_replicas(rows) for rows in zip(*lengths, strict=True)]
     show_metrics(f"{run.workdir.path}, step {state.taken()}, {split}", split, replicas, by_length)

@@ -39,7 +39,7 @@ import transformer
 from transformer import cli
 from transformer.data.text import numbered
 from transformer.errors import UserError
-from transformer.inference.config import DecodingConfig
+from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import Generator, Output, Prepared
 from transformer.run import Run
 

@@ -10,15 +10,13 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import METHODS, beam_search, greedy, sample, truncate
+from transformer.inference.decoding import METHODS, Sources, beam_search, greedy, sample, truncate
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
 SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
-SEGMENTS = (SOURCE != PAD).astype(jnp.int32)
-
-
+KEYS = jax.random.split(jax.random.key(7), 4000)
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
@@ -29,11 +27,10 @@ def tiny_tokens(**changes):
     return model, random_params(model, 3)
 
 
-def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE, segments=SEGMENTS):
+def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE):
     @jax.jit
     def found(params):
-        options = {"beam_size": beam_size, "length_penalty": alpha}
-        return beam_search(model.bind(params), source, segments, length, **options)
+        return beam_search(model.bind(params), Sources(source, length), beam_size, alpha)
 
     return jax.tree.map(np.asarray, found(params))
 
@@ -53,8 +50,7 @@ def steady(logits):
 def test_no_output_has_pad_bos_or_padding_of_the_vocabulary(method):
     """However likely they are; the score is that of teacher forcing."""
     likely = dict.fromkeys((PAD, BOS, 30, 31), 16.0) | {7: 12.0, EOS: 11.0}
-    module, keys = steady(likely), jax.random.split(jax.random.key(0), 3)
-    found = method(module, BATCH.source, BATCH.source_segments, 3, num_tokens=30, keys=keys)
+    found = method(steady(likely), Sources(BATCH.source, 3, KEYS[:3], num_tokens=30))
     tokens = np.asarray(found.tokens)[:, 0]
     real = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) == 0
     assert set(tokens[real].tolist()) <= {7, EOS}
@@ -67,7 +63,7 @@ def test_no_output_has_pad_bos_or_padding_of_the_vocabulary(method):
 @each_method
 def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeypatch):
     """Each source's output ends at once with probability nearly 1: one step is enough."""
-    module, steps, keys = steady({EOS: 16.0}), [], jax.random.split(jax.random.key(0), 3)
+    module, steps = steady({EOS: 16.0}), []
     original = type(module).decode_step
 
     def counted(self, tokens, cache):
@@ -76,7 +72,7 @@ def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeyp
 
     monkeypatch.setattr(type(module), "decode_step", counted)
     width = {"beam_size": 1} if method is beam_search else {}
-    found = method(module, BATCH.source, BATCH.source_segments, 50, keys=keys, **width)
+    found = method(module, Sources(BATCH.source, 50, KEYS[:3]), **width)
     jax.effects_barrier()
     assert steps == [0]
     np.testing.assert_array_equal(found.tokens[:, 0], [[EOS] + [PAD] * 49] * 3)
@@ -84,49 +80,44 @@ def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeyp
 
 def test_without_a_source_there_is_no_output():
     model, params = tiny_tokens()
-    segments = SEGMENTS.at[1].set(0)
-    decoded = greedy(model.bind(params), SOURCE, segments, 4)
+    source = SOURCE.at[1].set(PAD)
+    decoded = greedy(model.bind(params), Sources(source, 4))
     np.testing.assert_array_equal(decoded.tokens[1], PAD)
     assert decoded.scores[1] == 0.0
-    found, whole = (search(model, params, 2, 0.6, segments=each) for each in (segments, SEGMENTS))
+    found, whole = (search(model, params, 2, 0.6, source=each) for each in (source, SOURCE))
     np.testing.assert_array_equal(found.tokens[1], PAD)
     np.testing.assert_array_equal(found.scores[1], -np.inf)
     np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])
+
+
+def padded(tokens, length):
+    return (*tokens, *[PAD] * (length - len(tokens)))
 
 
 def every_sequence(vocab):
     """All sequences of up to `LENGTH` tokens that end with EOS, and all cut off there."""
     others = [token for token in range(vocab) if token not in (PAD, BOS, EOS)]
     for n in range(LENGTH):
-        yield from ((*start, EOS) for start in itertools.product(others, repeat=n))
+        yield from (padded((*start, EOS), LENGTH) for start in itertools.product(others, repeat=n))
     yield from itertools.product(others, repeat=LENGTH)
 
 
-def forced(model, params, source, source_segments, target_in, target_segments):
-    """The logits of teacher forcing."""
-    segments = {"source_segments": source_segments, "target_segments": target_segments}
-    return model.bind(params)(source, target_in, **segments)
+def forced_log_p(model, params, source, target):
+    """log p of every next token by teacher forcing, without a cache."""
+    source = jnp.broadcast_to(source, (len(target), source.shape[-1]))
+    logits = logits_of(model, params, make_batch(source, jnp.asarray(target, jnp.int32)))
+    return np.asarray(jax.nn.log_softmax(logits))
 
 
 def scored(model, params, alpha):
-    """Each source's sequences, the best first, those that end before those that do not.
-
-    (has an end, score, tokens), each by a call of the whole model, without a cache.
-    """
-    sequences = list(every_sequence(model.vocab_size))
-    lengths = np.array([len(sequence) for sequence in sequences])
-    target = [(*each, *[PAD] * (LENGTH - len(each))) for each in sequences]
-    target_in = np.insert(np.array(target)[:, :-1], 0, BOS, axis=1).astype(np.int32)
-    real = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
-    ends, ranked = [EOS in each for each in sequences], []
-    call = jax.jit(partial(forced, model))
-    for source in zip(SOURCE, SEGMENTS, strict=True):
-        source = (jnp.broadcast_to(each, (len(target), 4)) for each in source)
-        logits = call(params, *source, jnp.asarray(target_in), jnp.asarray(real))
-        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
-        log_p = np.take_along_axis(log_p, np.array(target)[..., None], axis=-1)[..., 0]
-        scores = (log_p * real).sum(1) / ((5 + lengths) / 6) ** alpha
-        ranked.append(sorted(zip(ends, scores, target, strict=True), reverse=True))
+    """Each source's (has an end, score, tokens), the best first, finished ones before others."""
+    target = np.array([*every_sequence(model.vocab_size)])
+    real, ended, ranked = target != PAD, (target == EOS).any(1).tolist(), []
+    for source in SOURCE:
+        log_p = forced_log_p(model, params, source, target).astype(np.float64)
+        log_p = np.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+        scores = (log_p * real).sum(1) / ((5 + real.sum(1)) / 6) ** alpha
+        ranked.append(sorted(zip(ended, scores, target.tolist(), strict=True), reverse=True))
     return ranked
 
 
@@ -136,7 +127,7 @@ def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
     model, params = tiny_tokens(**changes)
     found = search(model, params, len(list(every_sequence(model.vocab_size))), alpha)
     for tokens, scores, ranked in zip(*found, scored(model, params, alpha), strict=True):
-        assert [tuple(each) for each in tokens.tolist()] == [each[2] for each in ranked]
+        assert tokens.tolist() == [each[2] for each in ranked]
         np.testing.assert_allclose(scores, [each[1] for each in ranked], rtol=1e-4)
 
 
@@ -164,34 +155,28 @@ def searched_by_definition(log_p_after, width, alpha, length):
 def test_beam_search_finds_what_its_definition_finds(alpha, changes):
     """A hypothesis that can still become the best is followed, however long it gets."""
     model, _ = tiny_tokens(tie_embeddings=False, **changes)
-    width, length, source = 3, 6, (SOURCE[:1], SEGMENTS[:1])
-    whole = jax.jit(partial(forced, model))
+    width, length = 3, 6
     for seed in range(6):
         params = random_params(model, seed)
 
         def log_p_after(tokens, params=params):
-            target = np.full((1, length), PAD, np.int32)
-            target[0, : len(tokens) + 1] = (BOS, *tokens)
-            real = (np.arange(length) <= len(tokens)).astype(np.int32)[None]
-            logits = whole(params, *source, jnp.asarray(target), jnp.asarray(real))
-            return np.asarray(jax.nn.log_softmax(logits[0, len(tokens)])).tolist()
+            target = [padded((*tokens, EOS), length)]
+            return forced_log_p(model, params, SOURCE[0], target)[0, len(tokens)].tolist()
 
         wanted = searched_by_definition(log_p_after, width, alpha, length)
-        found = search(model, params, width, alpha, length, *source)
-        padded = [one + (PAD,) * (length - len(one)) for one, _ in wanted]
-        np.testing.assert_array_equal(found.tokens[0], padded)
+        found = search(model, params, width, alpha, length, SOURCE[:1])
+        np.testing.assert_array_equal(found.tokens[0], [padded(one, length) for one, _ in wanted])
         np.testing.assert_allclose(found.scores[0], [score for _, score in wanted], rtol=1e-4)
 
 
 def test_a_beam_of_one_is_greedy_decoding():
     """Also where EOS is the second best token, as it often is among 6 tokens."""
     model, _ = tiny_tokens(tie_embeddings=False)
-    beam = partial(beam_search, beam_size=1, length_penalty=0.0)
 
     @jax.jit
     def tokens(params):
-        call = model.bind(params), SOURCE, SEGMENTS, 6
-        return beam(*call).tokens, greedy(*call).tokens
+        call = model.bind(params), Sources(SOURCE, 6)
+        return beam_search(*call, beam_size=1, length_penalty=0.0).tokens, greedy(*call).tokens
 
     for seed in range(20):
         np.testing.assert_array_equal(*tokens(random_params(model, seed)))
@@ -201,13 +186,13 @@ def test_a_beam_of_one_is_greedy_decoding():
 def test_an_outputs_length_limit_depends_on_its_own_source(method):
     """With a margin a batch has the outputs of each source alone with that maximal length."""
     model, _ = tiny_tokens(tie_embeddings=False)
-    lengths, margin, keys = (3, 2, 4), 2, jax.random.split(jax.random.key(0), 3)
+    lengths, margin = (3, 2, 4), 2
 
-    def found(params, rows, length, **options):
-        call = model.bind(params), SOURCE[rows], SEGMENTS[rows], length
-        return method(*call, keys=keys[rows], **options)
+    def found(params, rows, length, margin=None):
+        sources = Sources(SOURCE[rows], length, KEYS[:3][rows], margin=margin)
+        return method(model.bind(params), sources)
 
-    together = jax.jit(lambda params: found(params, slice(0, 3), 9, margin=margin))
+    together = jax.jit(partial(found, rows=slice(0, 3), length=9, margin=margin))
     alone = [
         jax.jit(partial(found, rows=slice(i, i + 1), length=length + margin))
         for i, length in enumerate(lengths)
@@ -216,25 +201,19 @@ def test_an_outputs_length_limit_depends_on_its_own_source(method):
     for seed in range(12):
         params = random_params(model, seed)
         batch = together(params)
-        for i, one in enumerate(alone):
-            tokens, *scores = zip(jax.tree.leaves(batch), jax.tree.leaves(one(params)), strict=True)
-            width = tokens[1].shape[-1]
-            assert width == lengths[i] + margin
-            np.testing.assert_array_equal(tokens[0][i][..., :width], tokens[1][0])
-            np.testing.assert_array_equal(tokens[0][i][..., width:], PAD)
-            for of_batch, of_one in scores:
-                np.testing.assert_allclose(of_batch[i], of_one[0], rtol=1e-5)
-            ends = (np.asarray(tokens[1]) == EOS).any(-1)
+        for i, each in enumerate(alone):
+            one, width = each(params), lengths[i] + margin
+            np.testing.assert_array_equal(batch.tokens[i, :, :width], one.tokens[0])
+            np.testing.assert_array_equal(batch.tokens[i, :, width:], PAD)
+            np.testing.assert_allclose(batch.scores[i], one.scores[0], rtol=1e-5)
+            ends = (np.asarray(one.tokens) == EOS).any(-1)
             cut, whole = cut + (~ends).sum(), whole + ends.sum()
     assert min(cut, whole) > 5  # so that the test is about something
 
 
-KEYS = jax.random.split(jax.random.key(7), 4000)
-
-
-def drawn(module, source, segments, length, keys, **settings):
-    call = partial(sample, module, source, segments, length, **settings)
-    return np.asarray(jax.jit(lambda keys: call(keys=keys).tokens[:, 0])(keys))
+def drawn(module, source, length, keys, **settings):
+    call = jax.jit(lambda keys: sample(module, Sources(source, length, keys), **settings).tokens)
+    return np.asarray(call(keys))[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -243,17 +222,15 @@ def drawn(module, source, segments, length, keys, **settings):
 def test_tokens_are_sampled_with_the_probabilities_of_the_model(temperature, top_k, top_p):
     """The first two tokens of one source, by a χ² test with p = 1e-4, keys being fixed."""
     model, params = tiny_tokens()
-    source, segments = (jnp.broadcast_to(each[:1], (len(KEYS), 4)) for each in (SOURCE, SEGMENTS))
+    source = jnp.broadcast_to(SOURCE[:1], (len(KEYS), 4))
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    rows = drawn(model.bind(params), source, segments, 2, KEYS, **settings)
+    rows = drawn(model.bind(params), source, 2, KEYS, **settings)
     np.testing.assert_array_equal(rows[rows[:, 0] == EOS, 1], PAD)
-    for target_in, tokens in ([BOS], rows[:, 0]), ([BOS, 3], rows[rows[:, 0] == 3, 1]):
+    for before, tokens in ([], rows[:, 0]), ([3], rows[rows[:, 0] == 3, 1]):
         # How often each token should come after these, by the whole model and NumPy.
-        target_in = jnp.asarray([target_in], jnp.int32)
-        batch = make_batch(SOURCE[:1], target_in)._replace(target_in=target_in)
-        logits = np.asarray(logits_of(model, params, batch), np.float64)[0, -1] / temperature
+        logits = forced_log_p(model, params, SOURCE[0], [[*before, EOS]])[0, -1] / temperature
         logits[[PAD, BOS]] = -np.inf
-        p = np.where(kept(logits, top_k, top_p), np.exp(logits - logits.max()), 0.0)
+        p = np.where(kept(logits, top_k, top_p), np.exp(logits - logits.max(), dtype=float), 0.0)
         counts, p = np.bincount(tokens, minlength=6), p / p.sum()
         assert counts.sum() > 200
         assert (counts[p == 0] == 0).all()
@@ -297,9 +274,8 @@ def test_sampling_only_the_most_likely_token_is_greedy_decoding(settings):
     params = random_params(model, 1)
     table = params["output_embedding/embedding"]  # an untrained model's likeliest may be PAD
     params["output_embedding/embedding"] = table.at[jnp.array([PAD, BOS])].set(0.0)
-    module = model.bind(params)
-    call = module, BATCH.source, BATCH.source_segments, 6
-    wanted = jax.jit(lambda: greedy(*call).tokens[:, 0])()
-    found = drawn(*call, KEYS[:3], **settings)
+    call = model.bind(params), BATCH.source, 6, KEYS[:3]
+    wanted = drawn(*call, temperature=0.0)
+    found = drawn(*call, **settings)
     np.testing.assert_array_equal(found, wanted)
     assert len(set(found.ravel().tolist())) > 3

@@ -14,7 +14,7 @@ from tests.test_average import files_of, make_run
 from transformer import cli
 from transformer.data.batches import Dataset
 from transformer.data.corpus import open_corpus
-from transformer.inference import plots, results
+from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Hypotheses
 
 # A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
@@ -117,7 +117,7 @@ def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     right = np.array([3.0, 3.0, 2.0])
     totals = dict.fromkeys(("nll", "uniform", "correct", "tokens"), right)
     data = Dataset(np.array(batch.source), target, 1)
-    record = results.summarize("test", data, totals, found)
+    record = evaluation.summarize("test", data, totals, found)
     assert record["outputs_cut"] == 2  # those without an end
     assert record["metrics"]["test/sequence_accuracy"] == pytest.approx(1 / 3)
     assert record["metrics"]["test/token_accuracy"] == 1.0

@@ -9,7 +9,7 @@ from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference import evaluation
-from transformer.inference.decoding import METHODS, Hypotheses
+from transformer.inference.decoding import DecodingConfig, Hypotheses, Sources
 from transformer.loss import cross_entropy
 from transformer.metrics import METRICS, Predictions, finalize, token_sums
 from transformer.modules.model import Model
@@ -75,24 +75,27 @@ def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decodin
     np.testing.assert_array_equal(exact, np.arange(len(target)) % 2 == 0)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(method):
-    rows, keys = (BATCH.source, BATCH.source_segments), jax.random.split(jax.random.key(0), 7)
-    expected = jax.jit(lambda *rows: method(MODEL.bind(PARAMS), *rows, 9, keys=keys))(*rows)
-    found = jax.jit(partial(decode, method=method, keys=keys))(dataset(3))
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"beam_size": 4}], ids=str)
+def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(settings):
+    decoding, fold = DecodingConfig(**settings), jax.random.fold_in
+    keys = jax.vmap(lambda index: fold(fold(jax.random.key(0), index), 0))(jnp.arange(7))
+    method, sources = decoding.method(), Sources(BATCH.source, 9, keys)
+    expected = jax.jit(lambda params: method(MODEL.bind(params), sources))(PARAMS)
+    found = jax.jit(partial(decode, decoding=decoding))(dataset(3))
     assert len(np.unique(found.tokens, axis=0)) > 3
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
-def test_sources_of_like_length_are_decoded_together():
-    def longest(module, source, segments, max_length, num_tokens):
-        assert num_tokens == 30
-        longest = jnp.full((len(source), 1), segments.sum(1).max(), jnp.float32)
-        return Hypotheses(jnp.zeros((len(source), 1, max_length), jnp.int32), longest)
+def test_sources_of_like_length_are_decoded_together(monkeypatch):
+    def longest(module, sources):
+        assert (sources.num_tokens, sources.max_length, sources.margin) == (30, 6 + 3, 3)
+        shape, length = (len(sources.tokens), 1), (sources.tokens != PAD).sum(1).max()
+        return Hypotheses(jnp.zeros((*shape, 9), jnp.int32), jnp.full(shape, length, jnp.float32))
 
+    monkeypatch.setattr(DecodingConfig, "method", lambda self: longest)
     model = Model(MODEL.config, MODEL.vocab_size, tokens=30)
-    found = evaluation.decode(model, PARAMS, dataset(3), max_length=9, method=longest)
+    found = evaluation.decode(model, PARAMS, dataset(3), margin=3)
     # Tokens with EOS: 2 3 3 | 4 4 5 | 6; each source says how long the longest of its batch is.
     np.testing.assert_array_equal(found.scores[:, 0], [5, 3, 5, 3, 6, 3, 5])
 

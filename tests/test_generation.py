@@ -24,8 +24,7 @@ from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, PAD, ByteTokenizer, SymbolTokenizer, Tokenizer
 from transformer.errors import UserError
 from transformer.inference import evaluation
-from transformer.inference.config import DecodingConfig
-from transformer.inference.decoding import beam_search, greedy
+from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import Generator, Output, bucket
 from transformer.modules.model import Model
 from transformer.parallel.mesh import one_device_mesh
@@ -141,10 +140,9 @@ def test_outputs_depend_on_neither_batches_nor_devices(run, generator, found):
 def test_outputs_are_those_of_evaluation(name, generator, found):
     short = [i for i, text in enumerate(TEXTS) if 0 < len(text) < 8]
     source = strings(*((TEXTS[i], "a") for i in short)).source
-    settings = {"beam_size": BEAM.beam_size, "length_penalty": BEAM.length_penalty}
-    method = greedy if name == "greedy" else partial(beam_search, **settings)
-    rest = (Dataset(source, source, 2), 8 + MARGIN, partial(method, margin=MARGIN))
-    rows = jax.jit(lambda v: evaluation.decode(generator.model, v, *rest))(generator.variables)
+    decoding = BEAM if name == "beam" else DecodingConfig()
+    decode = partial(evaluation.decode, generator.model, decoding=decoding, margin=MARGIN)
+    rows = jax.jit(decode)(generator.variables, Dataset(source, source, 2))
     texts = [[TOKENIZER.decode(x) for x in own if x[0] != PAD] for own in rows.tokens.tolist()]
     assert texts == [[output.text for output in found[name][i]] for i in short]
     if name == "beam":
@@ -310,7 +308,7 @@ def test_predict_reports_user_errors_in_one_line(predict):
 BAD = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
 
 
-def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monkeypatch):
+def test_a_refused_line_does_not_stop_the_others(predict, found):
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
     reasons = [
         "2: 'H' in ",
@@ -329,20 +327,19 @@ def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monk
         with pytest.raises(SystemExit, match="2"):
             predict(b"\n".join([b"q", BAD[place]]), "--strict")
         assert sys.stderr.getvalue().startswith(f"error: line 2: {cause}")
-    # Nor does one for which there is not enough memory.
-    whole = generator.decode
 
-    def short(sources: Any, *rest: Any) -> Any:
+
+def test_a_batch_that_does_not_fit_in_memory_is_halved(generator, found, monkeypatch):
+    whole = generator._program
+
+    def short(decoding: Any, variables: Any, sources: Any, streams: Any) -> Any:
         if len(sources) > 1 or sources.shape[1] > 16:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return whole(sources, *rest)
+        return whole(decoding, variables, sources, streams)
 
-    monkeypatch.setattr(generator, "decode", short)
-    out, errors = predict("\n".join(TEXTS).encode())
-    assert out.split("\n")[:-1] == [own[0].text * (k != 3) for k, own in enumerate(found["greedy"])]
-    reason = "line 4: 18 tokens need too much memory; split the text; its output is empty\n"
-    assert errors.startswith(reason)
-    with pytest.raises(UserError, match=r"texts\[3\]: 18 tokens"):
+    monkeypatch.setattr(generator, "_program", short)
+    check_alike(generator.generate(TEXTS[:3]), found["greedy"][:3])
+    with pytest.raises(UserError, match="20 tokens need too much memory"):
         generator.generate(TEXTS)
 
 

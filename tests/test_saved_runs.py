@@ -23,7 +23,7 @@ from transformer.config import (
     saved_config,
 )
 from transformer.errors import UserError
-from transformer.inference.config import DecodingConfig
+from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 from transformer.workdir import Workdir

@@ -17,7 +17,7 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.packing import pack_rows, unpacked_rows
 from transformer.errors import UserError
 from transformer.inference import evaluation
-from transformer.inference.decoding import beam_search
+from transformer.inference.decoding import DecodingConfig
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.masking import Mask
@@ -105,7 +105,7 @@ def train(run, sizes=(1, 1, 1), context=1):
 
 def decode(model, *variables_and_data):  # greedily, and by beam search
     run = partial(evaluation.decode, model, *variables_and_data, max_length=6)
-    return run().tokens, run(method=partial(beam_search, beam_size=3, length_penalty=0.6)).tokens
+    return run().tokens, run(decoding=DecodingConfig(beam_size=3)).tokens
 
 
 @pytest.mark.parametrize(("run", "sizes", "context"), MESHES)

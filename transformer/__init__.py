@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformer.config import RunConfig
     from transformer.errors import UserError
-    from transformer.inference.config import DecodingConfig
+    from transformer.inference.decoding import DecodingConfig
     from transformer.inference.generation import Generator
     from transformer.modules.attention import MultiHeadAttention
     from transformer.modules.config import ModelConfig
@@ -53,7 +53,7 @@ PUBLIC = {
     "run": ("Run",),
     "config": ("RunConfig",),
     "errors": ("UserError",),
-    "inference.config": ("DecodingConfig",),
+    "inference.decoding": ("DecodingConfig",),
     "modules.attention": ("MultiHeadAttention",),
     "modules.config": ("ModelConfig",),
     "modules.dropout": ("Dropout",),

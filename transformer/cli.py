@@ -22,7 +22,7 @@ from transformer import plugins
 from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, tolerate_closed_output
 from transformer.errors import UserError, nearest, reason
-from transformer.inference.config import DecodingConfig
+from transformer.inference.decoding import DecodingConfig
 from transformer.parallel import hosts
 from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent

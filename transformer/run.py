@@ -18,8 +18,7 @@ from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unp
 from transformer.data.streaming import StreamedDataset
 from transformer.errors import UserError, choose, within
 from transformer.inference import evaluation
-from transformer.inference.config import DecodingConfig
-from transformer.inference.decoding import Hypotheses
+from transformer.inference.decoding import DecodingConfig, Hypotheses
 from transformer.inference.generation import Generator
 from transformer.metrics import finalize
 from transformer.modules.model import Model
@@ -282,7 +281,8 @@ class Run:
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data` with every replica."""
-        decode = partial(decoding.decode, self.model, margin=self.config.decode_margin)
+        options: Any = {"decoding": decoding, "margin": self.config.decode_margin}
+        decode = partial(evaluation.decode, self.model, **options)
         program = jax.jit(
             self._vmap(decode, 0, None),
             out_shardings=replicated(self.mesh),

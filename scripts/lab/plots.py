@@ -61,7 +61,7 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
     for axes in axes_of[len(panels) :]:
         axes.remove()
     crowded = len(panels) == 1 and len(names) > 4
-    finish(figure, axes_of[: len(panels)], path, legend="beside" if crowded else "best")
+    finish(figure, axes_of[: len(panels)], path, beside=crowded)
 
 
 def intervals(

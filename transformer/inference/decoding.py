@@ -1,45 +1,57 @@
 """Decoding: greedy, sampling and beam search, each one compiled loop with a cache.
 
-The methods in `METHODS` share their first arguments and their result:
-
-    method(model, source, source_segments, max_length, *, keys, num_tokens, margin, …) → Hypotheses
-
-    model            a Transformer or Recurrent module
-    source           [B, S] int32, tokens that the encoder reads
-    source_segments  [B, S] int32, 0 = padding; a row without a source has no output
-    max_length       the maximum number of tokens in an output, with EOS: the cache's length
-    keys             [B] PRNG keys of the rows, required by sampling and ignored by the others
-    num_tokens       the vocabulary's size without its padding; None: V
-    margin           see `length_limits`
-
-The encoder runs once, the cross-attention's keys and values are projected once, and each step
-computes one target position per hypothesis. A row's output does not depend on the rest of its
-batch.
+The methods are functions (model, sources, …) → hypotheses. The encoder runs once, the
+cross-attention's keys and values are projected once, and each step computes one target position per
+hypothesis. A row's output does not depend on the rest of its batch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.errors import UserError, within
+from transformer.knobs import Range, SizeOrZero, validate
 from transformer.modules.recurrent import Recurrent
 from transformer.modules.transformer import Transformer
+
+Module = Transformer | Recurrent
+
+
+class Sources(NamedTuple):
+    """The sources to decode, and the limits of their outputs."""
+
+    tokens: Int[Array, "B S"]  # a row without any has no output
+    max_length: int  # tokens in an output, EOS included: the cache's length
+    keys: Any = None  # the rows' PRNG keys, for sampling
+    num_tokens: int | None = None  # the vocabulary's size without its padding; None: V
+    margin: int | None = None  # tokens by which an output may exceed its source; None: any
+
+    def start(self, model: Module, hypotheses: int = 1) -> tuple[Any, Array, Array]:
+        """The cache, which rows have a source, and the length limits of their outputs."""
+        segments = (self.tokens != PAD).astype(jnp.int32)
+        memory = model.encode(self.tokens, segments)
+        cache = model.start_cache(memory, segments, self.max_length, hypotheses)
+        lengths = segments.sum(-1)
+        limits = jnp.full_like(lengths, self.max_length)
+        if self.margin is not None:  # Vaswani et al. 2017: 50
+            limits = jnp.minimum(lengths + self.margin, limits)
+        return cache, lengths > 0, limits
 
 
 class Hypotheses(NamedTuple):
     """The J best hypotheses of each source, best first.
 
-    tokens: int32, up to and including EOS, then padding. A hypothesis that reached its length
-      limit has no EOS; it ranks behind those that finished.
-    scores: log p in nats, of beam search divided by the length penalty; -inf for a missing one.
+    One that reached its length limit has no EOS; it ranks behind those that finished.
     """
 
-    tokens: Int[Array, "*B J T"]
-    scores: Float[Array, "*B J"]
+    tokens: Int[Array, "*B J T"]  # up to and including EOS, then padding
+    scores: Float[Array, "*B J"]  # log p in nats / length penalty; -inf for a missing hypothesis
 
 
 def next_log_p(logits: Float[Array, "*B V"], num_tokens: int | None) -> Float[Array, "*B V"]:
@@ -52,71 +64,50 @@ def next_log_p(logits: Float[Array, "*B V"], num_tokens: int | None) -> Float[Ar
     return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
 
 
-def length_limits(
-    source_segments: Int[Array, "B S"], max_length: int, margin: int | None
-) -> Int[Array, "B"]:
-    """The number of tokens that each output may have, EOS included.
-
-    With a margin it is the source's number of tokens plus the margin (Vaswani et al. 2017: 50),
-    and at most `max_length`.
-    """
-    if margin is None:
-        return jnp.full(len(source_segments), max_length, jnp.int32)
-    return jnp.minimum((source_segments > 0).sum(-1) + margin, max_length)
-
-
-def greedy(
-    model: Transformer | Recurrent,
-    source: Int[Array, "B S"],
-    source_segments: Int[Array, "B S"],
-    max_length: int,
-    *,
-    keys: Array | None = None,
-    num_tokens: int | None = None,
-    margin: int | None = None,
-) -> Hypotheses:
-    """The most likely token at each step; J = 1."""
-    del keys
-
-    inputs = model, source, source_segments, max_length, num_tokens, margin
-    return decode_one(*inputs, select=lambda log_p, _: log_p.argmax(-1))
-
-
 def sample(
-    model: Transformer | Recurrent,
-    source: Int[Array, "B S"],
-    source_segments: Int[Array, "B S"],
-    max_length: int,
-    *,
-    keys: Any,
-    num_tokens: int | None = None,
-    margin: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    model: Module, sources: Sources, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Hypotheses:
-    """Tokens sampled from the model's distribution; J = 1. Other arguments: see the module.
+    """Tokens sampled from the model's distribution; J = 1.
 
-    Args:
-      temperature: divides the logits; above 0.
-      top_k: only the k most likely tokens are sampled (Fan et al. 2018); 0: all.
-      top_p: only the most likely tokens whose probabilities sum to p are sampled (nucleus
-        sampling, Holtzman et al. 2020); 1: all.
+    The temperature divides the logits; 0 selects the most likely token. See `truncate`.
     """
+    rows = len(sources.tokens)
+    cache, has_source, limits = sources.start(model)
 
-    def draw(log_p: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
+    def select(log_p: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
+        if not temperature:
+            return log_p.argmax(-1)
         logits = truncate(log_p / temperature, top_k, top_p)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, index)
         return jax.vmap(jax.random.categorical)(step_keys, logits)
 
-    inputs = model, source, source_segments, max_length, num_tokens, margin
-    return decode_one(*inputs, select=draw)
+    def step(carry):
+        cache, tokens, total, last, done = carry
+        logits, advanced = model.decode_step(last, cache)
+        log_p = next_log_p(logits[:, 0], sources.num_tokens)
+        selected = select(log_p, cache.filled).astype(jnp.int32)[:, None]
+        # Summed here: scoring whole outputs afterwards takes longer than decoding them.
+        log_p = jnp.take_along_axis(log_p, selected, axis=1)[:, 0]
+        token = jnp.where(done[:, None], PAD, selected)
+        tokens = jax.lax.dynamic_update_slice(tokens, token, (0, cache.filled))
+        total = total + jnp.where(done, 0.0, log_p)
+        done = done | (token[:, 0] == EOS) | (advanced.filled >= limits)
+        return advanced, tokens, total, token, done
+
+    tokens = jnp.full((rows, sources.max_length), PAD, jnp.int32)
+    carry = (cache, tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source)
+    _, tokens, total, *_ = _while_loop(lambda carry: ~carry[-1].all(), step, carry)
+    return Hypotheses(tokens[:, None], total[:, None])
+
+
+greedy = partial(sample, temperature=0.0)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
     """The logits of the tokens that may be sampled, -inf for the others.
 
-    The most likely token is always kept, and so is any token as likely as one that is kept.
+    These are the `top_k` most likely (Fan et al. 2018; 0: all), and of them the most likely whose
+    probabilities sum to `top_p` (Holtzman et al. 2020); also any as likely as one of these.
     """
     if top_k:
         least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -130,52 +121,12 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
-def decode_one(
-    model: Transformer | Recurrent,
-    source: Int[Array, "B S"],
-    source_segments: Int[Array, "B S"],
-    max_length: int,
-    num_tokens: int | None,
-    margin: int | None,
-    select: Callable[[Array, Array], Array],
-) -> Hypotheses:
-    """One hypothesis for each source; `select(log_p [B, V], index)` returns its next tokens [B].
-
-    The loop stops when each row has its EOS or has reached its length limit.
-    """
-    rows = source.shape[0]
-    memory = model.encode(source, source_segments)
-    cache = model.start_cache(memory, source_segments, max_length)
-    tokens = jnp.full((rows, max_length), PAD, jnp.int32)
-    last = jnp.full((rows, 1), BOS, jnp.int32)
-    done = ~(source_segments > 0).any(-1)
-    limits = length_limits(source_segments, max_length, margin)
-
-    def step(carry):
-        cache, tokens, total, last, done = carry
-        logits, advanced = model.decode_step(last, cache)
-        log_p = next_log_p(logits[:, 0], num_tokens)
-        selected = select(log_p, cache.filled).astype(jnp.int32)[:, None]
-        # Summed here: scoring whole outputs afterwards takes longer than decoding them.
-        log_p = jnp.take_along_axis(log_p, selected, axis=1)[:, 0]
-        token = jnp.where(done[:, None], PAD, selected)
-        tokens = jax.lax.dynamic_update_slice(tokens, token, (0, cache.filled))
-        total = total + jnp.where(done, 0.0, log_p)
-        done = done | (token[:, 0] == EOS) | (advanced.filled >= limits)
-        return advanced, tokens, total, token, done
-
-    carry = (cache, tokens, jnp.zeros(rows), last, done)
-    _, tokens, total, *_ = while_loop(lambda carry: ~carry[-1].all(), step, carry)
-    return Hypotheses(tokens[:, None], total[:, None])
-
-
-def while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:
+def _while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:
     """`jax.lax.while_loop` that drops the batch axis of a batch of one from the carry.
 
     XLA removes dimensions of size 1 from matrix products. If the cache kept the axis, it would be
     copied for each token, which takes a fifth of a step for one source on a CPU.
     """
-
     like, structure = jax.tree.flatten(carry)
 
     def squeeze(carry):
@@ -184,27 +135,22 @@ def while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: 
     def restore(leaves):
         return structure.unflatten(x.reshape(y.shape) for x, y in zip(leaves, like, strict=True))
 
-    found = jax.lax.while_loop(
-        lambda leaves: cond(restore(leaves)),
-        lambda leaves: squeeze(body(restore(leaves))),
-        squeeze(carry),
+    return restore(
+        jax.lax.while_loop(
+            lambda leaves: cond(restore(leaves)),
+            lambda leaves: squeeze(body(restore(leaves))),
+            squeeze(carry),
+        )
     )
-    return restore(found)
 
 
-class BeamState(NamedTuple):
-    """The carry of beam search, for J hypotheses of each source.
-
-    cache: the model's cache.
-    live: the J most likely hypotheses without EOS, [B, J, T].
-    log_p: log p of the live hypotheses; -inf for missing ones.
-    finished: the J best hypotheses with EOS.
-    """
+class _Beams(NamedTuple):
+    """The carry of beam search."""
 
     cache: Any
-    live: Int[Array, "B J T"]
-    log_p: Float[Array, "B J"]
-    finished: Hypotheses
+    live: Int[Array, "B J T"]  # the J most likely hypotheses without EOS
+    log_p: Float[Array, "B J"]  # of the live hypotheses; -inf for missing ones
+    finished: Hypotheses  # the J best with EOS
 
 
 def penalty(length: Int[Array, "*B"], alpha: float) -> Float[Array, "*B"]:
@@ -213,61 +159,48 @@ def penalty(length: Int[Array, "*B"], alpha: float) -> Float[Array, "*B"]:
 
 
 def beam_search(
-    model: Transformer | Recurrent,
-    source: Int[Array, "B S"],
-    source_segments: Int[Array, "B S"],
-    max_length: int,
-    *,
-    keys: Array | None = None,
-    num_tokens: int | None = None,
-    margin: int | None = None,
-    beam_size: int = 4,
-    length_penalty: float = 0.6,
+    model: Module, sources: Sources, beam_size: int = 4, length_penalty: float = 0.6
 ) -> Hypotheses:
     """The J = `beam_size` best hypotheses by log p / `penalty`.
 
     A row is done when no live hypothesis can still enter its J best finished ones (log p only
     falls, and the penalty of the longest output divides it the most), or at its length limit.
-    With J = 1 and no length penalty it is greedy decoding. Other arguments: see the module.
+    With J = 1 and no length penalty it is greedy decoding.
     """
-    del keys
-    rows, width = source.shape[0], beam_size
-    memory = model.encode(source, source_segments)
-    blank = jnp.full((rows, width, max_length), PAD, jnp.int32)
-    missing = jnp.full((rows, width), -jnp.inf)
-    has_source = (source_segments > 0).any(-1)
-    limits = length_limits(source_segments, max_length, margin)
+    cache, has_source, limits = sources.start(model, beam_size)
+    blank = jnp.full((len(sources.tokens), beam_size, sources.max_length), PAD, jnp.int32)
+    missing = jnp.full(blank.shape[:2], -jnp.inf)
+    log_p = missing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf))
     longest_penalty = penalty(limits, length_penalty)
-    state = BeamState(
-        cache=model.start_cache(memory, source_segments, max_length, hypotheses=width),
-        live=blank,
-        log_p=missing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf)),
-        finished=Hypotheses(blank, missing),
-    )
 
-    def can_improve(state: BeamState) -> Bool[Array, ""]:
+    def can_improve(state: _Beams) -> Bool[Array, ""]:
         bound = state.log_p[:, 0] / longest_penalty
         can_enter = bound > state.finished.scores[:, -1]
         return (can_enter & (state.cache.filled < limits)).any()
 
-    def step(state: BeamState) -> BeamState:
+    def step(state: _Beams) -> _Beams:
         index = state.cache.filled
-        last = jax.lax.dynamic_index_in_dim(state.live, jnp.maximum(index - 1, 0), axis=2)
-        last = jnp.where(index == 0, BOS, last)[..., 0]
-        logits, cache = model.decode_step(last, state.cache)
-        parents, grown = expand(state, next_log_p(logits, num_tokens), length_penalty)
-        if margin is not None:  # a row at its limit waits for the others
+        last = jax.lax.dynamic_index_in_dim(state.live, jnp.maximum(index - 1, 0), 2, False)
+        logits, cache = model.decode_step(jnp.where(index == 0, BOS, last), state.cache)
+        parents, grown = _expand(state, next_log_p(logits, sources.num_tokens), length_penalty)
+        if sources.margin is not None:  # a row at its limit waits for the others
             select = partial(jax.vmap(jnp.where), index < limits)
             grown = jax.tree.map(select, grown, (state.live, state.log_p, state.finished))
-        return BeamState(cache.pick(parents), *grown)
+        return _Beams(cache.pick(parents), *grown)
 
-    state = while_loop(can_improve, step, state)
+    state = _Beams(cache, blank, log_p, Hypotheses(blank, missing))
+    state = _while_loop(can_improve, step, state)
+    # Live hypotheses take the places of missing finished ones.
+    rank = jnp.where(jnp.isfinite(state.finished.scores), 0, 2)
+    place = jnp.concatenate([rank, jnp.ones_like(rank)], axis=1).argsort(axis=1)[:, :beam_size]
     live = Hypotheses(state.live, state.log_p / longest_penalty[:, None])
-    return followed_by(state.finished, live)
+    tokens, scores = _join(state.finished, live)
+    scores = jnp.take_along_axis(scores, place, axis=1)
+    return Hypotheses(jnp.where(jnp.isfinite(scores)[..., None], _take(tokens, place), PAD), scores)
 
 
-def expand(
-    state: BeamState, log_p: Float[Array, "B J V"], alpha: float
+def _expand(
+    state: _Beams, log_p: Float[Array, "B J V"], alpha: float
 ) -> tuple[Int[Array, "B J"], Any]:
     """The parents of the next live hypotheses, and (live, log_p, finished) of the next state.
 
@@ -279,41 +212,76 @@ def expand(
     total = (state.log_p[..., None] + log_p).reshape(rows, -1)
     total, place = jax.lax.top_k(total, 2 * width)
     parent, token = place // vocab_size, (place % vocab_size).astype(jnp.int32)
-    longer = take(state.live, parent)
+    longer = _take(state.live, parent)
     longer = jax.lax.dynamic_update_slice(longer, token[..., None], (0, 0, index))
 
     ends = token == EOS
     finishes = ends & (jnp.arange(2 * width) < width)
     scores = jnp.where(finishes, total, -jnp.inf) / penalty(index + 1, alpha)
-    finished = Hypotheses(
-        jnp.concatenate([state.finished.tokens, longer], axis=1),
-        jnp.concatenate([state.finished.scores, scores], axis=1),
-    )
-    scores, best = jax.lax.top_k(finished.scores, width)
-    finished = Hypotheses(take(finished.tokens, best), scores)
+    tokens, scores = _join(state.finished, Hypotheses(longer, scores))
+    scores, best = jax.lax.top_k(scores, width)
+    finished = Hypotheses(_take(tokens, best), scores)
     total, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), width)
-    return jnp.take_along_axis(parent, chosen, axis=1), (take(longer, chosen), total, finished)
+    return jnp.take_along_axis(parent, chosen, axis=1), (_take(longer, chosen), total, finished)
 
 
-def take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:
-    """The hypotheses of each row at `index`."""
+def _join(*parts: Hypotheses) -> Hypotheses:
+    return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *parts)
+
+
+def _take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:
     return jnp.take_along_axis(tokens, index[..., None], axis=1)
 
 
-def followed_by(first: Hypotheses, second: Hypotheses) -> Hypotheses:
-    """The J hypotheses of `first`, where missing ones are replaced by those of `second`."""
-    width = first.scores.shape[1]
-    number = jnp.isfinite(first.scores).sum(1, keepdims=True)
-    place = jnp.arange(width)
-    place = jnp.where(place < number, place, width + place - number)
-    scores = jnp.concatenate([first.scores, second.scores], axis=1)
-    scores = jnp.take_along_axis(scores, place, axis=1)
-    tokens = take(jnp.concatenate([first.tokens, second.tokens], axis=1), place)
-    return Hypotheses(jnp.where(jnp.isfinite(scores)[..., None], tokens, PAD), scores)
+METHODS = {"greedy": greedy, "sampling": sample, "beam search": beam_search}
 
 
-METHODS: dict[str, Callable[..., Hypotheses]] = {
-    "greedy": greedy,
-    "sampling": sample,
-    "beam search": beam_search,
-}
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """Greedy decoding by default; sampling if temperature > 0; beam search if beam_size > 1.
+
+    Raises:
+      UserError: a setting is out of range, or belongs to another method.
+    """
+
+    # Hypotheses per source; above 1: beam search.
+    beam_size: Annotated[int, Range(1, 1_000)] = 1
+    # α in beam search; 0 ranks by log p, larger values favour longer outputs.
+    length_penalty: Annotated[float, Range(0, 100)] = 0.6
+    temperature: Annotated[float, Range(0, 1e6)] = 0.0  # divides the logits; 0: no sampling
+    top_k: SizeOrZero = 0  # sample among the k most likely tokens; 0: all
+    top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest, up to probability p
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for sampling
+    # Number of tokens by which an output may exceed its source; None: the run's.
+    decode_margin: Annotated[int | None, Range(0, 2**16)] = None
+
+    def __post_init__(self):
+        validate(self, "")
+        if self.temperature:  # smaller ones overflow float32
+            within("temperature", self.temperature, 1e-6, 1e6)
+        if self.temperature and self.beam_size > 1:
+            raise UserError(
+                f"temperature={self.temperature}, beam_size={self.beam_size}: sampling and beam "
+                "search exclude each other; set temperature=0 or beam_size=1"
+            )
+        if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
+            only = "only sampling uses them; set temperature=1, for example"
+            raise UserError(f"top_k={self.top_k}, top_p={self.top_p}: {only}")
+
+    def describe(self) -> dict[str, int | float]:
+        """The settings that the decoding method uses."""
+        names = ["beam_size", *["length_penalty"] * (self.beam_size > 1)]
+        if self.temperature:
+            names = ["temperature", "top_k", "top_p", "seed"]
+        names += ["decode_margin"] * (self.decode_margin is not None)
+        return {name: getattr(self, name) for name in names}
+
+    def method(self) -> Callable[..., Hypotheses]:
+        """The decoding method with its settings."""
+        names, method = ("temperature", "top_k", "top_p"), sample
+        if self.beam_size > 1:
+            names, method = ("beam_size", "length_penalty"), beam_search
+        return partial(method, **{name: getattr(self, name) for name in names})
+
+
+GREEDY = DecodingConfig()

@@ -1,10 +1,10 @@
-"""Evaluation of a model on a whole split: teacher-forced totals, decoded outputs, attention maps.
+"""Evaluation of a model on a split: totals, decoded outputs, attention maps, tables and samples.
 
-The functions keep the order of the examples.
+Results are in the order of the examples.
 """
 
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from transformer.data.batches import Dataset, make_batch
-from transformer.data.tokenizer import PAD
-from transformer.inference.decoding import Hypotheses, greedy
+from transformer.data.corpus import Tokenizers
+from transformer.data.tokenizer import EOS, PAD
+from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources
 from transformer.loss import cross_entropy
-from transformer.metrics import Predictions, token_sums
+from transformer.metrics import PRINTED, Predictions, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Stack
@@ -27,6 +28,12 @@ from transformer.parallel.mesh import constrain, row_shards, shard_rows
 Totals = dict[str, Any]
 # The attention weights [examples, N, T, S] of each layer, under "encoder", "decoder", "cross".
 Maps = dict[str, list[Array]]
+Tokens = Int[np.ndarray, "examples _"]
+Examples = Bool[np.ndarray, "examples"]
+
+SAMPLES = 50  # examples in the samples file
+BUCKETS = 24  # the maximum number of rows by source length
+GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a row
 
 
 def map_batches(function: Callable, data: Dataset) -> Any:
@@ -61,7 +68,7 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
 
 
 def score_in_batches(
-    score: Callable[[Params, Dataset], Totals],
+    score: Callable[[Params, Dataset], Totals],  # jitted
     variables: Params,
     data: Dataset,
     place: Callable[[Dataset], Dataset],
@@ -69,12 +76,8 @@ def score_in_batches(
 ) -> Totals:
     """The totals of each example as NumPy arrays, computed with one dispatch per batch.
 
-    Args:
-      score: the jitted function `score` of a model.
-      variables: the model's variables.
-      data: the examples, on the host.
-      place: puts a batch on the devices.
-      between: called before each dispatch; an exception that it raises ends the evaluation.
+    `place` puts a batch on the devices. `between` is called before each; an exception that it
+    raises ends the evaluation.
     """
     size, parts = min(data.batch_size, len(data)), []
     for first in range(0, len(data), size):
@@ -93,44 +96,47 @@ def decode(
     model: Model,
     variables: Params,
     data: Dataset,
-    max_length: int,
-    method: Callable[..., Hypotheses] = greedy,
-    keys: Array | None = None,
+    decoding: DecodingConfig = GREEDY,
+    *,
+    margin: int | None = None,
+    max_length: int | None = None,
+    streams: Int[Array, "examples 2"] | None = None,
 ) -> Hypotheses:
-    """Decodes every source in `data`; returns the hypotheses in the order of the examples.
+    """Decodes every source in `data`.
 
     A batch takes as many steps as its longest output, so sources of similar length are decoded
     together, and each length is distributed over all devices.
 
     Args:
-      model: the model.
-      variables: its variables.
-      data: the examples, of which only the sources are read.
-      max_length: the maximum number of tokens in an output, EOS included.
-      method: one of `decoding.METHODS`, with its settings.
-      keys: PRNG keys of the examples, [examples], for sampling.
+      margin: the run's, used if `decoding` has none.
+      max_length: tokens in an output, EOS included; None: those of the longest source + margin.
+      streams: what is sampled for an example depends on the seed and these; None: its index, and 0.
     """
     source, shards = jnp.asarray(data.source), row_shards()
+    margin = margin if decoding.decode_margin is None else decoding.decode_margin
+    length = max_length or model.config.reach(source.shape[1] + (margin or 0))
     order = jnp.argsort((source != PAD).sum(1))
     order = jnp.pad(order, (0, -len(data) % shards), constant_values=len(data))
     order = order.reshape(-1, shards).T.reshape(-1)
+    key_data = source
+    if decoding.temperature:
+        index = jnp.arange(len(data))
+        streams = jnp.stack([index, 0 * index], 1) if streams is None else streams
+        fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
+        keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
+        key_data = jax.random.key_data(keys)
 
     def decode_shard(variables, rows):
         module, (source, key_data) = model.bind(variables), rows
 
         def decode_batch(source, key_data):
-            own = {} if keys is None else {"keys": jax.random.wrap_key_data(key_data)}
-            segments = (source != PAD).astype(jnp.int32)
-            return method(module, source, segments, max_length, num_tokens=model.tokens, **own)
+            keys = jax.random.wrap_key_data(key_data) if decoding.temperature else None
+            return decoding.method()(module, Sources(source, length, keys, model.tokens, margin))
 
         batch_size = max(data.batch_size // shards, 1)
         return map_batches(decode_batch, Dataset(source, key_data, batch_size))
 
-    def in_order(rows):
-        return rows.at[order].get(mode="fill", fill_value=PAD)
-
-    key_data = source if keys is None else jax.random.key_data(keys)
-    rows = in_order(source), in_order(key_data)
+    rows = tuple(x.at[order].get(mode="fill", fill_value=PAD) for x in (source, key_data))
     found = shard_rows(decode_shard, shards)(variables, rows)
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
@@ -141,13 +147,12 @@ def compiler_options() -> dict[str, str]:
     XLA's CPU backend rewrites each sum over more than 32 elements as two operations. Without it a
     decoding step is 5% faster for one source, and 10% faster with four beams.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+    cpu = jax.default_backend() == "cpu"
+    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if cpu else {}
 
 
 def attention_maps(model: Model, variables: Params, data: Dataset) -> Maps:
-    """The attention weights [examples, N, T, S] of each layer under teacher forcing."""
+    """The attention weights of each layer under teacher forcing."""
     batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
     module = model.bind(variables)
     module.set_attributes(MultiHeadAttention, sow_weights=True)
@@ -160,14 +165,64 @@ def attention_maps(model: Model, variables: Params, data: Dataset) -> Maps:
     return maps
 
 
-def exact_match(
-    outputs: Int[np.ndarray, "examples _"], targets: Int[np.ndarray, "examples _"]
-) -> Bool[np.ndarray, "examples"]:
+def exact_match(outputs: Tokens, targets: Tokens) -> Examples:
     """Whether each output equals its target, including EOS."""
     width = max(outputs.shape[1], targets.shape[1])
-    pad = partial(np.pad, constant_values=PAD)
-    return np.all(
-        pad(outputs, ((0, 0), (0, width - outputs.shape[1])))
-        == pad(targets, ((0, 0), (0, width - targets.shape[1]))),
-        axis=1,
-    )
+    padded = [
+        np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=PAD)
+        for x in (outputs, targets)
+    ]
+    return (padded[0] == padded[1]).all(1)
+
+
+def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> dict[str, Any]:
+    """The metrics of a split and of each source length, and the number of truncated outputs.
+
+    `sequence_accuracy` is the exact match of the best hypotheses; all other metrics are those of
+    teacher forcing. If there are more than `BUCKETS` source lengths (without EOS), adjacent ones
+    share a row, labelled by the longest.
+    """
+    outputs = np.asarray(found.tokens)[:, 0]
+    exact = exact_match(outputs, np.asarray(data.target))
+
+    def metrics_of(rows: Any) -> dict[str, float]:
+        values = finalize({name: each[rows] for name, each in totals.items()})
+        values |= {"sequence_accuracy": float(exact[rows].mean())}
+        return {name: values[name] for name in PRINTED}
+
+    lengths = (np.asarray(data.source) != PAD).sum(1) - 1
+    group = next(group for group in GROUPS if lengths.max() <= BUCKETS * group)
+    lengths = -(-lengths // group) * group
+    return {
+        "outputs_cut": int((outputs != EOS).all(1).sum()),
+        "metrics": {f"{split}/{name}": value for name, value in metrics_of(...).items()},
+        "by_source_length": [
+            {"length": int(length), "sequences": int(number)} | metrics_of(lengths == length)
+            for length, number in zip(*np.unique(lengths, return_counts=True), strict=True)
+        ],
+    }
+
+
+def targets_beyond(data: Dataset, margin: int) -> tuple[int, int]:
+    """The number of targets longer than outputs may be, and the margin that would suffice."""
+    source, target = ((np.asarray(side) != PAD).sum(1) for side in (data.source, data.target))
+    return int((target - source > margin).sum()), int((target - source).max())
+
+
+def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
+    r"""Writes source, target and outputs of the first examples as tab-separated values.
+
+    Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
+    text are escaped as \t, \n, \r and \\.
+    """
+    source_text, text = tokenizers.source.decode, tokenizers.target.decode
+    columns = ["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)
+    rows, escapes = [columns], {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
+    examples = (data.source, data.target, found.tokens, found.scores)
+    for source, target, outputs, scores in zip(
+        *(np.asarray(side)[:SAMPLES].tolist() for side in examples), strict=True
+    ):
+        for output, score in zip(outputs, scores, strict=True):
+            row = [source_text(source), text(target), text(output), f"{score:.4f}"]
+            rows.append([field.translate(escapes) for field in row[: len(columns)]])
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

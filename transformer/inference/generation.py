@@ -1,7 +1,7 @@
 """Generation: the outputs of a trained model for texts."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,54 +17,34 @@ from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
 from transformer.errors import UserError, within
 from transformer.inference import evaluation
-from transformer.inference.config import GREEDY, DecodingConfig
-from transformer.inference.decoding import Hypotheses
+from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses
 from transformer.modules.model import Model, Params
 from transformer.parallel.mesh import data_parallel_mesh
 
 
 class Prepared(NamedTuple):
-    """Tokenized texts.
+    """Tokenized texts."""
 
-    tokens: the tokens of each text, EOS included; only EOS for an empty or refused text.
-    refused: index → why the text cannot be processed; its outputs are empty.
-    unknown: index → the number of its symbols that are not in the tokenizer's vocabulary.
-    """
-
-    tokens: RaggedArray
-    refused: dict[int, str]
-    unknown: dict[int, int]
-
-    def check(self) -> None:
-        """Raises a UserError if a text is refused."""
-        for index, reason in self.refused.items():
-            raise UserError(f"texts[{index}]: {reason}")
+    tokens: RaggedArray  # of each text, EOS included; only EOS for an empty or refused text
+    refused: dict[int, str]  # index → why the text cannot be processed; its outputs are empty
+    unknown: dict[int, int]  # index → the number of symbols that the tokenizer does not know
 
 
 class Output(NamedTuple):
-    """An output of the model for a text.
-
-    tokens: its tokens, without EOS.
-    score: log p in nats, in beam search divided by the length penalty.
-    truncated: whether it reached its length limit without EOS.
-    """
+    """An output of the model for a text."""
 
     text: str
-    tokens: list[int]
-    score: float
-    truncated: bool = False
+    tokens: list[int]  # without EOS
+    score: float  # log p in nats, in beam search divided by the length penalty
+    truncated: bool = False  # whether it reached its length limit without EOS
 
 
 class Alignment(NamedTuple):
-    """The cross-attention of an output, averaged over heads.
+    """The cross-attention of an output, averaged over heads."""
 
-    source, output: their tokens as text, EOS included.
-    weights: [layers, output, source]; each row sums to 1.
-    """
-
-    source: list[str]
+    source: list[str]  # the source's tokens as text, EOS included
     output: list[str]
-    weights: Float[np.ndarray, "L T S"]
+    weights: Float[np.ndarray, "L T S"]  # each row sums to 1
 
 
 class Generator:
@@ -90,8 +70,10 @@ class Generator:
     ):
         self.model, self.variables, self.tokenizers = model, variables, tokenizers
         self.decode_margin, self.mesh = decode_margin, mesh or data_parallel_mesh()
-        self.programs: dict[DecodingConfig, Callable[..., Hypotheses]] = {}
-        self.attention_maps = jax.jit(partial(evaluation.attention_maps, model))
+        self.positions = model.config.reach(2**30)  # the model's maximum length
+        options = evaluation.compiler_options()
+        self._program = jax.jit(self._run, static_argnums=0, compiler_options=options)
+        self._attention_maps = jax.jit(partial(evaluation.attention_maps, model))
 
     def prepare(self, texts: Iterable[str]) -> Prepared:
         """Tokenizes texts for `generate`; records those that cannot be processed.
@@ -106,7 +88,7 @@ class Generator:
         for index, text in enumerate(texts):
             tokens = [EOS]
             try:
-                tokens = self.encode(text)
+                tokens = self._encode(text)
             except UnicodeEncodeError:
                 refused[index] = "it has a lone surrogate, which is half a character; remove it"
             except UserError as error:
@@ -116,18 +98,13 @@ class Generator:
             rows.append(tokens)
         return Prepared(RaggedArray.from_lists(rows), refused, unknown)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, cleaned like those of training.
-
-        Raises:
-          UserError: the tokenizer refuses a symbol, or the text exceeds the model's positions.
-          UnicodeEncodeError: it has a lone surrogate.
-        """
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text, cleaned like those of training."""
         tokens = self.tokenizers.source.encode(cleaned(text))
-        if (reach := self.model.config.reach(len(tokens))) < len(tokens):
+        if len(tokens) > self.positions:
             raise UserError(
-                f"{len(tokens):,} tokens, EOS included, exceed the model's {reach:,} positions; "
-                "shorten or split the text"
+                f"{len(tokens):,} tokens, EOS included, exceed the model's {self.positions:,} "
+                "positions; shorten or split the text"
             )
         return tokens
 
@@ -143,8 +120,7 @@ class Generator:
         """The outputs for each text, best first; an empty text has empty outputs.
 
         Args:
-          texts: if `Prepared`, a text that does not fit in memory is added to `refused`; otherwise
-            it raises an error, and unknown symbols issue a warning.
+          texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
           decoding: the decoding method and its settings.
           n_best: outputs per text: the best of beam search, or independent samples.
           batch_size: the number of texts decoded at once; outputs do not depend on it.
@@ -158,120 +134,81 @@ class Generator:
         within("n_best", n_best, 1, 2**20)
         samples = n_best if decoding.temperature else 1
         if n_best > max(decoding.beam_size, samples):
-            raise UserError(
-                f"n_best={n_best} exceeds beam_size={decoding.beam_size}; raise beam_size, or set "
-                "a temperature to sample"
-            )
+            remedy = "raise beam_size, or set a temperature to sample"
+            raise UserError(f"n_best={n_best} exceeds beam_size={decoding.beam_size}; {remedy}")
         prepared = texts if isinstance(texts, Prepared) else self.prepare(texts)
         if prepared is not texts:
-            prepared.check()
-            if prepared.unknown:
-                where = numbered("text", prepared.unknown, len(prepared.unknown))
-                count = sum(prepared.unknown.values())
+            for index, reason in prepared.refused.items():
+                raise UserError(f"texts[{index}]: {reason}")
+            if unknown := prepared.unknown:
+                where = numbered("text", unknown, len(unknown))
+                count = sum(unknown.values())
                 warnings.warn(f"{count:,} unknown symbols (in {where})", stacklevel=2)
-        outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
-        for rows, found in self.decode_rows(prepared.tokens, decoding, samples, batch_size, offset):
-            if found is None:
-                size = prepared.tokens.lengths()[rows[0]]
-                prepared.refused[rows[0]] = f"{size:,} tokens need too much memory; split the text"
-                if prepared is not texts:
-                    prepared.check()
-                continue
-            for row, tokens, scores in zip(rows, *found, strict=True):
-                outputs[row] += map(self.output, tokens[:n_best], scores[:n_best].tolist())
-        for index in prepared.refused:  # some of its samples may have fitted
-            outputs[index] = []
+        lengths = prepared.tokens.lengths()
+        widths = np.minimum(bucket(lengths), self.positions)
+        outputs: list[list[Output]] = [[] for _ in lengths]
+        for width in np.unique(widths[lengths > 1])[::-1].tolist():
+            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
+            streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
+            for part in np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size)):
+                sources = prepared.tokens.take(rows[part]).to_padded(width)
+                found = self._decode(decoding, sources, streams[part])
+                best = (each[:, :n_best] for each in found)
+                for row, tokens, scores in zip(rows[part], *best, strict=True):
+                    outputs[row] += map(self._output, tokens, scores.tolist())
         if decoding.temperature:  # beam search has ranked its own, those without EOS last
             for own in outputs:
                 own.sort(key=lambda output: -output.score)
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
 
-    def decode_rows(
-        self,
-        sources: RaggedArray,
-        decoding: DecodingConfig,
-        samples: int,
-        batch_size: int,
-        offset: int,
-    ) -> Iterator[tuple[list[int], Hypotheses | None]]:
-        """Yields indices of sources of similar length, and their hypotheses.
-
-        Halves batches that do not fit in memory; None: a single source does not fit.
-        """
-        lengths = sources.lengths()
-        widths = self.padded_lengths(lengths)
-        for width in np.unique(widths[lengths > 1])[::-1].tolist():
-            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
-            streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
-            first = range(batch_size, len(rows), batch_size)
-            parts = np.split(np.arange(len(rows)), first)[::-1]
-            while parts:
-                part, found = parts.pop(), None
-                try:
-                    batch = sources.take(rows[part]).to_padded(width)
-                    found = self.decode(batch, streams[part], decoding)
-                except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
-                        error
-                    ):
-                        raise
-                    if len(part) > 1:
-                        parts += np.array_split(part, 2)[::-1]
-                        continue
-                yield rows[part].tolist(), found
-
-    def decode(
-        self,
-        sources: Int[np.ndarray, "rows S"],
-        streams: Int[np.ndarray, "rows 2"],
-        decoding: DecodingConfig,
-    ) -> Hypotheses:
-        """Decodes a batch; `streams` is that of `DecodingConfig.decode`."""
-
-        def run(variables: Params, sources: Array, streams: Array) -> Hypotheses:
-            data = Dataset(sources, sources, len(sources))
-            return decoding.decode(self.model, variables, data, self.decode_margin, streams)
-
-        if decoding not in self.programs:
-            options = evaluation.compiler_options()
-            self.programs[decoding] = jax.jit(run, compiler_options=options)
-        rows = len(sources)  # padded to a power of two, which limits compilations
-        pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
-        with jax.set_mesh(self.mesh), jax.enable_x64(False):
-            padded = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
-            found = self.programs[decoding](self.variables, *padded)
-            return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
-
-    def padded_lengths(self, lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
-        """The lengths that texts are padded to, within the model's positions."""
-        widths = bucket(lengths)
-        return np.minimum(widths, self.model.config.reach(int(widths.max(initial=0))))
-
-    def output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
-        """Converts a hypothesis to an `Output`."""
+    def _output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
+    def _decode(
+        self,
+        decoding: DecodingConfig,
+        sources: Int[np.ndarray, "rows S"],
+        streams: Int[np.ndarray, "rows 2"],
+    ) -> Hypotheses:
+        """Decodes a batch, by halves if it does not fit in memory."""
+        rows = len(sources)  # padded to a power of two, which limits compilations
+        pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
+        padded = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
+        try:
+            with jax.set_mesh(self.mesh), jax.enable_x64(False):
+                found = self._program(decoding, self.variables, *padded)
+                return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if rows == 1:
+                cause = f"{sources.shape[1]:,} tokens need too much memory"
+                raise UserError(f"{cause}; split the text") from error
+        halves = zip(np.array_split(sources, 2), np.array_split(streams, 2), strict=True)
+        parts = [self._decode(decoding, *half) for half in halves]
+        return jax.tree.map(lambda *each: np.concatenate(each), *parts)
+
+    def _run(
+        self, decoding: DecodingConfig, variables: Params, sources: Array, streams: Array
+    ) -> Hypotheses:
+        data, limits = Dataset(sources, sources, len(sources)), {"margin": self.decode_margin}
+        return evaluation.decode(self.model, variables, data, decoding, streams=streams, **limits)
+
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
         """The alignment of one output of each text."""
-        tokenizers, alignments = self.tokenizers, []
+        alignments = []
         for text, output in zip(texts, outputs, strict=True):
-            source, target = self.encode(text), [*output.tokens, EOS]
-            (width,) = self.padded_lengths(np.array([max(len(source), len(target))])).tolist()
-            target = target[:width]  # there may be no position left for EOS
-            pair = [
-                RaggedArray.from_lists([tokens]).to_padded(width) for tokens in (source, target)
-            ]
+            pair = self._encode(text), [*output.tokens, EOS]
+            width = min(int(bucket(np.array([*map(len, pair)])).max()), self.positions)
+            pair = [tokens[:width] for tokens in pair]  # EOS may have no position left
+            sources, targets = RaggedArray.from_lists(pair).to_padded(width)[:, None]
             with jax.set_mesh(self.mesh), jax.enable_x64(False):
-                maps = self.attention_maps(self.variables, Dataset(pair[0], pair[1], 1))["cross"]
+                maps = self._attention_maps(self.variables, Dataset(sources, targets, 1))["cross"]
             weights = np.stack([np.asarray(layer)[0].mean(0) for layer in maps])
-            alignments.append(
-                Alignment(
-                    [*map(tokenizers.source.symbol, source)],
-                    [*map(tokenizers.target.symbol, target)],
-                    weights[:, : len(target), : len(source)],
-                )
-            )
+            weights = weights[:, : len(pair[1]), : len(pair[0])]
+            symbols = ([*map(of.symbol, x)] for of, x in zip(self.tokenizers, pair, strict=True))
+            alignments.append(Alignment(*symbols, weights=weights))
         return alignments
 
 

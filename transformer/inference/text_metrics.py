@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Float
 
-from transformer.errors import UserError, needs
+from transformer.errors import explained, needs
 
 LEVEL = 0.95
 RESAMPLES = 1_000
@@ -24,30 +23,29 @@ UNSPACED = re.compile(
 
 
 class Texts(NamedTuple):
-    """The outputs of a model and their references.
-
-    outputs: the outputs of the model.
-    references: one or more references for each output.
-    bleu_tokenizer: one of `BLEU_TOKENIZERS`; part of BLEU's signature.
-    """
+    """The outputs of a model and their references."""
 
     outputs: Sequence[str]
-    references: Sequence[Sequence[str]]
-    bleu_tokenizer: str = "13a"
+    references: Sequence[Sequence[str]]  # one or more for each output
+    bleu_tokenizer: str = "13a"  # one of `BLEU_TOKENIZERS`; part of BLEU's signature
+
+    def pairs(self) -> list[tuple[str, Sequence[str]]]:
+        """Each output with its references."""
+        return list(zip(*self[:2], strict=True))
+
+    def by_position(self) -> list[Any]:
+        """The references for sacrebleu: the first of each output, the second, …, or None."""
+        return [*map(list, itertools.zip_longest(*self.references))]
 
 
 class Score(NamedTuple):
-    """A percentage with a 95% interval: Wilson's for proportions, else the bootstrap's.
-
-    signature: sacrebleu's signature, if the metric has one.
-    warning: why the value may be misleading, if it may.
-    """
+    """A percentage with a 95% interval: Wilson's for proportions, else the bootstrap's."""
 
     value: float
     low: float
     high: float
-    signature: str = ""
-    warning: str = ""
+    signature: str = ""  # sacrebleu's, if the metric has one
+    warning: str = ""  # why the value may be misleading, if it may
 
 
 class TextMetric(NamedTuple):
@@ -62,41 +60,28 @@ def bleu(texts: Texts) -> Score:
     with needs("text"):
         from sacrebleu.metrics import BLEU
     tokenizer = texts.bleu_tokenizer
-    try:
+    with explained(f"bleu_tokenizer={tokenizer}: {{reason}}; or choose another"):
         metric = BLEU(tokenize=tokenizer)
-    except Exception as error:  # each tokenizer raises its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"bleu_tokenizer={tokenizer}: {reason}; or choose another") from error
-
-    score = metric.corpus_score([*texts.outputs], by_position(texts.references))
-    signature = str(metric.get_signature())
-    pairs = zip(texts.outputs, texts.references, strict=True)
-    single = [metric.corpus_score([output], [[x] for x in own]) for output, own in pairs]
+    order = metric.max_ngram_order
+    score = metric.corpus_score([*texts.outputs], texts.by_position())
+    signature = str(metric.get_signature())  # it changes with each score
+    single = [metric.corpus_score([output], [[x] for x in own]) for output, own in texts.pairs()]
     counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
 
     def resampled(index: np.ndarray) -> float:
-        total = counts[index].sum(0)
-        correct, ngrams = np.split(total[2:], 2)
-        lengths = int(total[0]), int(total[1])
-        return BLEU.compute_bleu([*correct], [*ngrams], *lengths, smooth_method="exp").score
+        lengths, correct, ngrams = np.split(counts[index].sum(0), [2, 2 + order])
+        sizes = map(int, lengths)
+        return BLEU.compute_bleu([*correct], [*ngrams], *sizes, smooth_method="exp").score
 
-    warning = bleu_warning(texts, metric)
-    return Score(float(score.score), *bootstrap(resampled, len(counts)), signature, warning)
-
-
-def bleu_warning(texts: Texts, metric: Any) -> str:
-    """Says why BLEU with this tokenizer is not meaningful for these references, if so."""
-    references, tokenizer = [text for own in texts.references for text in own], texts.bleu_tokenizer
+    warning, references = "", [text for own in texts.references for text in own]
     unspaced = sum(bool(UNSPACED.search(text)) for text in references)
-    order = metric.max_ngram_order
     if tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(references):
-        cause = (
-            f"the references have no spaces between words, which bleu_tokenizer={tokenizer} needs"
-        )
-        return f"{cause}; set it to zh, ja-mecab or char"
-    if all(len(metric.tokenizer(text).split()) < order for text in references):
-        return f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
-    return ""
+        warning = "the references have no spaces between words, which "
+        warning += f"bleu_tokenizer={tokenizer} needs; set it to zh, ja-mecab or char"
+    elif all(len(metric.tokenizer(x).split()) < order for x in references):
+        warning = f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
+    interval = bootstrap(resampled, len(counts))
+    return Score(float(score.score), *interval, signature, warning)
 
 
 def chrf(texts: Texts) -> Score:
@@ -106,10 +91,11 @@ def chrf(texts: Texts) -> Score:
         from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
     metric = CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA)
-    score = metric.corpus_score([*texts.outputs], by_position(texts.references))
+    score = metric.corpus_score([*texts.outputs], texts.by_position())
 
     # Not sacrebleu's bootstrap: version 2.6 fails where a resample scores 0.
-    def count(output: str, reference: str) -> Float[np.ndarray, "order 3"]:
+    def count(output: str, reference: str) -> np.ndarray:
+        """[order, 3]: the n-grams of the output, of the reference, and of their overlap."""
         sides = (extract_all_char_ngrams(text, CHRF_ORDER) for text in (output, reference))
         # As in sacrebleu, the output's n-grams count if the reference has any of that order.
         rows = [
@@ -118,32 +104,23 @@ def chrf(texts: Texts) -> Score:
         ]
         return np.array(rows, float)
 
-    pairs = zip(texts.outputs, texts.references, strict=True)
-    counts = np.array(
-        [max((count(output, reference) for reference in own), key=chrf_of) for output, own in pairs]
-    )
-    interval = bootstrap(lambda index: chrf_of(counts[index].sum(0)), len(counts))
+    def value(counts: np.ndarray) -> float:
+        output, reference, both = counts[(counts[:, :2] > 0).all(1)].T
+        if not both.any():
+            return 0.0
+        precision, recall = (both / output).mean(), (both / reference).mean()
+        weight = CHRF_BETA**2
+        return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
+
+    counts = [max((count(output, x) for x in own), key=value) for output, own in texts.pairs()]
+    whole = np.array(counts)
+    interval = bootstrap(lambda index: value(whole[index].sum(0)), len(counts))
     return Score(float(score.score), *interval, str(metric.get_signature()))
-
-
-def chrf_of(counts: Float[np.ndarray, "order 3"]) -> float:
-    """chrF from n-gram counts: those of the output, of the reference, and of their overlap."""
-    output, reference, both = counts[(counts[:, :2] > 0).all(1)].T
-    if not both.any():
-        return 0.0
-    precision, recall = (both / output).mean(), (both / reference).mean()
-    weight = CHRF_BETA**2
-    return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
-
-
-def by_position(references: Sequence[Sequence[str]]) -> list[Any]:
-    """The references in sacrebleu's format: the first of each output, the second, …, or None."""
-    return [*map(list, itertools.zip_longest(*references))]
 
 
 def exact_match(texts: Texts) -> Score:
     """The percentage of outputs that equal one of their references."""
-    hits = [output in own for output, own in zip(texts.outputs, texts.references, strict=True)]
+    hits = [output in own for output, own in texts.pairs()]
     test = scipy.stats.binomtest(sum(hits), len(hits))
     low, high = test.proportion_ci(LEVEL, method="wilson")
     return Score(100 * test.statistic, 100 * float(low), 100 * float(high))
@@ -157,31 +134,27 @@ def sequence_error_rate(texts: Texts) -> Score:
 
 def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
     """Edits per unit of the nearest reference; `split` returns the units of a text."""
-    edits, lengths = [], []
-    for output, own in zip(texts.outputs, texts.references, strict=True):
-        pairs = [(edit_distance(split(output), split(one)), len(split(one))) for one in own]
-        nearest = min(pairs, key=lambda pair: (pair[0] / max(pair[1], 1), pair))
-        edits.append(nearest[0])
-        lengths.append(nearest[1])
-    counts = np.array([edits, lengths], float)
+
+    def nearest(output: str, references: Sequence[str]) -> tuple[int, int]:
+        pairs = [(edit_distance(split(output), split(x)), len(split(x))) for x in references]
+        return min(pairs, key=lambda pair: (pair[0] / max(pair[1], 1), pair))
+
+    counts = np.array([nearest(*pair) for pair in texts.pairs()], float)
 
     def resampled(index: np.ndarray) -> float:
-        total, length = counts[:, index].sum(1)
-        return float(100 * total / max(length, 1))
+        edits, length = counts[index].sum(0)
+        return float(100 * edits / max(length, 1))
 
-    return Score(resampled(np.arange(len(edits))), *bootstrap(resampled, len(edits)))
+    return Score(resampled(np.arange(len(counts))), *bootstrap(resampled, len(counts)))
 
 
 def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
     """The minimum number of insertions, deletions and substitutions (Levenshtein 1966)."""
-    numbers = {unit: number for number, unit in enumerate(dict.fromkeys([*one, *other]))}
-    first, second = (np.array([numbers[unit] for unit in units], int) for units in (one, other))
-    place = np.arange(len(second) + 1)
+    units, place = np.array(other, object), np.arange(len(other) + 1)
     row = place
-    for k, unit in enumerate(first, 1):
-        kept = np.append(k, np.minimum(row[1:] + 1, row[:-1] + (second != unit)))
-        # k insertions in a row cost k.
-        row = np.minimum.accumulate(kept - place) + place
+    for k, unit in enumerate(one, 1):
+        kept = np.append(k, np.minimum(row[1:] + 1, row[:-1] + (units != unit)))
+        row = np.minimum.accumulate(kept - place) + place  # k insertions in a row cost k
     return int(row[-1])
 
 

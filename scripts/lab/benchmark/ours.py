@@ -14,7 +14,8 @@ from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
-from transformer.inference import decoding, evaluation
+from transformer.inference import evaluation
+from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.devices import cpu_cores
 from transformer.parallel.mesh import one_device_mesh, replicated
 
@@ -74,13 +75,13 @@ class Ours(Contender):
         return tokens, float(sums["train/objective"]) / tokens
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        search = partial(decoding.beam_search, beam_size=beams, length_penalty=0.0)
+        decoding = DecodingConfig(beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
         mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
-            method = search if beams > 1 else decoding.greedy
-            decode = partial(evaluation.decode, self.run.model, max_length=length, method=method)
+            decode = partial(evaluation.decode, self.run.model, decoding=decoding)
+            decode = partial(decode, max_length=length)
             options = evaluation.compiler_options()
             self.decoders[key] = jax.jit(decode, compiler_options=options)
         parts, widths = [source], -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
