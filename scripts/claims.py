@@ -11,8 +11,10 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from lab.claims import cost, learning, modules
 from lab.claims.claim import Setting, verdict, write_page
+from lab.claims.cost import growth, meeting, parallel, sequential, wall_time
+from lab.claims.learning import convergence, learning
+from lab.claims.modules import causality, heads, moments, probabilities, same_scale
 
 from transformer import cli
 from transformer.console import console, facts
@@ -22,20 +24,8 @@ from transformer.parallel.mesh import one_device_mesh
 from transformer.workdir import commit, write_json
 
 # In the order of the page.
-CLAIMS = {
-    "causality": modules.causality,
-    "probabilities": modules.probabilities,
-    "heads": modules.heads,
-    "moments": modules.moments,
-    "same_scale": modules.same_scale,
-    "convergence": learning.convergence,
-    "growth": cost.growth,
-    "meeting": cost.meeting,
-    "learning": learning.learning,
-    "sequential": cost.sequential,
-    "wall_time": cost.wall_time,
-    "parallel": cost.parallel,
-}
+FIRST = (causality, probabilities, heads, moments, same_scale, convergence, growth, meeting)
+CLAIMS = {each.__name__: each for each in (*FIRST, learning, sequential, wall_time, parallel)}
 
 WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of the sweeps' folders.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")

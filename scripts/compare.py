@@ -6,7 +6,7 @@ Usage:
     python scripts/compare.py --run=runs/one --other=runs/two
 """
 
-from pathlib import Path
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -31,26 +31,18 @@ SPEEDS = ("per_second", "mfu", "data_waits")  # metrics that no two runs share
 Groups = dict[str, dict[str, Any]]  # metric, or field of the train state → where → value
 
 
-def metrics_of(path: Path) -> Groups:
-    """Each metric of a `metrics.jsonl` by step and replica, without speeds."""
-    found: Groups = {}
-    for row in read_metrics(path):
-        step, replica = row.pop("step"), row.pop("replica", 0)
-        where = f"step {step:,}" + (f", replica {replica}" if replica else "")
-        for name, value in row.items():
-            if not name.endswith(SPEEDS):
-                found.setdefault(name, {})[where] = value
-    return found
-
-
-def arrays_of(workdir: Path, step: int) -> Groups:
-    """The arrays of a checkpoint, grouped by field of the train state."""
-    found: Groups = {}
-    state = Run.saved(workdir, mesh=one_device_mesh()).restore(str(step))
+def values_of(folder: Workdir, step: int) -> Groups:
+    """The metrics by step and replica, without speeds; the arrays of a checkpoint by field."""
+    found: Groups = defaultdict(dict)
+    for row in read_metrics(folder.metrics):
+        where = f"step {row.pop('step'):,}, replica {row.pop('replica', 0)}"
+        for name in (name for name in row if not name.endswith(SPEEDS)):
+            found[name][where] = row[name]
+    state = Run.saved(folder.path, mesh=one_device_mesh()).restore(str(step))
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = jax.tree_util.keystr(path)
         field = name.lstrip(".").split("[")[0].split(".")[0]
-        found.setdefault(f"{field} at step {step:,}", {})[name] = np.asarray(leaf)
+        found[f"{field} at step {step:,}"][name] = np.asarray(leaf)
     return found
 
 
@@ -94,7 +86,7 @@ def main() -> None:
             "train them for equally many steps"
         )
     last = max(one & other)
-    found = compare(*(metrics_of(each.metrics) | arrays_of(each.path, last) for each in folders))
+    found = compare(*(values_of(folder, last) for folder in folders))
     rows = [
         (group, *map(str, counts), f"{largest:.1e}" * (counts[-1] > 0), where)
         for group, *counts, largest, where in found

@@ -23,7 +23,6 @@ from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import console, facts, table
-from transformer.errors import UserError
 from transformer.run import Run
 from transformer.training.interruption import Interrupted
 
@@ -47,11 +46,10 @@ def main() -> None:
     sweep = load_sweep(SWEEP.value)
     root = Path(WORKDIR.value or f"runs/{Path(SWEEP.value).stem}")
     programs = plan(sweep, REPLICAS.value)
-    if DRY_RUN.value:
-        show(sweep, programs, root)
     runs = sum(len(program.members) for program in programs)
     console.print(f"{runs} runs in {len(programs)} programs")
     if DRY_RUN.value:
+        show(sweep, programs, root)
         return
     signal.signal(signal.SIGTERM, stop)
     failures = runner.run_all(
@@ -70,12 +68,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for each in (*root.glob("*.png"), path, path.with_suffix(".json")):
             shutil.copy(each, folder / each.name)
-    if failures:
-        named = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
-        raise UserError(
-            f"{len(failures)} of {len(programs)} programs failed: {named}; see log.txt in their "
-            f"folders under {root}, and give the command again to run them again"
-        )
+    runner.check(failures, root)
 
 
 def stop(*_: Any) -> None:

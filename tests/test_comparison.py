@@ -1,7 +1,5 @@
 """The comparison of two runs, `scripts/compare.py`."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -41,9 +39,3 @@ def test_a_missing_value_the_last_bit_and_one_nan_are_differences(script):
     assert (np.isnan(largest), where) == (True, "a")
     for one, other, apart in ((0.0, 0.0, 0.0), (0.0, 1.0, np.inf), (2.0, 1.0, 0.5)):
         assert script.distance(np.array([one]), np.array([other])) == apart
-
-
-def test_metrics_are_read_without_speeds(script, tmp_path):
-    path, row = tmp_path / "metrics.jsonl", {"step": 1, "replica": 1, "train/loss": 2.0}
-    path.write_text(json.dumps(row | {"train/steps_per_second": 3.0}) + "\n")
-    assert script.metrics_of(path) == {"train/loss": {"step 1, replica 1": 2.0}}

@@ -25,7 +25,6 @@ class Panel:
     series: Mapping[str, Sequence[Any]]  # name → (x, y), or (x, y, low, high) with a band
     log: str = ""  # the logarithmic axes: "", "x", "y" or "xy"
     share: bool = False  # whether y is a share, shown in percent
-    vertical: float | None = None  # dotted line
     horizontal: float | None = None  # dotted line
 
 
@@ -38,7 +37,6 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
     axes_of = list(figure.subplots(rows, columns, squeeze=False).flat)
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     colours = colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
-    dotted = {"color": "gray", "linestyle": ":", "linewidth": 1.0}
     for axes, panel in zip(axes_of, panels, strict=False):
         for name, (x, y, *band) in panel.series.items():
             again, i = divmod(names.index(name), 10)
@@ -46,10 +44,8 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
             axes.plot(x, y, label=name, marker=".", color=colours[i], linestyle=dashes)
             if band:
                 axes.fill_between(x, *band, color=colours[i], alpha=0.12, linewidth=0)
-        if panel.vertical is not None:
-            axes.axvline(panel.vertical, **dotted)
         if panel.horizontal is not None:
-            axes.axhline(panel.horizontal, **dotted)
+            axes.axhline(panel.horizontal, color="gray", linestyle=":", linewidth=1.0)
         if "x" in panel.log:
             axes.set_xscale("log", base=2)
         if "y" in panel.log:

@@ -144,9 +144,8 @@ def noncentrality(n: int, level: float) -> float:
     if n == 1:
         return np.nan
     threshold = critical(n, level)
-
-    def excess(shift: float) -> float:
-        return float(scipy.stats.nct.sf(threshold, n - 1, shift)) - POWER
-
     # At the upper end it takes s > 2σ, or a mean 3 standard errors low, to miss: power > 0.95.
-    return scipy.optimize.root_scalar(excess, bracket=(0.0, 2.0 * threshold + 3.0)).root
+    return scipy.optimize.root_scalar(
+        lambda shift: float(scipy.stats.nct.sf(threshold, n - 1, shift)) - POWER,
+        bracket=(0.0, 2.0 * threshold + 3.0),
+    ).root

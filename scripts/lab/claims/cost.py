@@ -1,5 +1,6 @@
 """What attention and recurrence cost: FLOPs, time, memory, sequential operations, use of cores."""
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 from flax import nnx
 
 from lab import plots
@@ -103,18 +103,17 @@ def trip_counts(program: str) -> list[int]:
 
 def growth(setting: Setting, *, rounds: int = 9) -> Claim:
     """The exponents of FLOPs, time and memory."""
-    sizes = {  # axis → part → sizes along it
-        "n": {part: [(part, n, WIDTH) for n in LENGTHS] for part in PARTS},
-        "d": {part: [(part, LENGTH, d) for d in WIDTHS] for part in PARTS},
+    sizes: dict[tuple[str, str], list[Size]] = {  # part and axis → those along it
+        **{(part, "n"): [(part, n, WIDTH) for n in LENGTHS] for part in PARTS},
+        **{(part, "d"): [(part, LENGTH, d) for d in WIDTHS] for part in PARTS},
     }
-    every = (size for parts in sizes.values() for along in parts.values() for size in along)
-    found = measure(list(dict.fromkeys(every)), rounds)
+    found = measure(list(dict.fromkeys(itertools.chain(*sizes.values()))), rounds)
     checks, panels = [], []
     for quantity, unit in UNITS.items():
         for axis, x, fixed in (("n", LENGTHS, f"d = {WIDTH}"), ("d", WIDTHS, f"n = {LENGTH}")):
             series = {}
             for part, exponents in PARTS.items():
-                values = [found[size][quantity] for size in sizes[axis][part]]
+                values = [found[size][quantity] for size in sizes[part, axis]]
                 series[part] = (x, *band(values))
                 # Memory is claimed, and has one law, for the core alone: its n² probabilities.
                 if quantity != "memory" or (part, axis) == ("attention core", "n"):
@@ -142,11 +141,7 @@ def exponent(
     x: Sequence[int], values: Sequence[Sequence[float]], expected: int, tolerance: float
 ) -> tuple[bool | None, str]:
     """Whether values [sizes, rounds] grow with the expected exponent of x, and the exponent."""
-    lines: list[Any] = [
-        scipy.stats.linregress(np.log(x[-FITTED:]), np.log(y))
-        for y in zip(*values[-FITTED:], strict=True)
-    ]
-    fit = mean_interval([line.slope for line in lines])
+    fit = mean_interval(np.polyfit(np.log(x[-FITTED:]), np.log(values[-FITTED:]), 1)[0])
     low, high = (fit.low, fit.high) if fit.n > 1 else (fit.mean, fit.mean)
     inside = [abs(end - expected) <= tolerance for end in (low, high)]
     across = any(inside) or low < expected < high
@@ -168,7 +163,7 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
                 ratio = log_ratio(seconds["recurrent layer"][k], seconds[part][k])
                 cases[f"{part}, d = {d}, n = {n}"] = ratio
         series = {part: (along, *band(each)) for part, each in seconds.items()}
-        panels.append(plots.Panel(f"d = {d}", "n", "seconds", series, log="xy", vertical=d))
+        panels.append(plots.Panel(f"d = {d}", "n", "seconds", series, log="xy"))
     plots.lines(panels, setting.folder / "meeting.png")
     return Claim(
         title="Attention against recurrence around n = d",
@@ -178,7 +173,7 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
         f"LSTM layer, forward, float32, {ROWS} sequences, at widths "
         f"{', '.join(map(str, CROSSED))} and lengths from d/4 to 8 d, in turns. True if attention "
         "takes less time (t-test of the log ratios over rounds, Holm). By the text's n²·d and n·d² "
-        "both cost the same at n = d (dotted); by the exact products (4 n²·d for the core, 8 n·d² "
+        "both cost the same at n = d; by the exact products (4 n²·d for the core, 8 n·d² "
         "for the projections, 16 n·d² for an LSTM) at 4 d, and at 2 d for the whole layer.",
         checks=above_zero(cases, lambda each: f"{times(each)} as fast as the LSTM layer"),
         data=_as_json(found),

@@ -18,11 +18,11 @@ from lab.sweeps.report import CURVE, Record, Records, curve, read_all
 from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
 from lab.timing import in_process, interleaved
 from transformer.config import RunConfig
-from transformer.errors import UserError
 from transformer.run import Run
 
 CHOOSING = 3  # seeds on which a learning rate is chosen; the others test it
 STEPS, ROUNDS = 10, 5  # of training, in a timing; of timings, in a process
+PROCESSES = 5  # fresh ones, each of which times the steps
 REPLICAS = 8  # the default of scripts/sweep.py, so that both share runs
 
 
@@ -35,12 +35,7 @@ def records(setting: Setting, name: str) -> dict[str, list[Record]]:
     """Variant → records of a shipped sweep, which is run, or resumed, if it is not complete."""
     sweep, root = sweep_of(name), setting.root / name
     programs = plan(sweep, REPLICAS)
-    failures = runner.run_all(programs, root, setting.data_dir, jobs=setting.jobs)
-    if failures:
-        raise UserError(
-            f"programs of the sweep {name} failed: {', '.join(failures)}; see log.txt in their "
-            f"folders under {root}, and give the command again"
-        )
+    runner.check(runner.run_all(programs, root, setting.data_dir, jobs=setting.jobs), root)
     return read_all(sweep, programs, root)
 
 
@@ -66,12 +61,10 @@ def _train(run: Run, states: list[Any], sums: Any, window: Any) -> Any:
     return found
 
 
-def step_times(
-    setting: Setting, name: str, variants: Sequence[str], processes: int
-) -> dict[str, list[float]]:
+def step_times(name: str, variants: Sequence[str], data_dir: str | None) -> Mapping[str, Any]:
     """`seconds_per_step` in each of several fresh processes."""
-    args = (name, variants, setting.data_dir)
-    found = [in_process(None, seconds_per_step, *args) for _ in range(processes)]
+    args = (None, seconds_per_step, name, variants, data_dir)
+    found = [in_process(*args) for _ in range(PROCESSES)]
     return {variant: [each[variant] for each in found] for variant in variants}
 
 
@@ -135,13 +128,11 @@ def bests(found: Records, target: float) -> dict[str, Best]:
     return best
 
 
-def timed_bests(
-    setting: Setting, name: str, processes: int
-) -> tuple[dict[str, Best], dict[str, Any]]:
+def timed_bests(setting: Setting, name: str) -> tuple[dict[str, Best], dict[str, Any]]:
     """The best of each kind with its seconds per step, and data for JSON."""
     found, target = records(setting, name), sweep_of(name).target
     best = bests(found, target)
-    seconds = step_times(setting, name, [each.variant for each in best.values()], processes)
+    seconds = step_times(name, [each.variant for each in best.values()], setting.data_dir)
     best = {kind: replace(each, seconds=seconds[each.variant]) for kind, each in best.items()}
     arrivals = {k: [arrival(one, target) for one in each] for k, each in found.items()}
     return best, {"seconds per step": seconds, "arrivals": arrivals}
@@ -204,17 +195,12 @@ in favour of the latter (paired t-test, Holm over all cases). A loser whose best
 at the end of those tried decides nothing. Bands go from the lowest to the highest seed."""
 
 
-def convergence(
-    setting: Setting,
-    *,
-    sweeps: Sequence[str] = ("convergence_4", "convergence_128"),
-    processes: int = 5,
-) -> Claim:
+def convergence(setting: Setting, *, batches: Sequence[int] = (4, 128)) -> Claim:
     """Layer norm against none and batch norm to the target, at two batch sizes."""
     races, panels, data = {}, [], {}
-    for name in sweeps:
-        batch = f"batch {name.rpartition('_')[2]}"
-        best, data[name] = timed_bests(setting, name, processes)
+    for size in batches:
+        batch, name = f"batch {size}", f"convergence_{size}"
+        best, data[name] = timed_bests(setting, name)
         depths: dict[str, dict[str, Best]] = {}
         for kind, rival in best.items():
             norm, depth = kind.split(", ")
@@ -232,15 +218,16 @@ def convergence(
         method="Pre-norm models with 4 layers and with 1, trained on reverse in batches of 4 and "
         "of 128: `configs/ablations/convergence_4.py` and `convergence_128.py`. "
         "All clip gradients at a norm of 1. Batch norm sees later target positions in "
-        "training, and running averages in evaluation. " + method_text(sweeps[0], "layer norm"),
+        "training, and running averages in evaluation. "
+        + method_text("convergence_4", "layer norm"),
         checks=judge(races),
         data=data,
     )
 
 
-def learning(setting: Setting, *, sweep: str = "recurrence", processes: int = 5) -> Claim:
+def learning(setting: Setting) -> Claim:
     """The Transformer against recurrent models to the target."""
-    best, data = timed_bests(setting, sweep, processes)
+    best, data = timed_bests(setting, "recurrence")
     rivals = {kind: each for kind, each in best.items() if kind != "transformer"}
     races = {f"against the {k.upper()}": (best["transformer"], x) for k, x in rivals.items()}
     plots.lines(panels_of("reverse", best), setting.folder / "learning.png")
@@ -251,7 +238,7 @@ def learning(setting: Setting, *, sweep: str = "recurrence", processes: int = 5)
         method=f"Models of about equal parameters ({sizes}), trained on reverse: "
         "`configs/ablations/recurrence.py`. The recurrent decoder feeds its attended output back, "
         "as Luong et al. 2015 do, so attention is inside its loop. "
-        + method_text(sweep, "the Transformer"),
+        + method_text("recurrence", "the Transformer"),
         checks=judge(races),
         data=data,
     )

@@ -43,7 +43,6 @@ BACKENDS = {
     name: attend for name, attend in ATTENTION_BACKENDS.items() if name not in BFLOAT16_BACKENDS
 }
 SCORES = (1.0, 1e4)  # scales of scores: ordinary, and far beyond the range of exp
-FACTORS = (1.0, 2.0)  # of the weights, where scales are compared
 SCALES = [10.0**power for power in range(-4, 5)]  # of the weights before a norm
 EPSILON = ModelConfig().norm_epsilon
 
@@ -327,7 +326,7 @@ def same_scale(setting: Setting, *, layers: int = 16, width: int = 64) -> Claim:
     for norm, placement in (("layer", "post"), ("layer", "pre"), ("none", "pre")):
         model = model_of(29, norm=norm, norm_placement=placement, **sizes)
         params = model.init(jax.random.key(1))
-        for factor in FACTORS:
+        for factor in (1.0, 2.0):  # of the weights
             larger = {k: factor * v if k.endswith("kernel") else v for k, v in params.items()}
             name = "no norm" if norm == "none" else f"{placement}-norm"
             series[f"{name}, weights × {factor:g}"] = scales_by_layer(model, larger, tokens)

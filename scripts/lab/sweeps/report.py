@@ -121,16 +121,6 @@ class Outcome(NamedTuple):
         return f"{'−' if difference < 0 else '+'}{self.write(abs(difference))}"
 
 
-def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
-    """The metrics that the sweep compares, and the steps to the target."""
-    return {
-        name: Outcome(
-            name.replace("_", " ").capitalize(), METRICS[name].format, METRICS[name].better > 0
-        )
-        for name in sweep.metrics
-    } | {"steps": Outcome("Steps to the target", "{:,.0f}".format, False)}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A variant in one outcome."""
@@ -193,7 +183,10 @@ def write_report(
         text = f"# {root.name}\n\nThe baseline, {sweep.baseline}, failed: there is no report.\n"
         path.write_text(text, encoding="utf-8")
         return path
-    outcomes = outcomes_of(sweep)
+    outcomes = {
+        name: Outcome(name.replace("_", " "), METRICS[name].format, METRICS[name].better > 0)
+        for name in sweep.metrics
+    } | {"steps": Outcome("steps to the target", "{:,.0f}".format, False)}
     compared = {
         name: compare(records, sweep.baseline, name, each) for name, each in outcomes.items()
     }
@@ -293,7 +286,7 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
         mean = _mean_text(each.values, outcome.write)
         rows.append((name, mean, difference, p, each.verdict))
     columns = ("variant", "mean", "difference", "p", "verdict")
-    return f"## {outcome.title}\n\n{markdown(columns, rows, align='lrrrl')}"
+    return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrl')}"
 
 
 def _interval_text(interval: Interval, write: Callable[[float], str]) -> str:

@@ -77,6 +77,16 @@ def run_all(
     return failures
 
 
+def check(failures: Mapping[str, str], root: Path) -> None:
+    """Raises a UserError that names the programs that failed, if any."""
+    if failures:
+        named = "; ".join(f"{name} ({why})" for name, why in failures.items())
+        raise UserError(
+            f"programs failed: {named}; see log.txt in their folders under {root}, and give the "
+            "command again to run them again"
+        )
+
+
 def _ended(left: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """The name of each future as it ends, and why it failed, if it did."""
     while left:
@@ -91,13 +101,12 @@ def _ended(left: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
 def run_commands(
     commands: Sequence[Sequence[str]],
     log: Path,
-    cores: Sequence[int] = (),
     started: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> str | None:
     """Runs Python programs of the repository one after another, with their output in `log`.
 
-    They stay on `cores`, if any; `started` is called with each process. Returns None, or the last
-    line of output of the one that failed.
+    `started` is called with each process. Returns None, or the last line of output of the one that
+    failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
@@ -110,9 +119,6 @@ def run_commands(
                 env=os.environ | {"COLUMNS": "120", PARENT: str(os.getpid())},
             )
             started(process)
-            if cores and hasattr(os, "sched_setaffinity"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(process.pid, cores)
             if process.wait() != 0:
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 return lines[-1] if lines else f"exit status {process.returncode}"
@@ -123,19 +129,16 @@ def run_commands(
 def on_this_machine(calls: Sequence[Call], jobs: int) -> Iterator[list[Future]]:
     """A future for each call, `jobs` at a time; an exception terminates their processes."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    free = [cores[i::jobs] for i in range(jobs)] if 1 < jobs <= len(cores) else [[]] * jobs
+    shares = [cores[i::jobs] for i in range(jobs)] if 1 < jobs <= len(cores) else []
     started: list[subprocess.Popen] = []
 
-    def run(call: Call) -> str | None:
-        share = free.pop()
-        try:
-            return run_commands(*call, share, started.append)
-        finally:
-            free.append(share)
+    def pin() -> None:  # a thread, from which its processes inherit it
+        if shares:
+            os.sched_setaffinity(0, shares.pop())
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs, initializer=pin) as pool:
         try:
-            yield [pool.submit(run, call) for call in calls]
+            yield [pool.submit(run_commands, *call, started.append) for call in calls]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in started:
