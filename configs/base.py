@@ -57,7 +57,7 @@ def get_config():
     config.data.num_workers = 0  # to stream batches; 0: rows on devices
     config.data.pack_length = 0  # length of packed training rows; 0: one example per row
 
-    # The architecture.
+    # The architecture; a UserError names an option that is invalid or contradicts another.
     config.model.architecture = "transformer"  # or recurrent
     config.model.num_layers = 1  # L, of the encoder and of the decoder
     config.model.d_model = 64  # D, model width
@@ -67,7 +67,7 @@ def get_config():
     config.model.num_kv_heads = None  # K, heads of keys and values; None: num_heads
     config.model.d_ff = 256  # F, feed-forward width; gated kinds use 2/3 of it
     config.model.feed_forward = "relu"  # modules/layers.py
-    config.model.cell = "lstm"  # for architecture=recurrent; modules/recurrent.py
+    config.model.cell = "lstm"  # for architecture=recurrent; modules/cells.py
     config.model.kernel_init = "glorot_uniform"  # modules/linear.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights

@@ -16,13 +16,13 @@ from transformer.data.corpus import open_corpus
 from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
 from transformer.metrics import METRICS
+from transformer.modules.cells import CELLS
 from transformer.modules.config import ARCHITECTURES, DTYPES, REMATS
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
-from transformer.modules.recurrent import CELLS
 from transformer.training.optimizer import OPTIMIZERS, SCHEDULES
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "60"))

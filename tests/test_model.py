@@ -15,13 +15,13 @@ from transformer.config import default_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS
 from transformer.inference.evaluation import attention_maps
+from transformer.modules.cells import CELLS
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.model import Model, flatten
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
-from transformer.modules.recurrent import CELLS
 
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)
@@ -119,7 +119,8 @@ def test_gradients_are_summed_in_float32_under_bfloat16(changes, rng):
 
 
 def test_norm_epsilon_is_that_of_every_norm():
-    module = small_model(normalize_qk=True, norm_epsilon=0.25, norm_placement="both").build(None)
+    model = small_model(normalize_qk=True, norm_epsilon=0.25, norm_placement="both")
+    module = model.bind(model.shapes)
     norms = [each for _, each in nnx.iter_graph(module) if hasattr(each, "epsilon")]
     assert [each.epsilon for each in norms] == [0.25] * (3 * 2 + 2 * 5 + 2)
 

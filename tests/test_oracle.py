@@ -13,9 +13,9 @@ from flax import nnx
 
 from transformer.modules import masking
 from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.cells import GRU, LSTM
 from transformer.modules.layers import DecoderLayer
 from transformer.modules.normalization import BatchNorm, LayerNorm
-from transformer.modules.recurrent import GRU, LSTM
 from transformer.modules.stacks import Decoder, Encoder
 
 B, S, T, D, N, F = 3, 7, 6, 16, 4, 32

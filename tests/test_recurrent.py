@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import random_params, small_model, strings, training
-from transformer.modules.recurrent import CELLS, run
+from transformer.modules.cells import CELLS, run
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 

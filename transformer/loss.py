@@ -8,14 +8,10 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenLosses(NamedTuple):
-    """Cross-entropies of each token's prediction, in nats, float32.
+    """Cross-entropies of each token's prediction, in nats, float32."""
 
-    nll: -log p(target); exp of its mean is the perplexity.
-    uniform: the cross-entropy against the uniform distribution over the vocabulary.
-    """
-
-    nll: Float[Array, "*B"]
-    uniform: Float[Array, "*B"]
+    nll: Float[Array, "*B"]  # -log p(target); exp of its mean is the perplexity
+    uniform: Float[Array, "*B"]  # against the uniform distribution over the vocabulary
 
     def smoothed(self, smoothing: float | Float[Array, ""]) -> Float[Array, "*B"]:
         """The cross-entropy against (1 - ε) · one_hot(target) + ε / V, which training minimises.

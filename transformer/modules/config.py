@@ -1,5 +1,6 @@
-"""The model's knobs: defaults, ranges and contradictions."""
+"""The model's options: defaults, ranges and contradictions."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from transformer.errors import UserError
 from transformer.knobs import Choice, Range, Rate, Size, SizeOrZero, validate
+from transformer.modules.cells import CELLS
 from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
@@ -19,10 +21,9 @@ from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS, Position
-from transformer.modules.recurrent import CELLS
 from transformer.modules.stacks import REMATS
 
-ARCHITECTURES = ("transformer", "recurrent")  # transformer/modules/transformer.py: MODULES
+ARCHITECTURES = ("transformer", "recurrent")  # modules/model.py: MODULES
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
@@ -32,11 +33,7 @@ Epsilon = Annotated[float, Range(float(np.finfo(np.float32).tiny), 1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture.
-
-    Raises:
-      UserError: an option is invalid or contradicts another.
-    """
+    """The architecture; a UserError names an option that is invalid or contradicts another."""
 
     architecture: Annotated[str, Choice(ARCHITECTURES)] = "transformer"  # or recurrent
     num_layers: Annotated[int, Range(1, 1_000)] = 1  # L, of the encoder and of the decoder
@@ -47,7 +44,7 @@ class ModelConfig:
     num_kv_heads: Size | None = None  # K, heads of keys and values; None: num_heads
     d_ff: Size = 256  # F, feed-forward width; gated kinds use 2/3 of it
     feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # modules/layers.py
-    cell: Annotated[str, Choice(CELLS)] = "lstm"  # for architecture=recurrent; modules/recurrent.py
+    cell: Annotated[str, Choice(CELLS)] = "lstm"  # for architecture=recurrent; modules/cells.py
     kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/linear.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
@@ -72,64 +69,36 @@ class ModelConfig:
 
     def __post_init__(self):
         validate(self, "model.")
-        recurrent = self.architecture == "recurrent"
+        for option, problem in self._contradictions():
+            value = getattr(self, option) or self.attention_width()  # d_k is None by default
+            raise UserError(f"model.{option}={value}{problem}")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yields each option that contradicts others, with the remedy."""
+        recurrent, drops = self.architecture == "recurrent", self.attention_dropout_rate > 0.0
         flexible = self.attention_backend in FLEXIBLE_BACKENDS
-        flexible_backends = f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)}"
-        random, drops = self.random_positions, self.attention_dropout_rate > 0.0
-        pairs = "positions come in pairs of sine and cosine; choose an even one"
-        for name, holds, remedy in (
-            (
-                "num_heads",
-                (self.d_k and not recurrent) or self.d_model % self.num_heads == 0,
-                f" does not divide model.d_model={self.d_model}; choose one that does, or "
-                "set model.d_k",
-            ),
-            (
-                "num_kv_heads",
-                self.num_heads % (self.num_kv_heads or self.num_heads) == 0,
-                f" does not divide model.num_heads={self.num_heads}; choose one that does",
-            ),
-            (
-                "attention_dropout_rate",
-                not drops or (flexible and not recurrent),
-                f": only the Transformer with {flexible_backends} drops attention weights; choose "
-                "it, or set the rate to 0",
-            ),
-            (
-                "attention_backend",
-                self.attention_backend not in BFLOAT16_BACKENDS or self.dtype == "bfloat16",
-                " computes only in bfloat16; set model.dtype=bfloat16, or choose another",
-            ),
-            (
-                "d_v",
-                flexible or self.values_width() == self.attention_width(),
-                f" differs from model.d_k, which needs {flexible_backends}",
-            ),
-            (
-                "d_model",
-                self.position_encoding != "sinusoidal" or self.d_model % 2 == 0,
-                f" is odd: sinusoidal {pairs}, or another model.position_encoding",
-            ),
-            (
-                "d_k",
-                self.position_encoding != "rotary" or self.attention_width() % 2 == 0,
-                f" is odd: rotary {pairs}, or another model.position_encoding",
-            ),
-            (
-                "random_positions",
-                not random or (self.max_length <= random and self.position_encoding != "none"),
-                f": it must be at least model.max_length={self.max_length}, with a "
-                "model.position_encoding other than none; or 0",
-            ),
-            (
-                "d_model",
-                not recurrent or self.d_model % 2 == 0,
-                ": each direction of the recurrent encoder has half of it: choose an even one",
-            ),
-        ):
-            if not holds:
-                value = getattr(self, name) or self.attention_width()  # d_k is None by default
-                raise UserError(f"model.{name}={value}{remedy}")
+        backends = f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)}"
+        random, encoding = self.random_positions, self.position_encoding
+        pairs = f" is odd: {encoding} positions are pairs of sine and cosine; choose an even one"
+        if self.d_model % self.num_heads and (recurrent or not self.d_k):
+            yield "num_heads", f" does not divide model.d_model={self.d_model}; or set model.d_k"
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            yield "num_kv_heads", f" does not divide model.num_heads={self.num_heads}"
+        if drops and (recurrent or not flexible):
+            yield "attention_dropout_rate", f": only the Transformer with {backends} drops weights"
+        if self.attention_backend in BFLOAT16_BACKENDS and self.dtype != "bfloat16":
+            yield "attention_backend", " computes only in bfloat16; set model.dtype=bfloat16"
+        if self.values_width() != self.attention_width() and not flexible:
+            yield "d_v", f" differs from model.d_k, which needs {backends}"
+        if encoding == "sinusoidal" and self.d_model % 2:
+            yield "d_model", pairs
+        if encoding == "rotary" and self.attention_width() % 2:
+            yield "d_k", pairs
+        if random and (random < self.max_length or encoding == "none"):
+            least = f": it must be at least model.max_length={self.max_length}, with a "
+            yield "random_positions", least + "model.position_encoding other than none"
+        if recurrent and self.d_model % 2:
+            yield "d_model", ": each direction of the recurrent encoder needs half of it"
 
     def attention_width(self) -> int:
         """H, the width of a head's queries and keys."""
@@ -144,14 +113,10 @@ class ModelConfig:
         if self.attention_backend != "auto":
             return self.attention_backend
         width, drops = self.attention_width(), self.attention_dropout_rate > 0.0
-        return pick(
-            jax.default_backend(),
-            DTYPES[self.dtype],
-            width,
-            (length, length),
-            biased=POSITIONS[self.position_encoding].bias is not Position.bias,
-            flexible=drops or self.values_width() != width,
-        )
+        biased = POSITIONS[self.position_encoding].bias is not Position.bias
+        options = {"biased": biased, "flexible": drops or self.values_width() != width}
+        sizes = DTYPES[self.dtype], width, (length, length)
+        return pick(jax.default_backend(), *sizes, **options)
 
     def reach(self, length: int) -> int:
         """`length`, or the number of positions if that is less."""
@@ -163,6 +128,5 @@ class ModelConfig:
         if self.reach(length) < length:
             raise UserError(
                 f"{what}: {length} tokens, and model.position_encoding={self.position_encoding} "
-                f"reaches to model.max_length={self.max_length}; raise it, or choose sinusoidal "
-                "positions"
+                f"ends at model.max_length={self.max_length}; raise it, or choose sinusoidal"
             )

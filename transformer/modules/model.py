@@ -1,6 +1,7 @@
 """The model as pure functions of its variables, and the shapes and axes of these."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from transformer.modules.config import ModelConfig
-from transformer.modules.transformer import MODULES
+from transformer.modules.recurrent import Recurrent
+from transformer.modules.transformer import Transformer
+
+# The entries of `config.ARCHITECTURES`.
+MODULES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent": Recurrent}
 
 # Name → array; or its ShapeDtypeStruct or sharding, where only those are known.
 Params = dict[str, Any]
@@ -17,31 +22,31 @@ Params = dict[str, Any]
 class Model:
     """The model as pure functions of its variables, a flat dict name → array.
 
-    Holds the graph definition of the module, in evaluation mode, and the shapes and logical axes of
-    the variables. Variables are the trained parameters and the batch statistics, which are the
-    running averages of batch norm.
-
-    Args:
-      config: the architecture.
-      vocab_size: V of the source and, if the vocabulary is shared, of the target.
-      target_vocab_size: V of the target and the logits; None: the same.
-      tokens: the number of target tokens without those that pad the vocabulary; None: all.
+    Variables are the trained parameters and the batch statistics, which are the running averages
+    of batch norm; `shapes` and `axes` are their shapes and logical axes.
     """
+
+    structure: nnx.GraphDef  # the module in evaluation mode without its variables
 
     def __init__(
         self,
         config: ModelConfig,
-        vocab_size: int,
-        target_vocab_size: int | None = None,
-        tokens: int | None = None,
+        vocab_size: int,  # V of the source
+        target_vocab_size: int | None = None,  # V of the target and the logits; None: the same
+        tokens: int | None = None,  # of the target, without those that pad V; None: all
     ):
         self.config = config
         self.vocab_size = vocab_size
         self.target_vocab_size = target_vocab_size or vocab_size
         self.tokens = tokens or self.target_vocab_size
-        module = self.build(None)
-        module.eval()
-        self.structure, state = nnx.split(module)
+
+        def split() -> nnx.State:  # `nnx.eval_shape` would shard the shapes where a mesh is set
+            module = self.build(jax.random.key(0))
+            module.eval()
+            self.structure, state = nnx.split(module)
+            return state
+
+        state = jax.eval_shape(split)
         self.shapes = flatten(state)
         leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
         self.axes = {  # a parameter without names is replicated
@@ -52,36 +57,23 @@ class Model:
 
     @classmethod
     def of(cls, config: ModelConfig, source: Any, target: Any) -> "Model":
-        """The model for two tokenizers, which are the same object if the vocabulary is shared.
-
-        Reads `vocab_size` and `pieces` of each.
-        """
+        """The model for two tokenizers, which are the same object if the vocabulary is shared."""
         sizes = source.vocab_size, target.vocab_size
         if not config.separate_vocabularies:
             sizes = (max(sizes),) * 2
         return cls(config, *sizes, tokens=len(target.pieces))
 
-    def build(self, key: Array | None) -> Any:
-        """Returns the module with variables initialised from `key`; None: with abstract variables.
+    def build(self, key: Array) -> Any:
+        """The module with variables initialised from `key`.
 
-        The module stores no RNG streams: training passes `rngs` to each call.
+        It stores no RNG streams: training passes `rngs` to each call.
         """
-        if key is not None:
-            make = MODULES[self.config.architecture]
-            sizes = self.vocab_size, self.target_vocab_size
-            return make(self.config, *sizes, rngs=nnx.Rngs(params=key))
-
-        def split() -> Any:  # `nnx.eval_shape` would shard the shapes where a mesh is set
-            nonlocal structure
-            structure, state = nnx.split(self.build(jax.random.key(0)))
-            return state
-
-        structure: Any = None
-        state = jax.eval_shape(split)
-        return nnx.merge(structure, state)
+        make = MODULES[self.config.architecture]
+        sizes = self.vocab_size, self.target_vocab_size
+        return make(self.config, *sizes, rngs=nnx.Rngs(params=key))
 
     def init(self, key: Array) -> Params:
-        """Returns initial variables, float32, which depend only on the key, not on the mesh."""
+        """Initial variables, float32, which depend only on the key, not on the mesh."""
         return flatten(nnx.state(self.build(key)))
 
     def split(self, variables: Params) -> tuple[Params, Params]:
@@ -92,7 +84,7 @@ class Model:
         return parts
 
     def bind(self, variables: Params) -> Any:
-        """Returns the module with these variables, in evaluation mode, for use under tracing."""
+        """The module with these variables, in evaluation mode, for use under tracing."""
         paths = {
             tuple(int(part) if part.isdigit() else part for part in name.split("/")): leaf
             for name, leaf in variables.items()
@@ -100,11 +92,11 @@ class Model:
         return nnx.merge(self.structure, nnx.traversals.unflatten_mapping(paths))
 
     def count_parameters(self) -> int:
-        """Returns the number of parameters, without allocating them."""
+        """The number of parameters, without allocating them."""
         parameters, _ = self.split(self.shapes)
         return sum(math.prod(shape.shape) for shape in parameters.values())
 
 
 def flatten(state: nnx.State) -> Params:
-    """Flattens a module's state: `encoder/layers/0/self_attention/query/kernel` → array."""
+    """A module's state as `encoder/layers/0/self_attention/query/kernel` → array."""
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

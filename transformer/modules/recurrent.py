@@ -1,8 +1,4 @@
-"""The recurrent baseline: a bidirectional encoder and a decoder with attention.
-
-It has the interface of `transformer.Transformer`. Position t depends on position t - 1, so each
-layer is a loop with one sequential step per token.
-"""
+"""The recurrent baseline: a bidirectional encoder and a decoder with attention."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,118 +10,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
+from transformer.modules.cells import CELLS, State, run
+from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import attention_weights
 from transformer.modules.dropout import Dropout
-from transformer.modules.linear import (
-    INITIALIZERS,
-    Embed,
-    Linear,
-    embed_scaled,
-    linear_axes,
-    logits_of,
-    scaled_embedding,
-)
+from transformer.modules.linear import INITIALIZERS, Linear, embed_scaled, linear_axes
+from transformer.modules.transformer import EncoderDecoder, Logits, Memory, Source, Target
 from transformer.parallel.mesh import constrain
-
-# The carry of a cell, arrays [B, D]; the first is its output.
-State = tuple[Array, ...]
-
-
-class Cell(nnx.Module):
-    """The step of a recurrent layer; `input` projects the inputs of all steps beforehand.
-
-    Flax's `LSTMCell` and `GRUCell` project each step's input inside the loop, gate by gate, which
-    is slower, and Flax's LSTM has no initial forget gate bias of 1.
-    """
-
-    gates = 0  # and candidates, all computed by one product
-    arrays = 1  # in the state
-
-    def __init__(self, in_features: int, width: int, *, dtype: Any = None, rngs: nnx.Rngs):
-        linear = partial(Linear, out_features=self.gates * width, dtype=dtype)
-        linear = partial(linear, **linear_axes("embed", "mlp"))
-        glorot, orthogonal = INITIALIZERS["glorot_uniform"], nnx.initializers.orthogonal()
-        self.width, self.dtype = width, dtype
-        self.input = linear(in_features, kernel_init=glorot, rngs=rngs)
-        self.recurrent = linear(width, kernel_init=orthogonal, use_bias=False, rngs=rngs)
-
-    def start(self, rows: int) -> State:
-        """The state before the first step."""
-        return (jnp.zeros((rows, self.width), self.dtype),) * self.arrays
-
-    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
-        """The state after a step, given the output of `input`."""
-        raise NotImplementedError
-
-
-class LSTM(Cell):
-    """c ← σ(f + 1) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
-
-    (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000, open by 1 at first,
-    Jozefowicz et al. 2015.)
-    """
-
-    gates, arrays = 4, 2
-
-    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
-        hidden, memory = state
-        i, f, g, o = jnp.split(projected + self.recurrent(hidden), 4, axis=-1)
-        memory = jax.nn.sigmoid(f + 1.0) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
-        return jax.nn.sigmoid(o) * jnp.tanh(memory), memory
-
-
-class GRU(Cell):
-    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)).
-
-    (Cho et al. 2014, with the reset gate r on the product, so that one product computes all.)
-    """
-
-    gates = 3
-
-    def step(self, state: State, projected: Float[Array, "B gates"]) -> State:
-        (hidden,) = state
-        r, z, x = jnp.split(projected, 3, axis=-1)
-        from_r, from_z, from_h = jnp.split(self.recurrent(hidden), 3, axis=-1)
-        candidate = jnp.tanh(x + jax.nn.sigmoid(r + from_r) * from_h)
-        keep = jax.nn.sigmoid(z + from_z)
-        return (keep * hidden + (1.0 - keep) * candidate,)
-
-
-CELLS = {"lstm": LSTM, "gru": GRU}
-
-
-def run(
-    cell: Cell, x: Float[Array, "B S D"], real: Bool[Array, "B S"], *, reverse: bool
-) -> Float[Array, "B S H"]:
-    """The cell's outputs over a whole sequence; padding leaves the state unchanged."""
-
-    def step(state, inputs):
-        projected, real = inputs
-        fresh = cell.step(state, projected)
-        state = jax.tree.map(lambda new, old: jnp.where(real[:, None], new, old), fresh, state)
-        return state, state[0]
-
-    by_time = jnp.swapaxes(cell.input(x), 0, 1), real.T
-    _, outputs = jax.lax.scan(step, cell.start(x.shape[0]), by_time, reverse=reverse)
-    return jnp.swapaxes(outputs, 0, 1)
 
 
 class Cache(NamedTuple):
     """The state of decoding, passed to and returned by `decode_step`.
 
-    filled: int32 scalar, how many target positions have been decoded.
-    states: the state of each layer.
-    attended: the last output, which is also an input of the next step; it has B · J rows, the J
-      hypotheses of a source being adjacent.
-    memory: keys and values of the encoder's memory.
-    mask: which source positions are tokens.
+    A row is a hypothesis; the J hypotheses of a source are adjacent.
     """
 
-    filled: Int[Array, ""]
-    states: tuple[State, ...]
-    attended: Float[Array, "rows D"]
-    memory: KeyValue
-    mask: Bool[Array, "B 1 1 S"]
+    filled: Int[Array, ""]  # how many target positions have been decoded
+    states: tuple[State, ...]  # of each layer
+    attended: Float[Array, "rows D"]  # the last output, which is also an input of the next step
+    memory: KeyValue  # of the encoder's output
+    mask: Bool[Array, "B 1 1 S"]  # which source positions are tokens
 
     def hypotheses(self) -> int:
         """J, the number of hypotheses per source."""
@@ -139,113 +43,51 @@ class Cache(NamedTuple):
         return self._replace(states=states, attended=attended)
 
 
-class Recurrent(nnx.Module):
-    """LSTM or GRU encoder-decoder with attention.
+class Recurrent(EncoderDecoder):
+    """LSTM or GRU encoder-decoder with attention; ignores options that do not apply.
 
-        encoder:  m = [→cell(x) ; ←cell(x)], each half as wide, `layers` times
+        encoder:  m = [→cell(x) ; ←cell(x)], each half as wide, `num_layers` times
         decoder:  s_t = cell([E(y_t) ; a_{t-1}], s_{t-1}),  a_t = tanh(W [s_t ; Attention(s_t, m)])
         logits:   a_t Eᵀ
 
     The decoder begins with tanh(W ←m_0) (Bahdanau et al. 2015, section A.2.2), feeds its output
     back to its input (Luong et al. 2015, section 3.3), and has the Transformer's attention.
-
-    Args:
-      vocab_size: V of the source.
-      target_vocab_size: V of the target; None: the same.
-      d_model: D, even.
-      num_layers: L, of the encoder and of the decoder.
-      num_heads: N, of the attention.
-      cell: one of `CELLS`.
-      dropout_rate: dropout rate of embedded tokens and of each layer's output.
-      tie_embeddings: whether source, target and logits share one table.
-      backend: the attention backend.
-      dtype: the dtype of the computation.
-      rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        target_vocab_size: int | None = None,
-        *,
-        d_model: int,
-        num_layers: int = 1,
-        num_heads: int = 1,
-        cell: str = "lstm",
-        dropout_rate: float = 0.0,
-        tie_embeddings: bool = True,
-        backend: str = "einsum",
-        dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = INITIALIZERS["glorot_uniform"]
-
-        def embedding(size: int) -> Embed:
-            return scaled_embedding(size, d_model, dtype, rngs)
-
-        def linear(inputs: int) -> Linear:
-            return Linear(
-                inputs,
-                d_model,
-                kernel_init=init,
-                **linear_axes("mlp", "embed"),
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        def make_cell(inputs: int, width: int) -> Cell:
-            return CELLS[cell](inputs, width, dtype=dtype, rngs=rngs)
-
-        half, target_size = d_model // 2, target_vocab_size or vocab_size
-        self.embedding = embedding(vocab_size)
-        self.target_embedding = nnx.data(None if tie_embeddings else embedding(target_size))
-        self.output_embedding = nnx.data(None if tie_embeddings else embedding(target_size))
-        self.forward = nnx.List(make_cell(d_model, half) for _ in range(num_layers))
-        self.backward = nnx.List(make_cell(d_model, half) for _ in range(num_layers))
-        self.bridge = nnx.List(linear(half) for _ in range(num_layers))
-        self.decoder = nnx.List(
-            make_cell(2 * d_model if i == 0 else d_model, d_model) for i in range(num_layers)
-        )
-        self.attention = MultiHeadAttention(
-            num_heads,
-            d_model,
-            use_bias=False,
-            kernel_init=init,
-            backend=backend,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.combine = linear(2 * d_model)
-        self.dropout = Dropout(dropout_rate, rngs=rngs)
+    def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, layers = config.d_model, range(config.num_layers)
+        common: dict[str, Any] = {"dtype": DTYPES[config.dtype], "rngs": rngs}
+        glorot: dict[str, Any] = {"kernel_init": INITIALIZERS["glorot_uniform"]}
+        axes = linear_axes("mlp", "embed")
+        linear = partial(Linear, out_features=width, **axes, **common, **glorot)
+        cell = partial(CELLS[config.cell], **common)
+        self.forward = nnx.List(cell(width, width // 2) for _ in layers)
+        self.backward = nnx.List(cell(width, width // 2) for _ in layers)
+        self.bridge = nnx.List(linear(width // 2) for _ in layers)
+        self.decoder = nnx.List(cell(width if i else 2 * width, width) for i in layers)
+        options = common | glorot | {"use_bias": False, "backend": config.attention_backend}
+        self.attention = MultiHeadAttention(config.num_heads, width, **options)
+        self.combine = linear(2 * width)
+        self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
     def __call__(
         self,
-        source: Int[Array, "B S"],
-        target_in: Int[Array, "B T"],
+        source: Source,
+        target_in: Target,
         *,
-        source_segments: Int[Array, "B S"] | None = None,
-        target_segments: Int[Array, "B T"] | None = None,
+        source_segments: Source | None = None,
+        target_segments: Target | None = None,
         source_positions: None = None,
         target_positions: None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits for each target position; the arguments are those of `transformer.Transformer`.
-
-        Rows hold one example each; positions are not used.
-        """
-        mode = {"deterministic": deterministic, "rngs": rngs}
+        **mode: Any,
+    ) -> Logits:
+        """As `Transformer`; rows hold one example each, and positions are not used."""
         source_segments = masking.segments_of(source, source_segments)
         memory = self.encode(source, source_segments, **mode)
         cache = self.start_cache(memory, source_segments, target_in.shape[1])
-        return self.advance(target_in, cache, **mode)[0]
+        return self._advance(target_in, cache, **mode)[0]
 
-    def encode(
-        self,
-        source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"] | None = None,
-        **mode: Any,
-    ) -> Float[Array, "B S D"]:
+    def encode(self, source: Source, source_segments: Source | None = None, **mode: Any) -> Memory:
         """The encoder's memory of `source`; `mode` is `deterministic` and `rngs` of the call."""
         real = masking.segments_of(source, source_segments) > 0
         x = self.dropout(embed_scaled(self.embedding, source), **mode)
@@ -256,11 +98,7 @@ class Recurrent(nnx.Module):
         return x
 
     def start_cache(
-        self,
-        memory: Float[Array, "B S D"],
-        source_segments: Int[Array, "B S"],
-        length: int,
-        hypotheses: int = 1,
+        self, memory: Memory, source_segments: Source, length: int, hypotheses: int = 1
     ) -> Cache:
         """The cache before the first token; its size does not depend on `length`."""
         first = jnp.repeat(memory[:, 0, memory.shape[-1] // 2 :], hypotheses, axis=0)
@@ -276,24 +114,16 @@ class Recurrent(nnx.Module):
             mask=masking.padding(source_segments > 0),
         )
 
-    def decode_step(
-        self, tokens: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits after each of the next T target tokens, and the cache with them in it.
-
-        If the cache has several hypotheses, `tokens` holds the next token of each.
-        """
+    def decode_step(self, tokens: Target, cache: Cache) -> tuple[Logits, Cache]:
+        """As `Transformer.decode_step`; with several hypotheses, the next token of each."""
         if cache.hypotheses() == 1:
-            return self.advance(tokens, cache, deterministic=True)
-        logits, cache = self.advance(tokens.reshape(-1, 1), cache, deterministic=True)
+            return self._advance(tokens, cache, deterministic=True)
+        logits, cache = self._advance(tokens.reshape(-1, 1), cache, deterministic=True)
         return logits.reshape(*tokens.shape, -1), cache
 
-    def advance(
-        self, tokens: Int[Array, "B T"], cache: Cache, **mode: Any
-    ) -> tuple[Float[Array, "B T V"], Cache]:
+    def _advance(self, tokens: Target, cache: Cache, **mode: Any) -> tuple[Logits, Cache]:
         """Reads `tokens` one after another, in training and decoding alike."""
-        x = embed_scaled(self.target_embedding or self.embedding, tokens)
-        x = self.dropout(x, **mode)
+        x = self.dropout(self.embed_target(tokens), **mode)
         # Dropout between layers, drawn ahead: a key drawn in the loop would be reused in all steps.
         between = jnp.ones((len(self.decoder) - 1, *x.shape), x.dtype)
         between = self.dropout(between, **mode)
@@ -323,7 +153,6 @@ class Recurrent(nnx.Module):
             weights = jnp.moveaxis(weights[:, :, :, 0], 0, 2)
             attention.sow(nnx.Intermediate, "attention_weights", weights)
         x = constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width")
-        x = self.dropout(x, **mode)
-        logits = logits_of(self.output_embedding or self.embedding, x)
+        logits = self.logits(self.dropout(x, **mode))
         filled = cache.filled + tokens.shape[1]
         return logits, cache._replace(filled=filled, states=carry[0], attended=carry[1])
