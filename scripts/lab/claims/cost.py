@@ -21,11 +21,11 @@ from transformer.config import load_config
 from transformer.data.batches import make_batch
 from transformer.loss import cross_entropy
 from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.cells import LSTM, run
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import einsum_attention
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.model import Model
-from transformer.modules.recurrent import LSTM, run
 from transformer.parallel.devices import cpu_cores
 from transformer.training.costs import matmul_flops
 
