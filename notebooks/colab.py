@@ -4,11 +4,6 @@
 #   colab:
 #     gpuType: V5E1
 #     provenance: []
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -29,9 +24,8 @@
 # ## Install
 #
 # Colab's JAX is too old, so this cell installs a newer one and restarts the session (Colab may
-# report a crash). Run the cell again after the restart: it then has nothing to do. Ignore
-# complaints of pip about Colab's own packages that require older versions; this notebook does not
-# use them.
+# report a crash); run the cell again after the restart. Ignore complaints of pip about packages of
+# Colab that require older versions; this notebook does not use them.
 
 # %%
 import importlib.util
@@ -77,31 +71,24 @@ from transformer.errors import UserError
 for module in (jax, flax):
     loaded, installed = module.__version__, metadata.version(module.__name__)
     if loaded != installed:
-        raise UserError(
-            f"{module.__name__} {loaded} is loaded and {installed} is installed: choose "
-            "Runtime → Restart session, and run from the top"
-        )
+        remedy = "choose Runtime → Restart session, and run from the top"
+        raise UserError(f"{module.__name__} {loaded} is loaded and not {installed}: {remedy}")
 for needed in map(Requirement, metadata.requires("transformer-jax") or ()):
     if needed.marker:  # of an extra
         continue
     installed = metadata.version(needed.name)
     if not needed.specifier.contains(installed, prereleases=True):
-        raise UserError(
-            f"{needed} is needed and {installed} is installed: choose "
-            "Runtime → Disconnect and delete runtime, and run from the top"
-        )
+        remedy = "choose Runtime → Disconnect and delete runtime, and run from the top"
+        raise UserError(f"{needed} is needed and {installed} is installed: {remedy}")
 
 remedy = f"choose a {ACCELERATOR} under Runtime → Change runtime type and run from the top"
 try:
     devices = jax.devices()
 except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names what is not there
     raise UserError(f"JAX finds no {ACCELERATOR} ({error}): {remedy}") from error
-found = devices[0].platform
-if found != ACCELERATOR:
-    raise UserError(
-        f"JAX runs on {found} and not on {ACCELERATOR}: {remedy}, or go on without: "
-        f'ACCELERATOR = "{found}"'
-    )
+if (found := devices[0].platform) != ACCELERATOR:
+    remedy += f', or go on without: ACCELERATOR = "{found}"'
+    raise UserError(f"JAX runs on {found} and not on {ACCELERATOR}: {remedy}")
 print(f"jax {jax.__version__}, flax {flax.__version__}, {len(devices)} × {devices[0].device_kind}")
 
 # %% [markdown]
@@ -163,13 +150,11 @@ for word, (best, *_) in zip(WORDS, outputs, strict=True):
 #
 # $$\mathrm{Attention}(Q, K, V) = \mathrm{softmax}\left(\frac{Q K^\top}{\sqrt{d_k}}\right) V$$
 #
-# Dot products grow with the dimension; dividing by $\sqrt{d_k}$ keeps the softmax from saturating
-# at initialisation.
+# Dividing by $\sqrt{d_k}$ keeps the softmax from saturating at initialisation.
 #
 # Each row below is a decoding step and each column a source token; dark cells are large weights.
-# The first output letter is the last source letter, so the dark cells run from the upper right to
-# the lower left: the model has learned to read the source backwards. ⊢ is the begin-of-sequence
-# token, ⊣ the end of the source, which some heads attend to at the end of the output.
+# They run from the upper right to the lower left: the model has learned to read the source
+# backwards. ⊢ is the begin-of-sequence token; ⊣ ends the source.
 
 # %%
 from functools import partial
@@ -194,8 +179,7 @@ display(Image(picture, width=1000))
 # ## Does it matter which norm?
 #
 # Layer norm shifts and scales each vector to mean 0 and variance 1; RMS norm only scales. Does the
-# shift help? Is a norm needed at all? This ablation uses four layers and three seeds per variant,
-# which are trained together in one program.
+# shift help? Is a norm needed at all? Four layers; three seeds per variant, trained together.
 
 # %%
 from IPython.utils.capture import capture_output
@@ -220,9 +204,8 @@ for program in programs:
 
 # %% [markdown]
 # Lines are means over seeds; bands extend from the worst to the best seed. In the table, brackets
-# are 95% intervals, differences are paired by seed, and a fixed rule derives the verdict. "No
-# evidence of a difference" does not mean that there is none: the table states how large a
-# difference three seeds could have detected.
+# are 95% intervals and differences are paired by seed. "No evidence of a difference" does not mean
+# that there is none: the table states how large a difference three seeds could have detected.
 
 # %%
 page = report.write_report(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
@@ -230,9 +213,7 @@ table = page.read_text(encoding="utf-8").split("\n## ")[1]
 display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### {table}"))
 
 # %% [markdown]
-# ## TensorBoard
-#
-# Shows all runs so far.
+# ## TensorBoard, with all runs so far
 
 # %%
 if importlib.util.find_spec("tensorboard"):
@@ -246,5 +227,4 @@ else:
 #
 # Change one option and train again: `config = toy_reverse.get_config()`, then
 # `config.data.task = "sort"` or `config.model.position_encoding = "none"`, with another folder.
-# `configs/base.py` lists every option; `README.md` shows how to do all of this from the command
-# line.
+# `configs/base.py` lists every option; `README.md` shows the same on the command line.

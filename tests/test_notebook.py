@@ -51,7 +51,7 @@ def test_its_first_cells_find_all_in_order_or_say_what_is_not(monkeypatch, capsy
     stops("REPOSITORY is empty", importlib.util, "find_spec", lambda name: None)
     for other in ("tpu", "gpu"):
         stops(f"runs on cpu and not on {other}: .* or go on with", accelerator=other)
-    stops(r"jax 0.7.2 is loaded and .* Restart session", jax, "__version__", "0.7.2")
+    stops(r"jax 0.7.2 is loaded and not .* Restart session", jax, "__version__", "0.7.2")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
     old = lambda name: versions.get(name, "0.1.9")  # noqa: E731
     stops(r">=.* is needed and 0.1.9 is installed: .* delete", importlib.metadata, "version", old)
