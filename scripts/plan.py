@@ -48,11 +48,11 @@ def main() -> None:
 
 
 def plans_for(name: str) -> list[Plan]:
-    """Returns the plan for a topology; with --sweep, those of its meshes, ranked."""
-    topology = planning.open_topology(name)
+    """The plan for a topology; with --sweep, those of its meshes, ranked."""
+    topology, plans = planning.open_topology(name), []
     devices, config = len(topology.devices), CONFIG.value.copy_and_resolve_references()
     config.batch_size = ROWS.value * devices if ROWS.value else config.batch_size
-    cfg, plans = RunConfig.from_config_dict(config), []
+    cfg = RunConfig.from_config_dict(config)
     for each in planning.meshes(cfg, devices) if SWEEP.value else [cfg]:
         try:
             plan = planning.make_plan(each, topology, vocab_size=VOCAB.value, length=LENGTH.value)
@@ -78,16 +78,17 @@ def show(plans: list[Plan]) -> None:
         details(plans[0])
     steps, runs = [], []
     for plan in plans:
-        name = label(plan)
+        name, (seconds, bound) = label(plan), plan.roofline()
         memory = f"{sum(plan.memory.values()) / GIB:.2f}" if plan.memory else "too much"
-        times = [f"{1e3 * seconds:.3g} ms" for seconds in plan.seconds().values()]
-        steps.append((name, f"{plan.tokens:,}", memory, *(times or [""] * 3), plan.bound()))
+        times = [f"{1e3 * each:.3g} ms" for each in plan.seconds().values()]
+        steps.append((name, f"{plan.tokens:,}", memory, *(times or [""] * 3), bound))
         if times:
-            chip_hours = plan.hours() * plan.chips
+            hours = seconds * plan.steps / 3600
+            chip_hours = hours * plan.chips
             cost = "" if PRICE.value is None else f", ${figure(chip_hours * PRICE.value)}"
-            speed, days = figure(plan.tokens / plan.step_seconds()), figure(plan.hours() / 24)
-            per_billion = figure(chip_hours * 1e9 / (plan.tokens * plan.steps))
             cost = f"{figure(chip_hours)} chip-hours{cost}"
+            speed, days = figure(plan.tokens / seconds), figure(hours / 24)
+            per_billion = figure(chip_hours * 1e9 / (plan.tokens * plan.steps))
             runs.append((name, speed, percent(plan.mfu()), days, cost, per_billion))
     columns = ("", "tokens", "GiB a device", "compute", "memory", "interconnect", "bound by")
     table("a step, roofline estimate", columns, steps)
@@ -98,16 +99,15 @@ def show(plans: list[Plan]) -> None:
 
 def details(plan: Plan) -> None:
     """Prints the memory by kind, the collectives and the operations of one plan."""
-    traffic = plan.traffic
+    traffic, products = plan.traffic, f"{plan.model_flops / plan.chips:.4g} of matrix products"
     rows = [(kind, f"{size / 2**20:,.2f}") for kind, size in plan.memory.items()]
     table("memory of a device", ("kind", "MiB"), rows)
     sent = traffic.sent.items()
     rows = [(kind, f"{traffic.counts[kind]:,}", f"{size / 2**20:,.2f}") for kind, size in sent]
     table("sent by a device in a step", ("collective", "count", "MiB"), rows)
-    products = f"{plan.model_flops / plan.chips:.4g} of matrix products in a step, per device"
     facts(
         {
-            "FLOPs": f"{products}; {plan.flops:.4g} by the compiler's count",
+            "FLOPs": f"{products} in a step, per device; {plan.flops:.4g} by the compiler's count",
             "HBM": f"{traffic.memory / GIB:,.3g} GiB read and written in a step, per device",
             "loops": f"{traffic.unknown_loops} of unknown length, counted once",
         }

@@ -1,8 +1,4 @@
-"""Writes `configs/base.py` from the dataclasses that define the knobs.
-
-Usage:
-    python scripts/write_base_config.py
-"""
+"""`python scripts/write_base_config.py` writes `configs/base.py` from the knobs' dataclasses."""
 
 import ast
 import inspect
@@ -34,9 +30,8 @@ def get_config():
 
 def comments(config: type) -> dict[str, str]:
     """The comment of each field of a dataclass, from its lines or the lines above it."""
-    source = textwrap.dedent(inspect.getsource(config))
+    source, found = textwrap.dedent(inspect.getsource(config)), {}
     lines = source.splitlines()
-    found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign):
             first = node.lineno - 1

@@ -17,11 +17,8 @@ BLOCK = re.compile(r"(?ms)^```python\n# (\S+)\n(.+?)^```\n")
 TABLE = re.compile(r"(?ms)^(\w+) = \{\n    \.\.\.\n(.+?)^\}\n")
 IMPORTS = re.compile(r"(?s)((?:(?:import|from) [^\n]+\n)*)(.+)")
 FLAG = re.compile(r"`(--config\S+?)`")
-SMALL = (
-    *("--config.data.size=tiny", "--config.batch_size=8", "--config.mesh.data=1"),
-    *("--config.model.d_model=16", "--config.model.d_ff=16", "--config.model.num_heads=2"),
-    *("--config.steps=2", "--config.optimizer.warmup_steps=0", "--config.decode_margin=2"),
-)
+SMALL = """data.size=tiny batch_size=8 mesh.data=1 model.d_model=16 model.d_ff=16
+model.num_heads=2 steps=2 optimizer.warmup_steps=0 decode_margin=2"""
 
 
 def apply(path, code):
@@ -65,7 +62,8 @@ def flags(*titles):
 
 def train(tree, data_dir, workdir, *words):
     where = (f"--workdir={workdir}", f"--data_dir={data_dir}", "--config=configs/base.py")
-    return run(tree, "train.py", *where, *SMALL, *words)
+    small = (f"--config.{knob}" for knob in SMALL.split())
+    return run(tree, "train.py", *where, *small, *words)
 
 
 def test_a_recipe_is_at_most_15_lines():

@@ -67,7 +67,6 @@ class Entry:
     weights: str = ""  # the contender whose parameters it decodes with, if not its own
 
     def missing(self) -> list[str]:
-        """The packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 

@@ -66,6 +66,5 @@ class CTranslate2(Contender):
         results = [self.translator.translate_batch(part, **options) for part in parts]
         decoded = np.full((len(source), length), PAD, source.dtype)
         for row, result in zip(decoded, itertools.chain(*results), strict=True):
-            tokens = [int(token) for token in result.hypotheses[0]]
-            row[: len(tokens)] = tokens
+            row[: len(result.hypotheses[0])] = list(map(int, result.hypotheses[0]))
         return decoded

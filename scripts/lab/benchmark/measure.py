@@ -108,7 +108,6 @@ class Bench:
         return {"reached": exact >= self.target, "steps": step, "seconds": seconds, "curve": curve}
 
     def weights(self, name: str) -> Path:
-        """The file with a contender's trained parameters."""
         return (self.setting.folder / f"{name}.weights").resolve()
 
 

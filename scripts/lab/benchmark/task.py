@@ -59,10 +59,7 @@ SIZES = {
 
 
 def draw(size: Size, count: int, *, held_out: bool, seed: int = 0) -> list[str]:
-    """Strings of uniform lengths and symbols, a function of the arguments.
-
-    A hash of a string decides whether it is held out, as one in ten is.
-    """
+    """Strings of uniform lengths and symbols; a hash decides which, one in ten, are held out."""
     rng, found = random.Random(f"{seed} {held_out}"), []
     while len(found) < count:
         string = "".join(rng.choices(SYMBOLS, k=rng.randint(1, size.longest)))
@@ -98,14 +95,11 @@ class Strings(NamedTuple):
 def load(folder: Path, split: str) -> Strings:
     """The tokens of a split, train or test."""
     lines = (folder / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
-    ids = {symbol: FIRST + number for number, symbol in enumerate(SYMBOLS)}
-    width = max(map(len, lines)) // 2 + 1
-
-    def tokens(text: str) -> list[int]:
-        return [*(ids[symbol] for symbol in text), EOS, *[PAD] * (width - len(text) - 1)]
-
-    sides = zip(*(map(tokens, line.split("\t")) for line in lines), strict=True)
-    return Strings(*(np.array(side, np.int32) for side in sides))
+    found = np.full((2, len(lines), max(map(len, lines)) // 2 + 1), PAD, np.int32)
+    for row, line in enumerate(lines):
+        for side, text in enumerate(line.split("\t")):
+            found[side, row, : len(text) + 1] = [*(FIRST + SYMBOLS.index(x) for x in text), EOS]
+    return Strings(*found)
 
 
 def batches(lengths: np.ndarray, batch: int, seed: int, batching: str) -> Iterator[np.ndarray]:

@@ -18,13 +18,10 @@ nn, functional = torch.nn, torch.nn.functional
 
 
 class TorchPeer(Contender):
-    """A network in PyTorch.
+    """A network: Size → module from (source [B, S], target_in [B, T]) to logits [B, T, V].
 
-    Args:
-      network: Size → module from (source [B, S], target_in [B, T]) to logits [B, T, V], which also
-        has `generate(source, beams, length)` → outputs [B, at most length].
-      setting: what the process is started with.
-      compiled: `torch.compile` with its defaults: for one length, then once more for all others.
+    Its `generate(source, beams, length)` returns outputs [B, at most length]. `torch.compile` has
+    its defaults: it compiles for one length, then once more for all others.
     """
 
     def __init__(self, network: Any, setting: Setting, compiled: bool = False):

@@ -42,7 +42,6 @@ class Worker:
         self.contender.start(seed, Schedule(**schedule))
 
     def train(self, steps: int, batching: str) -> dict[str, Any]:
-        """Takes steps: their seconds, useful target tokens and loss."""
         started = time.perf_counter()
         tokens, loss = self.contender.train(steps, batching)
         seconds = time.perf_counter() - started
@@ -96,9 +95,8 @@ class Remote:
             print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         if not line:
-            last = self.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            status = self.process.wait()
-            raise ContenderError(f"exited with status {status}: {' '.join(last)[:300]}")
+            last = self.log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            raise ContenderError(f"exited with status {self.process.wait()}: {last[:300]}")
         answer = json.loads(line)
         if "error" in answer:
             raise ContenderError(answer["error"])
@@ -118,8 +116,7 @@ def main() -> None:
     """Answers requests from standard input until it is closed."""
     words = json.loads(sys.argv[1])
     module, name = CONTENDERS[words.pop("contender")].where.split(":")
-    size, folder = Size(**words.pop("size")), Path(words.pop("folder"))
-    setting = Setting(size=size, folder=folder, **words)
+    setting = Setting(Size(**words.pop("size")), Path(words.pop("folder")), **words)
     if setting.device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.threads])
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")

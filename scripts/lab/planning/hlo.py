@@ -1,8 +1,7 @@
 """Bytes that a compiled program sends between devices and moves to and from memory.
 
 XLA does not report what collectives send, and its bytes accessed include on-chip memory. Both are
-therefore counted here, per instruction, in the text of the optimized HLO
-(`jax.stages.Compiled.as_text()`).
+counted here, per instruction, in the text of the optimized HLO (`jax.stages.Compiled.as_text()`).
 """
 
 import math
@@ -57,14 +56,11 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What one device moves in one execution of a program.
-
-    Memory traffic is an upper bound where a fusion reads only some rows of an operand.
-    """
+    """What one device moves in one execution of a program."""
 
     sent: dict[str, float] = field(default_factory=dict)  # collective → bytes to other devices
     counts: dict[str, int] = field(default_factory=dict)  # collective → how many
-    memory: float = 0.0  # bytes read from and written to main memory
+    memory: float = 0.0  # bytes to and from main memory; at most, if fusions read some rows only
     unknown_loops: int = 0  # loops of unknown trip count, whose bodies are counted once
 
 
@@ -142,18 +138,15 @@ def bytes_moved(each: Instruction, shapes: dict[str, str]) -> int:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """The devices in each group of a collective.
-
-    XLA writes groups as lists, {{0,2},{1,3}}; as their number and size, [2,2]<=[4]; or as axes of a
-    mesh, mesh['a'=2,'b'=2] {'a'}. Without any, all devices are one group.
-    """
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+    """The devices in each group of a collective; without groups, all."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):  # {{0,2},{1,3}}
         return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [2,2]<=[4]: number, size
         return int(match[1])
+    # mesh['a'=2,'b'=2] {'a'}; 'a':(1)2 is a part of an axis
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'a':(1)2 is a part of an axis
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or axes[axis]) for axis, part in parts)
     return devices
 

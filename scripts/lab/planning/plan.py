@@ -1,8 +1,8 @@
 """Compiles the train step of a config for a topology, ahead of time, and estimates a run there.
 
-Memory comes from the compiler, and traffic from the optimized program (`hlo`). With the published
-figures of a chip they give the roofline estimate, a lower bound: the time of a step if every unit
-always ran at its peak and none waited for another (Williams, Waterman and Patterson 2009).
+Memory comes from the compiler, traffic from the optimized program (`hlo`). The roofline estimate is
+a lower bound: the time of a step if every unit of a chip always ran at its published speed and none
+waited for another (Williams, Waterman and Patterson 2009).
 """
 
 import contextlib
@@ -121,23 +121,14 @@ class Plan:
             "interconnect": sum(self.traffic.sent.values()) / chip.interconnect,
         }
 
-    def step_seconds(self) -> float:
-        """The roofline estimate; infinite if the step does not fit."""
-        return max(self.seconds().values(), default=math.inf)
-
-    def bound(self) -> str:
-        """The unit that limits the step."""
-        seconds = self.seconds()
-        return max(seconds, key=lambda unit: seconds[unit], default="")
+    def roofline(self) -> tuple[float, str]:
+        """The estimate of a step's seconds, infinite if it does not fit, and the limiting unit."""
+        return max(((each, unit) for unit, each in self.seconds().items()), default=(math.inf, ""))
 
     def mfu(self) -> float:
         """Model FLOPs utilization at the roofline, which is an upper bound."""
         peak = self.topology.chip.flops if self.topology.chip else math.inf
-        return self.model_flops / (self.step_seconds() * self.chips * peak)
-
-    def hours(self) -> float:
-        """Hours of the whole run at the roofline."""
-        return self.step_seconds() * self.steps / 3600
+        return self.model_flops / (self.roofline()[0] * self.chips * peak)
 
 
 def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: int) -> Plan:
@@ -159,11 +150,11 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     where = NamedSharding(mesh, partition_spec(("batch", "length")))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
-    train_step = make_train_step(run.model, cfg.step_config())
     axes = {name: size for name, size in mesh.shape.items() if name != "replica"}
     flops = step_flops(run.model, cfg.step_config(), data)
     plan = Plan(topology, axes, cfg.steps, cfg.batch_size * length, flops)
     with jax.set_mesh(mesh):
+        train_step = make_train_step(run.model, cfg.step_config())
         step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         lowered = step.lower(state, batch)
         try:
@@ -212,4 +203,4 @@ def meshes(cfg: RunConfig, devices: int) -> Iterator[RunConfig]:
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
     """The fastest first, of equals the smallest; those that do not fit last."""
-    return sorted(plans, key=lambda p: (p.refusal, p.step_seconds(), sum(p.memory.values())))
+    return sorted(plans, key=lambda p: (p.refusal, *p.roofline(), sum(p.memory.values())))
