@@ -31,12 +31,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; default runs
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 REPLICAS = flags.DEFINE_integer("replicas", 8, "Most runs per program.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Programs at a time on this machine.", lower_bound=1)
-CLUSTER = flags.DEFINE_enum(
-    "cluster", None, ["slurm", "local"], "Submit the programs through submitit."
-)
-PARAMETERS = flags.DEFINE_list(
-    "cluster_parameters", [], "name=value, … for submitit's executor, such as timeout_min=60."
-)
+CLUSTER = flags.DEFINE_enum("cluster", None, ["slurm", "local"], "Submit through submitit.")
+PARAMETERS = flags.DEFINE_list("cluster_parameters", [], "For submitit: timeout_min=60, …")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the programs and their cost, and stop.")
 PUBLISH = flags.DEFINE_string("publish", None, "A folder for a copy of the report.")
 
@@ -52,14 +48,9 @@ def main() -> None:
         show(sweep, programs, root)
         return
     signal.signal(signal.SIGTERM, stop)
-    failures = runner.run_all(
-        programs,
-        root,
-        DATA_DIR.value,
-        jobs=JOBS.value,
-        cluster=CLUSTER.value,
-        parameters=dict(map(cli.cluster_parameter, PARAMETERS.value)),
-    )
+    parameters = dict(map(cli.cluster_parameter, PARAMETERS.value))
+    cluster: Any = {"cluster": CLUSTER.value, "parameters": parameters}
+    failures = runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value, **cluster)
     command = shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]])
     path = report.write_report(sweep, programs, failures, root, command)
     facts({"report": str(path)})

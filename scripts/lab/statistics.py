@@ -47,10 +47,9 @@ def mean_interval(values: Values, level: float = LEVEL) -> Interval:
 def paired(variant: Values, baseline: Values, level: float = LEVEL) -> Difference:
     """The paired t-test of variant against baseline, whose values belong to the same seeds.
 
-    `detectable` is λ · s / √n with λ from `noncentrality`: that of one test at α = 1 - level,
-    with the spread s of the differences taken for the true one. Of a single pair everything but
-    the mean is NaN; a value that is not finite makes everything NaN. Differences that are all
-    zero have p = 1, and equal ones other than zero p = 0. ValueError if the seeds do not match.
+    `detectable` is λ · s / √n with λ from `noncentrality`, as if the spread s of the differences
+    were the true one. Of a single pair everything but the mean is NaN; a value that is not finite
+    makes everything NaN. Differences that are all zero have p = 1, other equal ones p = 0.
     """
     ours, theirs = _as_sample(variant), _as_sample(baseline)
     if ours.size != theirs.size:
@@ -62,10 +61,7 @@ def paired(variant: Values, baseline: Values, level: float = LEVEL) -> Differenc
 def t_test(mean: float, error: float, n: int, level: float = LEVEL) -> Difference:
     """The two-sided t-test of a mean difference with a standard error from `n` pairs."""
     margin = critical(n, level) * error
-    if error == 0.0:
-        p = 1.0 if mean == 0.0 else 0.0
-    else:
-        p = float(2.0 * scipy.stats.t.sf(abs(mean) / error, n - 1))
+    p = float(2.0 * scipy.stats.t.sf(abs(mean) / error, n - 1) if error else mean == 0.0)
     return Difference(mean, mean - margin, mean + margin, n, p, noncentrality(n, level) * error)
 
 

@@ -49,10 +49,7 @@ Seconds = dict[tuple[str, int, int | None], list[float]]  # kind, n, cores → o
 
 
 def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A part at length n and width d as a function, float32 with one head, and its arguments.
-
-    One of `PARTS`, or `attention layer`, which is the core with its projections.
-    """
+    """One of `PARTS`, or the whole attention layer: a float32 function and its arguments."""
     keys = jax.random.split(jax.random.key(0), 4)
     if part == "attention core":
         return einsum_attention, tuple(jax.random.normal(k, (ROWS, 1, n, d)) for k in keys[:3])
@@ -90,10 +87,7 @@ def measure(sizes: Sequence[Size], rounds: int) -> dict[Size, Cost]:
 
 
 def trip_counts(program: str) -> list[int]:
-    """The number of rounds of each loop in the HLO text of a compiled program, largest first.
-
-    A ValueError if the compiler does not know it for one of them.
-    """
+    """The number of rounds of each loop in the HLO text of a compiled program, largest first."""
     loops = re.findall(r"^.* = .* while\(.*$", program, re.MULTILINE)
     counts = [re.search(r'"known_trip_count":\{"n":"(\d+)"', loop) for loop in loops]
     if None in counts:

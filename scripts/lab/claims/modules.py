@@ -134,10 +134,7 @@ def probabilities(setting: Setting, *, length: int = 16, seeds: int = 5) -> Clai
 
 
 def distance(maps: Float[np.ndarray, "B N T S"], real: Bool[np.ndarray, "B T"]) -> float:
-    """Total variation distance, Σ|p - q| / 2, of the two heads with the most similar maps.
-
-    The mean over all queries that are tokens, 0 to 1.
-    """
+    """Total variation, Σ|p - q| / 2, of the two most similar heads; the mean over all tokens."""
     pairs = itertools.combinations(range(maps.shape[1]), 2)
     return float(min(np.abs(maps[:, i] - maps[:, j]).sum(-1)[real].mean() / 2 for i, j in pairs))
 
@@ -284,8 +281,7 @@ def projected(inputs: Array, weights: Array) -> Array:
 
 
 def scales_by_layer(model: Model, params: Params, tokens: Array) -> dict[str, list[float]]:
-    """Root mean squares of the encoder's residual stream after each layer, and of the inputs of
-    its attention."""
+    """Root mean squares of the inputs of the encoder's attention, and of its residual stream."""
 
     def rms(x: Array) -> float:  # in float64: without norm it may be large
         return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))

@@ -105,8 +105,7 @@ def run_commands(
 ) -> str | None:
     """Runs Python programs of the repository one after another, with their output in `log`.
 
-    `started` is called with each process. Returns None, or the last line of output of the one that
-    failed.
+    `started` is called with each process. Returns the last line of output of one that failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
