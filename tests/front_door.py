@@ -4,7 +4,6 @@ import contextlib
 import io
 import sys
 import warnings
-from typing import NamedTuple
 
 import jax
 import jaxtyping
@@ -17,13 +16,6 @@ from transformer.config import RunConfig
 from transformer.run import Run
 
 
-class Answer(NamedTuple):
-    """The exit status of a command line (0: training would begin), and what it says to stderr."""
-
-    status: int
-    said: str
-
-
 def begin(data_dir):
     """What `Run.train` does before it compiles, but for its folder."""
     run = Run(RunConfig.from_config_dict(train.CONFIG.value), data_dir=data_dir)
@@ -33,7 +25,7 @@ def begin(data_dir):
 
 
 def answer(words, data_dir):
-    """How `train.py` with these words would begin; what would be a traceback is raised."""
+    """The exit status of `train.py` with these words, 0 if training would begin, and its stderr."""
     for name in list(flags.FLAGS):
         if name.startswith("config."):  # of the command line before
             delattr(flags.FLAGS, name)
@@ -51,4 +43,4 @@ def answer(words, data_dir):
             status = end.code
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
-    return Answer(status, said.getvalue())
+    return status, said.getvalue()

@@ -119,7 +119,7 @@ def test_a_contender_that_fails_says_why_and_a_peer_is_skipped(bench, setting, t
     remote.ask.side_effect = [1, worker.ContenderError("out of memory")]
     own.ask.return_value = 2
     turns = {("marian", "padded"): ("train", {}), (OURS, ""): ("train", {})}
-    found = bench.rotate({"marian": remote, OURS: own}, turns, 2)
+    found = bench.rotate({"marian": remote, OURS: own}, turns)
     assert found == {OUR_TITLE: [2, 2]}
     assert bench.failures == {"marian": "out of memory"}
     assert bench.able("batchings") == [OURS]

@@ -27,17 +27,12 @@ def test_a_script_finds_what_it_imports(path):
         assert "Error" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("devices", "changes"),
-    [
-        (4, {}),
-        (3, {"batch_size": 33}),
-        (1, {"batch_size": 7}),
-        (1, {"model.d_model": 512}),
-        (2, {"batch_size": 16, "accumulation_steps": 8}),
-        (3, {"replicas": 3, "model.d_model": 512}),
-    ],
-)
+DEVICES = [(4, {}), (3, {"batch_size": 33}), (1, {"batch_size": 7}), (1, {"model.d_model": 512})]
+DEVICES += [(2, {"batch_size": 16, "accumulation_steps": 8})]
+DEVICES += [(3, {"replicas": 3, "model.d_model": 512})]
+
+
+@pytest.mark.parametrize(("devices", "changes"), DEVICES)
 def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatch):
     asked, config = {}, default_config()
     monkeypatch.setattr(cli, "cpu_cores", lambda: 4)

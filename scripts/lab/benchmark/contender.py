@@ -49,9 +49,9 @@ class Contender(Protocol):
         """The outputs [n, length] for sources [n, S], in their order, `batch` at a time."""
         ...
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: str) -> None: ...
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str) -> None:
         """Reads parameters that `save` of this contender, or of `Entry.weights`, has written."""
 
 

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class CTranslate2(Contender):
     def __init__(self, setting: Setting):
         self.setting = setting
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str) -> None:
         network = MarianNetwork(self.setting.size)
         network.load_state_dict(torch.load(path, map_location="cpu"))
         config = network.model.config

@@ -64,13 +64,14 @@ class Bench:
             console.print(f"{label(remote.contender)} failed: {error}")
             return None
 
-    def rotate(self, remotes: Mapping[str, Remote], turns: Turns, rounds: int) -> Found:
+    def rotate(self, remotes: Mapping[str, Remote], turns: Turns) -> Found:
         """The result of each turn in each round, without those of failed peers."""
         calls = {
             key: partial(self.ask, remotes[key[0]], method, **arguments)
             for key, (method, arguments) in turns.items()
         }
-        found = rotate(calls, rounds, PAUSE)
+        rotate(calls, 1, PAUSE)  # compiles, and warms the caches
+        found = rotate(calls, self.rounds, PAUSE)
         return {label(*key): each for key, each in found.items() if key[0] not in self.failures}
 
     def training_of(self, name: str) -> tuple[dict[str, Any], str]:
@@ -132,8 +133,7 @@ def training(bench: Bench) -> Part:
     with bench.processes(names) as remotes:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)[0])
-        bench.rotate(remotes, turns, 1)  # compiles, and warms the caches
-        found = bench.rotate(remotes, turns, bench.rounds)
+        found = bench.rotate(remotes, turns)
     speeds = {key: spread(each, "{:.2f}".format) for key, each in rates(found, "steps").items()}
     title = "useful target tokens/s"
     return [comparison(title, rates(found, "tokens"), {"steps/s": speeds})], found
@@ -177,11 +177,9 @@ def decoding(bench: Bench) -> Part:
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(sources[name])[0])
             bench.ask(remote, "load", path=str(bench.weights(sources[name])))
         for beams, batch in itertools.product((1, 4), STRINGS):
-            arguments = {"strings": STRINGS[batch], "batch": batch, "beams": beams}
-            able = [name for name in names if beams in CONTENDERS[name].beams]
-            turns: Turns = {(name, ""): ("decode", arguments) for name in able}
-            bench.rotate(remotes, turns, 1)
-            found = bench.rotate(remotes, turns, bench.rounds)
+            call = "decode", {"strings": STRINGS[batch], "batch": batch, "beams": beams}
+            turns = {(name, ""): call for name in names if beams in CONTENDERS[name].beams}
+            found = bench.rotate(remotes, turns)
             title = f"{'greedy' if beams == 1 else f'beam {beams}'}, batch {batch}, strings/s"
             extra = {
                 "exact match": {key: f"{each[-1]['exact']:.1%}" for key, each in found.items()},

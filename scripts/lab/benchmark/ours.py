@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,11 +93,11 @@ class Ours(Contender):
             found = [jax.block_until_ready(call(Dataset(part, part, batch))) for part in parts]
         return np.concatenate([np.asarray(each.tokens) for each in found])[:, 0]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str) -> None:
         arrays: Any = {name: np.asarray(leaf) for name, leaf in self.variables.items()}
-        with path.open("wb") as file:
+        with open(path, "wb") as file:
             np.savez(file, **arrays)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str) -> None:
         with np.load(path) as arrays:
             self.variables, self.placed = dict(arrays), {}

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,10 +84,10 @@ class TorchPeer(Contender):
                 decoded[rows, : out.shape[1]] = out
         return decoded
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str) -> None:
         torch.save(self.module.state_dict(), path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str) -> None:
         self.module = self.network(self.size).to(self.device)
         self.module.load_state_dict(torch.load(path, map_location=self.device))
 

@@ -32,7 +32,7 @@ class ContenderError(Exception):
 
 
 class Worker:
-    """The requests that a contender answers, each a method; arguments and results are JSON."""
+    """The requests that are not the contender's own methods; arguments and results are JSON."""
 
     def __init__(self, contender: Contender, setting: Setting):
         self.contender, self.setting = contender, setting
@@ -60,11 +60,8 @@ class Worker:
         own = {"strings": strings, "seconds": seconds / passes}
         return own | {"exact": float(exact), "tokens": float(tokens)}
 
-    def save(self, path: str) -> None:
-        self.contender.save(Path(path))
-
-    def load(self, path: str) -> None:
-        self.contender.load(Path(path))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.contender, name)
 
 
 class Remote:
