@@ -9,15 +9,13 @@ from flax import nnx
 
 from tests.helpers import small_model
 from transformer.errors import UserError
-from transformer.modules import masking
+from transformer.modules import dot_product_attention, masking
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import (
     ATTENTION_BACKENDS,
     BFLOAT16_BACKENDS,
     FLEXIBLE_BACKENDS,
     SHORT_MASK_BACKENDS,
-    chunked_attention,
-    einsum_attention,
     masked_softmax,
     pick,
 )
@@ -34,28 +32,42 @@ MASKS = {
     "heads": jnp.arange(B * N * T * S).reshape(B, N, T, S) % 3 > 0,
 }
 
-# Those that run here; cuDNN wants its GPU. What they take as an array the kernels leave to the
-# reference: see MASKS_IN_SHORT for what they take themselves.
+# cuDNN needs a GPU. The kernels leave an array to the reference; SHORT_MASKS has what they take.
 HERE = [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS]
 each_backend = pytest.mark.parametrize("backend", HERE)
 each_mask = pytest.mark.parametrize("mask", MASKS)
-each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])  # heads of the keys and values
+each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
+einsum, chunked = ATTENTION_BACKENDS["einsum"], ATTENTION_BACKENDS["chunked"]
 
 
 def normal(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def make_qkv(rng, kv_heads=N, value_width=H):
-    keys, values = normal(rng, B, kv_heads, S, H), normal(rng, B, kv_heads, S, value_width)
-    return normal(rng, B, N, T, H), keys, values
+def make_qkv(rng, kv_heads=N, lengths=(T, S), value_width=H):
+    keys = [normal(rng, B, kv_heads, lengths[1], width) for width in (H, value_width)]
+    return normal(rng, B, N, lengths[0], H), *keys
+
+
+def gradients(attend, inputs):
+    """Output and gradients of the sum of its sine."""
+
+    def loss(*inputs):
+        out = attend(*inputs)
+        return jnp.sin(out + 1.0).sum(), out
+
+    numbers = tuple(range(len(inputs)))
+    return jax.tree.leaves(jax.jit(jax.grad(loss, numbers, has_aux=True))(*inputs))
+
+
+def near(ours, theirs, rtol=1e-4, atol=1e-5):
+    for one, other in zip(ours, theirs, strict=True):
+        assert jnp.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def by_hand(query, key, value, mask, bias=None):
-    """Equation 1, one query at a time, over the keys it may attend to, in float64.
-
-    The first N/K heads read the first of the K heads of keys and values, and so on.
-    """
+    """Equation 1 in float64, one query at a time, over the keys that it may attend to."""
     query, key, value = (np.asarray(each, np.float64) for each in (query, key, value))
     mask = np.broadcast_to(True if mask is None else mask, (B, N, T, S))
     bias = np.broadcast_to(0.0 if bias is None else bias, (B, N, T, S))
@@ -94,15 +106,11 @@ def test_values_may_have_a_width_of_their_own(backend, kv_heads, rng):
 def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_heads, rng):
     inputs = *make_qkv(rng, kv_heads), normal(rng, 1, N, T, S)
 
-    def gradients(name):
-        def loss(*inputs):
-            return jnp.sin(ATTENTION_BACKENDS[name](*inputs[:3], MASKS[mask], inputs[3])).sum()
+    def found(name):
+        attend = ATTENTION_BACKENDS[name]
+        return gradients(lambda q, k, v, bias: attend(q, k, v, MASKS[mask], bias), inputs)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
-
-    for mine, theirs in zip(gradients(backend), gradients("einsum"), strict=True):
-        assert jnp.isfinite(mine).all()
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    near(found(backend), found("einsum"))
 
 
 @each_backend
@@ -112,24 +120,20 @@ def test_masked_keys_have_no_influence_and_without_keys_there_are_zeros(backend,
     np.testing.assert_array_equal(out[1], 0.0)
     np.testing.assert_array_equal(out[0, :, [0, 2, 3]], 0.0)
     assert (out[0, :, 1] != 0).all()
-
-    def loss(*others):
-        return jnp.sin(attend(query, *others, MASKS["padding"])).sum()
-
-    for gradient in jax.grad(loss, argnums=(0, 1))(*others):
+    for gradient in gradients(lambda *kv: attend(query, *kv, MASKS["padding"]), others)[:2]:
         np.testing.assert_array_equal(gradient[0, :, 3:], 0.0)
         assert (jnp.abs(gradient[0, :, :3]).sum((0, 2)) > 0).all()
 
 
 @each_backend
 def test_scores_and_softmax_are_float32_under_bfloat16(backend):
-    # Scores near 1000 that differ by less than bfloat16 can tell apart there (4).
+    # Scores near 1000 that differ by less than bfloat16 resolves there (4).
     key = jnp.zeros((1, 1, 2, 2)).at[0, 0, :, 0].set(32.0).at[0, 0, 1, 1].set(1.0)
-    query = jnp.zeros((1, 1, 1, 2)).at[..., 0].set(44.0).at[..., 1].set(1.0)
-    value = jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1) * jnp.ones((1, 1, 2, 2))
-    query, key, value = (each.astype(jnp.bfloat16) for each in (query, key, value))
+    query = jnp.array([44.0, 1.0]).reshape(1, 1, 1, 2)
+    value = jnp.array([[0.0, 0.0], [1.0, 1.0]]).reshape(1, 1, 2, 2)
+    inputs = (each.astype(jnp.bfloat16) for each in (query, key, value))
     with jax.numpy_dtype_promotion("standard"):  # jax.nn's own function relies on it
-        out = ATTENTION_BACKENDS[backend](query, key, value)
+        out = ATTENTION_BACKENDS[backend](*inputs)
     assert out.dtype == jnp.bfloat16
     expected = 1 / (1 + np.exp(-1 / np.sqrt(2)))
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=1e-2)
@@ -143,16 +147,15 @@ def test_softmax_survives_large_scores():
 
 @pytest.mark.parametrize("backend", FLEXIBLE_BACKENDS)
 def test_dropped_weights_are_zero_and_the_others_are_scaled_up(backend, rng):
-    """With the identity for values, what comes out is the weights."""
+    """With the identity for values, the output is the weights."""
     size, rate = 64, 0.3
     query, key = normal(rng, 2, 2, size, 4), normal(rng, 2, 2, size, 4)
     value = jnp.broadcast_to(jnp.eye(size), (2, 2, size, size))
     attend = partial(ATTENTION_BACKENDS[backend], query, key, value, masking.causal(size))
     whole = attend()
     dropped = attend(drop=partial(dropout, rate=rate, stream=nnx.Rngs(dropout=0).dropout))
-    allowed = whole > 0
-    gone = allowed & (dropped == 0)
-    np.testing.assert_allclose(gone.sum() / allowed.sum(), rate, atol=0.03)
+    gone = (whole > 0) & (dropped == 0)
+    np.testing.assert_allclose(gone.sum() / (whole > 0).sum(), rate, atol=0.03)
     np.testing.assert_allclose(dropped[~gone], whole[~gone] / (1 - rate), rtol=1e-5)
 
 
@@ -203,32 +206,28 @@ def test_multi_head_attention_is_its_definition(value_width, rng):
     concatenated = jnp.concatenate([head(0), head(1)], axis=-1)
     matrix = attention.out.kernel[...].reshape(2 * value_width, 8)
     expected = concatenated @ matrix + attention.out.bias[...]
-    np.testing.assert_allclose(attention(x, y), expected, rtol=1e-4, atol=1e-5)
+    near([attention(x, y)], [expected])
     projected = attention.attend(attention.project_query(x), attention.project_kv(y))
     np.testing.assert_array_equal(projected, attention(x, y))
 
 
 @pytest.mark.parametrize(("kv_heads", "normalize_qk"), [(1, True), (2, True), (2, False)])
 def test_sharing_keys_and_values_is_having_them_twice(kv_heads, normalize_qk, rng):
-    """Grouped-query attention is multi-head attention whose neighbouring heads are alike."""
     shared = make_attention(4, num_kv_heads=kv_heads, use_bias=True, normalize_qk=normalize_qk)
     shared.key.bias[...] = normal(rng, kv_heads, 3)
     whole = make_attention(4, use_bias=True, normalize_qk=normalize_qk)
     whole.query, whole.out = shared.query, shared.out
-    for name in ("key", "value"):
-        few, many = getattr(shared, name), getattr(whole, name)
+    for few, many in ((shared.key, whole.key), (shared.value, whole.value)):
         many.kernel[...] = jnp.repeat(few.kernel[...], 4 // kv_heads, axis=1)
         many.bias[...] = jnp.repeat(few.bias[...], 4 // kv_heads, axis=0)
     x, mask = normal(rng, B, T, 8), masking.causal(T)
-    one, other = (each(x, mask=mask) for each in (shared, whole))
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    near([shared(x, mask=mask)], [whole(x, mask=mask)])
 
 
 def test_qk_norm_has_scales_of_its_own_and_comes_before_positions(rng):
     """Keys and queries by hand: x W, divided by its root mean square, times g, turned."""
     x = normal(rng, B, T, 8)
     attention = make_attention(normalize_qk=True, qk_norm=partial(RMSNorm, epsilon=1e-6))
-    # Three coordinates cannot be turned in pairs: a rotation of the first two will do.
     turn = jnp.array([[0.6, 0.8, 0.0], [-0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
     scales = {"query": jnp.array([1.0, 2.0, 3.0]), "key": jnp.array([3.0, 0.5, 1.0])}
     attention.query_ln.scale[...], attention.key_ln.scale[...] = scales.values()
@@ -239,23 +238,21 @@ def test_qk_norm_has_scales_of_its_own_and_comes_before_positions(rng):
 
     query = attention.project_query(x, lambda y: y @ turn)
     key, _ = attention.project_kv(x, rotate=lambda y: y @ turn)
-    np.testing.assert_allclose(query, by_hand("query"), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(key, by_hand("key"), rtol=1e-4, atol=1e-5)
+    near([query, key], [by_hand("query"), by_hand("key")])
 
 
 def packed(length):
     """Two rows: three examples and padding; one example, then nothing."""
-    eighths = np.arange(length) * 8 // length
-    first = np.array([1, 1, 1, 1, 2, 2, 3, 0])[eighths]
+    first = np.array([1, 1, 1, 1, 2, 2, 3, 0])[np.arange(length) * 8 // length]
     second = (np.arange(length) < length // 3).astype(int)
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
-# T and S: several chunks once a chunk is 32 queries, and no multiple of anything.
+# T and S: several chunks of 32 queries, and no multiples of anything.
 LONG, SHORT = packed(70), packed(45)
 FIRST_ALONE = (SHORT == 1).astype(jnp.int32).at[1].set(0)
 
-MASKS_IN_SHORT = {
+SHORT_MASKS = {
     "segments": masking.Mask(LONG, SHORT),
     "padding": masking.Mask(jnp.ones((B, 70), jnp.int32), FIRST_ALONE),
     "causal": masking.Mask(LONG, LONG, causal=True),
@@ -265,54 +262,37 @@ MASKS_IN_SHORT = {
 }
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr("transformer.modules.dot_product_attention.CHUNK", 32)
-
-
 def long_qkv(rng, mask, kv_heads=N):
-    t, s = mask.queries.shape[1], mask.keys.shape[1]
-    return [normal(rng, B, *each, H) for each in ((N, t), (kv_heads, s), (kv_heads, s))]
+    return make_qkv(rng, kv_heads, (mask.queries.shape[1], mask.keys.shape[1]))
 
 
 @pytest.mark.parametrize("kv_heads", [N, 2])
-@pytest.mark.parametrize("mask", MASKS_IN_SHORT.values(), ids=MASKS_IN_SHORT.keys())
+@pytest.mark.parametrize("mask", SHORT_MASKS.values(), ids=SHORT_MASKS.keys())
 @pytest.mark.parametrize("backend", SHORT_MASK_BACKENDS)
-def test_masks_in_short_give_outputs_and_gradients_of_the_reference(
-    backend, mask, kv_heads, rng, small_chunks
+def test_short_masks_give_outputs_and_gradients_of_the_reference(
+    backend, mask, kv_heads, rng, monkeypatch
 ):
     """Kernels are interpreted here; fully masked rows are zero and have finite gradients."""
-    inputs = long_qkv(rng, mask, kv_heads)
-
-    def both(name, mask):
-        def loss(*inputs):
-            out = ATTENTION_BACKENDS[name](*inputs, mask)
-            return jnp.sin(out + 1.0).sum(), out
-
-        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
-        return (out, *gradients)
-
-    mine, theirs = both(backend, mask), both("einsum", mask.array())
-    for one, other in zip(mine, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+    monkeypatch.setattr(dot_product_attention, "CHUNK", 32)
+    inputs, attend = long_qkv(rng, mask, kv_heads), ATTENTION_BACKENDS[backend]
+    *_, out = found = gradients(lambda *qkv: attend(*qkv, mask), inputs)
+    near(found, gradients(lambda *qkv: einsum(*qkv, mask.array()), inputs), 2e-4, 2e-5)
     nothing = ~np.asarray(mask.array().any(-1))[:, 0]
     assert nothing.any()
-    np.testing.assert_array_equal(mine[0].swapaxes(1, 2)[nothing], 0.0)
+    np.testing.assert_array_equal(out.swapaxes(1, 2)[nothing], 0.0)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("mask", [None, "keys", "rows"])
-def test_chunks_take_arrays_too(mask, with_bias, rng, small_chunks):
-    segments = MASKS_IN_SHORT["segments"]
+def test_chunks_take_arrays_too(mask, with_bias, rng, monkeypatch):
+    monkeypatch.setattr(dot_product_attention, "CHUNK", 32)
+    segments = SHORT_MASKS["segments"]
     inputs = long_qkv(rng, segments)
     mask = {None: None, "keys": masking.padding(SHORT == 1), "rows": segments.array()}[mask]
     bias = normal(rng, 1, N, 70, 45) if with_bias else None
-
-    def gradients(attend):
-        return jax.grad(lambda *args: jnp.sin(attend(*args, mask, bias)).sum(), (0, 1, 2))(*inputs)
-
-    for one, other in zip(gradients(chunked_attention), gradients(einsum_attention), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+    whole = {"mask": mask, "bias": bias}
+    ours, theirs = (gradients(partial(each, **whole), inputs) for each in (chunked, einsum))
+    near(ours, theirs, 2e-4, 2e-5)
 
 
 def test_memory_of_chunks_grows_with_the_length_and_that_of_the_reference_with_its_square():
@@ -322,12 +302,12 @@ def test_memory_of_chunks_grows_with_the_length_and_that_of_the_reference_with_i
         compiled = jax.jit(jax.grad(lambda x: attend(x, x, x, mask).sum())).lower(x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(chunked_attention, 4096) / temporaries(chunked_attention, 2048) < 2.3
-    assert temporaries(einsum_attention, 4096) / temporaries(einsum_attention, 2048) > 3.5
+    assert temporaries(chunked, 4096) / temporaries(chunked, 2048) < 2.3
+    assert temporaries(einsum, 4096) / temporaries(einsum, 2048) > 3.5
 
 
 def test_the_kernel_is_what_runs_where_it_can(rng):
-    mask = MASKS_IN_SHORT["causal"]
+    mask = SHORT_MASKS["causal"]
     query, *others = long_qkv(rng, mask)
 
     def has_kernel(*args):
@@ -338,7 +318,7 @@ def test_the_kernel_is_what_runs_where_it_can(rng):
     assert not has_kernel(query[:, :, :1], *others, replace(mask, queries=mask.queries[:, :1]))
 
 
-FAR = {"lengths": (512, 512)}
+FAR = {"length": 512}
 HALF = {"dtype": jnp.dtype("bfloat16")}
 
 
@@ -346,7 +326,7 @@ HALF = {"dtype": jnp.dtype("bfloat16")}
     ("expected", "platform", "changes"),
     [
         ("einsum", "cpu", {}),
-        ("chunked", "cpu", {"lengths": (4096, 4096)}),
+        ("chunked", "cpu", {"length": 4096}),
         ("splash", "tpu", FAR),
         ("einsum", "tpu", {}),
         ("einsum", "tpu", FAR | {"biased": True}),
@@ -357,7 +337,7 @@ HALF = {"dtype": jnp.dtype("bfloat16")}
     ],
 )
 def test_auto_picks_by_platform_and_shapes(expected, platform, changes):
-    usual = {"dtype": jnp.dtype("float32"), "head_width": 64, "lengths": (64, 64)}
+    usual = {"dtype": jnp.dtype("float32"), "head_width": 64, "length": 64}
     assert pick(platform, **usual | {"biased": False, "flexible": False} | changes) == expected
 
 
@@ -371,7 +351,12 @@ def test_a_config_says_what_auto_comes_to():
 
 
 def test_without_its_gpu_cudnn_is_one_line(rng):
-    query, *rest = (each.astype(jnp.bfloat16) for each in long_qkv(rng, MASKS_IN_SHORT["causal"]))
+    query, *rest = (each.astype(jnp.bfloat16) for each in long_qkv(rng, SHORT_MASKS["causal"]))
     with pytest.raises(UserError, match=r"attention_backend=cudnn.*choose another"):
         ATTENTION_BACKENDS["cudnn"](query, *rest)
     ATTENTION_BACKENDS["cudnn"](query[:, :, :4], *rest)  # a step of decoding is einsum's
+
+
+def test_an_unknown_backend_is_an_error_that_lists_them():
+    with pytest.raises(UserError, match=r"backend=einsums: choose one of .*did you mean einsum"):
+        make_attention(backend="einsums")

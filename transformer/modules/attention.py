@@ -10,20 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import choose
-from transformer.modules.dot_product_attention import (
-    ATTENTION_BACKENDS,
-    FLEXIBLE_BACKENDS,
-    attention_weights,
-)
+from transformer.modules import dot_product_attention as core
 from transformer.modules.dropout import CallRngs, Moded, dropout, kept_stream, stream_of
 from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes, zeros
 from transformer.modules.masking import Mask, as_array, causal
 from transformer.modules.normalization import LayerNorm
 from transformer.parallel.mesh import constrain
 
-Rotate = Callable[[Array], Array]
-
-layer_norm_without_bias = partial(LayerNorm, use_bias=False)
+Tokens = Float[Array, "B T D"]
+Rotate = Callable[[Array], Array] | None
 
 
 class KeyValue(NamedTuple):
@@ -47,29 +42,20 @@ class KeyValue(NamedTuple):
 class MultiHeadAttention(Moded):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
-    Arguments and parameters are those of `nnx.MultiHeadAttention`, with two differences. A query
-    that may attend to no key gets zeros; Flax returns the mean of the values. Dropout masks differ
-    between heads and examples, as in the paper; Flax shares one by default. (Section 3.2.2.)
+    Arguments and parameters are those of `nnx.MultiHeadAttention`, and a few more. Two things
+    differ: a query that may attend to no key gets zeros, where Flax returns the mean of the values,
+    and dropout masks differ between heads and examples, as in the paper. (Section 3.2.2.)
 
     Args:
-      num_heads: N, of the queries.
-      in_features: size of the inputs' last axis.
       qkv_features: N · H, of queries and keys; None: in_features.
-      out_features: size of the output's last axis; None: in_features.
       num_kv_heads: K, of keys and values, a divisor of N, each shared by N/K heads (Ainslie et
         al. 2023), 1 being multi-query attention (Shazeer 2019); None: N.
-      use_bias: whether the four projections have a bias.
-      normalize_qk: whether queries and keys are normalised over H (Henry et al. 2020, Dehghani
-        et al. 2023).
-      dtype: the dtype of the computation; None: promoted from inputs and parameters.
-      param_dtype: the dtype of the parameters.
-      kernel_init: initializer of the four matrices.
-      bias_init: initializer of their biases.
-      dropout_rate: dropout rate of the attention weights.
-      deterministic: whether to disable dropout; the call, `train()` and `eval()` override it.
+      normalize_qk: normalises queries and keys over H (Henry et al. 2020, Dehghani et al. 2023).
+      dropout_rate: of the attention weights.
+      deterministic: disables dropout; the call, `train()` and `eval()` override it.
       rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
       value_features: N · E, of values; None: qkv_features.
-      qk_norm: constructor of the norms of `normalize_qk`; Flax's is a LayerNorm without bias.
+      qk_norm: constructor of the norms of `normalize_qk`; None: as Flax, LayerNorm without bias.
       backend: one of `ATTENTION_BACKENDS`.
     """
 
@@ -91,11 +77,11 @@ class MultiHeadAttention(Moded):
         deterministic: bool | None = None,
         rngs: nnx.Rngs,
         value_features: int | None = None,
-        qk_norm: Callable[..., Any] = layer_norm_without_bias,
+        qk_norm: Callable[..., Any] | None = None,
         backend: str = "einsum",
     ):
-        self.backend = choose(ATTENTION_BACKENDS, backend, "backend")
-        if dropout_rate > 0.0 and backend not in FLEXIBLE_BACKENDS:
+        self.backend = choose(core.ATTENTION_BACKENDS, backend, "backend")
+        if dropout_rate > 0.0 and backend not in core.FLEXIBLE_BACKENDS:
             raise ValueError(f"backend={backend!r} cannot drop attention weights")
         kv_heads, features = num_kv_heads or num_heads, qkv_features or in_features
         values = value_features or features
@@ -103,8 +89,8 @@ class MultiHeadAttention(Moded):
             if size % heads:
                 raise ValueError(f"the number of heads, {heads}, does not divide {size}")
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        inits: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init}
-        linear = partial(Linear, use_bias=use_bias, **inits, **common)
+        inits = {"use_bias": use_bias, "kernel_init": kernel_init, "bias_init": bias_init}
+        linear = partial(Linear, **inits, **common)
 
         def project_in(heads: int, width: int, axis: str) -> Linear:
             axes = linear_axes("embed", axis, "head")
@@ -115,8 +101,9 @@ class MultiHeadAttention(Moded):
         self.query = project_in(num_heads, features, "heads")
         self.key = project_in(kv_heads, features, self.kv_axis)
         self.value = project_in(kv_heads, values, self.kv_axis)
-        axes = linear_axes("heads", "head", "embed")
+        axes = {"axis": (-2, -1)} | linear_axes("heads", "head", "embed")
         self.out = linear((num_heads, values // num_heads), out_features or in_features, **axes)
+        qk_norm = qk_norm or partial(LayerNorm, use_bias=False)
         make_norm = partial(qk_norm, features // num_heads, **common)
         self.query_ln = nnx.data(make_norm() if normalize_qk else None)
         self.key_ln = nnx.data(make_norm() if normalize_qk else None)
@@ -136,7 +123,7 @@ class MultiHeadAttention(Moded):
         rngs: CallRngs = None,
         is_causal: bool = False,
         bias: Float[Array, "..."] | None = None,
-        rotate: Rotate | None = None,
+        rotate: Rotate = None,
     ) -> Float[Array, "*B T out"]:
         """Attention from `inputs_q` to `inputs_k` (None: inputs_q) and `inputs_v` (None: inputs_k).
 
@@ -151,8 +138,7 @@ class MultiHeadAttention(Moded):
         if inputs_k is None and inputs_v is not None:
             raise ValueError("inputs_v without inputs_k: pass the one array as inputs_k alone")
         if inputs_q.shape[-1] != self.in_features:
-            size = inputs_q.shape[-1]
-            raise ValueError(f"inputs have {size} features, and the module {self.in_features}")
+            raise ValueError(f"inputs have {inputs_q.shape[-1]} features, not {self.in_features}")
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         *batch, length, _ = inputs_q.shape
@@ -167,21 +153,14 @@ class MultiHeadAttention(Moded):
         out = self.attend(query, key_value, rngs=rngs, **options)
         return out.reshape(*batch, *out.shape[1:])
 
-    def project_query(
-        self, x: Float[Array, "B T D"], rotate: Rotate | None = None
-    ) -> Float[Array, "B N T H"]:
+    def project_query(self, x: Tokens, rotate: Rotate = None) -> Float[Array, "B N T H"]:
         """The queries of `x`, normalised and rotated if configured."""
         query = self.query(x)
         query = query if self.query_ln is None else self.query_ln(query)
         query = query if rotate is None else rotate(query)
         return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
 
-    def project_kv(
-        self,
-        x: Float[Array, "B S D"],
-        y: Float[Array, "B S D"] | None = None,
-        rotate: Rotate | None = None,
-    ) -> KeyValue:
+    def project_kv(self, x: Tokens, y: Tokens | None = None, rotate: Rotate = None) -> KeyValue:
         """The keys of `x`, normalised and rotated if configured, and the values of `y` (None: x).
 
         Each device computes its own positions, which are then gathered over the mesh axis
@@ -210,7 +189,7 @@ class MultiHeadAttention(Moded):
         `nnx.Intermediate` named `attention_weights`; `nnx.capture` collects them.
         """
         if self.sow_weights:
-            weights = attention_weights(query, key_value.key, as_array(mask), bias)
+            weights = core.attention_weights(query, key_value.key, as_array(mask), bias)
             self.sow(nnx.Intermediate, "attention_weights", weights)
         drop, rate = {}, self.dropout_rate
         if (isinstance(rate, jax.Array) or rate > 0.0) and not self.is_deterministic(deterministic):

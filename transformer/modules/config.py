@@ -115,7 +115,7 @@ class ModelConfig:
         width, drops = self.attention_width(), self.attention_dropout_rate > 0.0
         biased = POSITIONS[self.position_encoding].bias is not Position.bias
         options = {"biased": biased, "flexible": drops or self.values_width() != width}
-        sizes = DTYPES[self.dtype], width, (length, length)
+        sizes = DTYPES[self.dtype], width, length
         return pick(jax.default_backend(), *sizes, **options)
 
     def reach(self, length: int) -> int:

@@ -1,10 +1,7 @@
 """Scaled dot-product attention, softmax(Q Kᵀ / √H) V, and the backends that compute it.
 
-`einsum_attention` is the reference; the other backends compute the same function with less memory
-or on specific devices. B is the batch, N the heads of the queries, K those of keys and values (N,
-or a divisor of it), T and S the numbers of queries and keys, H and E the widths of a head's keys
-and values, the paper's d_k and d_v. A mask is True where a query may attend to a key; a bias is
-added to the scores. (Vaswani et al. 2017, section 3.2.1.)
+A mask is True where a query may attend to a key; a bias is added to the scores; N/K neighbouring
+heads of the queries share a head of keys and values. (Vaswani et al. 2017, section 3.2.1.)
 """
 
 import math
@@ -15,32 +12,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from transformer.errors import UserError
+from transformer.errors import explained
 from transformer.modules.masking import Mask, as_array
 from transformer.parallel.mesh import axis_shards, shard_by_rules
 
 Query = Float[Array, "B N T H"]
 Key = Float[Array, "B K S H"]
 Value = Float[Array, "B K S E"]
-Allowed = Mask | Bool[Array, "#B #N #T S"] | None
+Weights = Float[Array, "B N T S"]
+Allowed = Bool[Array, "#B #N #T S"] | None
+Masks = Mask | Allowed
 Bias = Float[Array, "#B #N #T S"] | None
-Output = Float[Array, "B N T E"]
+Heads = Float[Array, "B N T E"]
+Drop = Callable[[Array], Array] | None
 
 CHUNK = 256  # queries at a time in `chunked`
 LONG = 2048  # length from which the attention weights dominate memory
 LANES = 128  # lanes of a TPU's vector unit; lengths are padded to multiples
 
 
-def share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
-    """Repeats keys or values for N heads; N/K neighbouring heads share one."""
+def _share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
+    """Repeats keys or values for all heads of the queries."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def masked_softmax(
-    scores: Float[Array, "B N T S"], mask: Bool[Array, "#B #N #T S"] | None
-) -> Float[Array, "B N T S"]:
+def _pad(x: Array, axis: int, multiple: int) -> Array:
+    """Pads an axis with zeros to a multiple."""
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+
+def masked_softmax(scores: Weights, mask: Allowed) -> Weights:
     """Softmax over the keys that `mask` allows; a query with none gets zeros.
 
     Masked keys get exactly 0 and pass exactly zero gradient.
@@ -54,245 +58,152 @@ def masked_softmax(
     return weights / jnp.where(total == 0.0, 1.0, total)
 
 
-def attention_weights(
-    query: Query, key: Key, mask: Bool[Array, "#B #N #T S"] | None = None, bias: Bias = None
-) -> Float[Array, "B N T S"]:
+def attention_weights(query: Query, key: Key, mask: Allowed, bias: Bias = None) -> Weights:
     """softmax(Q Kᵀ / √H + bias) over the allowed keys, in float32 for any input dtype."""
-    key = share(key, query.shape[1])
+    key = _share(key, query.shape[1])
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias
-    return masked_softmax(scores, mask)
+    return masked_softmax(scores if bias is None else scores + bias, mask)
 
 
-def einsum_attention(
-    query: Query,
-    key: Key,
-    value: Value,
-    mask: Allowed = None,
-    bias: Bias = None,
-    drop: Callable[[Array], Array] = lambda weights: weights,
-) -> Output:
-    """Scaled dot-product attention, softmax(Q Kᵀ / √H + bias) V.
-
-    The reference that the other backends are tested against. It materialises the weights, to which
-    `drop` is applied. (Equation 1.)
-    """
-    weights = drop(attention_weights(query, key, as_array(mask), bias))
-    value = share(value, query.shape[1])
+def einsum(
+    query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, drop: Drop = None
+) -> Heads:
+    """The reference, which materialises the weights and applies `drop` to them. (Equation 1.)"""
+    weights = attention_weights(query, key, as_array(mask), bias)
+    weights = weights if drop is None else drop(weights)
+    value = _share(value, query.shape[1])
     return jnp.einsum("BNTS,BNSE->BNTE", weights.astype(value.dtype), value)
 
 
-def xla_attention(
-    query: Query,
-    key: Key,
-    value: Value,
-    mask: Allowed = None,
-    bias: Bias = None,
-    implementation: Any = "xla",
-) -> Output:
-    """`jax.nn.dot_product_attention`, which requires E = H.
-
-    That function gives a query with no allowed key the mean of the values, so its
-    output is set to zero.
-    """
+def xla(
+    query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, by: Any = "xla"
+) -> Heads:
+    """`jax.nn.dot_product_attention`, with zeros for a query without keys; requires E = H."""
     mask = as_array(mask)
-    query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
-    out = jax.nn.dot_product_attention(
-        query, key, value, bias=bias, mask=mask, implementation=implementation
-    ).swapaxes(1, 2)
+    inputs = (each.swapaxes(1, 2) for each in (query, key, value))
+    out = jax.nn.dot_product_attention(*inputs, bias=bias, mask=mask, implementation=by)
+    out = out.swapaxes(1, 2)
     return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
-def cudnn_attention(
-    query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
-) -> Output:
-    """cuDNN's flash attention through `xla_attention`, for bfloat16 on an NVIDIA GPU.
-
-    The few queries of a decoding step use the reference.
-
-    Raises:
-      UserError: the GPU is missing, or cuDNN has no kernel for these shapes.
-    """
+def cudnn(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
+    """cuDNN's flash attention, for bfloat16 on an NVIDIA GPU; `einsum` for a decoding step."""
     if query.shape[2] < 16:
-        return einsum_attention(query, key, value, mask, bias)
-    try:
-        return xla_attention(query, key, value, mask, bias, "cudnn")
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model.attention_backend=cudnn: {reason}; choose another, or auto"
-        ) from error
+        return einsum(query, key, value, mask, bias)
+    message = "model.attention_backend=cudnn: {reason}; choose another, or auto"
+    with explained(message, NotImplementedError, RuntimeError, ValueError):
+        return xla(query, key, value, mask, bias, "cudnn")
 
 
-def chunked_attention(
-    query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
-) -> Output:
+def chunked(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
     """Processes `CHUNK` queries at a time and rematerialises their weights in the backward pass.
 
     Memory grows with S instead of T · S, apart from a bias or a mask given as an array. (After Rabe
     and Staats 2021, who also split the keys.)
     """
-    length, chunks = query.shape[2], -(-query.shape[2] // CHUNK)
-    if chunks == 1:
-        return einsum_attention(query, key, value, mask, bias)
+    length = query.shape[2]
+    if length <= CHUNK:
+        return einsum(query, key, value, mask, bias)
 
     def cut(x: Array, axis: int) -> Array:
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, chunks * CHUNK - length)
-        x = jnp.pad(x, pad)
-        return jnp.moveaxis(
-            x.reshape(*x.shape[:axis], chunks, CHUNK, *x.shape[axis + 1 :]), axis, 0
-        )
+        x = _pad(x, axis, CHUNK)
+        x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
 
-    parts, whole = {"query": cut(query, 2), "first": jnp.arange(chunks) * CHUNK}, {}
+    # A mask or bias may have one row for all queries, which each chunk takes whole.
+    inputs = {"query": query, "mask": mask, "bias": bias}
+    rows = [name for name, x in inputs.items() if isinstance(x, Array) and x.shape[2] > 1]
+    chunks: dict[str, Any] = {name: cut(inputs[name], 2) for name in rows}
     if isinstance(mask, Mask):
-        parts["queries"] = cut(mask.queries, 1)
-    for name, each in (("mask", mask), ("bias", bias)):
-        if isinstance(each, Array):  # one for each query, or one for all of them
-            whole[name] = each
-            if each.shape[2] > 1:
-                parts[name] = cut(whole.pop(name), 2)
+        chunks |= {"segments": cut(mask.queries, 1), "first": jnp.arange(0, length, CHUNK)}
 
     @jax.checkpoint
-    def attend(part: dict[str, Array]) -> Array:
-        part = whole | part
-        seen = part.get("mask")
+    def attend(chunk: dict[str, Array]) -> Array:
+        here = inputs | chunk
         if isinstance(mask, Mask):
-            seen = replace(mask, queries=part["queries"]).array(part["first"])
-        return einsum_attention(part["query"], key, value, seen, part.get("bias"))
+            here["mask"] = replace(mask, queries=here["segments"]).array(here["first"])
+        return einsum(here["query"], key, value, here["mask"], here["bias"])
 
-    out = jnp.moveaxis(jax.lax.map(attend, parts), 0, 2)
+    out = jnp.moveaxis(jax.lax.map(attend, chunks), 0, 2)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
-def splash_attention(
-    query: Query, key: Key, value: Value, mask: Allowed = None, bias: Bias = None
-) -> Output:
+def splash(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
     """Splash attention, JAX's flash attention kernel for TPUs; interpreted on other devices.
 
-    It takes a mask as segment ids, causality and a window, and skips fully masked blocks. A bias,
-    a mask given as an array, and single queries use the reference.
+    It skips the blocks that a `Mask` excludes. A bias, other masks and single queries use `einsum`.
     """
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
-        return einsum_attention(query, key, value, mask, bias)
+        return einsum(query, key, value, mask, bias)
     # A device with some of the query heads needs the keys and values that these heads share.
     shared = math.lcm(key.shape[1], axis_shards("heads"))
-    key, value = share(key, shared), share(value, shared)
+    key, value = _share(key, shared), _share(value, shared)
     heads, segments = ("batch", "heads", None, None), ("batch", None)
-    attend = shard_by_rules(
-        partial(splash_kernel, causal=mask.causal, window=mask.window),
-        (*(heads,) * 3, *(segments,) * 2),
-        heads,
-    )
+    kernel = partial(_splash_kernel, causal=mask.causal, window=mask.window)
+    attend = shard_by_rules(kernel, (heads, heads, heads, segments, segments), heads)
     out = attend(query * query.shape[-1] ** -0.5, key, value, mask.queries, mask.keys)
     return jnp.where(mask.attends()[:, None, :, None], out, 0)
 
 
-def splash_kernel(
-    query: Query,
-    key: Key,
-    value: Value,
-    query_segments: Int[Array, "B T"],
-    key_segments: Int[Array, "B S"],
-    *,
-    causal: bool,
-    window: int | None,
-) -> Output:
-    """Calls the kernel with lengths padded to its block size; queries are already scaled."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+def _splash_kernel(*inputs: Array, causal: bool, window: int | None) -> Heads:
+    """Calls the kernel on query, key, value and segments, padded to its block size."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
-    def pad(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, -x.shape[axis] % LANES)
-        return jnp.pad(x, widths)
-
-    length = query.shape[2]
-    query, key, value = (pad(each, 2) for each in (query, key, value))
-    segments = splash.SegmentIds(pad(query_segments, 1), pad(key_segments, 1))
+    length = inputs[0].shape[2]
+    query, key, *rest = (_pad(each, 2 if each.ndim == 4 else 1, LANES) for each in inputs)
     shape = query.shape[2], key.shape[2]
+    one_head = tpu.CausalMask(shape) if causal else tpu.FullMask(shape)
     if window is not None:
-        near = (window - 1, 0 if causal else window - 1)
-        one_head = splash.LocalMask(shape, near, offset=0)
-    else:
-        one_head = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-    heads = splash.MultiHeadMask([one_head] * query.shape[1])
+        one_head = tpu.LocalMask(shape, (window - 1, 0 if causal else window - 1), offset=0)
+    heads = tpu.MultiHeadMask([one_head] * query.shape[1])
     q, kv = (next(size for size in (512, 256, LANES) if n % size == 0) for n in shape)
-    sizes = splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv)
+    sizes = tpu.BlockSizes(q, kv, kv, q, kv, kv, q, kv)
+    make = partial(tpu.make_splash_mha, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
     def attend(*inputs: Array, interpret: bool) -> Any:
-        kernel = splash.make_splash_mha(
-            heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
-        return jax.vmap(kernel)(*inputs[:3], splash.SegmentIds(*inputs[3:]))
+        kernel = jax.vmap(make(heads, interpret=interpret))
+        return kernel(*inputs[:3], tpu.SegmentIds(*inputs[3:]))
 
-    out = jax.lax.platform_dependent(
-        *(query, key, value, *segments),
-        tpu=partial(attend, interpret=False),
-        default=partial(attend, interpret=True),
-    )
-    return out[:, :, :length]
+    kernels = {"tpu": partial(attend, interpret=False), "default": partial(attend, interpret=True)}
+    return jax.lax.platform_dependent(query, key, *rest, **kernels)[:, :, :length]
 
 
-def auto_attention(
-    query: Query,
-    key: Key,
-    value: Value,
-    mask: Allowed = None,
-    bias: Bias = None,
-    **drop: Callable[[Array], Array],
-) -> Output:
+def auto(
+    query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, **drop: Any
+) -> Heads:
     """The backend that `pick` selects for these shapes on this platform."""
-    flexible = bool(drop) or query.shape[-1] != value.shape[-1]
-    lengths = query.shape[2], key.shape[2]
-    name = pick(
-        jax.default_backend(), query.dtype, query.shape[-1], lengths, bias is not None, flexible
-    )
+    (*_, length, width), flexible = query.shape, bool(drop) or value.shape[-1] != query.shape[-1]
+    sizes = width, min(length, key.shape[2])
+    name = pick(jax.default_backend(), query.dtype, *sizes, bias is not None, flexible)
     return ATTENTION_BACKENDS[name](query, key, value, mask, bias, **drop)
 
 
 def pick(
-    platform: str,
-    dtype: jnp.dtype,
-    head_width: int,
-    lengths: tuple[int, int],
-    biased: bool,
-    flexible: bool,
+    platform: str, dtype: Any, head_width: int, length: int, biased: bool, flexible: bool
 ) -> str:
-    """Returns the name of the backend for a platform and a computation.
+    """The backend for a platform (cpu, gpu or tpu) and a computation.
 
-    Args:
-      platform: cpu, gpu or tpu.
-      dtype: the dtype of the queries.
-      head_width: H.
-      lengths: T and S.
-      biased: whether a bias is added to the scores.
-      flexible: whether there is dropout of the weights, or E ≠ H.
+    `length` is the shorter of T and S. `flexible`: with dropout of the weights, or E ≠ H.
     """
     if flexible:
         return "einsum"
-    if platform == "tpu" and not biased and min(lengths) >= 512:
+    if platform == "tpu" and not biased and length >= 512:
         return "splash"
     if platform == "gpu" and dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128:
         return "cudnn"
-    return "chunked" if min(lengths) >= LONG else "einsum"
+    return "chunked" if length >= LONG else "einsum"
 
 
 ATTENTION_BACKENDS: dict[str, Callable[..., Array]] = {
-    "auto": auto_attention,
-    "einsum": einsum_attention,
-    "xla": xla_attention,
-    "chunked": chunked_attention,
-    "cudnn": cudnn_attention,
-    "splash": splash_attention,
+    "auto": auto,
+    "einsum": einsum,
+    "xla": xla,
+    "chunked": chunked,
+    "cudnn": cudnn,
+    "splash": splash,
 }
 
-# Backends that support dropout of attention weights, and values of another width than keys.
-FLEXIBLE_BACKENDS = ("auto", "einsum")
-
-# Backends that compute only in bfloat16, on their device.
-BFLOAT16_BACKENDS = ("cudnn",)
-
-# Backends that take a compact `Mask` and do not materialise T · S entries.
-SHORT_MASK_BACKENDS = ("auto", "chunked", "splash")
+FLEXIBLE_BACKENDS = ("auto", "einsum")  # support dropout of the weights, and E ≠ H
+BFLOAT16_BACKENDS = ("cudnn",)  # compute only in bfloat16, on their device
+SHORT_MASK_BACKENDS = ("auto", "chunked", "splash")  # take a `Mask`, and no T · S entries

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# The type of `rngs` in calls.
-CallRngs = nnx.Rngs | nnx.RngStream | None
+CallRngs = nnx.Rngs | nnx.RngStream | None  # the type of `rngs` in calls
 
 
 def training_rngs(key: Array) -> nnx.Rngs:
@@ -31,15 +30,9 @@ def stream_of(name: str, *given: CallRngs) -> nnx.RngStream | None:
 
 
 def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
-    """The stream that a module with dropout keeps for calls without `rngs`, as in Flax.
-
-    None at rate 0, or if `rngs` has no stream for it, such as `nnx.Rngs(params=0)`.
-    """
-    if rngs is None or rate == 0.0:
-        return None
-    if isinstance(rngs, nnx.Rngs) and "dropout" not in rngs and "default" not in rngs:
-        return None
-    stream = stream_of("dropout", rngs)
+    """The stream, if there is one, that a module keeps for calls without `rngs`, as in Flax."""
+    without = isinstance(rngs, nnx.Rngs) and "dropout" not in rngs and "default" not in rngs
+    stream = None if rate == 0.0 or without else stream_of("dropout", rngs)
     return None if stream is None else stream.fork()
 
 
@@ -52,16 +45,12 @@ class Moded(nnx.Module):
         """The argument of the call if given, else the module's attribute."""
         mode = self.deterministic if at_call is None else at_call
         if mode is None:
-            raise ValueError(
-                "dropout needs to know its mode: pass deterministic= to the constructor or the "
-                "call, or call train() or eval() on the module"
-            )
+            raise ValueError("dropout needs a mode: pass deterministic=, or call train() or eval()")
         return mode
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Sets the mode, for `nnx.view`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
+        self.deterministic = self.deterministic if deterministic is None else deterministic
 
 
 def dropout(
@@ -69,42 +58,30 @@ def dropout(
 ) -> Float[Array, "*B"]:
     """Sets elements to 0 with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Each call draws one key from `stream`, except at rate 0.0, where it returns x. With a traced
-    rate it always draws. (Srivastava et al. 2014.)
+    A traced rate always draws a key from `stream`, the numbers 0 and 1 do not. (Srivastava et al.
+    2014.)
     """
-    if not isinstance(rate, jax.Array):
-        if rate == 0.0:
-            return x
-        if rate == 1.0:
-            return jnp.zeros_like(x)
+    if not isinstance(rate, jax.Array) and rate in (0.0, 1.0):
+        return jnp.zeros_like(x) if rate else x
     if stream is None:
         raise ValueError("dropout needs random keys: pass rngs= to the constructor or the call")
     keep = jax.random.bernoulli(stream(), 1.0 - rate, x.shape)
-    scale = jnp.asarray(1.0 / (1.0 - rate), x.dtype)
-    return jnp.where(keep, x * scale, jnp.zeros_like(x))
+    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros_like(x))
 
 
 class Dropout(Moded):
-    """Dropout, as `nnx.Dropout`; its rate may be set to a traced scalar.
+    """`nnx.Dropout`, whose rate may also be set to a traced scalar.
 
-    Args:
-      rate: the probability that an element becomes 0.
-      deterministic: whether to return the input unchanged.
-      rngs: random keys for calls without `rngs`.
+    `rngs` is for calls without `rngs`.
     """
 
     def __init__(self, rate: float, *, deterministic: bool | None = False, rngs: CallRngs = None):
-        self.rate = rate
-        self.deterministic = deterministic
+        self.rate, self.deterministic = rate, deterministic
         self.rngs = nnx.data(kept_stream(rngs, rate))
 
     def __call__(
-        self,
-        inputs: Float[Array, "*B"],
-        *,
-        deterministic: bool | None = None,
-        rngs: CallRngs = None,
-    ) -> Float[Array, "*B"]:
+        self, inputs: Array, *, deterministic: bool | None = None, rngs: CallRngs = None
+    ) -> Array:
         if self.is_deterministic(deterministic):
             return inputs
         return dropout(inputs, self.rate, stream_of("dropout", rngs, self.rngs))
@@ -113,6 +90,5 @@ class Dropout(Moded):
 def set_rate(module: nnx.Module, kind: type, **rates: Any) -> None:
     """Sets rates of all submodules of a type to numbers or traced scalars."""
     for name, rate in rates.items():
-        value = nnx.data(rate) if isinstance(rate, jax.Array) else rate
-        attributes: dict[str, Any] = {name: value}
-        module.set_attributes(kind, raise_if_not_found=False, **attributes)
+        value: Any = nnx.data(rate) if isinstance(rate, jax.Array) else rate
+        module.set_attributes(kind, raise_if_not_found=False, **{name: value})

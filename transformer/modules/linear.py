@@ -1,7 +1,6 @@
 """Linear transformations and embeddings, with `nnx`'s arguments and parameter layouts."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ Initializer = Callable[..., Any]
 
 lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
-embed_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 # Initializers of the matrices of attention and feed-forward.
 INITIALIZERS: dict[str, Initializer] = {
@@ -36,7 +34,7 @@ def axis_names(*names: str) -> dict[str, Any]:
 
 
 def linear_axes(*names: str) -> dict[str, Any]:
-    """The metadata arguments of a `Linear` whose kernel has these axes from or to "embed"."""
+    """The metadata arguments of a `Linear` whose kernel has these axes, from or to "embed"."""
     bias = ("norm",) if names[-1] == "embed" else names[1:]
     return {"kernel_metadata": axis_names(*names), "bias_metadata": axis_names(*bias)}
 
@@ -47,99 +45,51 @@ def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
 
 
 class Linear(nnx.LinearGeneral):
-    """x W + b over the last axis, or over several axes at once, as `nnx.Linear(General)`.
+    """x W + b over the last axis, or several axes at once: `nnx.Linear` and `nnx.LinearGeneral`.
 
-    The gradient of b is summed in the dtype of b: bfloat16 cannot count above 256.
-
-    Args:
-      in_features: size of the input's last axis, or of its last axes.
-      out_features: size of the output's last axis, or axes.
-      use_bias: whether to add b.
-      dtype: the dtype of the computation; None: promoted from inputs and parameters.
-      param_dtype: the dtype of the parameters.
-      kernel_init: initializer of W, called with its shape as a matrix.
-      bias_init: initializer of b.
-      rngs: random keys for the parameters.
-      kernel_metadata: metadata of the parameter `kernel`.
-      bias_metadata: metadata of the parameter `bias`.
+    The gradient of b is summed in the dtype of b, not in that of the computation: bfloat16 cannot
+    count above 256.
     """
 
-    def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        *,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = lecun_normal,
-        bias_init: Initializer = zeros,
-        rngs: nnx.Rngs,
-        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-    ):
-        axes = 1 if isinstance(in_features, int) else len(in_features)
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options |= {"use_bias": use_bias, "kernel_init": kernel_init, "bias_init": bias_init}
-        options |= {"kernel_metadata": kernel_metadata, "bias_metadata": bias_metadata}
-        super().__init__(in_features, out_features, axis=range(-axes, 0), **options)
+    def __init__(self, in_features: Any, out_features: Any, **options: Any):
+        super().__init__(in_features, out_features, promote_dtype=_without_bias, **options)
 
-    def __call__(
-        self, inputs: Float[Array, "..."], out_sharding: Any = None
-    ) -> Float[Array, "..."]:
-        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        dtype = compute_dtype(self.dtype, inputs, kernel, bias)
-        options = {"axes": len(self.in_features), "out_sharding": out_sharding}
-        product = jnp.tensordot(inputs.astype(dtype), kernel.astype(dtype), **options)
-        if bias is None:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        product = super().__call__(inputs, out_sharding)
+        if self.bias is None:
             return product
-        # Cast after the broadcast: the gradient is summed in the bias's dtype.
-        return product + jnp.broadcast_to(bias, product.shape).astype(dtype)
+        # The gradient is summed where the bias is broadcast, before the cast.
+        return product + jnp.broadcast_to(self.bias[...], product.shape).astype(product.dtype)
 
 
-class Embed(nnx.Module):
+def _without_bias(arrays: Any, dtype: Any = None, **unused: Any) -> Any:
+    """Inputs and kernel in the dtype of the computation; `Linear` adds the bias."""
+    dtype = compute_dtype(dtype, *arrays)
+    return arrays[0].astype(dtype), arrays[1].astype(dtype), None
+
+
+class Embed(nnx.Embed):
     """One vector for each token, as `nnx.Embed`; its transpose gives logits (`attend`).
 
     A token outside the vocabulary becomes NaN. Gradients are summed in the dtype of the parameter.
-
-    Args:
-      num_embeddings: V.
-      features: D.
-      dtype: the dtype of the vectors; None: that of the parameter.
-      param_dtype: the dtype of the parameter.
-      embedding_init: initializer of the parameter, [V, D].
-      rngs: random keys for the parameter.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        features: int,
-        *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        embedding_init: Initializer = embed_init,
-        rngs: nnx.Rngs,
-    ):
-        self.num_embeddings, self.features = num_embeddings, features
-        self.dtype = dtype or param_dtype
-        embedding = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
-        self.embedding = nnx.Param(embedding, **axis_names("vocab", "embed"))
+    def __init__(self, num_embeddings: int, features: int, **options: Any):
+        options |= {"embedding_metadata": axis_names("vocab", "embed")}
+        super().__init__(num_embeddings, features, **options)
 
-    def __call__(self, inputs: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    def __call__(self, inputs: Int[Array, "*B"], out_sharding: Any = None) -> Float[Array, "*B D"]:
         # Gather over fsdp first: the rows of a table that is sharded along D would be sharded
         # along D too, and XLA could only replicate them on every device.
         table = constrain(self.embedding[...], "vocab", "width")
         # Cast after the lookup: gradients over a token's occurrences sum in the table's dtype.
-        return table.at[inputs].get(mode="fill").astype(self.dtype)
+        rows = table.at[inputs].get(mode="fill", out_sharding=out_sharding)
+        return self.promote_dtype((rows,), dtype=self.dtype)[0]
 
-    def attend(
-        self, query: Float[Array, "*B D"], *, preferred_element_type: Any = None
-    ) -> Float[Array, "*B V"]:
-        """query Eᵀ in `dtype`; `preferred_element_type` sets the dtype of the sum and result."""
-        query, table = query.astype(self.dtype), self.embedding[...].astype(self.dtype)
-        dtype = {"preferred_element_type": preferred_element_type}
-        return jnp.einsum("...D,VD->...V", query, table, **dtype)
+    def attend(self, query: Array, out_sharding: Any = None, **options: Any) -> Array:
+        """query Eᵀ in `dtype`; options are those of `jnp.einsum`."""
+        arrays = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        return jnp.einsum("...D,VD->...V", *arrays, out_sharding=out_sharding, **options)
 
 
 def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Embed:

@@ -1,7 +1,6 @@
 """Normalisation layers, with `nnx`'s arguments and parameter names, and `NORMS`, their table.
 
-Entries are constructed with `(num_features, *, epsilon, dtype, param_dtype, rngs)` and called on
-an array.
+Entries are constructed with `(num_features, *, epsilon, dtype, param_dtype, rngs)`.
 """
 
 from functools import partial
@@ -17,21 +16,10 @@ ones = nnx.initializers.ones_init()
 
 
 class Norm(nnx.Module):
-    """Base class of norms, with the scale and bias that follow; the arguments are `nnx`'s.
+    """Base class of norms: the arguments of `nnx.LayerNorm`, and the scale and bias that follow.
 
     Initialising them does not advance `rngs`, so the choice of a norm does not change the initial
     values of other parameters.
-
-    Args:
-      num_features: D.
-      epsilon: added to the variance.
-      dtype: the dtype of the output; None: promoted from input and parameters.
-      param_dtype: the dtype of the parameters.
-      use_bias: whether to add a bias.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      rngs: random keys for the parameters.
     """
 
     def __init__(
@@ -56,9 +44,8 @@ class Norm(nnx.Module):
         self.bias: nnx.Param[Array] | None = nnx.data(parameter(bias_init) if use_bias else None)
 
     def scaled(self, normalised: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Array:
-        """Returns `normalised` (float32) times scale plus bias, in the output dtype."""
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
+        """`normalised` (float32) times scale plus bias, in the dtype of the output for x."""
+        scale, bias = (None if each is None else each[...] for each in (self.scale, self.bias))
         if scale is not None:
             normalised = normalised * scale.astype(jnp.float32)
         if bias is not None:
@@ -67,13 +54,13 @@ class Norm(nnx.Module):
 
 
 class LayerNorm(Norm):
-    """Layer normalisation: mean 0 and variance 1 over the features, then scale and bias.
+    """Layer normalisation of each position: mean 0 and variance 1, then scale and bias.
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ = mean(x),  σ² = mean((x - μ)²)
 
-    Each position is normalised independently, in training and in evaluation. (Ba, Kiros and Hinton
-    2016, section 3.) The statistics are computed in float32 and in two passes: the single pass of
-    Flax, mean(x²) - mean(x)², loses all precision if the mean is large.
+    The statistics are computed in float32 and in two passes: the single pass of Flax,
+    mean(x²) - mean(x)², loses all precision if the mean is large. The arguments are those of
+    `nnx.LayerNorm`. (Ba, Kiros and Hinton 2016, section 3.)
     """
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -84,10 +71,9 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """Layer normalisation without centring: y = g · x / √(mean(x²) + ε).
+    """Layer normalisation without centring and bias: y = g · x / √(mean(x²) + ε), in float32.
 
-    The statistics are computed in float32. The arguments are those of `Norm`, without the bias.
-    (Zhang and Sennrich 2019, equation 4.)
+    The arguments are those of `nnx.RMSNorm`. (Zhang and Sennrich 2019, equation 4.)
     """
 
     def __init__(self, num_features: int, **options: Any):
@@ -106,15 +92,8 @@ class BatchNorm(Norm):
 
     In training, an output depends on the other examples and on later positions of its own example.
     Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased one),
-    old · momentum + new · (1 - momentum). Statistics are taken over the batch of all devices.
-    (Ioffe and Szegedy 2015, algorithms 1 and 2.)
-
-    Args:
-      num_features: D.
-      use_running_average: whether to use the running averages, as in evaluation.
-      momentum: decay of the running averages.
-      epsilon: added to the variance.
-      **options: those of `Norm`.
+    old · momentum + new · (1 - momentum). Statistics are taken over the batch of all devices. The
+    arguments are those of `nnx.BatchNorm`. (Ioffe and Szegedy 2015, algorithms 1 and 2.)
     """
 
     def __init__(
@@ -132,16 +111,11 @@ class BatchNorm(Norm):
         self.var = nnx.BatchStat(jnp.ones(num_features), **axis_names("norm"))
 
     def __call__(
-        self,
-        x: Float[Array, "*B D"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Any = None,
+        self, x: Float[Array, "*B D"], use_running_average: bool | None = None, *, mask: Any = None
     ) -> Float[Array, "*B D"]:
-        """Normalises x; with batch statistics it also updates the running averages.
+        """Normalises x; in training, it also updates the running averages.
 
         Args:
-          x: the input.
           use_running_average: overrides the module's attribute.
           mask: broadcastable to x, such as [B, T, 1]; True for positions that count.
         """
@@ -151,19 +125,15 @@ class BatchNorm(Norm):
         if use_running_average:
             mean, variance = self.mean[...], self.var[...]
         else:
-            mask = jnp.asarray(True if mask is None else mask, bool)
-            mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+            mask = jnp.ones(1, bool) if mask is None else jnp.asarray(mask, bool)
             real = jnp.broadcast_to(mask, (*x.shape[:-1], mask.shape[-1]))
             count = jnp.maximum(real.sum(axes).astype(jnp.float32), 1.0)
             mean = jnp.where(real, wide, 0.0).sum(axes) / count
             variance = jnp.where(real, jnp.square(wide - mean), 0.0).sum(axes) / count
-            self.update(mean, variance * count / jnp.maximum(count - 1.0, 1.0))
+            unbiased = variance * count / jnp.maximum(count - 1.0, 1.0)
+            for running, new in ((self.mean, mean), (self.var, unbiased)):
+                running[...] = self.momentum * running[...] + (1.0 - self.momentum) * new
         return self.scaled((wide - mean) / jnp.sqrt(variance + self.epsilon), x)
-
-    def update(self, mean: Float[Array, "D"], variance: Float[Array, "D"]) -> None:
-        """Moves the running averages towards a batch's statistics."""
-        for running, new in ((self.mean, mean), (self.var, variance)):
-            running[...] = self.momentum * running[...] + (1.0 - self.momentum) * new
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets the mode, for `nnx.view`."""
@@ -174,10 +144,9 @@ class BatchNorm(Norm):
 class NoNorm(nnx.Module):
     """No normalisation: y = x."""
 
-    def __init__(self, num_features: int, **options: Any):
-        pass
+    def __init__(self, num_features: int, **options: Any): ...
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Array) -> Array:
         return x
 
 

@@ -1,17 +1,26 @@
 """Position encodings, and `POSITIONS`, their table."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.modules.linear import axis_names
 
+Tokens = Float[Array, "B T D"]
+Heads = Float[Array, "B T N H"]
+Places = Int[Array, "#B T"] | None
+Queries = Int[Array, "#B T"]
+Keys = Int[Array, "#B S"]
+Bias = Float[Array, "#B N T S"]
+
 
 class Position(nnx.Module):
     """A position encoding: three hooks, which do nothing here and which subclasses override.
 
     Each stack has one, shared by its layers. `rotate` and `bias` apply only to self-attention,
-    since source and target positions are not comparable.
+    since source and target positions are not comparable. Positions are by default 0 … T - 1.
 
     Args:
       features: D.
@@ -21,8 +30,7 @@ class Position(nnx.Module):
       rngs: random keys, for subclasses with parameters.
     """
 
-    # Whether positions end at `max_length`.
-    limited = False
+    limited = False  # whether positions end at `max_length`
 
     def __init__(
         self,
@@ -35,43 +43,40 @@ class Position(nnx.Module):
     ):
         self.num_heads, self.causal = num_heads, causal
 
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Adds the encoding of the positions to x; by default they are 0 … T - 1."""
+    def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
+        """Adds the encoding of the positions to x."""
         return x
 
-    def rotate(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
-    ) -> Float[Array, "B T N H"]:
+    def rotate(self, x: Heads, positions: Places = None) -> Heads:
         """Rotates the queries or keys x by their positions."""
         return x
 
-    def bias(
-        self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
-    ) -> Float[Array, "#B N T S"] | None:
+    def bias(self, queries: Queries, keys: Keys) -> Bias | None:
         """The bias that is added to the scores between these positions; None: no bias."""
         return None
 
 
-def in_row(x: Array, positions: Int[Array, "#B T"] | None) -> Int[Array, "#B T"]:
+def in_row(x: Array, positions: Places) -> Int[Array, "#B T"]:
     """The given positions, or by default 0 … T - 1 for x of shape [B, T, …]."""
     return jnp.arange(x.shape[1])[None] if positions is None else positions
+
+
+def _angles(positions: Int[Array, "#B T"], width: int) -> Float[Array, "#B T half"]:
+    """p / 10000^(2i/width) for i = 0 … width/2 - 1, in float32."""
+    rate = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    return positions[..., None].astype(jnp.float32) * rate
 
 
 class Sinusoidal(Position):
     """Adds PE(p, 2i) = sin(p / 10000^(2i/D)) and PE(p, 2i+1) = cos(p / 10000^(2i/D)).
 
-    Computed in float32 from the positions, for any length.
-    (Vaswani et al. 2017, section 3.5.)
+    Computed in float32 from the positions, for any length. (Vaswani et al. 2017, section 3.5.)
     """
 
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
         positions = in_row(x, positions)
-        angle = angles(positions, x.shape[-1])
-        encoding = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        angles = _angles(positions, x.shape[-1])
+        encoding = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         return x + encoding.reshape(*positions.shape, x.shape[-1]).astype(x.dtype)
 
 
@@ -84,13 +89,12 @@ class Learned(Position):
 
     limited = True
 
-    def __init__(self, features: int, *, max_length: int = 512, rngs: nnx.Rngs, **unused):
+    def __init__(self, features: int, *, max_length: int = 512, rngs: nnx.Rngs, **options: Any):
+        super().__init__(features, **options)
         value = nnx.initializers.normal(1.0)(rngs.params(), (max_length, features))
         self.embedding = nnx.Param(value, **axis_names("position", "embed"))
 
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
         rows = self.embedding[...].at[in_row(x, positions)].get(mode="fill")
         return x + rows.astype(x.dtype)
 
@@ -103,11 +107,9 @@ class Rotary(Position):
     and halves are faster.)
     """
 
-    def rotate(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"] | None = None
-    ) -> Float[Array, "B T N H"]:
-        angle = angles(in_row(x, positions), x.shape[-1])[:, :, None]
-        sin, cos = jnp.sin(angle), jnp.cos(angle)
+    def rotate(self, x: Heads, positions: Places = None) -> Heads:
+        angles = _angles(in_row(x, positions), x.shape[-1])[:, :, None]
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
         one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         turned = jnp.concatenate([one * cos - other * sin, one * sin + other * cos], axis=-1)
         return turned.astype(x.dtype)
@@ -123,36 +125,23 @@ class RelativeBias(Position):
 
     buckets, farthest = 32, 128
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        num_heads: int = 1,
-        causal: bool = False,
-        rngs: nnx.Rngs,
-        **unused,
-    ):
-        self.causal = causal
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(features, **options)
         init = nnx.initializers.normal(features**-0.5)
-        value = init(rngs.params(), (self.buckets, num_heads))
+        value = init(rngs.params(), (self.buckets, self.num_heads))
         self.embedding = nnx.Param(value, **axis_names("position", "heads"))
 
     def bucket(self, distance: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The bucket of a distance, key position - query position."""
-        buckets, first = self.buckets, jnp.zeros_like(distance)
-        if not self.causal:
-            buckets //= 2
-            first = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
-        exact = buckets // 2
+        buckets = self.buckets if self.causal else self.buckets // 2
+        first = 0 if self.causal else jnp.where(distance > 0, buckets, 0)
+        distance, exact = jnp.abs(distance), buckets // 2
         steps = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
         steps = steps / jnp.log(self.farthest / exact) * (buckets - exact)
         far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
         return first + jnp.where(distance < exact, distance, far)
 
-    def bias(
-        self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
-    ) -> Float[Array, "#B N T S"]:
+    def bias(self, queries: Queries, keys: Keys) -> Bias:
         bucket = self.bucket(keys[:, None, :] - queries[:, :, None])
         return jnp.moveaxis(self.embedding[...][bucket], -1, 1)
 
@@ -160,24 +149,15 @@ class RelativeBias(Position):
 class ALiBi(Position):
     """Scores decrease linearly with the distance |i - j|, with slope 2^(-8h/N) in head h = 1 … N.
 
-    (Press, Smith and Lewis 2022, section 3. The encoder uses the distance to either
-    side. The formula is used for every N; the paper interleaves two series if N is not a power
-    of 2.)
+    The formula is used for every N; the paper interleaves two series if N is not a power of 2. The
+    encoder uses the distance to either side. (Press, Smith and Lewis 2022, section 3.)
     """
 
-    def bias(
-        self, queries: Int[Array, "#B T"], keys: Int[Array, "#B S"]
-    ) -> Float[Array, "#B N T S"]:
-        heads = self.num_heads
-        slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
+    def bias(self, queries: Queries, keys: Keys) -> Bias:
+        heads = jnp.arange(1, self.num_heads + 1, dtype=jnp.float32)
+        slopes = 2.0 ** (-8.0 * heads / self.num_heads)
         distance = jnp.abs(queries[:, None, :, None] - keys[:, None, None, :])
         return -slopes[:, None, None] * distance.astype(jnp.float32)
-
-
-def angles(positions: Int[Array, "#B T"], width: int) -> Float[Array, "#B T half"]:
-    """p / 10000^(2i/width) for i = 0 … width/2 - 1, in float32."""
-    rate = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    return positions[..., None].astype(jnp.float32) * rate
 
 
 POSITIONS = {
