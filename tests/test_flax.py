@@ -129,6 +129,7 @@ OTHERS = [
     ("Linear", (D, 6), {}),
     ("Linear", (D, 6), {"use_bias": False, "kernel_init": TOOLS["constant"]}),
     ("Linear", (D, 6), {"dtype": jnp.bfloat16}),
+    ("Linear", (D, 6), {"precision": "highest", "param_dtype": jnp.bfloat16}),
 ]
 
 
@@ -166,7 +167,7 @@ def test_arguments_are_flaxs_and_unknown_ones_a_type_error(name):
         if isinstance(theirs[key].default, int | float | str | bool | None):
             assert ours[key].default == theirs[key].default, key
     args = {"Embed": (4, D), "Linear": (D, D), "MultiHeadAttention": (4, D)}.get(name, (D,))
-    for unknown in ("precision", "gain", "axis_name", "decode"):
+    for unknown in ("gain", "axis_name", "decode", *["precision"] * (name != "Linear")):
         with pytest.raises(TypeError):
             getattr(transformer, name)(*args, rngs=nnx.Rngs(0), **{unknown: None})
     if name == "MultiHeadAttention":

@@ -23,7 +23,7 @@ from transformer.loss import cross_entropy
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.cells import LSTM, run
 from transformer.modules.config import ModelConfig
-from transformer.modules.dot_product_attention import einsum_attention
+from transformer.modules.dot_product_attention import einsum
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.model import Model
 from transformer.parallel.devices import cpu_cores
@@ -52,7 +52,7 @@ def layer(part: str, n: int, d: int) -> tuple[Callable[..., Any], tuple[Any, ...
     """One of `PARTS`, or the whole attention layer: a float32 function and its arguments."""
     keys = jax.random.split(jax.random.key(0), 4)
     if part == "attention core":
-        return einsum_attention, tuple(jax.random.normal(k, (ROWS, 1, n, d)) for k in keys[:3])
+        return einsum, tuple(jax.random.normal(k, (ROWS, 1, n, d)) for k in keys[:3])
     x, real = jax.random.normal(keys[0], (ROWS, n, d)), jnp.ones((ROWS, n), bool)
     if part == "recurrent layer":
         module = LSTM(d, d, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
