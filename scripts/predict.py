@@ -27,8 +27,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
@@ -40,7 +39,7 @@ from transformer import cli
 from transformer.data.text import numbered
 from transformer.errors import UserError
 from transformer.inference.decoding import DecodingConfig
-from transformer.inference.generation import Generator, Output, Prepared
+from transformer.inference.generation import Generator, Output
 from transformer.run import Run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
@@ -59,36 +58,9 @@ cli.define_decoding_flags()
 cli.define_plugins_flag()
 
 
-@dataclass
-class Report:
-    """The report on standard error about problematic lines, by line number.
-
-    invalid: lines that are not UTF-8.
-    truncated: lines with an output that reached its length limit.
-    unknown: line → the number of symbols that are not in the tokenizer's vocabulary.
-    """
-
-    invalid: list[int] = field(default_factory=list)
-    truncated: list[int] = field(default_factory=list)
-    unknown: dict[int, int] = field(default_factory=dict)
-
-    def refuse(self, prepared: Prepared, numbers: Sequence[int]) -> None:
-        """Prints the lines that cannot be processed; with `--strict` the first is an error."""
-        for index, reason in sorted(prepared.refused.items()):
-            if STRICT.value:
-                raise UserError(f"line {numbers[index]}: {reason}")
-            print(f"line {numbers[index]}: {reason}; its output is empty", file=sys.stderr)
-
-    def finish(self) -> None:
-        """Prints the counts."""
-        for what, count, lines in (
-            ("lines that are not UTF-8", len(self.invalid), self.invalid),
-            ("unknown symbols", sum(self.unknown.values()), self.unknown),
-            ("outputs truncated (--decode_margin)", len(self.truncated), self.truncated),
-        ):
-            if count:
-                where = numbered("line", lines, len(lines))
-                print(f"{what}: {count:,} ({where})", file=sys.stderr)
+INVALID, UNKNOWN = "lines that are not UTF-8", "unknown symbols"
+TRUNCATED = "outputs truncated (--decode_margin)"
+Report = dict[str, dict[int, int]]  # what is counted → line → count
 
 
 def main() -> None:
@@ -96,21 +68,23 @@ def main() -> None:
     decoding = cli.decoding()
     cli.set_up_jax(Run.saved(WORKDIR.value).config)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # like the input
-    report = Report()
-    lines = enumerate(read_lines(sys.stdin.buffer, report.invalid), 1)
+    report: Report = {INVALID: {}, UNKNOWN: {}, TRUNCATED: {}}
+    lines = enumerate(read_lines(sys.stdin.buffer, report[INVALID]), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
-        generator = transformer.load(
-            WORKDIR.value, checkpoint=CHECKPOINT.value, replica=REPLICA.value
-        )
+        options = {"checkpoint": CHECKPOINT.value, "replica": REPLICA.value}
+        generator = transformer.load(WORKDIR.value, **options)
         try:
-            while window := list(itertools.islice(lines, WINDOW.value)):
+            while window := dict(itertools.islice(lines, WINDOW.value)):
                 write(generator, decoding, window, alignments, report)
         except BrokenPipeError:  # the reader has ended, like `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    report.finish()
+    for what, counts in report.items():
+        if counts:
+            where = numbered("line", counts, len(counts))
+            print(f"{what}: {sum(counts.values()):,} ({where})", file=sys.stderr)
 
 
-def read_lines(file: IO[bytes], invalid: list[int]) -> Iterator[str]:
+def read_lines(file: IO[bytes], invalid: dict[int, int]) -> Iterator[str]:
     """Yields the lines of `file`; adds the numbers of those that are not UTF-8 to `invalid`."""
     for number, line in enumerate(file, 1):
         try:
@@ -118,44 +92,42 @@ def read_lines(file: IO[bytes], invalid: list[int]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             if STRICT.value:
                 raise UserError(f"line {number}: not UTF-8; convert the input") from error
-            invalid.append(number)
-            text = line.decode(errors="replace")
+            invalid[number], text = 1, line.decode(errors="replace")
         yield text
 
 
 def write(
     generator: Generator,
     decoding: DecodingConfig,
-    window: list[tuple[int, str]],
+    window: dict[int, str],
     alignments: IO[str],
     report: Report,
 ) -> None:
     """Decodes a window of numbered lines and writes the outputs."""
-    numbers, texts = zip(*window, strict=True)
+    numbers, texts = list(window), list(window.values())
     prepared = generator.prepare(texts)
-    report.unknown |= {numbers[index]: count for index, count in prepared.unknown.items()}
-    if STRICT.value:
-        report.refuse(prepared, numbers)
+    report[UNKNOWN] |= {numbers[index]: count for index, count in prepared.unknown.items()}
+    for index, reason in prepared.refused.items():
+        if STRICT.value:
+            raise UserError(f"line {numbers[index]}: {reason}")
+        print(f"line {numbers[index]}: {reason}; its output is empty", file=sys.stderr)
     found = generator.generate(
         prepared, decoding, n_best=N_BEST.value, batch_size=BATCH_SIZE.value, offset=numbers[0] - 1
     )
-    report.refuse(prepared, numbers)
     for number, outputs in zip(numbers, found, strict=True):
         sys.stdout.write("".join(formatted(number, output) + "\n" for output in outputs))
-        report.truncated += [number] * any(output.truncated for output in outputs)
+        if any(output.truncated for output in outputs):
+            report[TRUNCATED][number] = 1
     sys.stdout.flush()
-    if ALIGNMENTS.value:
-        for index in np.flatnonzero(prepared.tokens.lengths() > 1).tolist():
-            if index in prepared.refused:
-                continue
-            (one,) = generator.align([texts[index]], found[index][:1])
-            record = {"line": numbers[index], "source": one.source, "output": one.output}
-            record |= {"weights": one.weights.round(4).tolist()}
-            alignments.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for index in np.flatnonzero(prepared.tokens.lengths() > 1) if ALIGNMENTS.value else ():
+        (one,) = generator.align([texts[index]], found[index][:1])
+        record = {"line": numbers[index], "source": one.source, "output": one.output}
+        record |= {"weights": one.weights.round(4).tolist()}
+        alignments.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def formatted(number: int, output: Output) -> str:
-    """Returns an output as a line of standard output."""
+    """An output as a line of standard output."""
     if JSON.value:
         record = {"line": number, "score": output.score, "text": output.text}
         return json.dumps(record, ensure_ascii=False)

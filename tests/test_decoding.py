@@ -169,19 +169,6 @@ def test_beam_search_finds_what_its_definition_finds(alpha, changes):
         np.testing.assert_allclose(found.scores[0], [score for _, score in wanted], rtol=1e-4)
 
 
-def test_a_beam_of_one_is_greedy_decoding():
-    """Also where EOS is the second best token, as it often is among 6 tokens."""
-    model, _ = tiny_tokens(tie_embeddings=False)
-
-    @jax.jit
-    def tokens(params):
-        call = model.bind(params), Sources(SOURCE, 6)
-        return beam_search(*call, beam_size=1, length_penalty=0.0).tokens, greedy(*call).tokens
-
-    for seed in range(20):
-        np.testing.assert_array_equal(*tokens(random_params(model, seed)))
-
-
 @each_method
 def test_an_outputs_length_limit_depends_on_its_own_source(method):
     """With a margin a batch has the outputs of each source alone with that maximal length."""
@@ -266,16 +253,3 @@ def test_truncated_logits_are_those_of_brute_force(top_k, top_p, rng):
     for row, own in zip(logits.astype(np.float64), found, strict=True):
         np.testing.assert_array_equal(np.isfinite(own), kept(row, top_k, top_p))
     np.testing.assert_array_equal(found[np.isfinite(found)], logits[np.isfinite(found)])
-
-
-@pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 0.0}], ids=str)
-def test_sampling_only_the_most_likely_token_is_greedy_decoding(settings):
-    model = small_model(tie_embeddings=False)
-    params = random_params(model, 1)
-    table = params["output_embedding/embedding"]  # an untrained model's likeliest may be PAD
-    params["output_embedding/embedding"] = table.at[jnp.array([PAD, BOS])].set(0.0)
-    call = model.bind(params), BATCH.source, 6, KEYS[:3]
-    wanted = drawn(*call, temperature=0.0)
-    found = drawn(*call, **settings)
-    np.testing.assert_array_equal(found, wanted)
-    assert len(set(found.ravel().tolist())) > 3

@@ -175,8 +175,7 @@ def beam_search(
 
     def can_improve(state: _Beams) -> Bool[Array, ""]:
         bound = state.log_p[:, 0] / longest_penalty
-        can_enter = bound > state.finished.scores[:, -1]
-        return (can_enter & (state.cache.filled < limits)).any()
+        return ((bound > state.finished.scores[:, -1]) & (state.cache.filled < limits)).any()
 
     def step(state: _Beams) -> _Beams:
         index = state.cache.filled
@@ -260,13 +259,9 @@ class DecodingConfig:
         if self.temperature:  # smaller ones overflow float32
             within("temperature", self.temperature, 1e-6, 1e6)
         if self.temperature and self.beam_size > 1:
-            raise UserError(
-                f"temperature={self.temperature}, beam_size={self.beam_size}: sampling and beam "
-                "search exclude each other; set temperature=0 or beam_size=1"
-            )
+            raise UserError("sampling and beam search exclude each other: set temperature=0")
         if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
-            only = "only sampling uses them; set temperature=1, for example"
-            raise UserError(f"top_k={self.top_k}, top_p={self.top_p}: {only}")
+            raise UserError("only sampling uses top_k and top_p: set temperature=1, for example")
 
     def describe(self) -> dict[str, int | float]:
         """The settings that the decoding method uses."""

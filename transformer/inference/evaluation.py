@@ -28,8 +28,6 @@ from transformer.parallel.mesh import constrain, row_shards, shard_rows
 Totals = dict[str, Any]
 # The attention weights [examples, N, T, S] of each layer, under "encoder", "decoder", "cross".
 Maps = dict[str, list[Array]]
-Tokens = Int[np.ndarray, "examples _"]
-Examples = Bool[np.ndarray, "examples"]
 
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # the maximum number of rows by source length
@@ -98,19 +96,14 @@ def decode(
     data: Dataset,
     decoding: DecodingConfig = GREEDY,
     *,
-    margin: int | None = None,
-    max_length: int | None = None,
-    streams: Int[Array, "examples 2"] | None = None,
+    margin: int | None = None,  # the run's, used if `decoding` has none
+    max_length: int | None = None,  # of outputs; None: that of the longest source and the margin
+    streams: Int[Array, "examples 2"] | None = None,  # None: the examples' indices, and 0
 ) -> Hypotheses:
-    """Decodes every source in `data`.
+    """Decodes every source in `data`; samples depend on the seed and `streams`.
 
     A batch takes as many steps as its longest output, so sources of similar length are decoded
     together, and each length is distributed over all devices.
-
-    Args:
-      margin: the run's, used if `decoding` has none.
-      max_length: tokens in an output, EOS included; None: those of the longest source + margin.
-      streams: what is sampled for an example depends on the seed and these; None: its index, and 0.
     """
     source, shards = jnp.asarray(data.source), row_shards()
     margin = margin if decoding.decode_margin is None else decoding.decode_margin
@@ -165,14 +158,11 @@ def attention_maps(model: Model, variables: Params, data: Dataset) -> Maps:
     return maps
 
 
-def exact_match(outputs: Tokens, targets: Tokens) -> Examples:
+def exact_match(outputs: np.ndarray, targets: np.ndarray) -> Bool[np.ndarray, "examples"]:
     """Whether each output equals its target, including EOS."""
-    width = max(outputs.shape[1], targets.shape[1])
-    padded = [
-        np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=PAD)
-        for x in (outputs, targets)
-    ]
-    return (padded[0] == padded[1]).all(1)
+    width = min(outputs.shape[1], targets.shape[1])
+    same = (outputs[:, :width] == targets[:, :width]).all(1)
+    return same & (outputs[:, width:] == PAD).all(1) & (targets[:, width:] == PAD).all(1)
 
 
 def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> dict[str, Any]:
@@ -215,14 +205,12 @@ def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypo
     Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
     text are escaped as \t, \n, \r and \\.
     """
-    source_text, text = tokenizers.source.decode, tokenizers.target.decode
-    columns = ["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)
-    rows, escapes = [columns], {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
+    text, escapes = tokenizers.target.decode, {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
+    rows = [["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)]
     examples = (data.source, data.target, found.tokens, found.scores)
-    for source, target, outputs, scores in zip(
-        *(np.asarray(side)[:SAMPLES].tolist() for side in examples), strict=True
-    ):
-        for output, score in zip(outputs, scores, strict=True):
-            row = [source_text(source), text(target), text(output), f"{score:.4f}"]
-            rows.append([field.translate(escapes) for field in row[: len(columns)]])
+    head = (np.asarray(side)[:SAMPLES].tolist() for side in examples)
+    for source, target, *hypotheses in zip(*head, strict=True):
+        for output, score in zip(*hypotheses, strict=True):
+            row = [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
+            rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

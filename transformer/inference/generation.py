@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
@@ -69,10 +69,11 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self.model, self.variables, self.tokenizers = model, variables, tokenizers
-        self.decode_margin, self.mesh = decode_margin, mesh or data_parallel_mesh()
+        self.mesh = mesh or data_parallel_mesh()
         self.positions = model.config.reach(2**30)  # the model's maximum length
+        decode = partial(evaluation.decode, model, margin=decode_margin)
         options = evaluation.compiler_options()
-        self._program = jax.jit(self._run, static_argnums=0, compiler_options=options)
+        self._program = jax.jit(decode, static_argnames="decoding", compiler_options=options)
         self._attention_maps = jax.jit(partial(evaluation.attention_maps, model))
 
     def prepare(self, texts: Iterable[str]) -> Prepared:
@@ -127,7 +128,7 @@ class Generator:
           offset: the index of the first text; samples depend on a text's index.
 
         Raises:
-          UserError: a text is refused (`prepare`) or does not fit in memory.
+          UserError: a text is refused (`prepare`).
           TypeError: one of them is not a str.
         """
         within("batch_size", batch_size, 1, 2**20)
@@ -141,9 +142,8 @@ class Generator:
             for index, reason in prepared.refused.items():
                 raise UserError(f"texts[{index}]: {reason}")
             if unknown := prepared.unknown:
-                where = numbered("text", unknown, len(unknown))
-                count = sum(unknown.values())
-                warnings.warn(f"{count:,} unknown symbols (in {where})", stacklevel=2)
+                where = f"(in {numbered('text', unknown, len(unknown))})"
+                warnings.warn(f"{sum(unknown.values()):,} unknown symbols {where}", stacklevel=2)
         lengths = prepared.tokens.lengths()
         widths = np.minimum(bucket(lengths), self.positions)
         outputs: list[list[Output]] = [[] for _ in lengths]
@@ -152,7 +152,7 @@ class Generator:
             streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
             for part in np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size)):
                 sources = prepared.tokens.take(rows[part]).to_padded(width)
-                found = self._decode(decoding, sources, streams[part])
+                found = self._decode(sources, streams[part], decoding)
                 best = (each[:, :n_best] for each in found)
                 for row, tokens, scores in zip(rows[part], *best, strict=True):
                     outputs[row] += map(self._output, tokens, scores.tolist())
@@ -166,34 +166,15 @@ class Generator:
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
     def _decode(
-        self,
-        decoding: DecodingConfig,
-        sources: Int[np.ndarray, "rows S"],
-        streams: Int[np.ndarray, "rows 2"],
+        self, sources: np.ndarray, streams: np.ndarray, decoding: DecodingConfig
     ) -> Hypotheses:
-        """Decodes a batch, by halves if it does not fit in memory."""
         rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
-        padded = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
-        try:
-            with jax.set_mesh(self.mesh), jax.enable_x64(False):
-                found = self._program(decoding, self.variables, *padded)
-                return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            if rows == 1:
-                cause = f"{sources.shape[1]:,} tokens need too much memory"
-                raise UserError(f"{cause}; split the text") from error
-        halves = zip(np.array_split(sources, 2), np.array_split(streams, 2), strict=True)
-        parts = [self._decode(decoding, *half) for half in halves]
-        return jax.tree.map(lambda *each: np.concatenate(each), *parts)
-
-    def _run(
-        self, decoding: DecodingConfig, variables: Params, sources: Array, streams: Array
-    ) -> Hypotheses:
-        data, limits = Dataset(sources, sources, len(sources)), {"margin": self.decode_margin}
-        return evaluation.decode(self.model, variables, data, decoding, streams=streams, **limits)
+        sources, streams = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
+        data = Dataset(sources, sources, len(sources))
+        with jax.set_mesh(self.mesh), jax.enable_x64(False):
+            found = self._program(self.variables, data, decoding=decoding, streams=streams)
+            return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
         """The alignment of one output of each text."""

@@ -55,16 +55,6 @@ def learning_curve(rows: Rows, path: Path) -> None:
     finish(figure, (loss, accuracy), path)
 
 
-def accuracy_by_length(rows: Rows, path: Path) -> None:
-    """Plots the metrics that are percentages over the source length, from rows of an evaluation."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    _lines(axes, rows, "length", _percentages())
-    axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    finish(figure, (axes,), path)
-
-
 def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> None:
     """Adds a grid and legends, or one legend to the right of the axes, and saves the figure."""
     for each in axes:
@@ -93,7 +83,8 @@ def draw_evaluation(
     lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
     shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:EXAMPLES].tolist()
     if shown != [*range(min(EXAMPLES, len(data)))]:
-        _say(f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens")
+        say = f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens"
+        facts({"plots": say})
     source, target = (np.asarray(side)[shown, :MAX_TOKENS] for side in (data.source, data.target))
     maps = {}
     with _attempted("attention"):
@@ -101,26 +92,21 @@ def draw_evaluation(
     if not hosts.first():
         return
     with _attempted("accuracy by length"):
-        accuracy_by_length(by_length, folder / f"accuracy_by_length_{name}.png")
-    missing = ""
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        _lines(axes, by_length, "length", _percentages())
+        axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        finish(figure, (axes,), folder / f"accuracy_by_length_{name}.png")
     for i, example in enumerate(shown):
-        keys, lost = _labels(tokenizers.source, source[i])
-        outputs, lost_too = _labels(tokenizers.target, target[i])
-        missing += lost + lost_too
+        keys, outputs = map(_labels, tokenizers, (source[i], target[i]))
         inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
-        axes = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
-        for kind in filter(maps.get, axes):  # recurrence: no self-attention
+        labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
+        for kind in filter(maps.get, labels):  # recurrence: no self-attention
             with _attempted(f"{kind} attention of example {example + 1}"):
-                title = f"{kind} attention, {(' ' * bool(lost)).join(keys[:-1])}"
+                title = f"{kind} attention, {''.join(keys[:-1])}"
                 file = folder / f"attention_{name}_{example}_{kind}.png"
-                attention([layer[i] for layer in maps[kind]], *axes[kind], title, file)
-    if missing:
-        characters = " ".join(map(repr, dict.fromkeys(missing)))[:60]
-        _say(f"the font lacks {characters}: token ids are drawn instead")
-
-
-def _say(text: str) -> None:
-    facts({"plots": text})
+                attention([layer[i] for layer in maps[kind]], *labels[kind], title, file)
 
 
 @contextlib.contextmanager
@@ -129,16 +115,14 @@ def _attempted(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever Matplotlib or a full memory may raise
-        _say(f"{what} is not drawn ({type(error).__name__}: {reason(error)})")
+        facts({"plots": f"{what} is not drawn ({type(error).__name__}: {reason(error)})"})
 
 
-def _labels(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[list[str], str]:
-    """The tokens of a row as text, or as ids if the font lacks characters, and these characters."""
-    own = tokens[tokens != PAD].tolist()
-    symbols = [*map(tokenizer.symbol, own)]
+def _labels(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+    """The tokens of a row as text; as an id where the font lacks a character."""
     known = get_font(findfont(FontProperties())).get_charmap()
-    lost = "".join(c for c in dict.fromkeys("".join(symbols)) if ord(c) not in known)
-    return ([*map(str, own)] if lost else symbols), lost
+    texts = [(token, tokenizer.symbol(token)) for token in tokens[tokens != PAD].tolist()]
+    return [text if known.keys() >= {*map(ord, text)} else f"#{token}" for token, text in texts]
 
 
 def attention(

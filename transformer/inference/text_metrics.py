@@ -17,9 +17,7 @@ CHRF_ORDER, CHRF_BETA = 6, 2  # chrF2
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200")
 BLEU_TOKENIZERS += ("spm", "spBLEU-1K", "none")  # all of sacrebleu's
 # Letters of scripts without spaces between words: Thai to Burmese, Khmer, kana, Chinese.
-UNSPACED = re.compile(
-    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{5}"
-)
+UNSPACED = "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{5}"
 
 
 class Texts(NamedTuple):
@@ -68,20 +66,19 @@ def bleu(texts: Texts) -> Score:
     single = [metric.corpus_score([output], [[x] for x in own]) for output, own in texts.pairs()]
     counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
 
-    def resampled(index: np.ndarray) -> float:
-        lengths, correct, ngrams = np.split(counts[index].sum(0), [2, 2 + order])
+    def value(total: np.ndarray) -> float:
+        lengths, correct, ngrams = np.split(total, [2, 2 + order])
         sizes = map(int, lengths)
         return BLEU.compute_bleu([*correct], [*ngrams], *sizes, smooth_method="exp").score
 
     warning, references = "", [text for own in texts.references for text in own]
-    unspaced = sum(bool(UNSPACED.search(text)) for text in references)
+    unspaced = sum(bool(re.search(UNSPACED, text)) for text in references)
     if tokenizer in ("13a", "intl", "none") and 2 * unspaced > len(references):
         warning = "the references have no spaces between words, which "
         warning += f"bleu_tokenizer={tokenizer} needs; set it to zh, ja-mecab or char"
     elif all(len(metric.tokenizer(x).split()) < order for x in references):
         warning = f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
-    interval = bootstrap(resampled, len(counts))
-    return Score(float(score.score), *interval, signature, warning)
+    return Score(float(score.score), *bootstrap(value, counts), signature, warning)
 
 
 def chrf(texts: Texts) -> Score:
@@ -113,8 +110,7 @@ def chrf(texts: Texts) -> Score:
         return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
 
     counts = [max((count(output, x) for x in own), key=value) for output, own in texts.pairs()]
-    whole = np.array(counts)
-    interval = bootstrap(lambda index: value(whole[index].sum(0)), len(counts))
+    interval = bootstrap(value, np.array(counts))
     return Score(float(score.score), *interval, str(metric.get_signature()))
 
 
@@ -141,11 +137,10 @@ def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
 
     counts = np.array([nearest(*pair) for pair in texts.pairs()], float)
 
-    def resampled(index: np.ndarray) -> float:
-        edits, length = counts[index].sum(0)
-        return float(100 * edits / max(length, 1))
+    def value(total: np.ndarray) -> float:
+        return float(100 * total[0] / max(total[1], 1))
 
-    return Score(resampled(np.arange(len(counts))), *bootstrap(resampled, len(counts)))
+    return Score(value(counts.sum(0)), *bootstrap(value, counts))
 
 
 def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
@@ -158,10 +153,10 @@ def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
     return int(row[-1])
 
 
-def bootstrap(value: Callable[[np.ndarray], float], examples: int) -> tuple[float, float]:
-    """The percentile interval of `value(indices)` over resampled examples; one seed for all."""
-    rng = np.random.default_rng(0)
-    drawn = [value(rng.integers(examples, size=examples)) for _ in range(RESAMPLES)]
+def bootstrap(value: Callable[[np.ndarray], float], counts: np.ndarray) -> tuple[float, float]:
+    """The percentile interval of `value(sum of counts)` over resampled examples; one seed."""
+    rng, size = np.random.default_rng(0), len(counts)
+    drawn = [value(counts[rng.integers(size, size=size)].sum(0)) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
