@@ -1,6 +1,7 @@
 """Sweeps: what is planned together, what a report says of known effects, and a kill in between."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -108,9 +109,6 @@ def test_the_kinds_of_the_recurrence_sweep_have_about_equal_parameters():
         assert off[0] == min(off) < 0.06 * wanted
 
 
-STEPS = (50, 100, 150)
-
-
 def finished(root, programs, accuracy=lambda variant, seed: 0.9):
     """What `train.py` would have left, with the accuracies that a function gives."""
     for program in programs:
@@ -127,12 +125,11 @@ def finished(root, programs, accuracy=lambda variant, seed: 0.9):
             evaluated = {"replicas": [{"by_source_length": each} for each in rows]}
             write_json(folder.path / f"eval_{split}.json", evaluated)
         with MetricsWriter(folder.path, 0, len(final)) as writer:
-            for step in STEPS:
+            for step in (50, 100, 150):
                 speed = {"train/loss": 1.0, "train/steps_per_second": 10.0}
                 speed["train/target_tokens_per_second"] = 100.0 + rng.random()
                 writer.write(step, [speed] * len(final))
-                shares = [{report.TARGET_METRIC: x * step / STEPS[-1]} for x in final]
-                writer.write(step, shares)
+                writer.write(step, [{report.TARGET_METRIC: x * step / 150} for x in final])
 
 
 def reported(tmp_path, accuracy, seeds=8, **changes):
@@ -147,35 +144,29 @@ def reported(tmp_path, accuracy, seeds=8, **changes):
 
 def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     rng = np.random.default_rng(1)
-    seeds = rng.normal(0.0, 0.05, size=8)  # what a seed does to all variants alike
-
-    def accuracy(variant, seed):
-        effect = {"rms": -0.04, "batch": 0.0, "none": 0.03}.get(variant, 0.0)
-        return 0.8 + seeds[seed] + effect + rng.normal(0.0, 0.005)
-
-    text, found = reported(tmp_path, accuracy)
-    outcomes = {name: each["outcomes"]["sequence_accuracy"] for name, each in found.items()}
-    verdicts = {name: each["verdict"] for name, each in outcomes.items()}
+    seeds = rng.normal(0.8, 0.05, size=8)  # what a seed does to all variants alike
+    effects = {"plain": 0.0, "rms": -0.04, "batch": 0.0, "none": 0.03}
+    draw = partial(rng.normal, scale=0.005)
+    text, found = reported(tmp_path, lambda variant, seed: draw(seeds[seed] + effects[variant]))
     assert found["rms"]["outcomes"]["loss"]["verdict"].startswith("worse by")
-    for name, words in {
-        "plain": "baseline",
-        "rms": "worse by 4 points",
-        "none": "better by 3",
-        "batch": "no evidence of a difference at 8 seeds; smallest",
-    }.items():
-        assert verdicts[name].startswith(words)
-        assert verdicts[name] in text
-    assert outcomes["rms"]["difference"]["p"] < 0.001
-    assert outcomes["batch"]["difference"]["p"] > 0.05
+    outcomes = {name: each["outcomes"]["sequence_accuracy"] for name, each in found.items()}
+    nothing = "no evidence of a difference at 8 seeds; smallest"
+    for name, words in zip(
+        outcomes, ("baseline", "worse by 4", nothing, "better by 3"), strict=True
+    ):
+        assert outcomes[name]["verdict"].startswith(words)
+        assert outcomes[name]["verdict"] in text
+    assert outcomes["rms"]["difference"]["p"] < 0.001 < 0.05 < outcomes["batch"]["difference"]["p"]
 
 
 def test_what_is_not_reached_by_all_seeds_is_not_compared(tmp_path):
     """And seconds are the program's divided by its replicas; each length has a column."""
-
-    def accuracy(variant, seed):
-        return 0.4 if variant == "rms" and seed else 0.95
-
-    text, found = reported(tmp_path, accuracy, seeds=4, splits=("test_longer",))
+    text, found = reported(
+        tmp_path,
+        lambda variant, seed: 0.4 if variant == "rms" and seed else 0.95,
+        seeds=4,
+        splits=("test_longer",),
+    )
     steps = {name: each["outcomes"]["steps"] for name, each in found.items()}
     assert steps["plain"]["values"] == [150] * 4
     assert steps["rms"]["values"] == [150, None, None, None]

@@ -153,9 +153,8 @@ def without_head(variables: Params, kind: str, head: int) -> Params:
 def measure_heads(folder: Path, data_dir: str | None, examples: int) -> dict[str, list[float]]:
     """Measurements of the heads of the population trained in a folder, a value for each seed.
 
-    `encoder, trained` and `encoder, untrained` are the `distance` after and before training, the
-    mean over layers; `encoder, lost` is the loss of accuracy, in points, without the most useful
-    head, which is chosen on one half of the test examples and measured on the other.
+    `encoder, trained` and `encoder, untrained` are the mean `distance` over layers; `encoder, lost`
+    the points of accuracy lost without the head that is most useful to the other half of the data.
     """
     run = Run.saved(folder, data_dir=data_dir)
     model, config, state = run.model, run.config, run.restore()
