@@ -55,6 +55,10 @@ def random_params(model: Model, seed: int) -> Params:
     return params
 
 
+def normal(rng: np.random.Generator, *shape: int) -> Array:
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
 def training(key: Array) -> dict[str, Any]:
     """The arguments of a call in training."""
     return {"deterministic": False, "rngs": training_rngs(key)}

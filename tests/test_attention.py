@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import small_model
+from tests.helpers import normal, small_model
 from transformer.errors import UserError
 from transformer.modules import dot_product_attention, masking
 from transformer.modules.attention import MultiHeadAttention
@@ -38,10 +38,6 @@ each_backend = pytest.mark.parametrize("backend", HERE)
 each_mask = pytest.mark.parametrize("mask", MASKS)
 each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
 einsum, chunked = ATTENTION_BACKENDS["einsum"], ATTENTION_BACKENDS["chunked"]
-
-
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 def make_qkv(rng, kv_heads=N, lengths=(T, S), value_width=H):

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.helpers import normal
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS, FeedForward, Residual
 from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
 
 FLOAT32 = jnp.dtype("float32")
 each_kind = pytest.mark.parametrize("kind", FEED_FORWARDS)
-
-
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 def test_embedding_has_unit_variance_and_shares_its_table_with_the_logits():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import random_params, small_model
+from tests.helpers import normal, random_params, small_model
 from transformer.data.batches import Dataset
 from transformer.inference.evaluation import attention_maps
 from transformer.modules.positions import (
@@ -24,10 +24,6 @@ def make(kind, width=8, heads=2, causal=False, max_length=64):
 
 def at(*positions):
     return jnp.array([positions])
-
-
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize("causal", [False, True])
