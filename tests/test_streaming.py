@@ -1,4 +1,4 @@
-"""Batches made on the host: those of the device, in order, and workers that end with their run."""
+"""Streamed batches are those of the device, in order; workers end with their run."""
 
 import contextlib
 import itertools
@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from operator import itemgetter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +35,13 @@ def rows_of(count, packed):
 
 
 def streamed(rows, batch_size, steps, workers=1):
-    data = StreamedDataset(
-        rows, batch_size, KEYS, num_steps=steps, num_workers=workers, mesh=mesh_of(1, 1, 1)
-    )
+    data = StreamedDataset(rows, batch_size, KEYS, steps, workers, mesh_of(1, 1, 1))
     data.window_steps = 3
     return data
 
 
 of_step = jax.jit(lambda data, key, step: data.batch(key, step))
-
-
-def assert_equal(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
 
 
 @pytest.mark.parametrize(("count", "size", "packed"), [(5, 8, False), (100, 16, True)])
@@ -109,9 +106,6 @@ def test_workers_end_with_a_run_that_is_killed_and_leave_signals_to_it():
 
 
 def alive(pid):
-    with (
-        contextlib.suppress(FileNotFoundError),
-        open(f"/proc/{pid}/stat", encoding="utf-8") as file,
-    ):
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False

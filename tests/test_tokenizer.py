@@ -23,10 +23,10 @@ def test_what_it_learned_from_comes_back_from_its_tokens(name):
         assert max(tokens) < len(tokenizer.pieces) <= tokenizer.vocab_size
         back = " ".join(text.split()) if name == "words" else text
         assert tokenizer.decode([*tokens, 7, PAD]) == back
-        assert tokenizer.decode([*tokens[:-1], PAD, PAD]) == back  # cut off, with no room for EOS
+        assert tokenizer.decode([*tokens[:-1], PAD, PAD]) == back  # no room for EOS
         assert all(tokenizer.symbol(token) for token in tokens)
     assert tokenizer.vocab_size % 8 == 0
-    # Tokens that stand for nothing are shown and do not fail.
+    # Invalid tokens are shown and do not fail.
     shown = tokenizer.decode([BOS, tokenizer.vocab_size + 5, *tokenizer.encode("a")]).strip()
     assert shown.endswith("a")
     assert len(shown) > 1
@@ -36,8 +36,7 @@ def test_what_it_learned_from_comes_back_from_its_tokens(name):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_comes_back_where_bytes_are_pieces(name, text):
-    # SentencePiece writes a space as ▁, and cannot tell it from one that was there.
-    text = text.replace("▁", "_")
+    text = text.replace("▁", "_")  # SentencePiece writes a space as ▁
     assert LEARNED[name].decode(LEARNED[name].encode(text)) == text
 
 
@@ -73,7 +72,7 @@ def test_special_tokens_spelt_in_a_text_are_text(name):
     for tokenizer in (LEARNED[name], learned, kind.read(learned.to_bytes())):
         assert not {PAD, BOS, EOS} & set(tokenizer.encode(text)[:-1])
     assert learned.decode(learned.encode(text)) == text
-    # A run from before has learned some of the names as words, and keeps its numbers.
+    # A run of 0.1.0 learned some of the names as words, and keeps its ids.
     saved = b'{"symbols": ["w", "<eos>", "<unk>"], "separator": " ", "unknown": true}'
     words = TOKENIZERS["words"].read(saved)
     assert words.encode("<eos> w <unk> <pad> x") == [4, 3, 6, 6, 6, EOS]
@@ -92,7 +91,7 @@ def test_pieces_are_no_more_than_asked_for_and_fewer_of_little_text(name):
     ):
         with pytest.raises(UserError, match=f"^data.tokenizer={name}, data.*={size}: .*{message}"):
             learn(texts, size)
-    # Nothing is left out of what it learns from: no long text, none with SentencePiece's own sign.
+    # No text is skipped, neither a long one nor one with SentencePiece's own sign.
     long = " ".join(TEXTS * 20), "▅".join(TEXTS * 20), "東京" * 40_000
     for text, part in zip(long, (TEXTS[0], TEXTS[0], "東京"), strict=True):
         tokenizer = learn([text], 300)

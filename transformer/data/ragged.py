@@ -57,7 +57,7 @@ class RaggedArray:
 
 
 def _map_rows(path: str) -> RaggedArray:
-    """The rows of a side that `write_pairs` wrote; only the values that are accessed are read."""
+    """The rows of a side of `cached_pairs`; only the values that are accessed are read."""
     values = np.memmap(f"{path}.values", np.int32, "r")
     return RaggedArray(values, np.fromfile(f"{path}.lengths", np.int32))
 
@@ -87,7 +87,13 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
         shutil.rmtree(folder, ignore_errors=True)
     fresh = temporary(folder)
     try:
-        write_pairs(fresh, tokenize())
+        fresh.mkdir(parents=True)
+        for chunk in tokenize():
+            for side, rows in chunk._asdict().items():
+                for kind, numbers in (("values", rows.values), ("lengths", rows.lengths())):
+                    with (fresh / f"{side}.{kind}").open("ab") as file:
+                        file.write(numbers.astype(np.int32).tobytes())
+        (fresh / MANIFEST).write_text(json.dumps(_checksums(fresh)), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process has finished first
             fresh.rename(folder)
         return _map_pairs(folder)
@@ -97,17 +103,6 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
         return TokenPairs(*(RaggedArray(*map(np.concatenate, part)) for part in parts))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def write_pairs(folder: Path, chunks: Iterable[TokenPairs]) -> None:
-    """Writes pairs that come in chunks as files of int32, and their checksums."""
-    folder.mkdir(parents=True)
-    for chunk in chunks:
-        for side, rows in chunk._asdict().items():
-            for kind, numbers in (("values", rows.values), ("lengths", rows.lengths())):
-                with (folder / f"{side}.{kind}").open("ab") as file:
-                    file.write(numbers.astype(np.int32).tobytes())
-    (folder / MANIFEST).write_text(json.dumps(_checksums(folder)), encoding="utf-8")
 
 
 def _map_pairs(folder: Path) -> TokenPairs:

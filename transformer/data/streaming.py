@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from transformer.data.batches import Batch, BatchWindow, make_batch
-from transformer.data.packing import TokenRows
+from transformer.data.packing import Sides, TokenRows
 from transformer.data.permutation import permute_numpy, round_keys
 from transformer.errors import explained, needs
 from transformer.parallel.mesh import partition_spec, place
@@ -26,8 +26,6 @@ WINDOW_STEPS = 100  # the maximum number of batches in a window
 WINDOWS_AHEAD = 2  # windows to prefetch to the devices
 BATCHES_AHEAD = 16  # batches that each worker prefetches
 READY = 0.01  # seconds; a window that takes longer to arrive was not ready
-
-Sides = tuple[np.ndarray, np.ndarray]  # sources [*replicas, B, S] and targets [*replicas, B, T]
 
 
 @dataclass(eq=False)

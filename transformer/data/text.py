@@ -1,19 +1,12 @@
-"""Files of text pairs as the TFDS dataset `text_pairs`.
+"""Files of text pairs as the TFDS dataset `text_pairs`; docs/data.md describes them.
 
     corpus/train.tsv                  source, tab, target
     corpus/train.de,corpus/train.en   two files: line n of the second is the target of line n
     corpus/train.jsonl                one object per line with both texts, named by `fields`
 
-each optionally compressed, as .gz. The dataset's name contains a hash of the files' content, so a
-changed file is another dataset.
-
-Lines end with a line feed. White space and byte order marks around a text are removed (`cleaned`).
-A line is skipped, and counted, if it is not UTF-8, has no pair, or has an empty text. Files of
-which more than a line in ten would be skipped are rejected, and so are two of unequal length.
-
-`validation` and `test` are files too, or are cut from the training file: the hash of a source
-selects its split, about one source in a hundred for each, so that no source is in two splits. A
-pair of a given `test` or `validation` file is removed from the splits before it.
+each optionally compressed, as .gz. `validation` and `test` are files too, or are cut from the
+training file by the hash of a source. A pair of a given file is removed from the splits before it.
+The dataset's name contains a hash of the files' content, so a changed file is another dataset.
 """
 
 import gzip
@@ -22,9 +15,9 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
@@ -50,31 +43,18 @@ def cleaned(text: object) -> str:
     return text.strip(BLANK)
 
 
-class Pair(NamedTuple):
-    """A line's number and its texts."""
+class Tally(dict[str, dict[str, Any]]):
+    """Reason → the `count` of lines that were skipped for it, and the first of their numbers."""
 
-    line: int
-    source: str
-    target: str
-
-
-@dataclass
-class Tally:
-    """The skipped lines of a split's files."""
-
-    lines: int = 0  # read
-    # reason → {"count": skipped lines, "lines": the first of their numbers}
-    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def leave_out(self, line: int, reason: str) -> None:
-        entry = self.left_out.setdefault(reason, {"count": 0, "lines": []})
+    def add(self, reason: str, line: int) -> None:
+        entry = self.setdefault(reason, {"count": 0, "lines": []})
         entry["count"] += 1
         entry["lines"] = [*entry["lines"], line][:SHOWN]
 
     def __str__(self) -> str:
         return "; ".join(
             f"{each['count']:,} {reason} ({numbered('line', each['lines'], each['count'])})"
-            for reason, each in self.left_out.items()
+            for reason, each in self.items()
         )
 
 
@@ -157,8 +137,8 @@ def split_of(source: str) -> str:
     return CUT.get(int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % 100, "train")
 
 
-def _fingerprint(pair: Pair) -> bytes:
-    return hashlib.sha256(f"{pair.source}\t{pair.target}".encode()).digest()[:8]
+def _fingerprint(source: str, target: str) -> bytes:
+    return hashlib.sha256(f"{source}\t{target}".encode()).digest()[:8]
 
 
 @dataclass(kw_only=True)
@@ -168,10 +148,10 @@ class FilesConfig(tfds.core.BuilderConfig):
     files: dict[str, str]
     fields: tuple[str, str]
 
-    def read(self, split: str, tally: Tally | None = None) -> Iterator[Pair]:
-        """The pairs of a split's files; `tally` counts the other lines."""
-        files, tally = self.files[split], tally or Tally()
-        found, skipped = paths(files), 0
+    def read(self, split: str, tally: Tally | None = None) -> Iterator[tuple[int, str, str]]:
+        """Line numbers, sources and targets of a split; `tally` counts the other lines."""
+        files, tally = self.files[split], Tally() if tally is None else tally
+        found, number, skipped = paths(files), 0, 0
         is_json = len(found) == 1 and kind(found[0]) in JSON
         for name in () if is_json else self.fields:
             knobs = f"the names of the texts of {found[0]}, data.source, data.target"
@@ -180,30 +160,32 @@ class FilesConfig(tfds.core.BuilderConfig):
             if None in line:
                 counts = [str(sum(1 for _ in _lines(path))) for path in found]
                 raise UserError(f"{files}: they have {' and '.join(counts)} lines; make them agree")
-            tally.lines, texts = number, _parse(line, self.fields, is_json)
+            texts = _parse(line, self.fields, is_json)
             if isinstance(texts, str):
                 skipped += 1
-                tally.leave_out(number, texts)
+                tally.add(texts, number)
             else:
-                yield Pair(number, *texts)
-        if skipped > MOST * tally.lines or skipped == tally.lines:
+                yield number, texts[0], texts[1]
+        if skipped > MOST * number or skipped == number:
             raise UserError(
-                f"{files}: {skipped:,} of {tally.lines:,} lines have no pair: "
+                f"{files}: {skipped:,} of {number:,} lines have no pair: "
                 f"{str(tally) or 'it is empty'}; correct the file (one pair per line; for .jsonl "
                 "data.source and data.target name the texts)"
             )
 
 
 def dataset_info(
-    builder: tfds.core.DatasetBuilder, features: dict[str, Any] | None = None, **options: Any
+    builder: tfds.core.DatasetBuilder, references: bool = False, **options: Any
 ) -> tfds.core.DatasetInfo:
-    """The description of a dataset whose examples have the texts `source` and `target`."""
+    """The description of a dataset of sources and targets, and maybe lists of references."""
+    text = tfds.features.Text()
+    features: dict[str, Any] = {"source": text, "target": text}
+    if references:
+        features["references"] = tfds.features.Sequence(text)
     return tfds.core.DatasetInfo(
         builder=builder,
         description=builder.__doc__,
-        features=tfds.features.FeaturesDict(
-            {name: tfds.features.Text() for name in COLUMNS} | (features or {})
-        ),
+        features=tfds.features.FeaturesDict(features),
         supervised_keys=COLUMNS,
         **options,
     )
@@ -222,36 +204,35 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
         config = cast(FilesConfig, self.builder_config)
         # Pairs of a given test file are in no other split; those of validation not in train.
         held_out = {
-            split: set(map(_fingerprint, config.read(split)))
+            split: {_fingerprint(*texts) for _, *texts in config.read(split)}
             for split in ("test", "validation")
             if split in config.files
         }
         splits = set(config.files)
         if "train" in splits and len(splits) < len(SPLITS):  # few pairs may not fill each
-            splits |= {split_of(pair.source) for pair in config.read("train")}
+            splits |= {split_of(source) for _, source, _ in config.read("train")}
         return {k: self._generate_examples(k, held_out) for k in SPLITS if k in splits}
 
     def _generate_examples(self, split: str, held_out: dict[str, set[bytes]]) -> Iterator:
         config, tally, count = cast(FilesConfig, self.builder_config), Tally(), 0
         own = split if split in config.files else "train"
         others = {k: seen for k, seen in held_out.items() if own != "test" and k != own}
-        for pair in config.read(own, tally):
-            mark = _fingerprint(pair)
+        for line, source, target in config.read(own, tally):
+            mark = _fingerprint(source, target)
             if twice := [name for name, seen in others.items() if mark in seen]:
-                tally.leave_out(pair.line, f"also in {twice[0]}")
+                tally.add(f"also in {twice[0]}", line)
                 continue
-            place = split_of(pair.source) if own == "train" else own
+            place = split_of(source) if own == "train" else own
             if split == (own if place in config.files else place):
                 count += 1
-                yield pair.line, {"source": pair.source, "target": pair.target}
+                yield line, {"source": source, "target": target}
         if not count:
             raise UserError(f"{config.files[own]}: no pair is left for {split}: {tally}")
         if own == split:
-            record = {"lines": tally.lines, "left_out": tally.left_out}
-            cast(dict, self.info.metadata)[split] = record
+            cast(dict, self.info.metadata)[split] = {"left_out": tally}
 
     def left_out(self) -> str:
         """Says which lines were skipped: `train: 1 empty (line 3); test: …`."""
         records = cast(dict, self.info.metadata).items()
-        tallies = {split: Tally(**record) for split, record in records}
-        return "; ".join(f"{split}: {tally}" for split, tally in tallies.items() if tally.left_out)
+        tallies = {split: str(Tally(record["left_out"])) for split, record in records}
+        return "; ".join(f"{split}: {tally}" for split, tally in tallies.items() if tally)

@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -74,8 +74,8 @@ class SymbolTokenizer(Tokenizer):
     """A tokenizer with a fixed list of symbols: characters, or words separated by white space."""
 
     def __init__(self, symbols: Sequence[str], separator: str = "", unknown: bool = False):
-        self.separator = separator  # of words; empty: symbols are characters
-        self.pieces = (*SPECIALS, *symbols, *([UNKNOWN] if unknown else []))
+        self.symbols, self.separator = (*symbols,), separator  # of words; empty: characters
+        self.pieces = (*SPECIALS, *symbols, *[UNKNOWN] * unknown)
         # Without the special tokens: a text may contain their names.
         self.ids = {symbol: number for number, symbol in enumerate(symbols, len(SPECIALS))}
         if unknown:
@@ -107,7 +107,7 @@ class SymbolTokenizer(Tokenizer):
             (symbol,) = unknown.args
             raise UserError(
                 f"{symbol!r} in {reprlib.repr(text)} is not one of the tokenizer's symbols "
-                f"{self.separator.join(self.ids)}{nearest(symbol.lower(), self.ids)}"
+                f"{self.separator.join(self.symbols)}{nearest(symbol.lower(), self.ids)}"
             ) from None
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -116,10 +116,8 @@ class SymbolTokenizer(Tokenizer):
         )
 
     def to_bytes(self) -> bytes:
-        unknown = self.unknown_id is not None
-        symbols = self.pieces[len(SPECIALS) : len(self.pieces) - unknown]
-        record = {"symbols": symbols, "separator": self.separator, "unknown": unknown}
-        return json.dumps(record).encode()
+        record = {"symbols": self.symbols, "separator": self.separator}
+        return json.dumps(record | {"unknown": self.unknown_id is not None}).encode()
 
 
 def before_end(tokens: Iterable[int]) -> list[int]:
@@ -161,7 +159,6 @@ class PieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         with needs("text"):
             from sentencepiece import SentencePieceProcessor
-
         self.model = model  # as SentencePiece serialized it
         self.processor = SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
@@ -177,18 +174,16 @@ class PieceTokenizer(Tokenizer):
         """
         with needs("text"):
             from sentencepiece import SentencePieceTrainer
-
+        shown = (text.replace(SKIPPED, " ") for text in texts)
+        parts = (part[1] or part[0] for text in shown for part in PART.finditer(text))
         model, special = io.BytesIO(), {}
         for number, name in enumerate(("pad", "bos", "eos", "unk")):
             special |= {f"{name}_id": number, f"{name}_piece": f"<{name}>"}
         knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
-        with explained(
-            f"{knobs}: {{reason}}; raise vocab_size, name a split with texts, or choose bytes",
-            RuntimeError,
-            OSError,
-        ):
+        remedy = "raise vocab_size, name a split with texts, or choose bytes"
+        with explained(f"{knobs}: {{reason}}; {remedy}", RuntimeError, OSError):
             SentencePieceTrainer.Train(
-                sentence_iterator=_parts(texts),
+                sentence_iterator=parts,
                 model_writer=model,
                 model_type=model_type,
                 vocab_size=vocab_size,
@@ -214,13 +209,6 @@ class PieceTokenizer(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return self.model
-
-
-def _parts(texts: Iterable[str]) -> Iterator[str]:
-    """Splits long texts into parts, so that SentencePiece skips none."""
-    for text in texts:
-        for part in PART.finditer(text.replace(SKIPPED, " ")):
-            yield part[1] or part[0]
 
 
 class TokenizerKind(NamedTuple):
