@@ -10,7 +10,6 @@ exit status is 1 if too few are caught, and 2 if a fault no longer applies.
 """
 
 import argparse
-import concurrent.futures
 import os
 import re
 import shutil
@@ -20,6 +19,8 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ def check(fault: Fault, full: bool) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Reads the command line, tries the faults, and prints how many are caught."""
+    """Tries the faults, and prints how many are caught."""
     parser = argparse.ArgumentParser(description="Checks that the tests catch small faults.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--only", default="")
@@ -103,10 +104,8 @@ def main() -> int:
         except (ValueError, SyntaxError) as error:
             parser.error(f"the fault {fault.name!r} does not apply: {error}")
     found = Counter()
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(check, fault, args.full) for fault in faults]
-        for future in concurrent.futures.as_completed(futures):
-            suite, line = future.result()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for suite, line in pool.map(partial(check, full=args.full), faults):
             found[suite] += 1
             print(line, flush=True)
     print(f"caught: {dict(found)}")

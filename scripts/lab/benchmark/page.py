@@ -97,11 +97,10 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
         low, high = (np.array([end(each) for each in values.values()]) for end in (min, max))
         colors = [INK if name.startswith(OURS_TITLE) else PEER for name in values]
         axes.barh(list(values), medians, 0.7, xerr=[medians - low, high - medians], color=colors)
-        axes.set(xlim=(0, None), ylim=(len(values) - 0.4, -0.6))
+        axes.set(xlim=(0, None), ylim=(len(values) - 0.4, -0.6), axisbelow=True)
         axes.set_title(title, fontsize=9)
         axes.tick_params(axis="y", labelsize=8)
         axes.grid(color=GRID, linewidth=0.6, axis="x")
-        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in places[len(panels) :]:
         axes.remove()

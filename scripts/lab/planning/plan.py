@@ -31,10 +31,9 @@ from transformer.training.costs import step_flops
 from transformer.training.step import TrainState, make_train_step
 
 GIB = 2.0**30
-NO_TPU = {  # otherwise the compiler looks for a TPU and for other hosts
-    **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"},
-    **{"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-}
+# Otherwise the compiler looks for a TPU and for other hosts.
+NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+NO_TPU |= {"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 class Chip(NamedTuple):
