@@ -14,10 +14,11 @@ import pytest
 import train
 from tests.helpers import TOKENIZER, strings
 from tests.test_programs import results
-from transformer.config import RunConfig, default_config, differences, flat_knobs
+from transformer.config import RunConfig, default_config, differences, flat_knobs, load_config
 from transformer.errors import UserError
 from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Hypotheses
+from transformer.knobs import Choice
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place
 from transformer.parallel.replicas import add_replica_axis
@@ -37,7 +38,6 @@ def of(section, **values):
 RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adamw"}
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
-
 UNTIED = {"model.tie_embeddings": False}
 
 # A run of seconds that the knobs are changed in.
@@ -84,8 +84,7 @@ BESIDES = {
     "model.separate_vocabularies": of("data.", target_tokenizer="words") | UNTIED,
     **{"mesh.replica": {"replicas": 2}, "per_replica.weight_decay": TWO | ADAMW},
 }
-# adamw with a weight decay is compared with adamw without one, not with adam; files are no split
-# of toy_strings.
+# adamw with a weight decay is compared with adam; files are no split of toy_strings.
 CANNOT_STAND_ALONE = {"optimizer.name": {}, "data.dataset": {}}
 
 
@@ -103,7 +102,6 @@ model_of = cache(Model)
 
 
 def arguments(cfg):
-    """What a run's program is called with: seeds, hyperparameters, and parameters by shape."""
     hparams = {name: np.asarray(values).tolist() for name, values in cfg.hparams().items()}
     shapes = {n: leaf.shape for n, leaf in model_of(cfg.model, TOKENIZER.vocab_size).shapes.items()}
     return np.asarray(cfg.seeds()).tolist(), hparams, shapes
@@ -111,7 +109,6 @@ def arguments(cfg):
 
 @cache
 def first_step(cfg):
-    """A run from the seed to the first step, jitted."""
     model, step_config = model_of(cfg.model, TOKENIZER.vocab_size), cfg.step_config()
     train_step, init = make_train_step(model, step_config), partial(init_state, model, step_config)
     return jax.jit(lambda seed, hparams, batch: train_step(init(seed, hparams), batch))
@@ -119,7 +116,6 @@ def first_step(cfg):
 
 @cache
 def program(cfg):
-    """The jaxpr of `first_step`."""
     one = {name: np.float32(np.ravel(values)[0]) for name, values in cfg.hparams().items()}
     with jax.numpy_dtype_promotion("standard"):  # what a user has; jax.nn relies on it
         batch = strings(("ab", "ba"), ("cd", "dc"))
@@ -127,9 +123,9 @@ def program(cfg):
 
 
 # The knobs that the program itself is made of; the others are about what is done with it.
-SINGLE = ("label_smoothing", "ema_decay", "accumulation_steps", "max_skipped_steps")
-SECTIONS = ("model.", "optimizer.", "per_replica.")
-INSIDE = [knob for knob in OTHER if knob in SINGLE or knob.startswith(SECTIONS)]
+PARTS = ("label_smoothing", "ema_decay", "accumulation_steps", "max_skipped_steps")
+PARTS += ("model.", "optimizer.", "per_replica.")
+INSIDE = [knob for knob in OTHER if knob.startswith(PARTS)]
 INSIDE.remove("model.separate_vocabularies")
 
 
@@ -142,7 +138,7 @@ def test_every_knob_inside_changes_the_program(knob):
 
 
 class Dispatches:
-    """Stands in for a run's compiled programs: computes nothing and notes what it is called with.
+    """Stands in for a run's compiled programs, and notes what it is called with.
 
     The loss of step i is i, which tells an interval's steps. Later checkpoints are better.
     """
@@ -151,17 +147,14 @@ class Dispatches:
 
     def __init__(self, monkeypatch):
         self.calls, self.step = [], 0
-        monkeypatch.setattr(
-            loop.DispatchSize, "seconds", 1e9
-        )  # or the calls depend on how long they take
-        for name, program in (("init", self.init), ("train_steps", self), ("score", self.score)):
-            monkeypatch.setattr(Run, name, program)
         state = cached_property(self.abstract_state)
         state.__set_name__(Run, "abstract_state")
-        monkeypatch.setattr(Run, "abstract_state", state)
+        programs = {"init": self.init, "train_steps": self, "score": self.score, "step_flops": 1}
+        for name, program in (programs | {"abstract_state": state}).items():
+            monkeypatch.setattr(Run, name, program)
+        monkeypatch.setattr(loop.DispatchSize, "seconds", 1e9)  # whatever time the calls take
         monkeypatch.setattr(Model, "of", cache(Model.of))
         monkeypatch.setattr(evaluation, "decode", self.decode)
-        monkeypatch.setattr(Run, "step_flops", 1)
         monkeypatch.setattr(plots, "learning_curve", lambda *_: None)
 
     def abstract_state(self, run):
@@ -182,11 +175,8 @@ class Dispatches:
             self.calls.append(("train", n, digest(data)))
             self.step = first + n
             steps = np.full(state.step.shape, self.step, np.int32)
-            added = {
-                "train/objective": sum(range(first + 1, first + n + 1)),
-                "tokens": n,
-                "steps": n,
-            }
+            added = {"train/objective": sum(range(first + 1, first + n + 1))}
+            added |= {"tokens": n, "steps": n}
             sums = {k: jnp.asarray(np.asarray(v) + added.get(k, 0)) for k, v in sums.items()}
             return state._replace(step=place(steps, state.step.sharding)), sums
 
@@ -202,7 +192,6 @@ class Dispatches:
 
 
 def digest(data):
-    """Of the rows that a program is given."""
     rows = hash((np.asarray(data.source).tobytes(), np.asarray(data.target).tobytes()))
     batch_size = getattr(data, "batch_size", None)  # the batches of a window are its shape
     return data.source.shape, data.target.shape, batch_size, data.packed, rows
@@ -226,14 +215,12 @@ def fingerprint(data_dir, monkeypatch, capsys):
 
 
 def trained(changes, workdir, data_dir):
-    """The last state of a run that is trained and reported as `train.py` does."""
     run = Run(resolved(changes), workdir.path, data_dir=data_dir)
     train.report(run, run.train())
     return run.state
 
 
 def left(workdir, state):
-    """What a run leaves."""
     params = state.params.items()
     return {
         "shardings": str({name: (value.shape, value.sharding) for name, value in params}),
@@ -242,8 +229,7 @@ def left(workdir, state):
     }
 
 
-# Tested where a run fails, where text is scored, and where runs are loaded: tests/test_health.py,
-# tests/test_datasets.py, tests/test_checkpoint.py, tests/test_workdir.py.
+# Tested in test_health.py, test_datasets.py, test_checkpoint.py and test_saved_runs.py.
 ELSEWHERE = ["debug_nans", "data.metrics", "data.bleu_tokenizer", "best_metric", "plugins"]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
 SLOW = ["data.size", "data.vocab_size", "data.num_workers"]  # prepare much, or start processes
@@ -258,13 +244,12 @@ def slow(names, those):
 def test_every_other_knob_changes_the_run(knob, fingerprint, tmp_path):
     besides = BESIDES.get(knob, {})
     before = CANNOT_STAND_ALONE.get(knob, besides)
-    if str(before) not in UNCHANGED:
-        UNCHANGED[str(before)] = fingerprint(before, tmp_path / "before")
-    assert fingerprint(besides | {knob: OTHER[knob]}, tmp_path / "after") != UNCHANGED[str(before)]
+    if (key := str(before)) not in UNCHANGED:
+        UNCHANGED[key] = fingerprint(before, tmp_path / "before")
+    assert fingerprint(besides | {knob: OTHER[knob]}, tmp_path / "after") != UNCHANGED[key]
 
 
 def test_the_same_config_gives_the_same_program_and_fingerprint(fingerprint, tmp_path):
-    """Else every knob would seem to change something."""
     cfg, again = (resolved({"model.dropout_rate": 0.1}) for _ in range(2))
     assert arguments(cfg) == arguments(again)
     assert program.__wrapped__(cfg) == program.__wrapped__(again)
@@ -275,7 +260,6 @@ def test_the_same_config_gives_the_same_program_and_fingerprint(fingerprint, tmp
 def test_the_step_is_traced_but_once_and_a_real_run_leaves_what_the_fingerprint_has(
     fingerprint, tmp_path, data_dir, monkeypatch
 ):
-    """To find what is wrong with it, and then again by the compiler, would be twice."""
     expected, workdir = fingerprint({}, tmp_path / "fake"), Workdir(str(tmp_path / "real"))
     traced = Mock(side_effect=lambda steps, *given: steps(*given))
     counted = lambda step: partial(traced, make_train_steps(step))  # noqa: E731
@@ -313,6 +297,15 @@ def test_every_config_takes_a_step_at_reduced_size(name):
     assert 1.0 < sums["train/objective"] / sums["tokens"] < 10.0
 
 
+@pytest.mark.parametrize(("knob", "value", "constraint"), [*RunConfig().constrained()])
+def test_every_constraint_is_checked(knob, value, constraint):
+    is_choice = isinstance(constraint, Choice)
+    wrong = "zzz" if is_choice else type(value)(constraint.least - 1)
+    limit = "choose one of" if is_choice else "it must be at least"
+    with pytest.raises(UserError, match=f"^{knob}={wrong}: {limit}"):
+        resolved({knob: wrong})
+
+
 # What is said of a knob that is wrong, which begins with the knob and its value. Before a `&`
 # stands what must hold besides.
 MISTAKES = r"""
@@ -323,30 +316,19 @@ model.position_encoding=none &
 model.architecture=recurrent &
   data.pack_length=64: model.architecture=recurrent reads one example a row
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
-model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops | optimizer.beta2=1.0
-model.attention_backend=cudnn computes only in bfloat16; set model.dtype | model.dropout_rate=1.0
-model.norm_placement=pos: choose one of pre, post, both .*mean post\?\) | model.num_layers=0
+model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
+model.attention_backend=cudnn computes only in bfloat16; set model.dtype
 model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
-model.norm=batch & accumulation_steps=2: model.norm=batch needs | replicas=0: it must be at least 1
-model.attention_backend=flash: choose one of auto, einsum, xla | model.attention_dropout_rate=1.0
-model.architecture=rnn: choose one of transformer, recurrent | steps=0: it must be at least 1
-optimizer.learning_rate=inf: it must be at most 3.40282e\+38 | seed=-1: it must be at least 0
+model.norm=batch & accumulation_steps=2: model.norm=batch needs
+optimizer.learning_rate=inf: it must be at most 3.40282e\+38
 model.position_encoding=rotary & model.d_k=3 is odd: rotary | model.cell=lstn: .*did you mean lstm\?
-model.random_positions=64: .*at least model.max_length=512 | optimizer.name=adm: .*did you mean adam
-model.norm_epsilon=1e-60: it must be at least 1.17549e-38 | data.size=big: choose one of tiny, small
-optimizer.epsilon=1e-300: it must be at least 1.17549e-38 | model.window=0: it must be at least 1$
-data.task=revrse: choose one of .*did you mean reverse\? | decode_margin=-1
-model.position_encoding=learnt: .*did you mean learned\? | data.bleu_tokenizer=cn: choose one of 13a
+model.random_positions=64: .*at least model.max_length=512
+model.norm_epsilon=1e-60: it must be at least 1.17549e-38 | model.window=0: it must be at least 1$
 max_skipped_steps=2147483648: .* at most 2,147,483,646 | model.num_heads=3 & model.d_model=15 is odd
 label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* passes 2\*\*32 examples
 model.num_kv_heads=3 does not divide model.num_heads=2
-model.num_layers=1000000000: it must be at most 1,000 | model.norm=rmsnorm: choose one of layer, rms
-model.dtype=float16: choose one of float32, bfloat16 | optimizer.warmup_steps=8 is not below steps=8
-optimizer.learning_rate=-1.0: it must be at least 0
-model.attention_backend=xla & model.d_v=4 .*einsum | model.feed_forward=relux: .*did you mean relu\?
-data.pack_length=1099511627776: it must be at most | optimizer.schedule=cos: .*did you mean cosine\?
-ema_decay=1.0: it must be at least 0 and below 1 | accumulation_steps=3 does not divide batch_size=
-model.kernel_init=glorot: .*did you mean glorot_ | model.remat=half: choose one of none, dots
+model.attention_backend=xla & model.d_v=4 .*einsum | accumulation_steps=3 does not divide batch
+optimizer.warmup_steps=8 is not below steps=8
 """
 
 
@@ -387,6 +369,10 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config.model.nrm = "rms"
     with pytest.raises(UserError, match=r"model.nrm: unknown option \(did you mean model.norm\?\)"):
         RunConfig.from_config_dict(config)
+    with pytest.raises(UserError, match=r"RunConfig\.from_config_dict"):
+        Run.__init__.__wrapped__(None, config)  # without the type checks of the tests
+    with pytest.raises(UserError, match=r"helpers.py does not define a function get_config\(\)"):
+        load_config("tests/helpers.py")
     del config.model.nrm, config.mesh.fsdp
     assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default
 

@@ -48,7 +48,6 @@ ENTRIES = {
     **{"model.remat": REMATS, "optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES},
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
     **{"data.tokenizer": TOKENIZERS, "data.target_tokenizer": TOKENIZERS, "data.task": TASKS},
-    "data.bleu_tokenizer": ["13a", "zh"],
     **{"best_metric": METRICS, "data.bleu_tokenizer": ["13a", "zh", "char"]},
     "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
     **{"data.size": ["tiny"], "data.train": ["train", "train[:10%]"]},
@@ -60,7 +59,6 @@ USUAL |= {tuple: ["()", "(1,2)", "(0.1,0.2)"]}
 
 
 def values(name):
-    """Words for a knob: nine of ten what it takes, or looks like it."""
     kind = type(KNOBS[name])
     usual = st.sampled_from(list(ENTRIES[name]) if name in ENTRIES else USUAL[kind])
     strange = {bool: FLAGS, int: WHOLE, type(None): WHOLE, float: NUMBERS, str: NAMES}
@@ -85,20 +83,18 @@ def prepared(data_dir):
 
 
 def check(pairs, data_dir):
-    """Starts a run, or is refused with one line that names one of the knobs."""
     first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
     words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
     status, said = front_door.answer(["--config=configs/base.py", *words], data_dir)
     event(f"status {status}")
     lines = said.splitlines()
     assert (status, len(lines)) in ((0, 0), (2, 1)), said
-    for line in lines:
-        assert line.startswith("error: ")
-        assert any(name.split(".")[-1] in line for name, _ in pairs), line
+    if lines:
+        assert said.startswith("error: ")
+        assert any(name.split(".")[-1] in said for name, _ in pairs), said
 
 
 def fuzzed(tries):
-    """Settings of so many tries; the few of the default suite are the same each time."""
     how = {"derandomize": tries < TRIES, "database": None, "deadline": None}
     how["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=tries, **how)

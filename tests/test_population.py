@@ -13,59 +13,38 @@ from tests.test_checkpoint import filled, metrics
 from tests.test_config import of, resolved
 from tests.test_sharding import DATA, mesh_of
 from tests.test_training import equal
-from transformer.config import RunConfig, default_config
 from transformer.inference import evaluation
 from transformer.modules.model import Model
 from transformer.parallel.mesh import RULES, replicated
-from transformer.parallel.replicas import add_replica_axis, split_replicas, vmap_replicas
-from transformer.training import step as training
+from transformer.parallel.replicas import split_replicas, vmap_replicas
+from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import zero_sums
 
-KNOBS = {
-    "steps": 20,
-    "label_smoothing": 0.1,
-    "model.dropout_rate": 0.2,
-    "model.attention_dropout_rate": 0.1,
-}
-KNOBS |= {"model.d_model": 16, "model.num_heads": 2, "model.d_ff": 32}
-KNOBS |= {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2}
+KNOBS = of("model.", dropout_rate=0.2, attention_dropout_rate=0.1)
+KNOBS |= {"steps": 20, "label_smoothing": 0.1, "optimizer.learning_rate": 1e-2}
 # data, fsdp, tensor, replica
 ONE, APART, MIXED = (1, 1, 1, 1), (1, 1, 1, 4), (2, 1, 2, 2)
 
 
 def run_config(replicas, changes):
-    config = default_config()
-    config.update_from_flattened_dict(KNOBS | {"replicas": replicas} | changes)
-    return RunConfig.from_config_dict(config)
+    return resolved(KNOBS | {"replicas": replicas} | changes)
 
 
 @cache
-def programs(cfg, sizes):
-    """The mesh, abstract state, initial state, steps and scores, as `train.py` makes them."""
-    model, mesh = Model(cfg.model, TOKENIZER.vocab_size), mesh_of(*sizes, cfg.replicas)
-    like = training.abstract_state(model, cfg.step_config(), mesh, cfg.hparams())
-    like = add_replica_axis(like, cfg.replicas)
-    where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    each = partial(vmap_replicas, replicas=cfg.replicas)
-    steps = training.make_train_steps(training.make_train_step(model, cfg.step_config()))
-    with jax.set_mesh(mesh):
-        init = each(partial(training.init_state, model, cfg.step_config()), in_axes=(0, 0))
-        steps = each(steps, in_axes=(0, 0, None, None))
-        score = jax.jit(each(partial(evaluation.score, model), in_axes=(0, None)))
-    steps = jax.jit(steps, out_shardings=(where, replicated(mesh)))
-    return mesh, like, jax.jit(init, out_shardings=where), steps, score
+def run(cfg, sizes):
+    model = Model(cfg.model, TOKENIZER.vocab_size)
+    return Run(cfg, mesh=mesh_of(*sizes, cfg.replicas), model=model)
 
 
 def train(cfg, sizes=ONE):
     """(state, sums, scores) of each replica after five steps."""
-    structure = replace(cfg, seed=0, per_replica=replace(cfg.per_replica, seed=()))
-    mesh, _, init, train_steps, score = programs(structure, sizes)
-    with jax.set_mesh(mesh):
-        state = init(cfg.seeds(), cfg.hparams())
-        data = jax.device_put(DATA, replicated(mesh))
-        state, sums = train_steps(state, zero_sums(cfg.replicas), data, jnp.int32(5))
-        scores = score(state.variables(), data)
+    one = run(replace(cfg, seed=0, per_replica=replace(cfg.per_replica, seed=())), sizes)
+    with jax.set_mesh(one.mesh):
+        data = jax.device_put(DATA, replicated(one.mesh))
+        state = one.init(cfg.seeds(), cfg.hparams())
+        state, sums = one.train_steps(state, zero_sums(cfg.replicas), data, jnp.int32(5))
+        scores = one.score(state.variables(), data)
     return split_replicas(jax.device_get((state, sums, scores)), cfg.replicas)
 
 
@@ -133,7 +112,7 @@ def test_each_replica_decodes_with_its_own_parameters():
 def test_a_population_comes_back_from_its_checkpoint_on_any_mesh(saved, restored, tmp_path):
     """Replicas are split over their axis, and parameters as ever."""
     cfg = run_config(4, {"per_replica.learning_rate": (1e-2, 2e-2, 1e-3, 5e-3), "ema_decay": 0.9})
-    state, like = filled(programs(cfg, saved)[1]), programs(cfg, restored)[1]
+    state, like = filled(run(cfg, saved).abstract_state), run(cfg, restored).abstract_state
     with Checkpoints(tmp_path, keep=1, best="sequence_accuracy") as checkpoints:
         checkpoints.save(state, metrics(0.5))
     with Checkpoints(tmp_path, keep=1, best="sequence_accuracy") as checkpoints:

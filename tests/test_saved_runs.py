@@ -83,7 +83,7 @@ def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_
     saved["steps_per_call"], saved["model"]["fused_qkv"] = 7, True  # which are no more
     assert not differences(saved_config(saved), default_config())
     saved["model"]["nrom"] = "rms"
-    with pytest.raises(UserError, match=r"knob model\.nrom, which .* mean model\.norm\?"):
+    with pytest.raises(UserError, match=r"knob model\.nrom .*mean model\.norm\?"):
         saved_config(saved)
     saved["model"] = {"num_heads": None}
     with pytest.raises(ValueError, match=r"model\.num_heads is null"):

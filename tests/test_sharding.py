@@ -21,18 +21,9 @@ from transformer.inference.decoding import DecodingConfig
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.masking import Mask
-from transformer.parallel import devices
+from transformer.parallel import devices, mesh
 from transformer.parallel.devices import check_memory, cpu_cores, cpu_name, describe_mesh
-from transformer.parallel.mesh import (
-    RULES,
-    MeshConfig,
-    check_batch,
-    constrain,
-    make_mesh,
-    parameter_shardings,
-    replicated,
-    shard_by_rules,
-)
+from transformer.parallel.mesh import RULES, check_batch, constrain, replicated, shard_by_rules
 from transformer.training.metrics import zero_sums
 from transformer.training.optimizer import OPTIMIZERS
 from transformer.training.step import abstract_state, make_train_step, make_train_steps
@@ -43,12 +34,8 @@ DATA = Dataset(BATCH.source, BATCH.target_out, 8)
 PAIRS = Tokenizers(TOKENIZER, TOKENIZER).encode(TEXTS, [text[::-1] for text in TEXTS])
 PACKED = Dataset.from_rows(pack_rows(unpacked_rows(PAIRS), 21), 8)
 CHANGES = {"num_heads": 8, "d_k": 4, "attention_bias": True}
-STEP_CONFIG = {
-    "warmup_steps": 2,
-    "dropout_rate": 0.2,
-    "attention_dropout_rate": 0.1,
-    "label_smoothing": 0.1,
-}
+STEP_CONFIG = {"warmup_steps": 2, "dropout_rate": 0.2}
+STEP_CONFIG |= {"attention_dropout_rate": 0.1, "label_smoothing": 0.1}
 
 # Packed rows count segments and positions across the cuts of a row; batch norm and Muon look at
 # whole batches and matrices.
@@ -76,12 +63,12 @@ def _compile_anew():
 
 def mesh_of(data, fsdp, tensor, replica=1, replicas=1, context=1):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
-    return make_mesh(MeshConfig(replica=replica, **sizes), replicas)
+    return mesh.make_mesh(mesh.MeshConfig(replica=replica, **sizes), replicas)
 
 
 @cache
 def train(run, sizes=(1, 1, 1), context=1):
-    """The losses of each step, the final state, the validation loss and outputs, on a mesh."""
+    """The losses of each step, the last state, the validation loss and outputs."""
     changes, knobs, data = RUNS[run]
     model, config = small_model(**CHANGES | changes), small_config(**STEP_CONFIG | knobs)
     mesh = mesh_of(*sizes, context=context)
@@ -125,12 +112,8 @@ def test_a_mesh_gives_the_losses_of_one_device_dropout_included(run, sizes, cont
 BACKENDS = ["einsum", "xla", "chunked", "splash"]
 SPLITS: Any = [(1, 1, 1), (8, 1, 1), (2, 1, 4), (2, 1, 1, 1, 1, 4)]  # the last over the context
 SEGMENTS = np.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20], np.int32).repeat(4, 0)
-SHORT_MASKS: Any = {
-    "padding": {},
-    "packed": {},
-    "causal": {"causal": True},
-    "window": {"causal": True, "window": 3},
-}
+SHORT_MASKS: Any = {"padding": {}, "packed": {}, "causal": {"causal": True}}
+SHORT_MASKS["window"] = {"causal": True, "window": 3}
 GRID = list(itertools.product(range(4), range(4), range(3), range(4)))
 PAIRWISE = [(b, m, (b + m + 2) % 3, (b + m) % 4) for b, m, k, s in GRID if k == s == 0]
 GRID = PAIRWISE + [pytest.param(*c, marks=pytest.mark.slow) for c in GRID if c not in PAIRWISE]
@@ -235,7 +218,7 @@ UNFIT = {
     (-1, 3, 1): "3 does not divide the 8 devices; set mesh.data",
     (-1, -1, 1): "at most one is -1",
     (0, 1, 1): "sizes are positive",
-    (1, 1, 1, 2, 1): "mesh.replica=2 does not divide replicas=1; choose one that does",
+    (1, 1, 1, 2, 1): "mesh.replica=2 does not divide replicas=1; try -1",
     (1, 1, 1, 0, 6): "mesh.replica=0 does not divide replicas=6",
 }
 
@@ -251,10 +234,10 @@ def test_what_a_mesh_does_not_divide_is_explained():
     with pytest.raises(UserError, match=message):
         abstract_state(small_model(), small_config(), mesh_of(1, 1, 8))
     shapes, both = {"table": jax.ShapeDtypeStruct((6, 3), "float32")}, {"table": ("batch", "head")}
-    found = parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
+    found = mesh.parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
     assert found.shard_shape((6, 3)) == (3, 3)
     with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp=4 does not divide the 6 of axis"):
-        parameter_shardings(mesh_of(2, 2, 1), shapes, both)
+        mesh.parameter_shardings(mesh_of(2, 2, 1), shapes, both)
     check_batch(mesh_of(2, 4, 1), 16)
     check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
     with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):

@@ -2,15 +2,17 @@
 
 import itertools
 import json
+import os
 import shutil
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
+from tests.test_config import SMALL, of, resolved
 from tests.test_programs import results
 from transformer import cli
-from transformer.config import RunConfig, default_config
 from transformer.errors import UserError
 from transformer.run import Run
 from transformer.training import loop
@@ -18,37 +20,20 @@ from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
 
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
-KNOBS = {
-    "steps": 14,
-    "batch_size": 16,
-    "log_every": 4,
-    "eval_every": 6,
-    "save_every": 5,
-    "keep_checkpoints": 3,
-    "decode_margin": 2,
-    "data.size": "tiny",
-    "model.d_model": 16,
-    "model.num_heads": 2,
-    "model.d_ff": 32,
-    "model.dropout_rate": 0.1,
-    "optimizer.warmup_steps": 2,
-    "mesh.data": 1,
-}
+KNOBS = SMALL | of("", steps=14, eval_every=6, save_every=5, keep_checkpoints=3)
+KNOBS |= {"model.dropout_rate": 0.1}
 
 
 def run(workdir, data_dir, allow_changes=False, **changes):
-    config = default_config()
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    config.update_from_flattened_dict(KNOBS | changes)
     with jax.numpy_dtype_promotion("standard"):  # what a user has
-        found = Run(RunConfig.from_config_dict(config), workdir, data_dir=data_dir)
+        found = Run(resolved(KNOBS | changes), workdir, data_dir=data_dir)
         found.train(allow_changes=allow_changes)
         return found.state
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_once():
-    """Keeps what is compiled from one run for the next: the programs of one device are the same."""
     jax.config.update("jax_enable_compilation_cache", True)
     yield
     jax.config.update("jax_enable_compilation_cache", False)
@@ -58,15 +43,11 @@ def _compile_once():
 def whole(tmp_path_factory, data_dir):
     """A run that is left alone: its folder, its last state, and the steps of each interval."""
     folder, intervals = tmp_path_factory.mktemp("train") / "whole", []
-    finalize = loop.finalize
-
-    def recorded(interval):
-        intervals.append(int(interval.sums["steps"]))
-        return finalize(interval)
-
+    recorded = Mock(side_effect=loop.finalize)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "finalize", recorded)
         state = run(folder, data_dir)
+    intervals = [int(call.args[0].sums["steps"]) for call in recorded.call_args_list]
     return folder, state, intervals
 
 
@@ -111,10 +92,7 @@ def go_on(monkeypatch, tmp_path, data_dir, folder, state):
         log.write('{"step": 7, "train/loss": 1.0}\n')
     resumed = run(tmp_path / "run", data_dir)
     assert results(tmp_path / "run") == results(folder)
-    names = [
-        {path.name for path in (each / "checkpoints").iterdir()}
-        for each in (folder, tmp_path / "run")
-    ]
+    names = [sorted(os.listdir(each / "checkpoints")) for each in (folder, tmp_path / "run")]
     assert names[0] == names[1]
     for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -156,22 +134,19 @@ def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole)
         assert checkpoints.find("best") == max(saved, key=merit)
 
 
-def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, data_dir, capsys):
+def test_a_folder_is_of_one_config_and_one_dataset(whole, tmp_path, data_dir, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"another config \(optimizer.beta1: 0.9 → 0.8; steps: 14"):
-        run(folder, data_dir, steps=16, optimizer__beta1=0.8)
-    with pytest.raises(UserError, match="14 is of another config"):
-        run(folder, data_dir, allow_changes=True, steps=16, model__d_ff=64)
-    with pytest.raises(UserError, match="has seed 0 and step 14"):
-        run(folder, data_dir, allow_changes=True, steps=16, seed=5)
-    for path, content in before.items():
-        assert path.name == "lock" or path.read_bytes() == content, path
-    with pytest.raises(UserError, match=r"another config \(data.vocab_size: .*steps: 14"):
-        run(folder, data_dir, steps=16, data__vocab_size=300)  # which characters have no use for
-    with pytest.raises(UserError, match=r"other tokens \(data.tokenizer: characters → bytes\)"):
-        run(folder, data_dir, allow_changes=True, data__tokenizer="bytes")
+    for message, allowed, changes in (
+        (r"another config \(optimizer.beta1: 0.9 → 0.8; steps: 14", 0, {"optimizer__beta1": 0.8}),
+        ("14 is of another config", 1, {"model__d_ff": 64}),
+        ("has seed 0 and step 14", 1, {"seed": 5}),
+        (r"another config \(data.vocab_size: .*steps: 14", 0, {"data__vocab_size": 300}),  # unused
+        (r"other tokens \(data.tokenizer: characters → bytes\)", 1, {"data__tokenizer": "bytes"}),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, data_dir, bool(allowed), steps=16, **changes)
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content, path
     capsys.readouterr()
@@ -180,16 +155,11 @@ def test_a_folder_is_one_configs_unless_changes_are_allowed(whole, tmp_path, dat
     said = " ".join(capsys.readouterr().out.split())
     assert "the learning rate jumps after 14 updates, from 0 to 0.000286, since the config" in said
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
-
-
-def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
-    folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
     record = json.loads((folder / "config.json").read_text())
     record["corpus"]["dataset"] = "toy_strings/reverse_tiny/0.9.0"
     (folder / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"trained on other data \(dataset toy_strings.* → toy"):
-        run(folder, data_dir)
+        run(folder, data_dir, steps=16, optimizer__beta1=0.8)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +169,7 @@ def test_a_folder_is_one_datasets(whole, tmp_path, data_dir):
         (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied; fix"),
         (MemoryError("x"), 2, "error: out of memory (x)"),
         (Interrupted("stopped"), 75, "stopped\n"),  # EX_TEMPFAIL: a scheduler starts it again
-        (
-            KeyboardInterrupt(),
-            130,
-            "interrupted; the same command resumes from",
-        ),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes from"),
     ],
 )
 def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys):

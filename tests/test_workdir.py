@@ -7,33 +7,27 @@ from tests.test_programs import ROOT
 from transformer.errors import UserError
 from transformer.workdir import Workdir
 
+CODE = """import sys
+from transformer.workdir import Workdir
+with Workdir(sys.argv[1]).locked():
+    print('held', flush=True)
+    sys.stdin.read()
+"""
 
-def test_a_folder_that_is_trained_in_is_refused_until_it_is_free(tmp_path):
-    with Workdir(str(tmp_path)).locked():
-        refused = pytest.raises(UserError, match=r"is in use by process \d+ on .*: wait")
-        with refused, Workdir(str(tmp_path)).locked():
+
+def test_a_folder_is_refused_while_it_is_trained_in_and_a_dead_process_holds_none(tmp_path):
+    def refused(holder):
+        in_use = pytest.raises(UserError, match=f"is in use by process {holder} on .*: wait")
+        with in_use, Workdir(str(tmp_path)).locked():
             pass
+
     with Workdir(str(tmp_path)).locked():
-        pass
-
-
-def test_a_dead_process_holds_no_folder(tmp_path):
-    code = (
-        "import sys\n"
-        "from transformer.workdir import Workdir\n"
-        "with Workdir(sys.argv[1]).locked():\n"
-        "    print('held', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
+        refused(r"\d+")
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", CODE, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match=f"in use by process {process.pid} "),
-            Workdir(str(tmp_path)).locked(),
-        ):
-            pass
+        refused(process.pid)
         process.kill()
     with Workdir(str(tmp_path)).locked():
         pass

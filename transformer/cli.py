@@ -28,10 +28,7 @@ from transformer.parallel.devices import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
 GRACE = 5  # seconds that other processes have to stop after an error
-OUT_OF_MEMORY = (
-    "lower batch_size or model.d_model, raise accumulation_steps, or set model.remat "
-    "(docs/performance.md)"
-)
+OUT_OF_MEMORY = "lower batch_size or model.d_model, raise accumulation_steps, or set model.remat"
 # JAX options that are set whatever the environment variables say.
 REQUIRED: dict[str, Any] = {
     "jax_enable_x64": False,
@@ -40,9 +37,7 @@ REQUIRED: dict[str, Any] = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": None,
 }
-# Up to this width one device per CPU core is faster: most operations of a small model are too
-# small to be parallelised.
-SMALL_WIDTH = 256
+SMALL_WIDTH = 256  # up to which operations are too small for several cores: one device per core
 
 flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
 
@@ -54,25 +49,14 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """
     if outlives_readers:
         tolerate_closed_output()
-    elif sys.stdout is None:  # closed from the start
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers
         os.environ["HOME"] = f"{tempfile.gettempdir()}/home-{os.getuid()}"
     end_with_parent()
-    silence_failed_saves()
-    app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
-
-
-def silence_failed_saves() -> None:
-    """Hides the reports of Orbax's threads on a failed save, which raises a UserError anyway."""
+    # Orbax's threads report a failed save, which raises a UserError anyway.
     show = sys.unraisablehook
-
-    def hook(raised: Any) -> None:
-        if str(raised.exc_value) != "Event loop is closed":
-            show(raised)
-
-    sys.unraisablehook = hook
+    sys.unraisablehook = lambda raised: "loop is closed" in str(raised.exc_value) or show(raised)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited")
+    app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
 
 
 def explained(function: Callable, *args) -> Any:
@@ -196,8 +180,7 @@ def join_hosts(*, interruptible: bool = False) -> None:
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():
         find_devices()
-        # Synchronise just after the start: with Gloo (CPUs) the first collective times out after
-        # 30 s.
+        # Just after the start: with Gloo (CPUs) the first collective times out after 30 s.
         multihost_utils.sync_global_devices("start")
         console.quiet = not hosts.first()
 

@@ -118,29 +118,17 @@ class RunConfig(Population):
         run = cls(**values)
         for knob, value, constraint in () if run.plugins else run.constrained():
             if isinstance(constraint, Choice) and value not in constraint.built_in:
-                raise UserError(
-                    f"{knob}={value} is defined in this process only, and no other could load the "
-                    "run; put it into a module, and name that by config.plugins"
-                )
+                remedy = "define it in a module that config.plugins names"
+                raise UserError(f"{knob}={value} is defined for this process alone; {remedy}")
         return run
 
     def step_config(self) -> StepConfig:
         """The part of the config that the train step depends on."""
-        return StepConfig(
-            optimizer=self.optimizer,
-            steps=self.steps,
-            ema_decay=self.ema_decay,
-            accumulation_steps=self.accumulation_steps,
-            max_skipped=self.max_skipped_steps,
-            hparams=HParams(
-                learning_rate=self.optimizer.learning_rate,
-                warmup_steps=self.optimizer.warmup_steps,
-                weight_decay=self.optimizer.weight_decay,
-                label_smoothing=self.label_smoothing,
-                dropout_rate=self.model.dropout_rate,
-                attention_dropout_rate=self.model.attention_dropout_rate,
-            ),
-        )
+        knobs = vars(self) | vars(self.optimizer) | vars(self.model)
+        hparams = HParams(**{name: knobs[name] for name in HParams._fields})
+        same = {name: knobs[name] for name in ("steps", "ema_decay", "accumulation_steps")}
+        skipped = self.max_skipped_steps
+        return StepConfig(optimizer=self.optimizer, max_skipped=skipped, hparams=hparams, **same)
 
 
 def sections(config: type) -> dict[str, Any]:
@@ -148,22 +136,18 @@ def sections(config: type) -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(config).items() if is_dataclass(kind)}
 
 
-def default_config() -> Any:
+def default_config(section: Any = RunConfig) -> Any:
     """Returns a ConfigDict of every knob at its default, for a config file to change."""
-
-    def of(section: Any) -> ConfigDict:
-        config, types = ConfigDict(), get_type_hints(section)
-        for knob in fields(section):
-            kind = types[knob.name]
-            if is_dataclass(kind):
-                config[knob.name] = of(kind)
-            elif knob.default is None:  # `int | None`
-                config[knob.name] = config_dict.placeholder(get_args(kind)[0])
-            else:
-                config[knob.name] = knob.default
-        return config
-
-    return of(RunConfig)
+    config, types = ConfigDict(), get_type_hints(section)
+    for knob in fields(section):
+        kind = types[knob.name]
+        if is_dataclass(kind):
+            config[knob.name] = default_config(kind)
+        elif knob.default is None:  # `int | None`
+            config[knob.name] = config_dict.placeholder(get_args(kind)[0])
+        else:
+            config[knob.name] = knob.default
+    return config
 
 
 def load_config(path: str | Path, function: str = "get_config") -> Any:
@@ -183,10 +167,8 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
     knobs, known = renamed.knobs(flat_knobs(ConfigDict(saved))), flat_knobs(config)
     for name in knobs:
         if name not in known:
-            raise UserError(
-                f"the run has the knob {name}, which this version does not know"
-                f"{nearest(name, known)}; use the version that the run was saved by"
-            )
+            unknown = f"this version does not know the run's knob {name}{nearest(name, known)}"
+            raise UserError(f"{unknown}; use the version that saved it")
         if knobs[name] is None and known[name] is not None:
             raise ValueError(f"{name} is null")
     config.update_from_flattened_dict(renamed.BEFORE | knobs)
@@ -209,12 +191,9 @@ def continued(config: Any, saved: ConfigDict) -> Any:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns `model.norm: layer → rms` for each knob that differs and changes a result."""
     before, after = flat_knobs(old), flat_knobs(new)
-    return [
-        f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
-        for name in sorted(before | after)
-        if before.get(name, "absent") != after.get(name, "absent")
-        and not name.startswith(FREE_KNOBS)
-    ]
+    names = [name for name in sorted(before | after) if not name.startswith(FREE_KNOBS)]
+    values = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
+    return [f"{name}: {one} → {other}" for name, one, other in values if one != other]
 
 
 def fixed_knobs(config: Any) -> set[str]:

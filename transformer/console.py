@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from logging import getLogger
 from typing import Any, TypeVar
 
-from absl import logging
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
@@ -39,15 +38,13 @@ class TolerantFile(io.FileIO):
 
 def tolerate_closed_output() -> None:
     """Lets the program continue when nobody reads `sys.stdout` or `sys.stderr` any more."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:  # closed from the start: a file opened later must not get its number
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)  # None: closed from the start
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
         buffer = io.BufferedWriter(TolerantFile(number, "w", closefd=False))
         encoding = stream and stream.encoding
-        # An ASCII terminal lacks characters.
-        tolerant = io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=True)
-        setattr(sys, name, tolerant)
+        # "replace": an ASCII terminal lacks characters.
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", line_buffering=True))
 
 
 def facts(rows: Mapping[str, str]) -> None:
@@ -102,13 +99,9 @@ def status(what: str, done: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what TFDS and Orbax log when all is well, and retries of downloads."""
-    downloads = getLogger("urllib3")
-    before = logging.get_verbosity(), downloads.level
-    logging.set_verbosity(logging.ERROR)
-    downloads.setLevel("ERROR")
+    """Hides what libraries log when all is well, and their warnings, as of retried downloads."""
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.set_verbosity(before[0])
-        downloads.setLevel(before[1])
+        logging.disable(logging.NOTSET)

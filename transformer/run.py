@@ -68,11 +68,7 @@ class Run:
 
     @classmethod
     def saved(cls, workdir: str | Path, **options: Any) -> "Run":
-        """The run that was trained in a folder, with its saved config.
-
-        Raises:
-          UserError: the folder holds no run.
-        """
+        """The run that was trained in a folder, with its saved config; `options` as of `Run`."""
         config = Workdir(str(workdir)).read_config()
         return cls(RunConfig.from_config_dict(config), workdir, **options)
 
@@ -92,8 +88,6 @@ class Run:
     def mesh(self) -> Mesh:
         """The mesh of devices."""
         return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
-
-    # --- Data -------------------------------------------------------------------------------
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -157,8 +151,6 @@ class Run:
         keys = step.data_keys(config.seeds())
         return StreamedDataset(self.rows, config.batch_size, keys, **options)
 
-    # --- Model, state and compiled programs -------------------------------------------------
-
     @cached_property
     def model(self) -> Model:
         """The model as pure functions of its variables."""
@@ -221,8 +213,6 @@ class Run:
         batch = Dataset(*sides, self.config.batch_size, self.rows.packed)
         return costs.step_flops(self.model, self.config.step_config(), batch)
 
-    # --- What a run does --------------------------------------------------------------------
-
     def check(self) -> None:
         """Raises a UserError if config or data are invalid, or the state exceeds the memory."""
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
@@ -238,15 +228,12 @@ class Run:
     def train(
         self, *, allow_changes: bool = False, profile: int = 0, exits: bool = False
     ) -> list[dict[str, Any]]:
-        """Trains, resuming from the newest checkpoint; evaluates; writes `results.json`.
+        """Trains, resuming from the newest checkpoint; returns and writes each replica's results.
 
         Args:
           allow_changes: whether to resume from a checkpoint of another config.
           profile: number of steps to trace with the profiler before training; 0: none.
           exits: whether a request to stop may end the process if there is nothing to save.
-
-        Returns:
-          The seed and the final metrics of each replica. `state` is the last state.
 
         Raises:
           UserError: the config, the data or the folder is invalid, or the loss is NaN or Inf.
@@ -265,12 +252,7 @@ class Run:
             return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
     def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
-        """The trained model as a text generator, on the run's mesh; see `restore`.
-
-        Args:
-          checkpoint: latest, best, or a step number.
-          replica: the index of a replica in a population.
-        """
+        """The model of a checkpoint (see `restore`), or of one of its replicas, for texts."""
         config = self.config
         within("replica", replica, 0, config.replicas - 1)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
@@ -303,12 +285,9 @@ class Run:
         state: TrainState | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> list[dict[str, float]]:
-        """The metrics of each replica, as `evaluate`; NaN for a replica that a NaN or Inf stopped.
+        """`evaluate` for each replica; NaN for one that a NaN or Inf has stopped.
 
-        Args:
-          split: `validation` or `test`.
-          state: a state on the mesh; None: the last of `train`, else the latest checkpoint.
-          between: called before each batch; an exception ends the evaluation.
+        `state` is on the mesh. `between` is called before each batch; an exception ends it all.
         """
         config, data = self.config, choose(self.data, split, "split")
         state = state or self.state or self.restore()

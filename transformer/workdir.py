@@ -60,32 +60,24 @@ class Workdir:
         own = self.read_record()["corpus"]
         pairs = [(name, own.get(name), value) for name, value in identity.items()]
         if changed := [f"{name} {old} → {new}" for name, old, new in pairs if old != new]:
-            raise UserError(
-                f"{self.path} was trained on other data ({'; '.join(changed)}); bring those back, "
-                "or choose another --workdir"
-            )
+            fault = f"{self.path} was trained on other data ({'; '.join(changed)})"
+            raise UserError(f"{fault}; bring those back, or choose another --workdir")
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
         """Creates the folder; a UserError if it has checkpoints that `config` may not resume."""
         if self.trained():
-            record, other = self.read_record(), "choose another --workdir"
+            record, other, fault = self.read_record(), "choose another --workdir", ""
             changes = differences(record["config"], continued(config, record["config"]))
             fixed = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
             if "averaged" in record:
-                raise UserError(
-                    f"{self.path} holds an average of checkpoints, which cannot be trained "
-                    f"further; {other}"
-                )
-            if fixed:
-                raise UserError(
-                    f"{self.path} holds a run with other tokens ({'; '.join(fixed)}), which it "
-                    f"keeps to its end; {other}"
-                )
-            if changes and not allow_changes:
-                raise UserError(
-                    f"{self.path} holds a run of another config ({'; '.join(changes)}); {other}, "
-                    "or --allow_changes to resume from its checkpoint"
-                )
+                fault = f"an average of checkpoints, which cannot be trained further; {other}"
+            elif fixed:
+                fault = f"a run with other tokens ({'; '.join(fixed)}), kept to its end; {other}"
+            elif changes and not allow_changes:
+                fault = f"a run of another config ({'; '.join(changes)}); {other}, "
+                fault += "or --allow_changes to resume from its checkpoint"
+            if fault:
+                raise UserError(f"{self.path} holds {fault}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.plots.mkdir(exist_ok=True)
 
@@ -105,10 +97,8 @@ class Workdir:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
-                f"{self.path} is in use by {file.read().strip()}: wait for its end, or choose "
-                "another --workdir"
-            ) from error
+            fault = f"{self.path} is in use by {file.read().strip()}"
+            raise UserError(f"{fault}: wait for its end, or choose another --workdir") from error
         except (ImportError, OSError) as error:
             console.print(f"{self.path} cannot be locked ({error}): see that nothing else uses it")
             return

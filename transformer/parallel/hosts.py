@@ -31,16 +31,17 @@ def join(
 ) -> None:
     """Connects this process to others, if flags or environment name several processes.
 
-    Must be called before JAX initialises its devices.
-
-    Args:
-      coordinator: HOST:PORT of process 0; `auto`: JAX detects everything; or None.
-      processes: the number of processes.
-      process: the index of this process.
-      interruptible: whether the program handles requests to stop (`interruption`).
+    Must be called before JAX initialises its devices. `coordinator` is HOST:PORT of process 0, or
+    `auto`: JAX detects everything. An `interruptible` program handles requests to stop.
     """
     given = [flag for flag in (coordinator, processes, process) if flag is not None]
-    if not given and not in_cluster():
+    here = os.environ
+    in_cluster = (  # where JAX detects several processes by itself
+        int(here.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # a step of several tasks (`srun`)
+        or "," in here.get("TPU_WORKER_HOSTNAMES", "")  # a worker of a TPU slice under GKE
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= here.keys()  # of an indexed Job
+    )
+    if not given and not in_cluster:
         return
     where: dict[str, Any] = {}
     if given not in ([], ["auto"]):
@@ -61,20 +62,6 @@ def join(
         jax.distributed.initialize(**where, initialization_timeout=PATIENCE)
 
 
-def in_cluster() -> bool:
-    """Whether the environment is one where JAX detects several processes by itself.
-
-    That is a SLURM step of several tasks (`srun`), a worker of a TPU slice under GKE, or a pod of
-    an indexed Kubernetes Job.
-    """
-    here = os.environ
-    return (
-        int(here.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or "," in here.get("TPU_WORKER_HOSTNAMES", "")
-        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= here.keys()
-    )
-
-
 def find(coordinator: str) -> None:
     """Waits until process 0 answers; JAX itself would abort without an exception."""
     host, _, port = coordinator.rpartition(":")
@@ -85,10 +72,8 @@ def find(coordinator: str) -> None:
         except OSError as error:
             waited, fault = time.monotonic() - began, f"--coordinator={coordinator}: {error}"
             if waited > PATIENCE:
-                raise UserError(
-                    f"{fault}: nobody answered in {PATIENCE} s; start process 0 there, and see "
-                    "that this host reaches it"
-                ) from error
+                remedy = "start process 0 there, and see that this host reaches it"
+                raise UserError(f"{fault}: no answer in {PATIENCE} s; {remedy}") from error
             if silent and waited > SILENCE:
                 silent = False
                 print(f"{fault}: waiting for process 0, {PATIENCE} s at most", file=sys.stderr)

@@ -58,33 +58,20 @@ def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | No
         others = math.prod(size for size in sizes.values() if size > 0)
         sizes["replica"] = math.gcd(replicas, max(len(devices) // others, 1))
     if sizes["replica"] < 1 or replicas % sizes["replica"]:
-        raise UserError(
-            f"mesh.replica={config.replica} does not divide replicas={replicas}; choose one that "
-            "does, or -1: as many as fit"
-        )
+        raise UserError(f"mesh.replica={config.replica} does not divide {replicas=}; try -1")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(
-            f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)"
-        )
+        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1, the rest")
     taken = math.prod(map(abs, sizes.values()))
     if free and taken < len(devices) and len(devices) % taken:
-        raise UserError(
-            f"mesh {sizes}: {taken} does not divide the {len(devices)} devices; "
-            f"set mesh.{free[0]} to a number"
-        )
+        parts = f"{taken} does not divide the {len(devices)} devices"
+        raise UserError(f"mesh {sizes}: {parts}; set mesh.{free[0]} to a number")
     sizes |= dict.fromkeys(free, max(len(devices) // taken, 1))
     needed = math.prod(sizes.values())
-    if needed > len(devices):
-        raise UserError(
-            f"mesh {sizes} needs {needed} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower mesh.data, fsdp, tensor, context or replica"
-        )
-    if needed < len(devices) and jax.process_count() > 1:
-        raise UserError(
-            f"mesh {sizes} takes {needed} of the {len(devices)} devices of {jax.process_count()} "
-            "processes, and each process must have its part; set mesh.data=-1"
-        )
+    if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
+        found = f"{len(devices)} ({devices[0].device_kind})"
+        remedy = "lower mesh.data, fsdp, tensor, context or replica; in several processes use all"
+        raise UserError(f"mesh {sizes} needs {needed} devices and there are {found}; {remedy}")
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices[:needed])
 
@@ -105,9 +92,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> Non
     factors |= {"accumulation_steps": accumulation_steps} if accumulation_steps > 1 else {}
     if batch_size % (shards := math.prod(factors.values())):
         among = " × ".join(f"{name}={factor}" for name, factor in factors.items())
-        raise UserError(
-            f"batch_size={batch_size} does not divide among {among}; choose a multiple of {shards}"
-        )
+        remedy = f"choose a multiple of {shards}"
+        raise UserError(f"batch_size={batch_size} does not divide among {among}; {remedy}")
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -143,6 +129,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def device_map(function: Callable, in_specs: tuple, out_specs: Any, *axes: str) -> Callable:
+    """Returns `function` run by each device on its shards over `axes`, by default over `data`."""
+    names = set(axes) or {"data"}
+    specs = {"in_specs": in_specs, "out_specs": out_specs, "axis_names": names}
+    return jax.shard_map(function, **specs, check_vma=False)
+
+
 def shard_rows(function: Callable, shards: int) -> Callable:
     """Returns `function(replicated, rows)` with the rows sharded over the mesh axis `data`.
 
@@ -151,13 +144,7 @@ def shard_rows(function: Callable, shards: int) -> Callable:
     """
     if shards == 1:
         return function
-    return jax.shard_map(
-        function,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec("data"),
-        axis_names={"data"},
-        check_vma=False,
-    )
+    return device_map(function, (PartitionSpec(), PartitionSpec("data")), PartitionSpec("data"))
 
 
 def row_shards() -> int:
@@ -175,13 +162,8 @@ def shard_by_rules(function: Callable, in_axes: tuple, out_axes: tuple) -> Calla
     mesh = jax.sharding.get_abstract_mesh()
     if is_unsharded(mesh):
         return function
-    return jax.shard_map(
-        function,
-        in_specs=tuple(map(partition_spec, in_axes)),
-        out_specs=partition_spec(out_axes),
-        axis_names=set(mesh.auto_axes),
-        check_vma=False,
-    )
+    specs = tuple(map(partition_spec, in_axes)), partition_spec(out_axes)
+    return device_map(function, *specs, *mesh.auto_axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -210,9 +192,7 @@ def parameter_shardings(
         for size, part, axis in zip(param.shape, spec, axes[name], strict=True):
             if size % axis_shards(axis, mesh):
                 knobs = " × ".join(f"mesh.{each}" for each in np.atleast_1d(part))
-                raise UserError(
-                    f"{knobs}={axis_shards(axis, mesh)} does not divide the {size} of axis "
-                    f"{axis!r} in {name} {tuple(param.shape)}; choose one that does"
-                )
+                where = f"the {size} of axis {axis!r} in {name} {tuple(param.shape)}"
+                raise UserError(f"{knobs}={axis_shards(axis, mesh)} does not divide {where}")
         shardings[name] = NamedSharding(mesh, spec)
     return shardings

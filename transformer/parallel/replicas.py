@@ -4,6 +4,7 @@ Model, step and metrics are written for a single run. Here they get a first axis
 sharded over the mesh axis `replica`; the arrays of a single run (R = 1) have no such axis.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from transformer.errors import UserError
+from transformer.errors import UserError, explained
 from transformer.parallel import hosts
+from transformer.parallel.mesh import device_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +33,10 @@ class PerReplica:
     def __post_init__(self):
         for name, values in vars(self).items():
             whole = name in ("seed", "warmup_steps")
-            kind = int if whole else int | float
-            fits = isinstance(values, tuple | list) and not any(isinstance(x, bool) for x in values)
-            if not fits or not all(isinstance(value, kind) for value in values):
-                raise UserError(
-                    f"per_replica.{name}={values}: it takes a {'whole ' * whole}number for each "
-                    "replica, such as (1,2,3)"
-                )
-            if not whole:
-                object.__setattr__(self, name, tuple(map(float, values)))
+            message = f"per_replica.{name}={values}: it takes a {'whole ' * whole}number for each "
+            with explained(message + "replica, such as (1,2,3)"):
+                numbers = tuple(map(operator.index if whole else float, values))
+            object.__setattr__(self, name, numbers)
 
 
 class Population:
@@ -53,10 +50,8 @@ class Population:
         """Raises a UserError unless each replica is a valid run by itself."""
         for name, values in vars(self.per_replica).items():
             if values and (len(values) != self.replicas or self.replicas == 1):
-                raise UserError(
-                    f"per_replica.{name} has {len(values)} values and replicas={self.replicas}; "
-                    "give as many as there are replicas, two or more"
-                )
+                found = f"per_replica.{name} has {len(values)} values and replicas={self.replicas}"
+                raise UserError(f"{found}; give as many as there are replicas, two or more")
         self.single_runs()
 
     def single_runs(self) -> list[Any]:
@@ -98,13 +93,8 @@ def vmap_replicas(function: Callable, replicas: int, in_axes: tuple[int | None, 
     # third faster than leaving XLA to find out. (Not so where others do: XLA's partitioner of
     # jaxlib 0.10 aborts if two more axes are left to it inside a shard_map.)
     own = PartitionSpec("replica")
-    return jax.shard_map(
-        jax.vmap(function, in_axes=in_axes),
-        in_specs=tuple(PartitionSpec() if axis is None else own for axis in in_axes),
-        out_specs=own,
-        axis_names={"replica"},
-        check_vma=False,
-    )
+    specs = tuple(PartitionSpec() if axis is None else own for axis in in_axes)
+    return device_map(jax.vmap(function, in_axes=in_axes), specs, own, "replica")
 
 
 def add_replica_axis(state: Any, replicas: int) -> Any:
