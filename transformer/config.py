@@ -178,13 +178,10 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
 def continued(config: Any, saved: ConfigDict) -> Any:
     """Returns `config` in which knobs newer than a saved run keep the values it trained with."""
     default, before, now = map(flat_knobs, (default_config(), saved, config))
-    older = {
-        name: value
-        for name, value in renamed.BEFORE.items()
-        if before[name] == value and now[name] == default[name]
-    }
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(older)
+    for name, value in renamed.BEFORE.items():
+        if before[name] == value and now[name] == default[name]:
+            config.update_from_flattened_dict({name: value})
     return config
 
 
@@ -200,9 +197,8 @@ def fixed_knobs(config: Any) -> set[str]:
     """Returns the knobs that a run can never change, as its vocabulary depends on them."""
     kinds = {config.data.tokenizer, config.data.target_tokenizer}
     fixed = {"data.tokenizer", "data.target_tokenizer"}
-    if config.data.target_tokenizer is not None:
-        fixed.add("model.separate_vocabularies")
-    return fixed | ({"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set())
+    fixed |= {"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set()
+    return fixed | ({"model.separate_vocabularies"} if None not in kinds else set())
 
 
 def flat_knobs(config: ConfigDict) -> dict[str, Any]:

@@ -163,40 +163,33 @@ class Run:
         state = step.abstract_state(self.model, config.step_config(), self.mesh, config.hparams())
         return replicas.add_replica_axis(state, config.replicas)
 
-    def _vmap(self, function: Callable, *in_axes: int | None) -> Callable:
-        return replicas.vmap_replicas(function, self.config.replicas, in_axes)
+    def _jit(self, function: Callable, *axes: int | None, where: Any = None, **options) -> Any:
+        """Compiles `function` of a single run for all replicas; results are sharded `where`."""
+        function = replicas.vmap_replicas(function, self.config.replicas, axes)
+        return jax.jit(function, out_shardings=where or replicated(self.mesh), **options)
 
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
         init = partial(step.init_state, self.model, self.config.step_config())
-        return jax.jit(self._vmap(init, 0, 0), out_shardings=self._state_shardings)
+        return self._jit(init, 0, 0, where=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
         train_step = step.make_train_step(self.model, self.config.step_config())
-        # Streamed batches have a replica axis.
-        data_axis = 0 if self.config.data.num_workers else None
-        return jax.jit(
-            self._vmap(step.make_train_steps(train_step), 0, 0, data_axis, None),
-            donate_argnums=0,
-            out_shardings=(self._state_shardings, replicated(self.mesh)),
-        )
+        axes = 0, 0, 0 if self.config.data.num_workers else None, None  # streamed: a batch for each
+        where = self._state_shardings, replicated(self.mesh)
+        return self._jit(step.make_train_steps(train_step), *axes, where=where, donate_argnums=0)
 
     @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
-        score = self._vmap(partial(evaluation.score, self.model), 0, None)
-        return jax.jit(score, out_shardings=replicated(self.mesh))
+        return self._jit(partial(evaluation.score, self.model), 0, None)
 
     @property
     def _state_shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step."""
-        return self.init(self.config.seeds(), self.config.hparams())
 
     def zero_sums(self) -> Any:
         """Zero sums, on the host, for `train_steps` to add to."""
@@ -265,12 +258,8 @@ class Run:
         """Decodes every source in `data` with every replica."""
         options: Any = {"decoding": decoding, "margin": self.config.decode_margin}
         decode = partial(evaluation.decode, self.model, **options)
-        program = jax.jit(
-            self._vmap(decode, 0, None),
-            out_shardings=replicated(self.mesh),
-            compiler_options=evaluation.compiler_options(),
-        )
-        return program(variables, data)
+        options = {"compiler_options": evaluation.compiler_options()}
+        return self._jit(decode, 0, None, **options)(variables, data)
 
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
@@ -280,10 +269,7 @@ class Run:
         return replicas.mean_over_replicas(self.evaluate_replicas(split))
 
     def evaluate_replicas(
-        self,
-        split: str,
-        state: TrainState | None = None,
-        between: Callable[[], None] = lambda: None,
+        self, split: str, state: TrainState | None = None, between: Callable = lambda: None
     ) -> list[dict[str, float]]:
         """`evaluate` for each replica; NaN for one that a NaN or Inf has stopped.
 
@@ -295,9 +281,7 @@ class Run:
             variables = state.variables()
             totals = evaluation.score_in_batches(self.score, variables, data, self.place, between)
         split_totals = replicas.split_replicas(totals, config.replicas)
-        metrics = [
-            finalize(each, split, single.label_smoothing)
-            for each, single in zip(split_totals, config.single_runs(), strict=True)
-        ]
+        each = zip(split_totals, config.single_runs(), strict=True)
+        metrics = [finalize(sums, split, single.label_smoothing) for sums, single in each]
         stopped = replicas.is_stopped(state.skipped, config.max_skipped_steps)
         return replicas.mask_stopped(metrics, stopped)

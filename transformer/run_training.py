@@ -93,7 +93,7 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
     """
     step, config = checkpoints.latest(), run.config
     if step is None:
-        return run.initial_state(), {}
+        return run.init(config.seeds(), config.hparams()), {}
     state = checkpoints.restore(step, run.abstract_state)
     check_same_run(state, config.seeds(), config.steps, run.workdir.path)
     old = RunConfig.from_config_dict(run.workdir.read_config())

@@ -42,11 +42,7 @@ class PerReplica:
 class Population:
     """The replicas of a run's config; `RunConfig` inherits it."""
 
-    seed: Any
-    replicas: Any
-    per_replica: Any
-
-    def check_replicas(self) -> None:
+    def check_replicas(self: Any) -> None:
         """Raises a UserError unless each replica is a valid run by itself."""
         for name, values in vars(self.per_replica).items():
             if values and (len(values) != self.replicas or self.replicas == 1):
@@ -54,26 +50,25 @@ class Population:
                 raise UserError(f"{found}; give as many as there are replicas, two or more")
         self.single_runs()
 
-    def single_runs(self) -> list[Any]:
+    def single_runs(self: Any) -> list[Any]:
         """The config of the single run that each replica is."""
         return [self] if self.replicas == 1 else [self.replica(k) for k in range(self.replicas)]
 
-    def replica(self, k: int) -> Any:
+    def replica(self: Any, k: int) -> Any:
         """The config of the single run that replica `k` is."""
-        config: Any = self
         own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
         own = {"seed": self.seed + k, "replicas": 1, "per_replica": PerReplica()} | own
-        for name, part in (("optimizer", config.optimizer), ("model", config.model)):
+        for name, part in (("optimizer", self.optimizer), ("model", self.model)):
             inside = {each: own.pop(each) for each in own.keys() & vars(part).keys()}
             own[name] = replace(part, **inside)
-        return replace(config, **own)
+        return replace(self, **own)
 
-    def seeds(self) -> Any:
+    def seeds(self: Any) -> Any:
         """The seed; of a population those of the replicas, [R]; uint32."""
         seeds = np.array([config.seed for config in self.single_runs()], np.uint32)
         return seeds if self.replicas > 1 else seeds[0]
 
-    def hparams(self) -> dict[str, np.ndarray]:
+    def hparams(self: Any) -> dict[str, np.ndarray]:
         """The hyperparameters that differ among the replicas: name → [R] float32."""
         own = {name: values for name, values in vars(self.per_replica).items() if values}
         return {name: np.array(own[name], np.float32) for name in own if name != "seed"}

@@ -47,7 +47,7 @@ def seconds_per_step(name: str, variants: Sequence[str], data_dir: str | None) -
         config = Program(variant, sweep.config, overrides, ((variant, 0),)).resolved()
         run = Run(RunConfig.from_config_dict(config), data_dir=data_dir)
         with jax.set_mesh(run.mesh):
-            states = [run.initial_state()]  # the newest
+            states = [run.init(run.config.seeds(), run.config.hparams())]  # the newest
             sums, window = run.zero_sums(), run.feed.empty_window()
         calls[variant] = partial(_train, run, states, sums, window)
     found = interleaved(calls, ROUNDS)
