@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 
 from tests import front_door
 from tests.helpers import data_config
-from transformer.config import default_config, flat_knobs
+from transformer.config import RunConfig, default_config, flat_knobs
 from transformer.data.corpus import open_corpus
-from transformer.data.tokenizer import TOKENIZERS
 from transformer.data.toy import TASKS
-from transformer.metrics import METRICS
-from transformer.modules.cells import CELLS
-from transformer.modules.config import ARCHITECTURES, DTYPES, REMATS
-from transformer.modules.dot_product_attention import ATTENTION_BACKENDS
-from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
-from transformer.modules.linear import INITIALIZERS
-from transformer.modules.normalization import NORMS
-from transformer.modules.positions import POSITIONS
-from transformer.training.optimizer import OPTIMIZERS, SCHEDULES
+from transformer.knobs import Choice
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "60"))
 KNOBS = flat_knobs(default_config())
@@ -31,26 +22,17 @@ JUNK = ["", " ", "None", "nan", "abc", "☃", "a b", "'", '"', "{}", "[1]", "(1,
 WHOLE = ["0", "-1", "1", "2", "3", "4", "7", "8", "16", "64", "100", "4294967296", "9" * 25, "1.5"]
 NUMBERS = ["0", "0.0", "-0.1", "0.1", "0.5", "0.999", "1.0", "2", "1e-3", "1e30", "inf", "-inf"]
 FLAGS = ["true", "false", "True", "1", "0", "yes"]
-NAMES = [
-    *("layer", "rms", "batch", "none", "pre", "post", "both", "sinusoidal", "rotary", "alibi"),
-    *("relu", "swiglu", "lstm", "gru", "recurrent", "transformer", "einsum", "auto", "cudnn"),
-    *("float32", "bfloat16", "float16", "adam", "muon", "sgd", "linear", "cosine", "Layer", "dots"),
-    *("reverse", "copy", "sort", "tiny", "train[:10%]", "train[", "test+validation", "..", "/"),
-]
+CHOICES = {k: list(c.table) for k, _, c in RunConfig().constrained() if isinstance(c, Choice)}
+NAMES = [name for table in CHOICES.values() for name in table]
+NAMES += ["float16", "Layer", "train[:10%]", "train[", "test+validation", "..", "/"]
 TUPLES = ["()", "(1,)", "(1,2)", "(0.1,0.2)", "(1,'a')", "((1,),2)", "(", "(nan,1)", "(1,2,3)"]
 # What a knob takes, so that runs start and the knobs meet inside of the step.
-ENTRIES = {
-    "model.architecture": ARCHITECTURES,
+ENTRIES = CHOICES | {
     "model.num_layers": ["1", "2", "3"],  # each is traced
-    **{"model.cell": CELLS, "model.feed_forward": FEED_FORWARDS, "model.kernel_init": INITIALIZERS},
-    **{"model.norm": NORMS, "model.norm_placement": NORM_PLACEMENTS, "model.dtype": DTYPES},
-    **{"model.position_encoding": POSITIONS, "model.attention_backend": ATTENTION_BACKENDS},
-    **{"model.remat": REMATS, "optimizer.name": OPTIMIZERS, "optimizer.schedule": SCHEDULES},
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
-    **{"data.tokenizer": TOKENIZERS, "data.target_tokenizer": TOKENIZERS, "data.task": TASKS},
-    **{"best_metric": METRICS, "data.bleu_tokenizer": ["13a", "zh", "char"]},
+    **{"data.target_tokenizer": CHOICES["data.tokenizer"], "data.size": ["tiny"]},
+    **{"data.bleu_tokenizer": ["13a", "zh", "char"], "data.train": ["train", "train[:10%]"]},
     "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
-    **{"data.size": ["tiny"], "data.train": ["train", "train[:10%]"]},
     **{"data.validation": ["validation", "test"], "data.test": ["test_longer", "train[:100]"]},
 }
 USUAL = {bool: ["true", "false"], float: ["0.0", "0.1", "0.5", "1e-3"]}
@@ -60,7 +42,7 @@ USUAL |= {tuple: ["()", "(1,2)", "(0.1,0.2)"]}
 
 def values(name):
     kind = type(KNOBS[name])
-    usual = st.sampled_from(list(ENTRIES[name]) if name in ENTRIES else USUAL[kind])
+    usual = st.sampled_from(ENTRIES.get(name) or USUAL[kind])
     strange = {bool: FLAGS, int: WHOLE, type(None): WHOLE, float: NUMBERS, str: NAMES}
     strange = st.sampled_from(strange.get(kind, TUPLES) + JUNK + WHOLE + NAMES)
     return st.integers(0, 9).flatmap(lambda n: usual if n else strange)

@@ -66,23 +66,19 @@ def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tm
         both = launch(2, "train.py", *flags, *SPLIT, "--config.steps=100000")
         wait_for(run / "checkpoints" / str(at))
         both[victim].kill()
-        began = time.monotonic()
-        _, errors = both[1 - victim].communicate(timeout=150)
-        assert time.monotonic() - began < 60
+        _, errors = both[1 - victim].communicate(timeout=60)
         both[victim].communicate()
         return errors, both[1 - victim].returncode
 
     # Process 0 keeps all together; JAX notices the loss itself, and aborts.
     errors, status = kill(0, at=4)
-    assert status == -signal.SIGABRT, errors
-    assert "another task died" in errors
+    assert (status, "another task died" in errors) == (-signal.SIGABRT, True), errors
     saved = newest(run)
     out = finish(start("train.py", *flags, f"--config.steps={saved + 4}"))
     assert f"at step {saved:,} of {saved + 4:,}" in out
     errors, status = kill(1, at=saved + 8)
-    assert status == 2, errors
+    assert (status, "Traceback" in errors) == (2, False), errors
     assert re.search("^error: .*another process", errors, re.MULTILINE)
-    assert "Traceback" not in errors
     saved = newest(run)
     last = f"--config.steps={saved + 4}"
     four = launch(4, "train.py", *flags, *SPLIT, last)
@@ -119,15 +115,13 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
     both[1].send_signal(signal.SIGINT)
     for process in both:
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == RESUME, errors
-        assert "stopped at step" in errors
+        assert (process.returncode, "stopped at step" in errors) == (RESUME, True), errors
     saved = newest(run)
     last = saved // 8 * 8 + 16
     flags = (*flags, f"--config.steps={last}")
     both = launch(2, "train.py", *flags, there, "--allow_changes")
     out, *_ = map(finish, (*both, start("train.py", *flags, f"--workdir={whole}")))
-    assert f"at step {saved:,} of {last:,}" in out
-    assert "mesh replica 2" in out
+    assert all(words in out for words in (f"at step {saved:,} of {last:,}", "mesh replica 2"))
     rows = results(run)
     logged = [(row["step"], row["replica"]) for row in rows if "train/loss" in row]
     assert sorted(logged) == [(step, k) for step in range(8, last + 1, 8) for k in range(2)]

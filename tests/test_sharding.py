@@ -177,8 +177,7 @@ def test_moments_live_where_their_parameters_do(name):
     assert beside >= len(like.params)
 
 
-def test_context_divides_what_a_long_sequence_holds_on_a_device():
-    """Bytes for the gradient at length 512: mostly scores, of whose queries each has a part."""
+def test_context_divides_the_memory_of_a_long_sequence():
     model = small_model(d_model=8, num_heads=2, d_ff=8)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
