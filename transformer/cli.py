@@ -43,10 +43,7 @@ flags.disclaim_key_flags()  # --help lists the flags that are defined here with 
 
 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
-    """Parses the flags and calls `main`; see `explained` for the exit status.
-
-    A program that `outlives_readers` continues when its output is no longer read (`| head`).
-    """
+    """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`)."""
     if outlives_readers:
         tolerate_closed_output()
     if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers
@@ -60,10 +57,7 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
 
 
 def explained(function: Callable, *args) -> Any:
-    """Calls `function`; turns errors that the user can fix into one line and exit status 2.
-
-    A run that was asked to stop exits with status 75; the same command resumes it.
-    """
+    """Calls `function`; errors of the user end in a line and status 2, requests to stop in 75."""
     try:
         return function(*args)
     except UserError as error:
@@ -172,10 +166,7 @@ def host_command(text: str) -> list[str]:
 
 
 def join_hosts(*, interruptible: bool = False) -> None:
-    """Joins the other processes, if there are any; only the first of them prints.
-
-    A program that uses `interruption.StopRequests` is `interruptible`.
-    """
+    """Joins the other processes, if there are any; only the first prints. See `hosts.join`."""
     given = flags.FLAGS
     hosts.join(given.coordinator, given.processes, given.process, interruptible=interruptible)
     if jax.distributed.is_initialized():

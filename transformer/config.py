@@ -1,7 +1,6 @@
-"""The typed config of a run, and how it is made from a ConfigDict.
+"""The typed config of a run, and how it is made from the ConfigDict of a program or a file.
 
-Only programs and config files see a ConfigDict; the library takes a `RunConfig`. Each section is a
-dataclass whose fields hold the default, type, constraint and comment of a knob.
+Each section is a dataclass; its fields hold default, type, constraint and comment of each knob.
 """
 
 import runpy
@@ -101,11 +100,7 @@ class RunConfig(Population):
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
-        """Imports the plugins that `config` names, and returns the typed config.
-
-        Raises:
-          UserError: a knob is unknown, out of its range or contradicts another.
-        """
+        """Imports the plugins of `config`; returns it typed, or raises a UserError for a knob."""
         known = flat_knobs(default_config())
         for name in flat_knobs(config):
             if name not in known:

@@ -54,10 +54,9 @@ def facts(rows: Mapping[str, str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table whose first column is text and whose others are numbers.
+    """Prints a table of a column of text and columns of numbers.
 
-    In a file or a pipe it is as wide as its contents. In a terminal that is narrower than its
-    words, each row becomes a list.
+    A terminal that is narrower than its words gets each row as a list.
     """
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):

@@ -1,6 +1,5 @@
-"""Several hosts, each of which runs the program as one process with its own devices.
+"""Several hosts: each runs the whole program as one process, with a part of the devices.
 
-Arrays are sharded over the devices of all hosts, so each process executes the whole program.
 `first` and `once` are for actions that one process must do alone, such as writing a file.
 """
 
@@ -91,10 +90,7 @@ def first() -> bool:
 
 
 def once(function: Callable[[], Any]) -> Any:
-    """Calls `function` on the first host; returns its result, which must be JSON, on all hosts.
-
-    If the call fails there, it raises a UserError on the others.
-    """
+    """Calls `function` on the first host; all return its result (JSON), or raise if it fails."""
     if not several():
         return function()
     result, fault, message = None, None, None

@@ -1,8 +1,7 @@
 """The device mesh, and the rules by which arrays are sharded over it.
 
-Parameters and activations name their axes logically ("embed", "heads", "batch"). `RULES` maps each
-name to the mesh axes that it is sharded over. Where parameters and optimizer state live, how
-batches are split and what the compiler is told inside the model all follow from this table.
+Parameters and activations name their axes logically ("embed", "heads", "batch"). From `RULES`
+follows where parameters and optimizer state live, how batches are split and what XLA is told.
 """
 
 import math
@@ -48,11 +47,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh over the first of `devices`, by default of all.
-
-    Its axis `replica` takes a divisor of `replicas`. The devices may be those of an ahead-of-time
-    topology.
-    """
+    """Returns a mesh over the first `devices`, by default of all; `replica` divides `replicas`."""
     devices, sizes = devices or find_devices(), asdict(config)
     if config.replica == -1:
         others = math.prod(size for size in sizes.values() if size > 0)
@@ -157,7 +152,7 @@ def shard_by_rules(function: Callable, in_axes: tuple, out_axes: tuple) -> Calla
     """Returns `function` run by each device on its own shards of the arguments.
 
     For what XLA cannot shard by itself, such as a Pallas kernel. Shards must be independent. The
-    axes are the logical ones of each argument and of the result, which is one array.
+    axes are the logical ones of each argument and of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if is_unsharded(mesh):

@@ -75,10 +75,7 @@ class Population:
 
 
 def vmap_replicas(function: Callable, replicas: int, in_axes: tuple[int | None, ...]) -> Callable:
-    """Returns `function` of a single run's arrays vectorised over R replicas; under a mesh.
-
-    `in_axes` has 0 for an argument of which each replica has its own, None for a shared one.
-    """
+    """Returns `function` of a single run's arrays vectorised over R replicas, as by `jax.vmap`."""
     if replicas == 1:
         return function
     mesh = jax.sharding.get_abstract_mesh()
