@@ -63,39 +63,27 @@ def test_metrics_are_of_the_interval_that_ends_there(whole):
     assert intervals == np.diff([0, *ends]).tolist()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, data_dir, monkeypatch):
-    """In the middle of an interval, and after lines of the log that no checkpoint covers."""
+# Between dispatches; while it is validated, where a checkpoint is due too and where it is not.
+@pytest.mark.parametrize("step", [None, 5, 6])
+def test_a_stopped_run_goes_on_to_the_same_bits(step, whole, tmp_path, data_dir, monkeypatch):
     folder, state, _ = whole
-    stops = iter([False] * 4 + [True])  # dispatches end at 1, 4, 5, 6: 7 is not reached
-    monkeypatch.setattr(loop.DispatchSize, "seconds", 1e9)
-    monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
-    with pytest.raises(Interrupted, match="stopped at step 6 of 14, and saved"):
+    if step is None:
+        stops = iter([False] * 4 + [True])  # dispatches end at 1, 4, 5, 6: 7 is not reached
+        monkeypatch.setattr(loop.DispatchSize, "seconds", 1e9)
+        monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
+    else:
+        stop = lambda self: self.save_and_interrupt() if self.step == step else None  # noqa: E731
+        monkeypatch.setattr(loop.TrainingLoop, "interrupt_if_requested", stop)
+    with pytest.raises(Interrupted, match=f"stopped at step {step or 6} of 14, and saved"):
         run(tmp_path / "run", data_dir)
-    go_on(monkeypatch, tmp_path, data_dir, folder, state)
-
-
-@pytest.mark.parametrize("step", [5, 6])  # where a checkpoint is due too, and where it is not
-def test_a_run_that_stops_while_it_is_validated_goes_on_to_the_same_bits(
-    step, whole, tmp_path, data_dir, monkeypatch
-):
-    folder, state, _ = whole
-    stop = lambda self: self.save_and_interrupt() if self.step == step else None  # noqa: E731
-    monkeypatch.setattr(loop.TrainingLoop, "interrupt_if_requested", stop)
-    with pytest.raises(Interrupted, match=f"stopped at step {step} of 14, and saved"):
-        run(tmp_path / "run", data_dir)
-    go_on(monkeypatch, tmp_path, data_dir, folder, state)
-
-
-def go_on(monkeypatch, tmp_path, data_dir, folder, state):
     monkeypatch.undo()
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:  # which no checkpoint covers
         log.write('{"step": 7, "train/loss": 1.0}\n')
     resumed = run(tmp_path / "run", data_dir)
     assert results(tmp_path / "run") == results(folder)
     names = [sorted(os.listdir(each / "checkpoints")) for each in (folder, tmp_path / "run")]
     assert names[0] == names[1]
-    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
 @pytest.mark.parametrize("step_seconds", [0.001, 0.3, 7.0])
