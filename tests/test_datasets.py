@@ -1,9 +1,7 @@
 """Datasets of TFDS by name: WMT14 in small, from files of the form that is downloaded."""
 
 import json
-import shutil
 import socket
-from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -157,14 +155,6 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
     assert f"{NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0: " in str(refused.value)
     assert capfd.readouterr().out == f"preparing {NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0\n"
     assert not caplog.records
-
-
-def test_a_dataset_stored_for_tensorflow_is_refused(wmt, tmp_path):
-    shutil.copytree(Path(wmt) / NAME, tmp_path / NAME)
-    info = tmp_path / NAME / "1.0.0/dataset_info.json"
-    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(UserError, match=r"file format FileFormat\.TFRECORD .*--data_dir"):
-        opened(tmp_path).texts("test")
 
 
 @pytest.mark.slow

@@ -125,12 +125,10 @@ def reopen_dataset(config: DataConfig, name: str, data_dir: str | None) -> Prepa
     if config.dataset != "files":
         return open_dataset(config, data_dir)
     own = text.FilesConfig(name=name.split("/")[1], files={}, fields=config.fields())
-    make = partial(text.TextPairs, config=own)
     with quiet(), readable(name, data_dir):
-        there = make(data_dir=data_dir).is_prepared()
-    if there:
-        names = _files_of_splits(config)[1]
-        return PreparedDataset(prepare(make, name, data_dir), text.COLUMNS, names)
+        builder = text.TextPairs(config=own, data_dir=data_dir)
+        if builder.is_prepared():
+            return PreparedDataset(builder, text.COLUMNS, _files_of_splits(config)[1])
     try:
         return open_dataset(config, data_dir)
     except UserError as error:
