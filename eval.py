@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
+from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import evaluation, plots
 from transformer.inference.decoding import DecodingConfig, Hypotheses
@@ -65,11 +66,8 @@ def main() -> None:
     config.model.check_length(data.longest(), f"the longest example of {split}")
     name, out = file_name(split, decoding, corpus.dataset.name), Path(OUT.value or run.workdir.path)
     hosts.once(partial(make_folder, out))
-    show_facts(
-        data=f"{corpus.dataset.name}, {split}: {len(data):,} examples",
-        filtered=corpus.left_out(),
-        unknown=corpus.unknown(split),
-    )
+    facts({"data": f"{corpus.dataset.name}, {split}: {len(data):,} examples"})
+    facts({"filtered": corpus.left_out(), "unknown": corpus.unknown(split)})
 
     variables, placed = state.variables(), run.place(data)
     found = run.decode(variables, placed, decoding)
@@ -85,9 +83,9 @@ def main() -> None:
     for k in np.flatnonzero(stopped):  # only the counts are valid
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
 
-    chosen = decoding.decode_margin
-    margin = config.decode_margin if chosen is None else chosen
-    beyond, needed = evaluation.targets_beyond(data, margin)
+    margin = config.decode_margin if decoding.decode_margin is None else decoding.decode_margin
+    target, source = ((np.asarray(x) != PAD).sum(1) for x in (data.target, data.source))
+    beyond, needed = int((target - source > margin).sum()), int((target - source).max())
     record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.dataset.name}
     record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
     record |= {"references_beyond_margin": beyond, "replicas": replicas}
@@ -149,11 +147,6 @@ def text_scores(run: Run, found: Hypotheses, references: list[list[str]]) -> dic
     return {name: score._asdict() for name, score in score_texts(settings.metrics, texts).items()}
 
 
-def show_facts(**rows: str) -> None:
-    """Prints the rows that are not empty."""
-    facts({name: value for name, value in rows.items() if value})
-
-
 def show_metrics(
     title: str, split: str, replicas: Sequence[dict[str, Any]], by_length: Sequence[dict[str, Any]]
 ) -> None:
@@ -182,7 +175,7 @@ def show_texts(texts: Sequence[dict[str, Any]]) -> None:
         spread = "95% interval" if len(texts) == 1 else f"range of {len(texts)} replicas"
         table("decoded text, in percent", ("metric", "value", spread), rows)
     for key in ("signature", "warning"):
-        show_facts(**{name: score[key] for name, score in texts[0].items()})
+        facts({name: score[key] for name, score in texts[0].items()})
 
 
 def show_limit(margin: int, beyond: int, needed: int, truncated: Sequence[int]) -> None:

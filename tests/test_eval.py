@@ -93,10 +93,8 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
         ("test",),
         ("test_checkpoint=best", "--length_penalty=1.0", "--checkpoint=best"),
         ("test_beam_size=4", "--beam_size=4"),
-        (
-            "test_temperature=1.0_seed=3_data=a.de,a.en-012345",
-            *("--temperature=1", "--seed=3", "--data=x/a.de, x/a.en"),
-        ),
+        ("test_temperature=1.0_seed=3", "--temperature=1", "--seed=3"),
+        ("test_data=a.de,a.en-012345", "--data=x/a.de, x/a.en"),
     ):
         with program("eval.py", "--workdir=none", *words) as module:
             found = module.file_name("test", cli.decoding(), "text_pairs/0123456789/1.0.0")
@@ -109,22 +107,17 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
 def test_sequence_accuracy_is_exact_match_of_decoded_outputs():
     """The scores of teacher forcing call all sequences right; one output of three is."""
     batch = strings(("ab", "ba"), ("cd", "dc"), ("e", "e"))
-    target = np.array(batch.target_out)
-    tokens = np.where(np.array([[False], [True], [True]]), 7, target)
-    tokens = np.stack([tokens, target], axis=1)  # the second hypothesis is not looked at
+    data = Dataset(np.array(batch.source), np.array(batch.target_out), 1)
+    tokens = np.where(np.array([[False], [True], [True]]), 7, data.target)
+    tokens = np.stack([tokens, data.target], axis=1)  # the second hypothesis is not looked at
     found = Hypotheses(tokens=tokens, scores=np.zeros((3, 2), np.float32))
-    right = np.array([3.0, 3.0, 2.0])
-    totals = dict.fromkeys(("nll", "uniform", "correct", "tokens"), right)
-    data = Dataset(np.array(batch.source), target, 1)
+    totals = dict.fromkeys(("nll", "uniform", "correct", "tokens"), np.array([3.0, 3.0, 2.0]))
     record = evaluation.summarize("test", data, totals, found)
     assert record["outputs_cut"] == 2  # those without an end
     assert record["metrics"]["test/sequence_accuracy"] == pytest.approx(1 / 3)
     assert record["metrics"]["test/token_accuracy"] == 1.0
-    rows = [
-        (row["length"], row["sequences"], row["sequence_accuracy"])
-        for row in record["by_source_length"]
-    ]
-    assert rows == [(1, 1, 0.0), (2, 2, 0.5)]
+    names, rows = ("length", "sequences", "sequence_accuracy"), record["by_source_length"]
+    assert [[row[name] for name in names] for row in rows] == [[1, 1, 0.0], [2, 2, 0.5]]
 
 
 def test_a_plot_of_attention_has_queries_down_and_keys_across_and_a_bounded_size(monkeypatch):

@@ -278,18 +278,6 @@ def test_predict_limits_outputs_by_decode_margin_and_counts_the_truncated(predic
     assert errors == f"outputs truncated (--decode_margin): {len(cut)} (lines {lines})\n"
 
 
-def test_predict_reports_user_errors_in_one_line(predict):
-    for cause, *flags in (
-        ("/nowhere/looked.jsonl: No such file", "--alignments=/nowhere/looked.jsonl"),
-        ("sampling and beam search exclude each other", "--temperature=1", "--beam_size=2"),
-        ("/nowhere holds no run", "--workdir=/nowhere"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            predict(b"a\n", *flags)
-        assert re.fullmatch(f"error: .*{re.escape(cause)}.*\n", sys.stderr.getvalue())
-        assert not sys.stdout.buffer.getvalue()
-
-
 def test_a_refused_line_does_not_stop_the_others(predict, found):
     bad = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]

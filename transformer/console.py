@@ -48,9 +48,10 @@ def tolerate_closed_output() -> None:
 
 
 def facts(rows: Mapping[str, str]) -> None:
-    """Prints one name and its value per line."""
+    """Prints one name and its value per line; an empty value is left out."""
     for name, value in rows.items():
-        console.print(f"[bold]{name:<12}[/bold]{escape(value)}")
+        if value:
+            console.print(f"[bold]{name:<12}[/bold]{escape(value)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

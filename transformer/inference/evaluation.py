@@ -193,12 +193,6 @@ def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> d
     }
 
 
-def targets_beyond(data: Dataset, margin: int) -> tuple[int, int]:
-    """The number of targets longer than outputs may be, and the margin that would suffice."""
-    source, target = ((np.asarray(side) != PAD).sum(1) for side in (data.source, data.target))
-    return int((target - source > margin).sum()), int((target - source).max())
-
-
 def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
     r"""Writes source, target and outputs of the first examples as tab-separated values.
 

@@ -54,7 +54,6 @@ class Generator:
 
     Args:
       model, variables: the model, and its variables on the devices of `mesh`.
-      tokenizers: the tokenizers of sources and targets.
       decode_margin: the default number of tokens by which an output may exceed its source.
       mesh: the devices, over which batches are sharded; None: all.
     """
@@ -103,10 +102,8 @@ class Generator:
         """The tokens of a text, cleaned like those of training."""
         tokens = self.tokenizers.source.encode(cleaned(text))
         if len(tokens) > self.positions:
-            raise UserError(
-                f"{len(tokens):,} tokens, EOS included, exceed the model's {self.positions:,} "
-                "positions; shorten or split the text"
-            )
+            most = f"the model's {self.positions:,} positions; shorten or split the text"
+            raise UserError(f"{len(tokens):,} tokens, EOS included, exceed {most}")
         return tokens
 
     def generate(
