@@ -53,9 +53,8 @@ def test_masked_attention_is_blind_and_a_mask_that_leaks_is_noticed(setting, mon
     def soft(scores, mask):
         return jax.nn.softmax(jnp.where(mask, scores, scores - 10.0), axis=-1)
 
-    claim = modules.causality(setting, length=5, seeds=1)
-    assert verdict(claim.checks) == "holds"
-    assert len(claim.checks) == len(modules.BACKENDS)
+    found = holding(modules.causality(setting, length=5, seeds=1))
+    assert found == {f"backend {name}": True for name in modules.BACKENDS}
     assert verdict(modules.probabilities(setting, length=8, seeds=1).checks) == "holds"
     with monkeypatch.context() as patch:
         patch.setattr(dot_product_attention, "masked_softmax", soft)
@@ -218,9 +217,8 @@ def test_convergence_is_judged_by_batch_depth_and_rival(setting, batch, monkeypa
 def test_learning_is_judged_in_steps_and_in_seconds(setting, monkeypatch):
     found = rated({"transformer": QUICK, "lstm": (50, 55, 75), "gru": SLOW}, target=0.8)
     measured(monkeypatch, found, {"lstm": [9.0, 9.5], "gru": [9.0, 9.5]})
-    claim = learning.learning(setting)
-    assert [*holding(claim).values()] == [False, True, True, True]  # LSTM, GRU; steps, seconds
-    assert claim.data["arrivals"]["lstm, 0.2"][:3] == pytest.approx([50, 55, 75])
+    verdicts = holding(learning.learning(setting))
+    assert [*verdicts.values()] == [False, True, True, True]  # LSTM, GRU; steps, seconds
 
 
 @pytest.mark.slow
@@ -228,7 +226,7 @@ def test_what_a_step_takes_is_measured_in_processes_of_their_own(data_dir, monke
     monkeypatch.setattr(learning, "PROCESSES", 1)
     variants = ["transformer, 0.004", "lstm, 0.004"]
     found = learning.step_times("recurrence", variants, data_dir)
-    assert {name: len(each) for name, each in found.items()} == dict.fromkeys(variants, 1)
+    assert list(found) == variants
     assert all(0.0 < each < 10.0 for (each,) in found.values())
     mine = os.sched_getaffinity(0)
     found = [timing.in_process(number, os.sched_getaffinity, 0) for number in (1, None)]
@@ -274,9 +272,8 @@ def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setti
     noisy = judged(cost.growth, noise=1.0)
     assert None in noisy.values()
     assert noisy["FLOPs of the attention core against n"] is True
-    assert set(judged(cost.meeting, noise=0.0001).values()) == {True}
-    for power, holds in ((1, False), (4, True)):
-        found = judged(cost.meeting, recurrent=lambda n, d, p=power: n * d**p)
+    for power, holds in ((1, False), (2, True)):
+        found = judged(cost.meeting, recurrent=lambda n, d, p=power: 4 * n * d**p, noise=1e-4)
         assert set(found.values()) == {holds}
 
 
@@ -324,13 +321,11 @@ def test_times_and_gains_from_cores_are_measured_in_turns_and_compared(setting, 
     gains = {"transformer": (1, 1.9, 3.5), "lstm": (1, 1.2, 1.3), "gru": (1, 2.5, 4.5)}
     monkeypatch.setattr(cost, "in_process", process)
     monkeypatch.setattr(cost, "cpu_cores", lambda: 5)
-    found = cost.parallel(setting, length=4)
-    assert asked == [1, 2, 4] * 5
-    assert {len(each) for each in found.data.values()} == {5}
-    assert [*holding(found).values()] == [True, True, False, False]  # LSTM, GRU; 2 and 4 cores
-    found = cost.wall_time(setting, lengths=(8, 16, 32, 64))
-    assert asked[15:] == [None] * 5
-    assert [*holding(found).values()] == [True] * 4 + [False, False, True, True]
+    found = holding(cost.parallel(setting, length=4))
+    assert [*found.values()] == [True, True, False, False]  # LSTM, GRU; 2 and 4 cores
+    found = holding(cost.wall_time(setting, lengths=(8, 16, 32, 64)))
+    assert [*found.values()] == [True] * 4 + [False, False, True, True]
+    assert asked == [1, 2, 4] * 5 + [None] * 5
     monkeypatch.delattr(os, "sched_setaffinity")
     assert verdict(cost.parallel(setting).checks) == "could not be measured here"
     small = Model(small_model(architecture="recurrent").config, cost.VOCABULARY)
@@ -348,8 +343,8 @@ def test_the_script_writes_the_page_and_keeps_the_claims_of_an_earlier_version(t
     text = (tmp_path / "claims.md").read_text()
     anchors = ["probabilities-of-masked-values", *["mean-0-and-variance-1"] * 2]
     assert re.findall(r"\(#(.*?)\)", text) == anchors
-    pictures = re.findall(r"!\[.*\]\((claims/.*?\.png)\)", text)
-    assert pictures == ["claims/probabilities.png", "claims/moments.png"]
-    assert all((tmp_path / each).exists() for each in pictures)
+    for picture in ("claims/probabilities.png", "claims/moments.png"):
+        assert f"]({picture})" in text
+        assert (tmp_path / picture).exists()
     assert text.count("| **no** |") == 6
     assert complaint("scripts/claims.py", "--only=momenst").endswith("(did you mean moments?)")

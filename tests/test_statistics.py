@@ -15,12 +15,11 @@ def test_the_interval_and_the_paired_test_are_those_of_scipy(n, level, rng):
     variant = baseline + rng.normal(0.5, 0.3, size=n)
     interval, difference = mean_interval(variant, level), paired(variant, baseline, level)
     alone, both = scipy.stats.ttest_1samp(variant, 0.0), scipy.stats.ttest_rel(variant, baseline)
-    for found, expected in ((interval, alone), (difference, both)):
+    samples = (variant, variant - baseline)
+    for found, sample, expected in zip((interval, difference), samples, (alone, both), strict=True):
         bounds = expected.confidence_interval(level)
         np.testing.assert_allclose((found.low, found.high), bounds)
-        assert found.n == n
-    assert interval.mean == pytest.approx(variant.mean())
-    assert difference.mean == pytest.approx((variant - baseline).mean())
+        assert (found.mean, found.n) == (pytest.approx(sample.mean()), n)
     np.testing.assert_allclose(difference.p, both.pvalue)
     assert mean_interval(list(variant), level) == interval
     assert paired(list(variant), list(baseline), level) == difference
