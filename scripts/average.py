@@ -30,13 +30,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run
     workdir = Workdir(WORKDIR.value)
     into = Workdir(INTO.value or f"{Path(WORKDIR.value)}_average")
-    steps = average(workdir, into, LAST.value)
-    facts(
-        {
-            "average of": f"{workdir.path} at steps {', '.join(f'{step:,}' for step in steps)}",
-            "workdir": str(into.path),
-        }
-    )
+    steps = ", ".join(f"{step:,}" for step in average(workdir, into, LAST.value))
+    facts({"average of": f"{workdir.path} at steps {steps}", "workdir": str(into.path)})
 
 
 if __name__ == "__main__":

@@ -90,8 +90,7 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
 
     # What evaluates and predicts finds what it needs.
     restored = Run.saved(into.path, mesh=one_device_mesh()).restore()
-    assert equal(restored.variables(), state.variables())
-    assert restored.taken() == 33
+    assert equal(restored, state)
     assert into.plots.is_dir()
     made_of = {"averaged": {"workdir": str(workdir.path), "steps": [20, 30, 33]}}
     assert into.read_record() == workdir.read_record() | made_of
@@ -114,14 +113,10 @@ def test_the_mean_of_equal_states_is_one_of_them_bit_for_bit(tmp_path, rng):
 
 
 def test_a_best_checkpoint_that_stands_apart_is_none_of_the_last():
-    for steps, wanted in (
-        ([10, 20, 30], 3),
-        ([10, 30, 40], 2),
-        ([10, 20, 23], 3),  # stopped, or its end
-        ([10, 21], 1),
-        ([15, 20, 30], 3),  # an end from which it went on
-    ):
-        assert consecutive(steps, 10) == steps[-wanted:]
+    for steps in ([10, 20, 30], [10, 20, 23], [15, 20, 30]):
+        assert consecutive(steps, 10) == steps
+    assert consecutive([10, 30, 40], 10) == [30, 40]
+    assert consecutive([10, 21], 10) == [21]
 
 
 def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):
@@ -133,21 +128,18 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):
             average(workdir, into, last)
         assert "\n" not in str(caught.value)
 
-    message = r"last=4: \S+run has 3 checkpoints in a row \(at 10, 30, 40, 50; save_every=10\); "
-    refused(
-        message + "lower it, or train with --config.keep_checkpoints=4, which keeps more", last=4
-    )
+    refused(r"last=4: \S+run has 3 checkpoints in a row \(at 10, 30, 40, 50; save_every=10", last=4)
     refused("last=0: it must be at least 1", last=0)
     refused("holds no run: train first", workdir=Workdir(str(tmp_path / "none")))
     inside = Workdir(f"{workdir.path}/../run/mean")
-    refused("would be inside of .*only read; choose another --into", into=inside)
+    refused("is inside the averaged run; choose another --into", into=inside)
     (workdir.checkpoints / "50" / "default" / "manifest.ocdbt").unlink()
-    refused(r"50 is damaged \(default/manifest.ocdbt is missing\); .* resume from step 40")
+    refused(r"50 is damaged \(default/manifest.ocdbt is missing\)")
     assert not into.path.exists()
     shutil.rmtree(workdir.checkpoints / "50")
     average(workdir, into, 1)  # of the newest alone
     before = files_of(into.path)
-    refused("mean already exists; choose another --into, or delete it", last=1)
+    refused("mean already exists", last=1)
     for allow_changes in (False, True):  # and no training goes on in it
         with pytest.raises(UserError, match=r"mean holds an average of checkpoints.*another --wor"):
             into.claim(workdir.read_config(), allow_changes=allow_changes)
@@ -158,11 +150,6 @@ def test_the_program_takes_as_many_as_it_is_told_and_names_the_new_folder(tmp_pa
     workdir, *_ = make_run(tmp_path / "run", rng, steps=(10, 20, 30, 33))
     with program("scripts/average.py", f"--workdir={workdir.path}/", "--last=2") as script:
         script.main()
-    said = " ".join(capsys.readouterr().out.split())
-    assert "at steps 30, 33" in said
+    assert "at steps 30, 33" in " ".join(capsys.readouterr().out.split())
     averaged = Workdir(f"{workdir.path}_average").read_record()["averaged"]
     assert averaged["steps"] == [30, 33]
-    words = (f"--workdir={workdir.path}", f"--into={tmp_path / 'mean'}")
-    no = pytest.raises(UserError, match=r"last=5: .* has 4 checkpoints in a row")
-    with program("scripts/average.py", *words) as script, no:
-        script.main()

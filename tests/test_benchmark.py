@@ -83,7 +83,8 @@ def test_an_epoch_has_each_string_once_and_buckets_have_similar_lengths(rng):
 def test_the_peers_have_our_schedule():
     schedule = Schedule(learning_rate=3e-3, warmup_steps=7, steps=40)
     with jax.numpy_dtype_promotion("standard"):
-        expected = [float(make_schedule("linear", 40, 3e-3, 7)(step)) for step in range(45)]
+        ours = make_schedule("linear", 40, schedule)
+        expected = [float(ours(step)) for step in range(45)]
     theirs = [3e-3 * schedule.factor(step) for step in range(45)]
     assert theirs == pytest.approx(expected, rel=1e-5, abs=1e-9)
 

@@ -109,8 +109,8 @@ def arguments(cfg):
 
 @cache
 def first_step(cfg):
-    model, step_config = model_of(cfg.model, TOKENIZER.vocab_size), cfg.step_config()
-    train_step, init = make_train_step(model, step_config), partial(init_state, model, step_config)
+    model = model_of(cfg.model, TOKENIZER.vocab_size)
+    train_step, init = make_train_step(model, cfg), partial(init_state, model, cfg)
     return jax.jit(lambda seed, hparams, batch: train_step(init(seed, hparams), batch))
 
 
@@ -159,7 +159,7 @@ class Dispatches:
 
     def abstract_state(self, run):
         config = run.config
-        like = abstract_state(run.model, config.step_config(), run.mesh, config.hparams())
+        like = abstract_state(run.model, config, run.mesh)
         self.like = add_replica_axis(like, config.replicas)
         return self.like
 

@@ -71,9 +71,9 @@ SIZES: dict[str, Any] = {"num_layers": 2, "d_model": 24, "num_heads": 4, "d_k": 
 def forward_flops(*, kv_heads: int = 4, matrices: int = 2, ff_width: int = 56) -> int:
     """The Transformer's matrix products, 2 operations a multiply-add, by the paper's formulas.
 
-    Projections of Q and the output have D · N H weights, of K and V D · K H, and act on
-    each token; Q Kᵀ and the weights times V have N H multiply-adds for each pair of
-    positions; the feed-forward D F in each matrix, the logits D V, for each token.
+    Projections of Q and the output have D · N H weights, of K and V D · K H, and act on each token;
+    Q Kᵀ and the weights times V have N H multiply-adds for each pair of positions; the feed-forward
+    D F in each matrix, the logits D V, for each token.
     """
     (rows, source), target = BATCH.source.shape, BATCH.target_in.shape[1]
     project, project_kv, pair = 2 * 24 * 4 * 10, 2 * 24 * kv_heads * 10, 2 * 4 * 10
@@ -85,27 +85,23 @@ def forward_flops(*, kv_heads: int = 4, matrices: int = 2, ff_width: int = 56) -
     return 2 * rows * (2 * (encoder + decoder + cross) + logits)
 
 
-def test_a_step_of_the_transformer_is_three_times_its_forward_products():
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"attention_backend": "xla", "position_encoding": "relative"}, {}),
+        ({"position_encoding": "rotary"}, {}),
+        ({"num_kv_heads": 2}, {"kv_heads": 2}),
+        ({"feed_forward": "swiglu"}, {"matrices": 3, "ff_width": 40}),  # ⅔ of 56, a multiple of 8
+    ],
+)
+def test_a_step_of_the_transformer_is_three_times_its_forward_products(changes, sizes):
     """Exactly: each product has two gradient products, for both of its factors are trained.
 
-    So is the embedding, in front of the first layer; its own lookup is no product, nor is
-    the scattering that is the lookup's gradient.
+    So is the embedding, in front of the first layer; its lookup is no product, nor its gradient.
     """
-    flops = 3 * forward_flops()
-    assert (
-        matmul_flops(*step_of(**SIZES, attention_backend="xla", position_encoding="relative"))
-        == flops
-    )
-    rates = {
-        "dropout_rate": 0.1,
-        "attention_dropout_rate": 0.1,
-        "label_smoothing": 0.1,
-        "ema_decay": 0.9,
-    }
-    assert matmul_flops(*step_of(rates, **SIZES, position_encoding="rotary")) == flops
-    assert matmul_flops(*step_of(**SIZES, num_kv_heads=2)) == 3 * forward_flops(kv_heads=2)
-    gated = matmul_flops(*step_of(**SIZES, feed_forward="swiglu"))
-    assert gated == 3 * forward_flops(matrices=3, ff_width=40)  # 2/3 of 56, to a multiple of 8
+    rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "label_smoothing"), 0.1)
+    found = matmul_flops(*step_of(rates | {"ema_decay": 0.9}, **SIZES, **changes))
+    assert found == 3 * forward_flops(**sizes)
 
 
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):

@@ -1,5 +1,5 @@
 import itertools
-from typing import Any
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,22 @@ import pytest
 
 from configs import vaswani_base
 from tests.helpers import small_model
-from transformer.config import default_config
 from transformer.training import optimizer
-from transformer.training.optimizer import DECAYING, OPTIMIZERS, SCHEDULES, make_schedule
+from transformer.training.optimizer import (
+    DECAYING,
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimizerConfig,
+    make_schedule,
+)
 
 # A constant rate of 0.1 and nothing else.
 PLAIN = {"schedule": "constant", "learning_rate": 0.1, "warmup_steps": 0, "clip_norm": 0.0}
-NUMBERS = ("learning_rate", "warmup_steps", "weight_decay")
 BLOCK = {"kernel": jnp.ones((4, 3)), "embedding": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
 
-def make(numbers=None, **changes):
-    """The optimizer of the default config with changes, and with numbers in the place of its."""
-    knobs: Any = default_config().optimizer
-    knobs.update(changes)
-    numbers = numbers or {name: knobs[name] for name in NUMBERS}
-    return optimizer.make_optimizer(optimizer.OptimizerConfig(**knobs), 10, **numbers)
+def make(hparams=None, **changes):
+    return optimizer.make_optimizer(OptimizerConfig(**changes), 10, hparams)
 
 
 def apply(rule, params, gradients):
@@ -47,7 +47,7 @@ def gradients_of(params):
 
 def test_vaswani_base_has_the_papers_schedule_betas_and_epsilon():
     width, warmup, knobs = 512, 4_000, vaswani_base.get_config().optimizer
-    schedule = make_schedule(knobs.schedule, 100_000, knobs.learning_rate, knobs.warmup_steps)
+    schedule = make_schedule(knobs.schedule, 100_000, knobs)
     for step in (1, 2, 3_999, 4_000, 4_001, 100_000):  # equation 3
         expected = width**-0.5 * min(step**-0.5, step * warmup**-1.5)
         np.testing.assert_allclose(schedule(step - 1), expected, rtol=1e-5)
@@ -56,14 +56,14 @@ def test_vaswani_base_has_the_papers_schedule_betas_and_epsilon():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_climb_to_their_peak_at_the_end_of_the_warm_up(name):
-    @jax.jit  # the same with traced numbers
-    def traced(rate, warmup):
-        return jax.vmap(make_schedule(name, 100, rate, warmup))(jnp.arange(101))
+    def rates_of(rate, warmup):
+        hparams = SimpleNamespace(learning_rate=rate, warmup_steps=warmup)
+        return jax.vmap(make_schedule(name, 100, hparams))(jnp.arange(101))
 
     for warmup in (0, 1, 10):
-        rates = jax.vmap(make_schedule(name, 100, 2e-3, warmup))(jnp.arange(101))
-        found = traced(np.float32(2e-3), np.float32(warmup))
-        np.testing.assert_allclose(found, rates, rtol=1e-6, atol=1e-10)
+        rates = rates_of(2e-3, warmup)
+        traced = jax.jit(rates_of)(np.float32(2e-3), np.float32(warmup))
+        np.testing.assert_allclose(traced, rates, rtol=1e-6, atol=1e-10)
         assert rates[max(warmup - 1, 0)] == max(rates) == np.float32(2e-3)
         assert name != "linear" or abs(rates[99]) < 1e-9 < rates[98]  # 0 with the last update
     np.testing.assert_allclose(rates[:10], np.linspace(2e-4, 2e-3, 10), rtol=1e-5)
@@ -72,41 +72,22 @@ def test_schedules_climb_to_their_peak_at_the_end_of_the_warm_up(name):
     np.testing.assert_allclose(rates[98], last.get(name, 2e-3 * (10 / 99) ** 0.5), rtol=1e-2)
 
 
-def adam_by_hand(gradients, decay=0.0):
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "sgd"])
+def test_an_optimizer_follows_its_definition(name, rng):
+    decay, gradients = 0.5 * (name in DECAYING), rng.normal(size=(5, 3)).astype(np.float32)
     w, m, v = np.ones(3), np.zeros(3), np.zeros(3)
     for step, g in enumerate(gradients, 1):
-        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
-        update = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.98**step)) + 1e-9)
+        if name == "sgd":
+            update = m = 0.9 * m + g
+        elif name == "lion":
+            update, m = np.sign(0.9 * m + 0.1 * g), 0.98 * m + 0.02 * g
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
+            update = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.98**step)) + 1e-9)
         w = w - 0.1 * (update + decay * w)
-    return w
-
-
-def lion_by_hand(gradients):
-    w, m = np.ones(3), np.zeros(3)
-    for g in gradients:
-        w, m = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + 0.5 * w), 0.98 * m + 0.02 * g
-    return w
-
-
-def sgd_by_hand(gradients):
-    w, m = np.ones(3), np.zeros(3)
-    for g in gradients:
-        w, m = w - 0.1 * (0.7 * m + g), 0.7 * m + g
-    return w
-
-
-BY_HAND = {"adam": (adam_by_hand, {}, 1e-4), "sgd": (sgd_by_hand, {"beta1": 0.7}, 1e-5)}
-BY_HAND["adamw"] = (lambda gradients: adam_by_hand(gradients, 0.5), {"weight_decay": 0.5}, 1e-4)
-BY_HAND["lion"] = (lion_by_hand, {"weight_decay": 0.5}, 1e-5)
-
-
-@pytest.mark.parametrize("name", BY_HAND)
-def test_an_optimizer_follows_its_definition(name, rng):
-    by_hand, changes, rtol = BY_HAND[name]
-    gradients = rng.normal(size=(5, 3)).astype(np.float32)
     named = [{"w": jnp.asarray(g)} for g in gradients]
-    ours = apply(make(**PLAIN, **changes, name=name), {"w": jnp.ones(3)}, named)
-    np.testing.assert_allclose(ours["w"], by_hand(gradients), rtol=rtol)
+    ours = apply(make(**PLAIN, name=name, weight_decay=decay), {"w": jnp.ones(3)}, named)
+    np.testing.assert_allclose(ours["w"], w, rtol=1e-4 if "adam" in name else 1e-5)
 
 
 def test_adafactor_keeps_rows_and_columns_of_large_matrices(rng):
@@ -129,8 +110,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
     """The third update, of queries, keys and values as [D, N H], of the output as [N H, D]."""
     model = small_model(attention_bias=True, num_heads=2, d_k=4, position_encoding="learned")
     params = {name: jnp.ones(leaf.shape) for name, leaf in model.shapes.items()}
-    gradients = gradients_of(params)
-    rule = make(**PLAIN, name="muon", beta1=0.8)
+    gradients, rule = gradients_of(params), make(**PLAIN, name="muon", beta1=0.8)
     state, update = rule.init(params), jax.jit(rule.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -143,14 +123,9 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
         spectrum /= 0.1 * 0.2  # an RMS of 0.2 · rate
         # Five steps of Newton-Schulz end between 0.7 and 1.2 or so, and not at 1.
         assert 0.6 < spectrum.min() <= spectrum.max() < 1.3, (name, spectrum)
-    assert {name.split("/")[-1] for name in params.keys() - kernels} == {
-        "embedding",
-        "bias",
-        "scale",
-    }
-    for name in (
-        params.keys() - kernels
-    ):  # with Nesterov's momentum, as the matrices have it (Dozat 2016)
+    others = params.keys() - kernels
+    assert {name.split("/")[-1] for name in others} == {"embedding", "bias", "scale"}
+    for name in others:  # with Nesterov's momentum, as the matrices have it (Dozat 2016)
         m = v = g = np.zeros(params[name].shape)
         for gradient in gradients:
             g = np.asarray(gradient[name])
@@ -176,7 +151,8 @@ def test_traced_numbers_give_the_updates_of_python_numbers(name):
     numbers = {"learning_rate": 0.1, "warmup_steps": 2, "weight_decay": 0.5 * (name in DECAYING)}
 
     def after(numbers):
-        return apply(make(numbers=numbers, name=name, clip_norm=0.0), BLOCK, gradients_of(BLOCK))
+        rule = make(SimpleNamespace(**numbers), name=name, clip_norm=0.0)
+        return apply(rule, BLOCK, gradients_of(BLOCK))
 
     traced = jax.jit(after)({name: np.float32(value) for name, value in numbers.items()})
     for each, value in jax.jit(lambda: after(numbers))().items():
@@ -186,9 +162,9 @@ def test_traced_numbers_give_the_updates_of_python_numbers(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_clipping_bounds_the_norm_over_all_gradients(name):
     """After a gradient that is clipped comes one that is not: it shows what was remembered."""
-    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    pairs = ((-0.5, -0.5), (30.0, 40.0), (0.6, 0.8))
-    small, large, clipped = ({"a": jnp.array([a]), "b": jnp.array([b])} for a, b in pairs)
+    pairs = ((1.0, 1.0), (-0.5, -0.5), (30.0, 40.0), (0.6, 0.8))
+    vectors = ({"a": jnp.array([a]), "b": jnp.array([b])} for a, b in pairs)
+    params, small, large, clipped = vectors
     plain, clipping = make(**PLAIN, name=name), make(**PLAIN | {"clip_norm": 1.0}, name=name)
     ours = apply(clipping, params, [large, small])["a"]
     np.testing.assert_allclose(ours, apply(plain, params, [clipped, small])["a"], rtol=1e-5)

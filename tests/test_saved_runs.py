@@ -15,13 +15,7 @@ import pytest
 
 from tests.test_programs import ROOT
 from transformer import load, plugins, renamed
-from transformer.config import (
-    RunConfig,
-    default_config,
-    differences,
-    flat_knobs,
-    saved_config,
-)
+from transformer.config import RunConfig, default_config, differences, flat_knobs, saved_config
 from transformer.errors import UserError
 from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.mesh import one_device_mesh

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import jax
@@ -173,9 +174,9 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
 @pytest.mark.parametrize("most", [1, 3, 7, 100])
 def test_dispatches_end_wherever_something_is_due(most):
     every = {"log_every": 4, "eval_every": 6, "save_every": 10}
-    intervals, stops = loop.Intervals(25, *every.values()), [0]
+    config, stops = SimpleNamespace(steps=25, **every), [0]
     while stops[-1] < 25:
-        stops.append(intervals.next_stop(stops[-1], most))
+        stops.append(loop.next_stop(config, stops[-1], most))
     due = {step for each in every.values() for step in range(each, 26, each)}
     assert due | {25} <= set(stops)
     assert all(0 < b - a <= most for a, b in itertools.pairwise(stops))

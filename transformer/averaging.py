@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from transformer.errors import UserError, within
-from transformer.modules.model import Params
 from transformer.parallel.mesh import one_device_mesh, place
 from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
@@ -24,24 +23,12 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
 
     The new folder holds the run's config and tokenizers, and one checkpoint, at the newest step,
     without metrics. The run's folder is not changed.
-
-    Args:
-      workdir: the run's folder.
-      into: the new folder.
-      last: how many checkpoints.
-
-    Raises:
-      UserError: there are fewer consecutive checkpoints, one is damaged, the folder holds no
-        run, or the new folder exists.
     """
     within("last", last, 1, 2**31 - 1)
     if into.path.exists():
         raise UserError(f"{into.path} already exists; choose another --into, or delete it")
     if workdir.path.resolve() in into.path.resolve().parents:
-        raise UserError(
-            f"{into.path} would be inside of {workdir.path}, which is only read; "
-            "choose another --into"
-        )
+        raise UserError(f"{into.path} is inside the averaged run; choose another --into")
     run = Run.saved(workdir.path, mesh=one_device_mesh())
     every, best = run.config.save_every, run.config.best_metric
     with Checkpoints(workdir.checkpoints, None, best) as checkpoints:
@@ -67,7 +54,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
 
 
 def consecutive(steps: Sequence[int], every: int) -> list[int]:
-    """Returns the last of `steps` without a gap, if one was saved every `every` steps.
+    """The last of `steps` without a gap, if one was saved every `every` steps.
 
     The best checkpoint may be much older than the others.
     """
@@ -78,31 +65,24 @@ def consecutive(steps: Sequence[int], every: int) -> list[int]:
 
 
 def mean(states: Iterable[TrainState]) -> TrainState:
-    """Returns the last state of a run with the averages over several states.
+    """The last state of a run with the averages over several states.
 
     Parameters, their moving averages and batch statistics are averaged in float64 and rounded to
     float32 once: the mean of equal arrays is bit-identical to them. Each replica has its own mean.
     The statistics of batch norm are not those of the mean parameters, which would take a pass over
     the training data (Izmailov et al. 2018, section 3.2). The rest is the last state's.
     """
+
+    def averaged(state: TrainState) -> Any:
+        return {name: getattr(state, name) for name in ("params", "ema_params", "batch_stats")}
+
+    def wide(state: TrainState) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), averaged(state))
+
     states = iter(states)
     state, count = next(states), 1
     totals = wide(state)  # not 0.0 at first, which would turn -0.0 into 0.0
-    for state in states:
+    for count, state in enumerate(states, 2):  # noqa: B007
         totals = jax.tree.map(np.add, totals, wide(state))
-        count += 1
-
-    def rounded(total: np.ndarray, leaf: jax.Array) -> jax.Array:
-        return place((total / count).astype(leaf.dtype), leaf.sharding)
-
-    return state._replace(**jax.tree.map(rounded, totals, evaluated(state)))
-
-
-def evaluated(state: TrainState) -> dict[str, Params]:
-    """Returns the fields that `TrainState.variables` is made of."""
-    return {name: getattr(state, name) for name in ("params", "ema_params", "batch_stats")}
-
-
-def wide(state: TrainState) -> Any:
-    """Returns `evaluated(state)` in NumPy's float64."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), evaluated(state))
+    rounded = lambda new, old: place((new / count).astype(old.dtype), old.sharding)  # noqa: E731
+    return state._replace(**jax.tree.map(rounded, totals, averaged(state)))

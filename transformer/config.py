@@ -22,7 +22,6 @@ from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import MeshConfig
 from transformer.parallel.replicas import PerReplica, Population
 from transformer.training.optimizer import OptimizerConfig
-from transformer.training.step import HParams, StepConfig
 
 TEXT_METRIC = Choice(TEXT_METRICS)
 
@@ -116,14 +115,6 @@ class RunConfig(Population):
                 remedy = "define it in a module that config.plugins names"
                 raise UserError(f"{knob}={value} is defined for this process alone; {remedy}")
         return run
-
-    def step_config(self) -> StepConfig:
-        """The part of the config that the train step depends on."""
-        knobs = vars(self) | vars(self.optimizer) | vars(self.model)
-        hparams = HParams(**{name: knobs[name] for name in HParams._fields})
-        same = {name: knobs[name] for name in ("steps", "ema_decay", "accumulation_steps")}
-        skipped = self.max_skipped_steps
-        return StepConfig(optimizer=self.optimizer, max_skipped=skipped, hparams=hparams, **same)
 
 
 def sections(config: type) -> dict[str, Any]:

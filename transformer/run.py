@@ -160,7 +160,7 @@ class Run:
     def abstract_state(self) -> TrainState:
         """The shapes, dtypes and shardings of the train state."""
         config = self.config
-        state = step.abstract_state(self.model, config.step_config(), self.mesh, config.hparams())
+        state = step.abstract_state(self.model, config, self.mesh)
         return replicas.add_replica_axis(state, config.replicas)
 
     def _jit(self, function: Callable, *axes: int | None, where: Any = None, **options) -> Any:
@@ -171,13 +171,13 @@ class Run:
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
-        init = partial(step.init_state, self.model, self.config.step_config())
+        init = partial(step.init_state, self.model, self.config)
         return self._jit(init, 0, 0, where=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Any:
         """jit-compiled (state, sums, data, n) → (state, sums) n steps later; donates the state."""
-        train_step = step.make_train_step(self.model, self.config.step_config())
+        train_step = step.make_train_step(self.model, self.config)
         axes = 0, 0, 0 if self.config.data.num_workers else None, None  # streamed: a batch for each
         where = self._state_shardings, replicated(self.mesh)
         return self._jit(step.make_train_steps(train_step), *axes, where=where, donate_argnums=0)
@@ -204,7 +204,7 @@ class Run:
         """Floating-point operations of the matrix products in one step of one replica."""
         sides = self.rows.take(np.zeros(1, int))
         batch = Dataset(*sides, self.config.batch_size, self.rows.packed)
-        return costs.step_flops(self.model, self.config.step_config(), batch)
+        return costs.step_flops(self.model, self.config, batch)
 
     def check(self) -> None:
         """Raises a UserError if config or data are invalid, or the state exceeds the memory."""

@@ -1,10 +1,10 @@
 """The FLOPs of a computation, counted from its jaxpr without allocation or compilation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,20 +13,10 @@ from jax.sharding import Mesh
 
 from transformer.data.batches import Dataset
 from transformer.modules.model import Model
-from transformer.training.step import StepConfig, init_state, make_train_step
+from transformer.training.step import init_state, make_train_step
 
-
-def step_flops(model: Model, config: StepConfig, data: Dataset) -> int:
-    """Returns the FLOPs of the matrix products in one step of one run.
-
-    Recomputation by an attention backend or by `remat` is not counted.
-    """
-    plain = replace(model.config, attention_backend="einsum", remat="none")
-    model = Model(plain, model.vocab_size, model.target_vocab_size)
-    state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), {})
-    batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
-    return matmul_flops(make_train_step(model, config), state, batch)
-
+if TYPE_CHECKING:
+    from transformer.config import RunConfig
 
 # JAX's name of a device → dense bfloat16 FLOPs per second, from the data sheets of 2025. (For v2
 # and v3, JAX's device is a core, half of the chip.)
@@ -49,55 +39,46 @@ PEAK_FLOPS = {
 
 
 def share_of_peak(flops: int, mesh: Mesh) -> float | None:
-    """Returns `flops` per second as a fraction of the peak of all devices of the mesh.
-
-    None if the peak is not published, as for CPUs.
-    """
+    """`flops` per second as a fraction of the devices' peak; None if that is not published."""
     peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     return None if peak is None else flops / (peak * mesh.size)
 
 
+def step_flops(model: Model, config: "RunConfig", data: Dataset) -> int:
+    """The FLOPs of the matrix products in one step of one run, without any recomputation."""
+    plain = replace(model.config, attention_backend="einsum", remat="none")
+    model = Model(plain, model.vocab_size, model.target_vocab_size)
+    state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), {})
+    batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
+    return matmul_flops(make_train_step(model, config), state, batch)
+
+
 def matmul_flops(function: Callable, *args: Any) -> int:
-    """Returns the FLOPs of the matrix products in `function(*args)`; a multiply-add counts as 2.
+    """The FLOPs of the matrix products in `function(*args)`; a multiply-add counts as 2.
 
     Loops of known length are counted that many times; a product in a loop of unknown length
     (`while_loop`) is an error. Other operations, such as softmax and norms, are not counted, as
     usual.
-
-    Args:
-      function: the function to trace, including gradients.
-      args: arrays, or their shapes.
     """
-    return products(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def products(jaxpr: core.Jaxpr) -> int:
-    """Returns the FLOPs of the matrix products in a jaxpr."""
-    total, equations = 0, cast(list[Any], jaxpr.eqns)
-    for equation in equations:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            summed = math.prod(left[axis] for axis in contracted)
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        primitive, params = equation.primitive.name, equation.params
+        if primitive == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * summed * math.prod(equation.outvars[0].aval.shape)
             continue
-        inside = [products(inner) for inner in inner_jaxprs(equation)]
-        if equation.primitive.name == "scan":
-            total += equation.params["length"] * sum(inside)
-        elif equation.primitive.name == "cond":
-            total += max(inside)
-        elif equation.primitive.name == "while" and any(inside):
+        inner = [
+            _count(getattr(value, "jaxpr", value))
+            for value in jax.tree.leaves(list(params.values()))
+            if isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+        ]
+        if primitive == "while" and any(inner):
             raise ValueError("a while loop contains a matrix product: its cost is unknown")
-        else:
-            total += sum(inside)
+        times = params["length"] if primitive == "scan" else 1
+        total += times * (max(inner) if primitive == "cond" else sum(inner))
     return total
-
-
-def inner_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
-    """Yields the jaxprs that an equation calls."""
-    for value in equation.params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, core.ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, core.Jaxpr):
-                yield each

@@ -6,8 +6,7 @@ interval here.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,75 +19,55 @@ from transformer.data.streaming import StreamedDataset
 from transformer.modules.model import Model
 from transformer.parallel import hosts
 from transformer.parallel.replicas import is_stopped, split_replicas
-from transformer.training.step import StepConfig, TrainState, make_train_step, stream
+from transformer.training.step import TrainState, make_train_step, stream
 
+if TYPE_CHECKING:
+    from transformer.config import RunConfig
+    from transformer.run import Run
+
+Sums = Sequence[Mapping[str, Any]]  # of each replica, like metrics
 REMEMBERED = 20  # number of intervals over which the median loss is taken
 SPIKE = 2.0  # a loss above this multiple of the median is a spike
 
 
 class NonfiniteError(Exception):
-    """More updates had a NaN or Inf in the loss or a gradient than may be skipped.
-
-    step: the first step that exceeded the limit.
-    state: the state of one replica before that step.
-    """
+    """More updates had a NaN or Inf in the loss or a gradient than may be skipped."""
 
     def __init__(self, step: int, state: TrainState):
         super().__init__(f"step {step}")
-        self.step, self.state = step, state
+        self.step = step  # the first one that exceeded the limit
+        self.state = state  # of one replica, before that step
 
 
 class HealthMonitor:
     """Prints skipped updates, stopped replicas and loss spikes of each interval.
 
-    stopped: for each replica, whether it has stopped.
-
-    Args:
-      state: the initial state.
-      max_skipped: the number of updates that may be skipped.
-
-    Raises:
-      NonfiniteError: the run has already stopped in this state.
+    Raises a NonfiniteError once all replicas have stopped.
     """
 
     def __init__(self, state: TrainState, max_skipped: int):
         self.max_skipped = max_skipped
-        self.stopped = is_stopped(state.skipped, max_skipped)
-        self.replicas = len(self.stopped)
+        self.stopped = is_stopped(state.skipped, max_skipped)  # [R]
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.raise_if_all_stopped(state)
 
-    def check(
-        self,
-        step: int,
-        sums: Sequence[Mapping[str, Any]],
-        metrics: Sequence[Mapping[str, float]],
-        state: TrainState,
-    ) -> None:
+    def check(self, step: int, sums: Sums, metrics: Sums, state: TrainState) -> None:
         """Checks the interval that ended at `step`.
 
-        Args:
-          step: the last step of the interval.
-          sums: the sums of each replica.
-          metrics: the metrics of each replica.
-          state: the newest; a stopped replica no longer changes in it.
-
-        Raises:
-          NonfiniteError: all replicas have stopped.
+        `state` is the newest; a stopped replica no longer changes in it.
         """
         self.check_stopped(sums, state)
         for k, one in enumerate(sums):
             if (skipped := int(one["skipped"])) and not self.stopped[k]:
-                who = f"replica {k}: " if self.replicas > 1 else ""
+                who = f"replica {k}: " if len(sums) > 1 else ""
                 console.print(
                     f"{who}{skipped} of the updates up to step {step:,} skipped for a NaN or Inf "
                     f"(at most {self.max_skipped} may be)"
                 )
-        losses = np.array([one["train/loss"] for one in metrics])
-        losses = losses[np.isfinite(losses)]
-        if not losses.size:
+        losses = [one["train/loss"] for one in metrics if np.isfinite(one["train/loss"])]
+        if not losses:
             return
-        loss = float(losses.mean())
+        loss = float(np.mean(losses))
         usual = float(np.median(self.losses)) if len(self.losses) > REMEMBERED // 2 else np.inf
         if loss > SPIKE * usual:
             console.print(
@@ -97,8 +76,8 @@ class HealthMonitor:
             )
         self.losses.append(loss)
 
-    def check_stopped(self, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
-        """Reports replicas that have stopped since the last check; see `check`."""
+    def check_stopped(self, sums: Sums, state: TrainState) -> None:
+        """Reports replicas that have stopped since the last check."""
         for k, one in enumerate(sums):
             if int(one["stopped"]) and not self.stopped[k]:
                 self.stopped[k] = True
@@ -110,11 +89,10 @@ class HealthMonitor:
 
     def raise_if_all_stopped(self, state: TrainState) -> None:
         """Raises a NonfiniteError for the last replica that stopped, if none is left."""
-        if not self.stopped.all():
-            return
-        replicas = split_replicas(hosts.fetch(state), self.replicas)
-        last = max(replicas, key=lambda one: int(one.failed))
-        raise NonfiniteError(int(last.failed), last)
+        if self.stopped.all():
+            replicas = split_replicas(hosts.fetch(state), len(self.stopped))
+            last = max(replicas, key=lambda one: int(one.failed))
+            raise NonfiniteError(int(last.failed), last)
 
 
 def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> Batch:
@@ -122,51 +100,28 @@ def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> B
     return data.batch(stream(jnp.asarray(state.seed), "data"), jnp.int32(step))
 
 
-def dump_batch(path: Path, state: TrainState, data: Dataset | StreamedDataset, step: int) -> Path:
-    """Writes the batch of a step as NumPy arrays, on the first host only."""
-    batch = hosts.fetch(batch_of(state, data, step))
-    if hosts.first():
-        with path.open("wb") as file:
-            np.savez(file, **{k: v for k, v in batch._asdict().items() if v is not None})
-    return path
-
-
-def find_operation(
-    model: Model, config: StepConfig, state: TrainState, data: Dataset | StreamedDataset, step: int
-) -> str:
-    """The first operation of a step that produces a NaN or divides by zero, with its source line.
-
-    The step is replayed from the state before it, with every operation checked.
-    """
+def find_operation(model: Model, config: "RunConfig", state: TrainState, batch: Batch) -> str:
+    """The first operation of a step that makes a NaN or divides by zero, with its source line."""
     replay = checkify.checkify(make_train_step(model, config), errors=checkify.float_checks)
-    state = state._replace(step=np.int32(step), skipped=np.int32(0))
-    error, _ = jax.jit(replay)(state, batch_of(state, data, step))
+    error, _ = jax.jit(replay)(state, batch)
     if (found := error.get()) is None:
         return "an overflow to Inf, and no single operation"
     return found.strip().splitlines()[0].rstrip(".")  # what follows is a traceback
 
 
-def explain_failure(
-    failure: NonfiniteError,
-    data: Dataset | StreamedDataset,
-    folder: Path,
-    model: Model,
-    config: StepConfig | None,
-) -> str:
-    """One line on a run that stopped for a NaN or Inf: the step, its batch, and the remedy.
-
-    Args:
-      failure: the error.
-      data: what the failed step reads.
-      folder: where to write the batch of that step.
-      model: the run's model.
-      config: the config to replay the step with; None: the operation is not searched for.
-    """
+def explain_failure(run: "Run", failure: NonfiniteError) -> str:
+    """One line on a run that stopped for a NaN or Inf: the step, its batch, and the remedy."""
     step, state = failure.step, failure.state
-    file = dump_batch(folder / f"batch_of_step_{step}.npz", state, data, step)
+    batch = hosts.fetch(batch_of(state, run.feed, step))
+    file = run.workdir.path / f"batch_of_step_{step}.npz"
+    if hosts.first():
+        arrays = {name: array for name, array in batch._asdict().items() if array is not None}
+        np.savez(file, **arrays)
     remedy = "--config.debug_nans=true says which operation made it"
-    if config is not None:
-        remedy = f"it comes from {find_operation(model, config, state, data, step)}"
+    if run.config.debug_nans:
+        state = state._replace(step=np.int32(step), skipped=np.int32(0))
+        operation = find_operation(run.model, run.config, state, batch)
+        remedy = f"it comes from {operation}"
     return (
         f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
         "lower optimizer.learning_rate, or skip such updates with --config.max_skipped_steps=N"

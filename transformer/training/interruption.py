@@ -19,9 +19,7 @@ from transformer.console import console
 from transformer.parallel import hosts
 
 PARENT = "TRANSFORMER_PARENT"  # environment variable: id of the process whose end stops this one
-
 ONCE = 0.2  # seconds within which repeated signals, as from a scheduler, count as one
-
 RESUME = 75  # exit status, EX_TEMPFAIL of BSD's sysexits.h: try again
 
 
@@ -31,56 +29,49 @@ class Interrupted(BaseException):
     Like KeyboardInterrupt it is not an `Exception`, so that handlers of errors do not catch it.
     """
 
-    def _render_traceback_(self) -> list[str]:
-        """Shown by IPython in a notebook instead of a traceback."""
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in a notebook
         return [str(self)]
 
 
 def end_with_parent() -> None:
     """Requests a stop when the parent process, a sweep, has ended."""
-    parent = os.environ.pop(PARENT, None)
-    if parent is None:
-        return
 
-    def watch() -> None:
-        while os.getppid() == int(parent):
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if parent := os.environ.pop(PARENT, None):
+        threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
 
 
 class StopRequests:
     """Receives requests to stop during a `with` block, also while a checkpoint is written.
 
     Only the main thread of a program can receive signals; in another thread this does nothing.
-
-    something_to_save: whether there are steps that no checkpoint has. If not, and if `exits`, a
-      request ends the process immediately, also during compilation.
-
-    Args:
-      exits: whether a request may end the process: in programs, not in notebooks. With several
-        processes none ends alone.
+    Only in programs that `exits`, not in notebooks, may a request end the process; with several
+    processes none ends alone.
     """
 
     def __init__(self, exits: bool = False):
         self.exits, self.state = exits, "stopped before the first step, nothing to save"
-        self.asked: signal.Signals | None = None
+        # Whether there are steps that no checkpoint has. If not, and if `exits`, a request ends
+        # the process immediately, also during compilation.
         self.something_to_save = False
+        self.asked: signal.Signals | None = None
+        self.before = {}  # signal → its former handler
         self.boundaries = 0
 
     def __enter__(self) -> "StopRequests":
-        self.before = {}
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self.read, self.write = socket.socketpair()
-        self.write.setblocking(False)
-        self.old_descriptor = signal.set_wakeup_fd(self.write.fileno(), warn_on_full_buffer=False)
-        # With several processes JAX handles SIGTERM and notifies the others.
-        noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
-        for each in noticed:
-            self.before[each] = signal.signal(each, lambda *_: None)
-        threading.Thread(target=self.listen, args=(frozenset(noticed),), daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            self.read, self.write = socket.socketpair()
+            self.write.setblocking(False)
+            write = self.write.fileno()
+            self.old_descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            # With several processes JAX handles SIGTERM and notifies the others.
+            noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
+            self.before = {each: signal.signal(each, lambda *_: None) for each in noticed}
+            threading.Thread(target=self.listen, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -90,12 +81,12 @@ class StopRequests:
             signal.set_wakeup_fd(self.old_descriptor)
             self.write.close()  # ends the thread
 
-    def listen(self, noticed: frozenset[signal.Signals]) -> None:
+    def listen(self) -> None:
         """Reads the numbers of signals as they arrive."""
         began = 0.0
         with self.read:
             while number := self.read.recv(1):
-                if number[0] not in noticed:
+                if number[0] not in self.before:
                     continue
                 if self.asked is None:
                     began = time.monotonic()
@@ -115,9 +106,8 @@ class StopRequests:
 
     def all_is_saved(self, step: int) -> None:
         """From now on a request ends the process; an earlier one raises Interrupted."""
-        self.state = f"stopped after step {step:,}, the last one, which is saved"
-        self.state += "; the same command evaluates it"
-        self.something_to_save = False
+        last = f"stopped after step {step:,}, the last one, which is saved"
+        self.state, self.something_to_save = f"{last}; the same command evaluates it", False
         if self.asked and not hosts.several():
             raise Interrupted(self.state)
 

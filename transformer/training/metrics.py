@@ -4,11 +4,10 @@ The step accumulates sums on the device; the host divides them once per interval
 metrics.jsonl, TensorBoard, the progress bar and reports follow from the declaration.
 """
 
-import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from transformer.errors import UserError
+from transformer.errors import explained
 from transformer.files import nan_for_null, to_json
 from transformer.metrics import CORRECT, NLL, Predictions
 from transformer.parallel import hosts
@@ -39,19 +38,12 @@ class Update(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """The steps since the last line of metrics, as the host sees them.
+    """The steps since the last line of metrics, as the host sees them."""
 
-    sums: name → total.
-    seconds: the training time, without validation.
-    peak_share: the fraction of the devices' peak FLOPs that one step per second takes; None: the
-      peak is unknown.
-    wait_share: the fraction of the data windows that were not ready; None: data are on the devices.
-    """
-
-    sums: Mapping[str, Any]
-    seconds: float
-    peak_share: float | None = None
-    wait_share: float | None = None
+    sums: Mapping[str, Any]  # name → total
+    seconds: float  # of training, without validation
+    peak_share: float | None = None  # of the peak FLOPs, at a step per second; None: unknown
+    wait_share: float | None = None  # data windows not ready in time; None: data are on the devices
 
     def rate(self, count: str) -> float:
         """A count per second."""
@@ -60,21 +52,16 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMetric:
-    """A training metric over an interval; exactly one of `token`, `update` and `host` is set.
+    """A training metric over an interval; exactly one of `token`, `update` and `host` is set."""
 
-    token: (predictions, objective) → [B, T]; its mean over target tokens is the metric. The
-      objective is the cross-entropy with label smoothing.
-    update: update → scalar; its mean over the updates that were not skipped is the metric.
-    host: interval → the metric; None: the metric is omitted.
-    bar: its format string in the progress bar; None: it is not shown.
-    per_replica: whether the bar shows the mean over replicas rather than their sum.
-    """
-
+    # (predictions, cross-entropy with label smoothing) → [B, T]; averaged over target tokens.
     token: Callable[[Predictions, Array], Array] | None = None
+    # Update → scalar; averaged over the updates that were not skipped.
     update: Callable[[Update], Array] | None = None
+    # Interval → the metric; None: it is omitted.
     host: Callable[[Interval], float | None] | None = None
-    bar: str | None = None
-    per_replica: bool = True
+    bar: str | None = None  # its format string in the progress bar; None: it is not shown
+    per_replica: bool = True  # whether the bar shows the mean over replicas, not their sum
 
 
 TRAIN_METRICS: dict[str, TrainMetric] = {
@@ -132,78 +119,63 @@ def finalize(interval: Interval) -> dict[str, float]:
     sums = {name: float(np.asarray(total)) for name, total in interval.sums.items()}
     interval = interval._replace(sums=sums)
     tokens, updates = sums["tokens"] or np.nan, sums["steps"] - sums["skipped"] or np.nan
-    metrics = {}
-    for name, metric in TRAIN_METRICS.items():
-        if metric.host:
-            value = metric.host(interval)
-        else:
-            value = sums[f"train/{name}"] / (tokens if metric.token else updates)
-        if value is not None:
-            metrics[f"train/{name}"] = value
-    return metrics
+    metrics = {
+        f"train/{name}": metric.host(interval)
+        if metric.host
+        else sums[f"train/{name}"] / (tokens if metric.token else updates)
+        for name, metric in TRAIN_METRICS.items()
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+_explained = explained(
+    "metrics.jsonl, or the events beside it, could not be written: {reason}; "
+    "free space, or choose another --workdir",
+    OSError,
+)
 
 
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, one object per line, and to TensorBoard events.
 
     NaN is written as null. In a population each replica has its own lines, with its index in
-    `replica`, and its own folder of events. Only the first of several hosts writes.
-
-    Args:
-      workdir: where the files go.
-      resume_from: the step that training resumes at; lines of later steps are dropped.
-      replicas: the number of replicas.
+    `replica`, and its own folder of events. Only the first of several hosts writes. Lines of steps
+    after `resume_from` are dropped; TensorBoard hides their events.
     """
 
+    @_explained
     def __init__(self, workdir: Path, resume_from: int, replicas: int = 1):
         self.writes = hosts.first()
         if not self.writes:
             return
-        self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_from]
-        fresh = self.path.with_suffix(".tmp")
-        folders = [workdir / f"replica_{k}" for k in range(replicas)]
-        with self.explained():
-            fresh.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
-            fresh.replace(self.path)
-            self.file = self.path.open("a", encoding="utf-8")
-            folders = [workdir] if replicas == 1 else folders
-            self.events = [Events(each, resume_from) for each in folders]
+        path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_from]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
+        fresh.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+        folders = [workdir / f"replica_{k}" for k in range(replicas)] if replicas > 1 else [workdir]
+        self.events = [Events(folder, resume_from) for folder in folders]
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
+    @_explained
     def __exit__(self, *_) -> None:
-        if not self.writes:
-            return
-        with self.explained():
+        if self.writes:
             self.file.close()
             for events in self.events:
                 events.file.close()
 
+    @_explained
     def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Adds a line for `step` and each replica."""
-        if not self.writes:
-            return
-        rows = [{"step": step, "replica": k, **each} for k, each in enumerate(metrics)]
-        if len(rows) == 1:
-            del rows[0]["replica"]
-        with self.explained():
-            self.file.write("".join(to_json(row) + "\n" for row in rows))
+        for k, each in enumerate(metrics if self.writes else ()):
+            replica = {"replica": k} if len(metrics) > 1 else {}
+            self.file.write(to_json({"step": step, **replica, **each}) + "\n")
             self.file.flush()
-            for events, each in zip(self.events, metrics, strict=True):
-                events.write(step, each)
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turns an OSError into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}, or the events beside it, could not be written: "
-                f"{error.strerror or error}; free space, or choose another --workdir"
-            ) from error
+            values = [{"tag": name, "simple_value": value} for name, value in each.items()]
+            self.events[k].add(step, summary={"value": values})
 
 
 class Events:
@@ -212,10 +184,6 @@ class Events:
     Only the record writer of tensorboardX is used. Its SummaryWriter writes in a thread; a full
     disk ends the thread, and its callers then block forever. Importing tensorboardX also imports
     PyTorch if it is installed, which takes 2 s once per run.
-
-    Args:
-      folder: where the file goes.
-      resume_from: TensorBoard hides the events of later steps in older files.
     """
 
     FLUSH = 10.0  # seconds between flushes, each of which is an fsync
@@ -232,18 +200,13 @@ class Events:
         self.add(resume_from + 1, file_version="brain.Event:2")
         self.add(resume_from + 1, session_log=start)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds an event for `step` with all of its metrics."""
-        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
-        self.add(step, summary={"value": values})
-        if time.monotonic() - self.flushed > self.FLUSH:
-            self.file.flush()
-            self.flushed = time.monotonic()
-
     def add(self, step: int, **content: Any) -> None:
         """Adds an event to the file."""
         event = self.proto.Event(wall_time=time.time(), step=step, **content)
         self.file.write(event.SerializeToString())
+        if time.monotonic() - self.flushed > self.FLUSH:
+            self.file.flush()
+            self.flushed = time.monotonic()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -253,8 +216,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")  # the last part is empty, or cut off
     rows = []
     for number, line in enumerate(lines[:-1], 1):
-        try:
+        with explained(f"{path}, line {number} is damaged; delete or fix the line", ValueError):
             rows.append(nan_for_null(json.loads(line)))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is damaged; delete or fix the line") from error
     return rows

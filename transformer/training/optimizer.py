@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -10,12 +11,11 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from transformer.errors import UserError
+from transformer.errors import UserError, choose
 from transformer.knobs import Choice, Range, Rate, validate
 
 # Bounds of float32, in which the step computes.
 TINY, LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-
 
 # After the warm-up: (steps since its end, warm-up steps, steps after the warm-up) → fraction of the
 # peak.
@@ -31,23 +31,22 @@ SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-def make_schedule(
-    name: str, steps: int, learning_rate: Any, warmup_steps: Any
-) -> Callable[[Any], Any]:
+def make_schedule(name: str, steps: int, hparams: Any) -> Callable[[Any], Any]:
     """Returns update number, from 0 → learning rate.
 
-    During the warm-up, the s-th update, counted from 1, has the rate learning_rate · s /
-    warmup_steps. The rate then follows the schedule `name`; `linear` and `cosine` reach 0 at the
-    last of `steps` updates. `learning_rate` and `warmup_steps` may be traced.
+    In the warm-up, the s-th update, counted from 1, has the rate learning_rate · s / warmup_steps.
+    The schedule `name` follows; `linear` and `cosine` reach 0 at the last of `steps` updates.
+    `hparams` has these two hyperparameters, which may be traced.
     """
+    after_warmup = choose(SCHEDULES, name, "schedule")
     # Without a warm-up the schedule starts at the first update, at the peak.
-    warmup = jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1.0)
+    warmup = jnp.maximum(jnp.asarray(hparams.warmup_steps, jnp.float32), 1.0)
     decay = jnp.maximum(steps - warmup, 1.0)
 
     def schedule(count):
         step = jnp.asarray(count, jnp.float32) + 1.0
-        after = SCHEDULES[name](jnp.maximum(step - warmup, 0.0), warmup, decay)
-        return learning_rate * jnp.where(step < warmup, step / warmup, after)
+        after = after_warmup(jnp.maximum(step - warmup, 0.0), warmup, decay)
+        return hparams.learning_rate * jnp.where(step < warmup, step / warmup, after)
 
     return schedule
 
@@ -59,38 +58,7 @@ def is_decayed(params: Any) -> Any:
     )
 
 
-def adam(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Kingma and Ba 2015."""
-    return optax.adam(schedule, config.beta1, config.beta2, config.epsilon)
-
-
-def adamw(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Adam with weight decay of all but biases and scales (Loshchilov and Hutter 2019)."""
-    return optax.adamw(
-        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
-    )
-
-
-def adafactor(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Shazeer and Stern 2018: factored second moments where both dimensions are at least 128.
-
-    The learning rate is relative to the scale of each parameter; the decay rate and the clipping of
-    updates are the paper's.
-    """
-    return optax.adafactor(schedule)
-
-
-def lion(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """The sign of a momentum (Chen et al. 2023); use at most a tenth of Adam's learning rate."""
-    return optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=is_decayed)
-
-
-def sgd(config: "OptimizerConfig", schedule: Any, decay: Any) -> optax.GradientTransformation:
-    """Gradient descent with momentum `beta1`."""
-    return optax.sgd(schedule, momentum=config.beta1)
-
-
-def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
+def muon_and_adam(config: "OptimizerConfig", rate: Any, decay: Any) -> Any:
     """Muon (Jordan et al. 2024) for matrices, Adam for embeddings and vectors, which do not decay.
 
     Muon orthogonalises the momentum of each matrix. Muon and Adam use Nesterov momentum with
@@ -98,41 +66,45 @@ def orthogonalised(config: "OptimizerConfig", schedule: Any, decay: Any) -> Any:
     learning rates (Liu et al. 2025, section 2.2).
     """
 
-    def dimensions(params):
-        def of(path, leaf):
-            if not path[-1].key.endswith("kernel"):
-                return None
-            # [D, N, H] of queries, keys and values; [N, H, D] of the output; [D, F].
-            inputs = 2 if path[-1].key.endswith("out/kernel") else 1
-            axes = tuple(range(leaf.ndim))
-            return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
-
-        return jax.tree_util.tree_map_with_path(of, params)
+    def dimensions(path, leaf):
+        name, axes = path[-1].key, tuple(range(leaf.ndim))
+        # [D, N, H] of queries, keys and values; [N, H, D] of the output; [D, F].
+        inputs = 2 if name.endswith("out/kernel") else 1
+        is_matrix = name.endswith("kernel")
+        return MuonDimensionNumbers(axes[:inputs], axes[inputs:]) if is_matrix else None
 
     return muon(
-        schedule,
+        rate,
         beta=config.beta1,
         weight_decay=decay,
         weight_decay_mask=is_decayed,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        muon_weight_dimension_numbers=dimensions,
+        muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, dimensions),
         consistent_rms=0.2,
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "adam": adam,
-    "adamw": adamw,
-    "adafactor": adafactor,
-    "lion": lion,
-    "sgd": sgd,
-    "muon": orthogonalised,
+# (config, learning rate or schedule, weight decay) → optimizer.
+OPTIMIZERS: dict[str, Callable[["OptimizerConfig", Any, Any], Any]] = {
+    # Kingma and Ba 2015.
+    "adam": lambda config, rate, _: optax.adam(rate, config.beta1, config.beta2, config.epsilon),
+    # Adam with weight decay of all but biases and scales (Loshchilov and Hutter 2019).
+    "adamw": lambda config, rate, decay: optax.adamw(
+        rate, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=is_decayed
+    ),
+    # Factored second moments where both dimensions are at least 128; the rate is relative to the
+    # scale of each parameter; decay rate and clipping are the paper's (Shazeer and Stern 2018).
+    "adafactor": lambda config, rate, _: optax.adafactor(rate),
+    # The sign of a momentum; use at most a tenth of Adam's learning rate (Chen et al. 2023).
+    "lion": lambda config, rate, decay: optax.lion(
+        rate, config.beta1, config.beta2, weight_decay=decay, mask=is_decayed
+    ),
+    "sgd": lambda config, rate, _: optax.sgd(rate, momentum=config.beta1),
+    "muon": muon_and_adam,
 }
 
-# Optimizers with weight decay.
-DECAYING = ("adamw", "lion", "muon")
-
+DECAYING = ("adamw", "lion", "muon")  # optimizers with weight decay
 
 NonNegative = Annotated[float, Range(0, LARGEST)]
 
@@ -161,24 +133,16 @@ class OptimizerConfig:
 
 
 def make_optimizer(
-    config: OptimizerConfig,
-    steps: int,
-    *,
-    learning_rate: Any,
-    warmup_steps: Any,
-    weight_decay: Any,
+    config: OptimizerConfig, steps: int, hparams: Any = None
 ) -> optax.GradientTransformation:
     """Returns the optimizer, preceded by clipping of the global norm if `clip_norm` is set.
 
-    Args:
-      config: determines its structure.
-      steps: the number of updates, with which the schedule ends.
-      learning_rate: that of `config`, or a traced scalar.
-      warmup_steps: that of `config`, or a traced scalar.
-      weight_decay: that of `config`, or a traced scalar.
+    The schedule ends after `steps` updates. `hparams`, if given, replaces the learning rate,
+    warm-up and weight decay of the config by traced scalars.
     """
-    schedule = make_schedule(config.schedule, steps, learning_rate, warmup_steps)
-    optimizer = OPTIMIZERS[config.name](config, schedule, weight_decay)
+    hparams = hparams or config
+    schedule = make_schedule(config.schedule, steps, hparams)
+    optimizer = OPTIMIZERS[config.name](config, schedule, hparams.weight_decay)
     if config.clip_norm > 0.0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 

@@ -4,13 +4,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich import progress
 from rich.table import Column
 
 from transformer.console import console
@@ -22,24 +16,19 @@ SILENCE = 30.0  # at most so many seconds between lines if there is no bar
 
 
 class ProgressBar:
-    """Shows the step, the metrics that declare a text for it, and the time left.
-
-    Args:
-      start: the step that training starts from.
-      steps: the last one.
-    """
+    """Shows the step of `steps`, the metrics that declare a text for it, and the time left."""
 
     def __init__(self, start: int, steps: int):
         self.steps, self.printed = steps, time.monotonic()
         self.live = sys.stdout.isatty()
-        self.progress = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=28),
+        self.progress = progress.Progress(
+            progress.TextColumn("[bold]train"),
+            progress.BarColumn(bar_width=28),
             # Never truncated, as the bar may be.
-            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            progress.MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+            progress.TextColumn("{task.fields[figures]}"),
+            progress.TimeRemainingColumn(compact=True),
+            progress.TextColumn("left"),
             console=console,
             disable=not self.live,
         )
@@ -56,12 +45,11 @@ class ProgressBar:
         """Shows the step; without a bar, prints a line if the last one is `SILENCE` old."""
         self.progress.update(self.task, completed=step)
         if not self.live and time.monotonic() - self.printed > SILENCE:
-            self.print(f"step {step}/{self.steps}")
+            self._print(step)
 
-    def print(self, line: str) -> None:
-        """Prints a line, above the bar if there is one."""
+    def _print(self, step: int, *figures: str) -> None:
         self.printed = time.monotonic()
-        self.progress.console.print(line)
+        self.progress.console.print("  ".join((f"step {step}/{self.steps}", *figures)))
 
     def log_interval(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Shows the training metrics of the interval that ends at `step`."""
@@ -69,13 +57,12 @@ class ProgressBar:
         for name, metric in TRAIN_METRICS.items():
             values = [each[f"train/{name}"] for each in metrics if f"train/{name}" in each]
             if metric.bar and any(values):
-                total = sum(values)
-                mean = total / len(values)
-                figures.append(metric.bar.format(mean if metric.per_replica else total))
+                shown = sum(values) / (len(values) if metric.per_replica else 1)
+                figures.append(metric.bar.format(shown))
         self.progress.update(self.task, completed=step, figures="  ".join(figures))
         if not self.live:
             left = (self.steps - step) / metrics[0]["train/steps_per_second"]
-            self.print(f"step {step}/{self.steps}  {'  '.join(figures)}  {left:.0f} s left")
+            self._print(step, *figures, f"{left:.0f} s left")
 
     def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Prints the validation metrics of `step`."""
@@ -84,4 +71,4 @@ class ProgressBar:
             + format_replicas([each[f"validation/{name}"] for each in metrics], metric.format)
             for name, metric in PRINTED.items()
         ]
-        self.print(f"step {step}/{self.steps}  validation {'  '.join(figures)}")
+        self._print(step, f"validation {'  '.join(figures)}")

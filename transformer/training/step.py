@@ -1,9 +1,9 @@
 """The train state, and the train step as one pure function for every use."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Int, UInt32
 
-from transformer.data.batches import Batch, BatchWindow, Dataset
+from transformer.data.batches import Batch
 from transformer.loss import cross_entropy
 from transformer.metrics import Predictions
 from transformer.modules.dropout import training_rngs
@@ -21,10 +21,12 @@ from transformer.modules.model import Model, Params, flatten
 from transformer.modules.transformer import set_dropout_rates
 from transformer.parallel.mesh import parameter_shardings, replicated
 from transformer.training.metrics import Sums, Update, sum_over_tokens, sum_over_updates
-from transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from transformer.training.optimizer import make_optimizer, make_schedule
 
-# The uses of a run's seed, each with its own key.
-PURPOSES = ("init", "dropout", "data")
+if TYPE_CHECKING:
+    from transformer.config import RunConfig
+
+PURPOSES = ("init", "dropout", "data")  # the uses of a run's seed, each with its own key
 
 
 def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
@@ -39,80 +41,20 @@ def data_keys(seeds: UInt32[Array, "*replicas"]) -> Array:
     return jax.vmap(data_key)(seeds) if seeds.ndim else data_key(seeds)
 
 
-class HParams(NamedTuple):
-    """Hyperparameters of the train step, as Python numbers or traced scalars."""
-
-    learning_rate: Any
-    warmup_steps: Any
-    weight_decay: Any
-    label_smoothing: Any
-    dropout_rate: Any
-    attention_dropout_rate: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """The part of a run's config that the train step depends on.
-
-    optimizer: determines the structure of the optimizer.
-    steps: number of steps of the run; schedules end there.
-    ema_decay: decay of the moving average of the parameters; 0.0: none.
-    accumulation_steps: number of microbatches whose gradients are accumulated.
-    max_skipped: number of non-finite updates that are skipped before the run stops.
-    hparams: the config's hyperparameters; `TrainState.hparams` overrides them.
-    """
-
-    optimizer: OptimizerConfig
-    steps: int
-    ema_decay: float
-    accumulation_steps: int
-    max_skipped: int
-    hparams: HParams
-
-    def learning_rate(self, hparams: HParams, updates: Int[Array, ""]) -> Float[Array, ""]:
-        """The learning rate after a number of updates."""
-        peak, warmup = hparams.learning_rate, hparams.warmup_steps
-        return make_schedule(self.optimizer.schedule, self.steps, peak, warmup)(updates)
-
-    def make_optimizer(self, hparams: HParams) -> optax.GradientTransformation:
-        """The optimizer with these hyperparameters."""
-        return make_optimizer(
-            self.optimizer,
-            self.steps,
-            learning_rate=hparams.learning_rate,
-            warmup_steps=hparams.warmup_steps,
-            weight_decay=hparams.weight_decay,
-        )
-
-
 class TrainState(NamedTuple):
-    """All that training carries from step to step, as a plain pytree.
+    """All that training carries from step to step: a pytree of arrays, shapes or shardings."""
 
-    The same structure also holds shapes or shardings in the place of arrays.
+    step: Any  # int32 scalar, the number of steps taken, skipped updates included
+    skipped: Any  # int32 scalar, the number of skipped updates; see `skip_nonfinite`
+    failed: Any  # int32 scalar, the step of the last skipped update; -1: none
+    seed: Any  # uint32 scalar, the source of all randomness; see `stream`
+    hparams: dict[str, Any]  # name → float32 scalar; those that replace the config's
+    params: Params  # float32
+    batch_stats: Params  # running averages of batch norm, float32
+    opt_state: Any  # such as Adam's moments
+    ema_params: Params  # moving averages of the parameters; empty without `ema_decay`
 
-    step: int32 scalar, the number of steps taken, skipped updates included.
-    skipped: int32 scalar, the number of skipped updates; see `skip_nonfinite`.
-    failed: int32 scalar, the step of the last skipped update; -1: none.
-    seed: uint32 scalar, the source of all randomness; see `stream`.
-    hparams: name → float32 scalar, the hyperparameters that override the config's.
-    params: name → parameter, float32.
-    batch_stats: name → running average of batch norm, float32.
-    opt_state: the optimizer's state, such as Adam's moments.
-    ema_params: name → moving average of the parameter; empty without one.
-    """
-
-    step: Any
-    skipped: Any
-    failed: Any
-    seed: Any
-    hparams: dict[str, Any]
-    params: Params
-    batch_stats: Params
-    opt_state: Any
-    ema_params: Params
-
-    def taken(self) -> int:
-        """The number of steps taken, on the host."""
+    def taken(self) -> int:  # on the host
         return int(np.asarray(self.step.addressable_data(0)).flat[0])
 
     def variables(self) -> Params:
@@ -120,8 +62,11 @@ class TrainState(NamedTuple):
         return (self.ema_params or self.params) | self.batch_stats
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+
+
 def init_state(
-    model: Model, config: StepConfig, seed: UInt32[Array, ""], hparams: dict[str, Float[Array, ""]]
+    model: Model, config: "RunConfig", seed: UInt32[Array, ""], hparams: dict[str, Any]
 ) -> TrainState:
     """The state before the first step."""
     params, batch_stats = model.split(model.init(stream(seed, "init")))
@@ -133,29 +78,18 @@ def init_state(
         hparams=hparams,
         params=params,
         batch_stats=batch_stats,
-        opt_state=config.make_optimizer(config.hparams).init(params),
+        opt_state=make_optimizer(config.optimizer, config.steps).init(params),
         ema_params=params if config.ema_decay else {},
     )
 
 
-def abstract_state(
-    model: Model, config: StepConfig, mesh: Mesh, hparams: Iterable[str] = ()
-) -> TrainState:
-    """The shapes, dtypes and shardings of a train state, as `jax.ShapeDtypeStruct`.
+def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of a single run's state, as `jax.ShapeDtypeStruct`.
 
     Parameters, and optimizer arrays that have the name and shape of a parameter, are sharded by the
     rules of `parallel.mesh`; everything else is replicated.
-
-    Args:
-      model: the model.
-      config: the config of the train step.
-      mesh: the devices.
-      hparams: the names in `TrainState.hparams`.
-
-    Raises:
-      UserError: the mesh does not divide a parameter.
     """
-    own = dict.fromkeys(hparams, np.float32(0))
+    own = dict.fromkeys(config.hparams(), np.float32(0))
     state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), own)
     shardings = parameter_shardings(mesh, model.shapes, model.axes)
 
@@ -168,9 +102,12 @@ def abstract_state(
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def make_train_step(
-    model: Model, config: StepConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+def hyperparameters(config: "RunConfig", own: dict[str, Any]) -> Any:
+    """The hyperparameters of a config by name, numbers; `own`, traced scalars, replace some."""
+    return SimpleNamespace(**vars(config) | vars(config.model) | vars(config.optimizer) | own)
+
+
+def make_train_step(model: Model, config: "RunConfig") -> TrainStep:
     """Returns the train step, a pure function (state, batch) → (state, sums).
 
     It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
@@ -179,7 +116,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        hparams = config.hparams._replace(**state.hparams)
+        hparams = hyperparameters(config, state.hparams)
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
         num_tokens = jnp.maximum(batch.weights.sum(), 1.0)
 
@@ -194,16 +131,15 @@ def make_train_step(
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
             return sums["train/objective"] / num_tokens, (sums, batch_stats)
 
-        def grad_fn(part: Batch, key: Array) -> tuple[Params, tuple[Sums, Params]]:
-            return jax.grad(loss_fn, has_aux=True)(state.params, part, key)
-
+        grad_fn = partial(jax.grad(loss_fn, has_aux=True), state.params)
         # With gradient accumulation there are no batch statistics (`RunConfig` checks that).
         accumulated = accumulate(grad_fn, config.accumulation_steps)
         gradients, (sums, batch_stats) = accumulated(batch, key)
-        optimizer = config.make_optimizer(hparams)
+        optimizer = make_optimizer(config.optimizer, config.steps, hparams)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        learning_rate = config.learning_rate(hparams, state.step - state.skipped)
+        schedule = make_schedule(config.optimizer.schedule, config.steps, hparams)
+        learning_rate = schedule(state.step - state.skipped)
         sums |= sum_over_updates(Update(gradients, updates, params, learning_rate))
         new_state = state._replace(
             step=state.step + 1,
@@ -212,7 +148,7 @@ def make_train_step(
             opt_state=opt_state,
             ema_params=update_ema(state.ema_params, params, state.step, config.ema_decay),
         )
-        return skip_nonfinite(state, new_state, sums, config.max_skipped)
+        return skip_nonfinite(state, new_state, sums, config.max_skipped_steps)
 
     return train_step
 
@@ -266,25 +202,20 @@ def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) 
     ema · d + params · (1 - d) with d = min(decay, (1 + step) / (10 + step)), so that the random
     initial parameters are soon forgotten.
     """
-    if not ema:
-        return ema
     step = step.astype(jnp.float32)
     kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return {name: kept * old + (1.0 - kept) * params[name] for name, old in ema.items()}
 
 
-def make_train_steps(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-) -> Callable[[TrainState, Sums, Dataset | BatchWindow, Int[Array, ""]], tuple[TrainState, Sums]]:
-    """Returns the function (state, sums, data, n) → (state, sums), which takes n steps.
+def make_train_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Sums]]:
+    """Returns (state, sums, data, n) → (state, sums) n steps later.
 
-    n is an argument of one compiled program, so every n runs the same machine code, and the result
-    does not depend on how the steps are divided into dispatches.
+    `data` is a `Dataset` or a `BatchWindow`. n is an argument of one compiled program, so every n
+    runs the same machine code, and the result does not depend on how the steps are divided into
+    dispatches.
     """
 
-    def train_steps(
-        state: TrainState, sums: Sums, data: Dataset | BatchWindow, n: Int[Array, ""]
-    ) -> tuple[TrainState, Sums]:
+    def train_steps(state: TrainState, sums: Sums, data: Any, n: Int[Array, ""]) -> Any:
         def body(_, carry):
             state, sums = carry
             state, new = train_step(state, data.batch(stream(state.seed, "data"), state.step))

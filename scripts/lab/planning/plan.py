@@ -150,10 +150,10 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
     axes = {name: size for name, size in mesh.shape.items() if name != "replica"}
-    flops = step_flops(run.model, cfg.step_config(), data)
+    flops = step_flops(run.model, cfg, data)
     plan = Plan(topology, axes, cfg.steps, cfg.batch_size * length, flops)
     with jax.set_mesh(mesh):
-        train_step = make_train_step(run.model, cfg.step_config())
+        train_step = make_train_step(run.model, cfg)
         step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         lowered = step.lower(state, batch)
         try:
