@@ -79,5 +79,5 @@ def test_nothing_takes_long_without_a_word(capsys, monkeypatch):
     with ProgressBar(0, 1_000) as bar:
         for step in range(1, 101):  # of a second each
             now[0] += 1.0
-            bar.advance(step)
+            bar.show_step(step)
     assert capsys.readouterr().out.splitlines() == [f"step {n}/1000" for n in (31, 62, 93)]

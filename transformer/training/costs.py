@@ -20,22 +20,11 @@ if TYPE_CHECKING:
 
 # JAX's name of a device → dense bfloat16 FLOPs per second, from the data sheets of 2025. (For v2
 # and v3, JAX's device is a core, half of the chip.)
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
+PEAK_FLOPS = {"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12}
+PEAK_FLOPS |= {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12}
+PEAK_FLOPS |= {"TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA L4": 121e12}
+PEAK_FLOPS |= {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12}
+PEAK_FLOPS |= {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 def share_of_peak(flops: int, mesh: Mesh) -> float | None:

@@ -1,10 +1,9 @@
-"""Reports of NaN and Inf, and of loss spikes; the search for the operation that produced a NaN.
+"""Reports of NaN and Inf; the search for the operation that produced one.
 
 The step itself skips non-finite updates (`step.skip_nonfinite`); the host reads the sums of each
 interval here.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
     from transformer.config import RunConfig
     from transformer.run import Run
 
-Sums = Sequence[Mapping[str, Any]]  # of each replica, like metrics
-REMEMBERED = 20  # number of intervals over which the median loss is taken
-SPIKE = 2.0  # a loss above this multiple of the median is a spike
-
 
 class NonfiniteError(Exception):
     """More updates had a NaN or Inf in the loss or a gradient than may be skipped."""
@@ -40,55 +35,32 @@ class NonfiniteError(Exception):
 
 
 class HealthMonitor:
-    """Prints skipped updates, stopped replicas and loss spikes of each interval.
-
-    Raises a NonfiniteError once all replicas have stopped.
-    """
+    """Prints skipped updates and stopped replicas; raises a NonfiniteError if all have stopped."""
 
     def __init__(self, state: TrainState, max_skipped: int):
         self.max_skipped = max_skipped
         self.stopped = is_stopped(state.skipped, max_skipped)  # [R]
-        self.losses: deque[float] = deque(maxlen=REMEMBERED)
-        self.raise_if_all_stopped(state)
+        self._raise_if_all_stopped(state)
 
-    def check(self, step: int, sums: Sums, metrics: Sums, state: TrainState) -> None:
-        """Checks the interval that ended at `step`.
+    def check(self, step: int, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
+        """Checks the interval that ended at `step`, by the sums of each replica.
 
         `state` is the newest; a stopped replica no longer changes in it.
         """
-        self.check_stopped(sums, state)
         for k, one in enumerate(sums):
-            if (skipped := int(one["skipped"])) and not self.stopped[k]:
-                who = f"replica {k}: " if len(sums) > 1 else ""
+            who, skipped = f"replica {k}: " if len(sums) > 1 else "", int(one["skipped"])
+            if int(one["stopped"]) and not self.stopped[k]:
+                self.stopped[k] = True
+                self._raise_if_all_stopped(state)
+                failed = hosts.fetch(state.failed)[k]
+                console.print(f"{who}stopped at step {failed:,} for a NaN or Inf; others continue")
+            elif skipped and not self.stopped[k]:
                 console.print(
                     f"{who}{skipped} of the updates up to step {step:,} skipped for a NaN or Inf "
                     f"(at most {self.max_skipped} may be)"
                 )
-        losses = [one["train/loss"] for one in metrics if np.isfinite(one["train/loss"])]
-        if not losses:
-            return
-        loss = float(np.mean(losses))
-        usual = float(np.median(self.losses)) if len(self.losses) > REMEMBERED // 2 else np.inf
-        if loss > SPIKE * usual:
-            console.print(
-                f"loss spike: {loss:.4g} up to step {step:,}, {loss / usual:.1f} times the median "
-                f"of the last {len(self.losses)} intervals"
-            )
-        self.losses.append(loss)
 
-    def check_stopped(self, sums: Sums, state: TrainState) -> None:
-        """Reports replicas that have stopped since the last check."""
-        for k, one in enumerate(sums):
-            if int(one["stopped"]) and not self.stopped[k]:
-                self.stopped[k] = True
-                self.raise_if_all_stopped(state)
-                failed = np.atleast_1d(hosts.fetch(state.failed))[k]
-                console.print(
-                    f"replica {k}: stopped at step {failed:,} for a NaN or Inf; others continue"
-                )
-
-    def raise_if_all_stopped(self, state: TrainState) -> None:
-        """Raises a NonfiniteError for the last replica that stopped, if none is left."""
+    def _raise_if_all_stopped(self, state: TrainState) -> None:
         if self.stopped.all():
             replicas = split_replicas(hosts.fetch(state), len(self.stopped))
             last = max(replicas, key=lambda one: int(one.failed))
@@ -120,8 +92,7 @@ def explain_failure(run: "Run", failure: NonfiniteError) -> str:
     remedy = "--config.debug_nans=true says which operation made it"
     if run.config.debug_nans:
         state = state._replace(step=np.int32(step), skipped=np.int32(0))
-        operation = find_operation(run.model, run.config, state, batch)
-        remedy = f"it comes from {operation}"
+        remedy = f"it comes from {find_operation(run.model, run.config, state, batch)}"
     return (
         f"the loss or a gradient of step {step:,} is NaN or Inf; its batch is in {file}; {remedy}; "
         "lower optimizer.learning_rate, or skip such updates with --config.max_skipped_steps=N"

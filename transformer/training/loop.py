@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,42 +31,34 @@ def next_stop(config: Any, step: int, most: int) -> int:
     return min(config.steps, step + most, *((step // every + 1) * every for every in intervals))
 
 
+@dataclass
 class TrainingLoop:
     """Trains from one step of a run to the last.
 
     Validation at step i describes the parameters after i updates; training metrics are those of
     the interval that ends there. Each save comes with an evaluation, which ranks the checkpoints.
-
-    Args:
-      run: the run.
-      state: the initial state; donated.
-      interval: sums of the interval in which the run was interrupted; see `Checkpoints.interval`.
-      checkpoints: where the state is saved.
-      writer: where metrics are written.
-      requests: requests to stop.
     """
 
-    def __init__(
-        self,
-        run: "Run",
-        state: TrainState,
-        interval: Mapping[str, Any],
-        checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        requests: StopRequests,
-    ):
-        self.run, self.config, self.state = run, run.config, state
-        self.checkpoints, self.writer, self.requests = checkpoints, writer, requests
-        self.monitor = HealthMonitor(state, self.config.max_skipped_steps)
-        self.peak_share = share_of_peak(run.step_flops * self.config.replicas, run.mesh)
-        self.step = self.saved = state.taken()
+    run: "Run"
+    state: TrainState  # the initial one is donated
+    interval: Mapping[str, Any]  # in which the run was interrupted; see `Checkpoints.interval`
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    requests: StopRequests
+
+    def __post_init__(self):
+        self.config, interval = self.run.config, self.interval
+        self.monitor = HealthMonitor(self.state, self.config.max_skipped_steps)
+        flops = self.run.step_flops * self.config.replicas
+        self.peak_share = share_of_peak(flops, self.run.mesh)
+        self.step = self.saved = self.state.taken()
         self.unvalidated = interval.get("unvalidated", False)
         self.seconds = interval.get("seconds", 0.0)  # of the interval, up to the last pause
-        self.zeros = run.zero_sums()
+        self.zeros = self.run.zero_sums()
         saved = {renamed.SUMS.get(k, k): v for k, v in interval.get("sums", self.zeros).items()}
         # NaN: the older version that saved the interval did not sum this metric.
-        unknown = {name: np.full_like(zero, np.nan) for name, zero in self.zeros.items()}
-        self.sums = run.place({k: np.float32(saved.get(k, unknown[k])) for k in self.zeros})
+        sums = {k: np.float32(saved.get(k, zero + np.nan)) for k, zero in self.zeros.items()}
+        self.sums = self.run.place(sums)
         # The interval that has ended but is not logged yet: last step, sums and wait share.
         self.pending: tuple[int, Any, float | None] | None = None
         self.size = DispatchSize()
@@ -74,8 +67,8 @@ class TrainingLoop:
         """Trains to the last step, or until `Interrupted` or a `NonfiniteError`."""
         with status("compiling", "compiled"):  # by a dispatch of 0 steps
             self.dispatch(self.run.feed.empty_window(), self.run.place(np.array(0, np.int32)))
-        progress_bar = ProgressBar(self.step, self.config.steps)
-        with contextlib.closing(self.run.feed), progress_bar as self.bar:
+        self.bar = ProgressBar(self.step, self.config.steps)
+        with contextlib.closing(self.run.feed), self.bar:
             self.requests.something_to_save = True
             self.resumed = time.perf_counter()
             if self.unvalidated:  # interrupted when validation was due
@@ -98,10 +91,10 @@ class TrainingLoop:
         with jax.transfer_guard("disallow"):  # no other transfer to or from the devices
             self.dispatch(data, steps)
         # At most one dispatch is queued behind the running one; none if a step is slow.
-        jax.block_until_ready(self.sums if self.size.is_slow() else before)
+        jax.block_until_ready(self.sums if self.size.steps == 1 else before)
         self.size.dispatched(stop - self.step)
         self.step = stop
-        self.bar.advance(self.step)
+        self.bar.show_step(self.step)
         self.log_pending()  # only now, while the devices already run the next interval
         # Saves end an interval too, so that a resumed run logs those of an uninterrupted one.
         if self.is_due(self.config.log_every) or self.save_is_due():
@@ -136,7 +129,7 @@ class TrainingLoop:
         metrics = [finalize(Interval(r, seconds, self.peak_share, wait_share)) for r in replicas]
         self.bar.log_interval(step, metrics)
         self.writer.write(step, metrics)
-        self.monitor.check(step, replicas, metrics, self.state)
+        self.monitor.check(step, replicas, self.state)
 
     def evaluate(self) -> None:
         """Validates, and saves if due; the interval's time includes neither."""
@@ -166,7 +159,8 @@ class TrainingLoop:
             if not self.unvalidated:  # else paused already
                 self.pause()
             sums = hosts.fetch(self.sums)
-            self.monitor.check_stopped(split_replicas(sums, self.config.replicas), self.state)
+            replicas = split_replicas(sums, self.config.replicas)
+            self.monitor.check(self.step, replicas, self.state)
             interval = {"seconds": self.seconds, "sums": jax.tree.map(np.ndarray.tolist, sums)}
             self.checkpoints.save(self.state, {}, interval | {"unvalidated": self.unvalidated})
         if not self.step:
@@ -187,16 +181,12 @@ class DispatchSize:
     seconds = 1.0  # the target time of a dispatch
 
     def __init__(self):
-        self.steps = 1
+        self.steps = 1  # also of slow steps, behind which none should be queued
         self.interrupted()
 
-    def is_slow(self) -> bool:
-        """Whether a dispatch of one step takes so long that none should be queued behind it."""
-        return self.steps == 1
-
     def dispatched(self, steps: int) -> None:
-        """Call this when a dispatch has begun and the previous one has ended."""
-        now, slow = time.perf_counter(), self.is_slow()
+        """Call this when a dispatch has begun, and the previous or, of slow steps, it has ended."""
+        now, slow = time.perf_counter(), self.steps == 1
         ended = steps if slow else self.running
         if ended and not hosts.several():
             self.measured(ended, now - self.last)

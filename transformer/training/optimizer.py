@@ -132,10 +132,8 @@ class OptimizerConfig:
             )
 
 
-def make_optimizer(
-    config: OptimizerConfig, steps: int, hparams: Any = None
-) -> optax.GradientTransformation:
-    """Returns the optimizer, preceded by clipping of the global norm if `clip_norm` is set.
+def make_optimizer(config: OptimizerConfig, steps: int, hparams: Any = None) -> Any:
+    """Returns the optax optimizer, preceded by clipping of the global norm if `clip_norm` is set.
 
     The schedule ends after `steps` updates. `hparams`, if given, replaces the learning rate,
     warm-up and weight decay of the config by traced scalars.

@@ -15,13 +15,12 @@ from transformer.training.metrics import TRAIN_METRICS
 SILENCE = 30.0  # at most so many seconds between lines if there is no bar
 
 
-class ProgressBar:
+class ProgressBar(progress.Progress):
     """Shows the step of `steps`, the metrics that declare a text for it, and the time left."""
 
     def __init__(self, start: int, steps: int):
         self.steps, self.printed = steps, time.monotonic()
-        self.live = sys.stdout.isatty()
-        self.progress = progress.Progress(
+        super().__init__(
             progress.TextColumn("[bold]train"),
             progress.BarColumn(bar_width=28),
             # Never truncated, as the bar may be.
@@ -30,26 +29,20 @@ class ProgressBar:
             progress.TimeRemainingColumn(compact=True),
             progress.TextColumn("left"),
             console=console,
-            disable=not self.live,
+            disable=not sys.stdout.isatty(),
         )
-        self.task = self.progress.add_task("train", total=steps, completed=start, figures="")
+        self.task = self.add_task("train", total=steps, completed=start, figures="")
 
-    def __enter__(self) -> "ProgressBar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
-
-    def advance(self, step: int) -> None:
+    def show_step(self, step: int) -> None:
         """Shows the step; without a bar, prints a line if the last one is `SILENCE` old."""
-        self.progress.update(self.task, completed=step)
-        if not self.live and time.monotonic() - self.printed > SILENCE:
-            self._print(step)
+        self.update(self.task, completed=step)
+        if self.disable and time.monotonic() - self.printed > SILENCE:
+            self.print_line(step)
 
-    def _print(self, step: int, *figures: str) -> None:
+    def print_line(self, step: int, *figures: str) -> None:
+        """Prints a line, above the bar if there is one."""
         self.printed = time.monotonic()
-        self.progress.console.print("  ".join((f"step {step}/{self.steps}", *figures)))
+        self.console.print("  ".join((f"step {step}/{self.steps}", *figures)))
 
     def log_interval(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Shows the training metrics of the interval that ends at `step`."""
@@ -59,10 +52,10 @@ class ProgressBar:
             if metric.bar and any(values):
                 shown = sum(values) / (len(values) if metric.per_replica else 1)
                 figures.append(metric.bar.format(shown))
-        self.progress.update(self.task, completed=step, figures="  ".join(figures))
-        if not self.live:
+        self.update(self.task, completed=step, figures="  ".join(figures))
+        if self.disable:
             left = (self.steps - step) / metrics[0]["train/steps_per_second"]
-            self._print(step, *figures, f"{left:.0f} s left")
+            self.print_line(step, *figures, f"{left:.0f} s left")
 
     def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Prints the validation metrics of `step`."""
@@ -71,4 +64,4 @@ class ProgressBar:
             + format_replicas([each[f"validation/{name}"] for each in metrics], metric.format)
             for name, metric in PRINTED.items()
         ]
-        self._print(step, f"validation {'  '.join(figures)}")
+        self.print_line(step, f"validation {'  '.join(figures)}")

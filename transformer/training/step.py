@@ -70,17 +70,11 @@ def init_state(
 ) -> TrainState:
     """The state before the first step."""
     params, batch_stats = model.split(model.init(stream(seed, "init")))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        failed=jnp.full((), -1, jnp.int32),
-        seed=seed,
-        hparams=hparams,
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=make_optimizer(config.optimizer, config.steps).init(params),
-        ema_params=params if config.ema_decay else {},
-    )
+    counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "failed": jnp.int32(-1)}
+    opt_state = make_optimizer(config.optimizer, config.steps).init(params)
+    arrays = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+    ema_params = params if config.ema_decay else {}
+    return TrainState(**counts, seed=seed, hparams=hparams, **arrays, ema_params=ema_params)
 
 
 def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
