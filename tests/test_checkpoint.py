@@ -15,8 +15,7 @@ from tests.test_sharding import mesh_of
 from tests.test_training import equal, small_config
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError
-from transformer.training.checkpoint import Checkpoints
-from transformer.training.integrity import MANIFEST
+from transformer.training.checkpoint import MANIFEST, Checkpoints
 from transformer.training.optimizer import OPTIMIZERS
 from transformer.training.step import abstract_state
 

@@ -69,13 +69,9 @@ SIZES: dict[str, Any] = {"num_layers": 2, "d_model": 24, "num_heads": 4, "d_k": 
 
 
 def forward_flops(*, kv_heads: int = 4, matrices: int = 2, ff_width: int = 56) -> int:
-    """The Transformer's matrix products, 2 operations a multiply-add, by the paper's formulas.
-
-    Projections of Q and the output have D · N H weights, of K and V D · K H, and act on each token;
-    Q Kᵀ and the weights times V have N H multiply-adds for each pair of positions; the feed-forward
-    D F in each matrix, the logits D V, for each token.
-    """
+    """The Transformer's matrix products, 2 operations a multiply-add, by the paper's formulas."""
     (rows, source), target = BATCH.source.shape, BATCH.target_in.shape[1]
+    # Two projections of each kind for a token, two products of N H for a pair of positions.
     project, project_kv, pair = 2 * 24 * 4 * 10, 2 * 24 * kv_heads * 10, 2 * 4 * 10
     layer = project + project_kv + matrices * 24 * ff_width
     encoder = source * layer + source * source * pair
@@ -95,10 +91,7 @@ def forward_flops(*, kv_heads: int = 4, matrices: int = 2, ff_width: int = 56) -
     ],
 )
 def test_a_step_of_the_transformer_is_three_times_its_forward_products(changes, sizes):
-    """Exactly: each product has two gradient products, for both of its factors are trained.
-
-    So is the embedding, in front of the first layer; its lookup is no product, nor its gradient.
-    """
+    """Each product has two gradient products; an embedding's lookup and its gradient are none."""
     rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "label_smoothing"), 0.1)
     found = matmul_flops(*step_of(rates | {"ema_decay": 0.9}, **SIZES, **changes))
     assert found == 3 * forward_flops(**sizes)

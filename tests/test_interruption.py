@@ -33,10 +33,7 @@ def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
-    """`read` of a pipe that stays silent goes on after a handler, as the compiler does.
-
-    The first request, if no step has been taken; else the second one.
-    """
+    """`read` of a silent pipe goes on after a handler, as the compiler does."""
     code = "import sys; from transformer.training.interruption import StopRequests\n"
     code += f"with StopRequests(True) as r: r.something_to_save = {trained};"
     code += " print('ready', flush=True); sys.stdin.read()"

@@ -35,7 +35,6 @@ def small_config(**changes):
 
 
 def initial(model, config):
-    """Seed → initial state, compiled."""
     return jax.jit(lambda seed: init_state(model, config, seed, {}))
 
 
@@ -92,7 +91,6 @@ def test_a_seed_decides_everything():
 
 @pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
 def test_dropout_differs_from_step_to_step(rate):
-    """The losses of the same parameters and batch."""
     state = start(**{"dropout_rate": 0.0, "attention_dropout_rate": 0.0, rate: 0.5})
     same = jax.tree.map(lambda tokens: jnp.repeat(tokens[:1], len(tokens), axis=0), DATA)
     at = [state._replace(step=jnp.int32(step)) for step in range(5)]
@@ -100,13 +98,13 @@ def test_dropout_differs_from_step_to_step(rate):
 
 
 def test_the_gradient_is_of_the_mean_over_real_tokens():
-    """By hand, of the batch without its padding, which changes nothing."""
     state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
     state = state._replace(ema_params=jax.tree.map(jnp.zeros_like, state.params))  # it is not taken
     batch = batch_of(state, DATA, 0)
     source, target = (int(side.sum(1).max()) for side in (batch.source_segments, batch.weights))
     assert source < DATA.source.shape[1]
     assert target < DATA.target.shape[1]
+    # Without its padding, which changes nothing.
     batch = make_batch(batch.source[:, :source], batch.target_out[:, :target])
 
     def loss(params):
@@ -180,11 +178,10 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
 
 
 def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own():
-    """Parts have different numbers of tokens, and weigh accordingly."""
     in_parts = jax.jit(make_train_step(MODEL, replace(STEP_CONFIG, accumulation_steps=3)))
     state = start(dropout_rate=0.0, attention_dropout_rate=0.0)
     batch = batch_of(state, DATA, 0)
-    assert len(set(batch.weights.sum(1).tolist())) > 1
+    assert len(set(batch.weights.sum(1).tolist())) > 1  # so that parts weigh differently
     whole, expected = run(state, 1)
     parts, sums = in_parts(state, batch)
     for name, value in expected.items():
@@ -209,8 +206,7 @@ def test_parts_take_less_memory():
     def taken(accumulate):
         model, config, init = pieces({"accumulation_steps": accumulate, "name": "sgd"})
         batch = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), BATCH)
-        step = jax.jit(make_train_step(model, config))
-        compiled = step.lower(jax.eval_shape(init, jnp.uint32(0)), batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(make_train_step(model, config)).lower(init(jnp.uint32(0)), batch)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert taken(16) < taken(1) / 4

@@ -54,10 +54,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
 
 
 def consecutive(steps: Sequence[int], every: int) -> list[int]:
-    """The last of `steps` without a gap, if one was saved every `every` steps.
-
-    The best checkpoint may be much older than the others.
-    """
+    """The last of `steps` without a gap, as there may be behind the best one."""
     first = len(steps) - 1
     while first > 0 and steps[first] <= (steps[first - 1] // every + 1) * every:
         first -= 1
@@ -73,16 +70,17 @@ def mean(states: Iterable[TrainState]) -> TrainState:
     the training data (Izmailov et al. 2018, section 3.2). The rest is the last state's.
     """
 
-    def averaged(state: TrainState) -> Any:
-        return {name: getattr(state, name) for name in ("params", "ema_params", "batch_stats")}
-
     def wide(state: TrainState) -> Any:
-        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), averaged(state))
+        kept = {name: getattr(state, name) for name in ("params", "ema_params", "batch_stats")}
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), kept)
+
+    def rounded(total: np.ndarray, leaf: jax.Array) -> jax.Array:
+        return place((total / count).astype(leaf.dtype), leaf.sharding)
 
     states = iter(states)
     state, count = next(states), 1
     totals = wide(state)  # not 0.0 at first, which would turn -0.0 into 0.0
-    for count, state in enumerate(states, 2):  # noqa: B007
-        totals = jax.tree.map(np.add, totals, wide(state))
-    rounded = lambda new, old: place((new / count).astype(old.dtype), old.sharding)  # noqa: E731
-    return state._replace(**jax.tree.map(rounded, totals, averaged(state)))
+    for state in states:
+        totals, count = jax.tree.map(np.add, totals, wide(state)), count + 1
+    last = {name: getattr(state, name) for name in totals}
+    return state._replace(**jax.tree.map(rounded, totals, last))

@@ -1,13 +1,16 @@
 """Checkpoints of the train state, written by Orbax while training continues.
 
 Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that an
-interrupted save is never seen. A manifest (`integrity.py`) is added before the renaming. Training
-that resumes sets damaged checkpoints aside and continues from the newest intact one. Several hosts
-write a checkpoint together, each its own shards, into a shared folder.
+interrupted save is never seen. It does not notice when a file changes later. A manifest with sizes
+and checksums is therefore added before the renaming; training that resumes sets damaged checkpoints
+aside and continues from the newest intact one. Several hosts write a checkpoint together, each its
+own shards, into a shared folder.
 """
 
+import json
 import shutil
 import threading
+import zlib
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,16 +26,22 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from transformer import renamed
 from transformer.console import console, quiet
 from transformer.errors import UserError, choose, explained
+from transformer.files import checksum
 from transformer.metrics import METRICS
 from transformer.parallel import hosts
-from transformer.training import integrity
 from transformer.training.step import TrainState
 
+MANIFEST = "manifest.json"
+ARRAYS = "default"  # the folder that Orbax writes a single pytree to
 DAMAGED = "damaged"  # the subfolder for damaged checkpoints
 # Orbax moves a checkpoint here before it deletes it: an interrupted deletion leaves no folder that
 # looks like a damaged checkpoint.
 TRASH = "trash"
 GRACE = 10  # seconds to finish a save when another of several processes may be gone
+
+
+class DamageError(Exception):
+    """A file of a checkpoint is missing or has changed. The message names it."""
 
 
 def merit(metrics: Any, best: str) -> Any:
@@ -78,7 +87,7 @@ class SealingHandler(ocp.StandardCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:  # called by Orbax on one host
         super().finalize(directory)
-        integrity.write_manifest(Path(directory), self.metrics, self.interval)
+        write_manifest(Path(directory), self.metrics, self.interval)
 
 
 @ocp.args.register_with_handler(SealingHandler, for_save=True, for_restore=True)
@@ -141,10 +150,8 @@ class Checkpoints:
     ) -> None:
         """Saves `state` asynchronously as the checkpoint of its step; returns once it is copied.
 
-        Args:
-          state: the train state.
-          metrics: validation metrics; empty if the run stops between two evaluations.
-          interval: what was accumulated since the last line of metrics, as JSON.
+        The validation metrics are empty if the run stops between two evaluations; `interval` is
+        what was accumulated since the last line of metrics, as JSON.
         """
         step = state.taken()
         with self._writing():
@@ -166,10 +173,7 @@ class Checkpoints:
     def find(self, which: str | int) -> int:
         """The step that `latest`, `best` or a number names."""
         if not (steps := self.steps()):
-            raise UserError(
-                f"{self.directory} holds no finished checkpoint; "
-                "train first, or wait for the first save"
-            )
+            raise UserError(f"{self.directory} holds no finished checkpoint; wait for the first")
         best = max(steps, key=lambda step: (merit(self.manager.metrics(step), self.best), step))
         named = {"latest": steps[-1], "best": best} | {str(step): step for step in steps}
         return choose(named, str(which), f"{self.directory}: checkpoint")
@@ -192,15 +196,15 @@ class Checkpoints:
 
     def interval(self, step: int) -> dict[str, Any]:
         """The `interval` of `save`."""
-        manifest = partial(integrity.read_manifest, self.directory / str(step))
+        manifest = partial(read_manifest, self.directory / str(step))
         return hosts.once(manifest)["interval"]
 
     def _verify(self, step: int) -> None:
         folder, others = self.directory / str(step), [each for each in self.steps() if each != step]
         remedy = f"to resume from step {others[-1]}" if others else "and train from the start"
         message = f"checkpoint {folder} is damaged ({{reason}}); delete it {remedy}"
-        with explained(message, integrity.DamageError):
-            integrity.verify(folder)
+        with explained(message, DamageError):
+            verify(folder)
 
 
 def check(directory: Path, set_aside: bool) -> None:
@@ -215,11 +219,11 @@ def check(directory: Path, set_aside: bool) -> None:
     is_newest, faults = True, []
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            integrity.read_metrics(folder)
+            read_metrics(folder)
             if is_newest and set_aside:
-                integrity.verify(folder)
+                verify(folder)
             is_newest = False
-        except integrity.DamageError as fault:
+        except DamageError as fault:
             what = f"checkpoint {folder} is damaged ({fault})"
             if not set_aside:
                 remedy = "delete it, or resume training, which sets it aside"
@@ -256,3 +260,50 @@ def check_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
                 f"checkpoint {folder} is of another config: {name} is {there} there and {here} "
                 "here; choose another --workdir"
             )
+
+
+def write_manifest(arrays: Path, metrics: Mapping[str, float], interval: Mapping[str, Any]) -> None:
+    """Writes the manifest into the folder of the arrays, which Orbax then renames to `default`."""
+    files = {f"{ARRAYS}/{name}": each for name, each in _checksums(arrays).items()}
+    sealed = {"interval": dict(interval), "metrics": dict(metrics), "files": files}
+    manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
+    (arrays / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote: `interval`, `metrics` and `files`."""
+    name = MANIFEST if (folder / MANIFEST).exists() else f"{ARRAYS}/{MANIFEST}"  # 0.1: top level
+    manifest = _read(folder, name)
+    sealed = manifest.get("sealed")
+    if manifest.get("crc32") != zlib.crc32(json.dumps(sealed).encode()):
+        raise DamageError(f"{name} has changed")
+    return sealed
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics that Orbax saved with a checkpoint."""
+    return _read(folder, "metrics/metrics")
+
+
+def verify(folder: Path) -> None:
+    """Raises a DamageError unless every file is as it was written."""
+    manifest, present, metrics = read_manifest(folder), _checksums(folder), read_metrics(folder)
+    if json.dumps(manifest.get("metrics", metrics)) != json.dumps(metrics):  # NaN ≠ NaN
+        raise DamageError("metrics/metrics has changed")
+    for name, written in manifest["files"].items():
+        if present.get(name) != written:
+            raise DamageError(f"{name} {'has changed' if name in present else 'is missing'}")
+
+
+def _read(folder: Path, name: str) -> Any:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        dict.items(content)  # a TypeError for other than an object
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise DamageError(f"{name}: {type(error).__name__}") from error
+    return content
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:  # path → [bytes, CRC-32] of each file
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): checksum(path) for path in files}

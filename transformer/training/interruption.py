@@ -48,9 +48,9 @@ def end_with_parent() -> None:
 class StopRequests:
     """Receives requests to stop during a `with` block, also while a checkpoint is written.
 
-    Only the main thread of a program can receive signals; in another thread this does nothing.
-    Only in programs that `exits`, not in notebooks, may a request end the process; with several
-    processes none ends alone.
+    Does nothing outside the main thread, which alone can receive signals. A request may end the
+    process only if `exits`, as in programs, not in notebooks; with several processes none ends
+    alone.
     """
 
     def __init__(self, exits: bool = False):
@@ -96,11 +96,13 @@ class StopRequests:
 
     def take(self, asked: signal.Signals) -> None:
         """Handles the first request."""
-        if self.exits and not self.something_to_save and not hosts.several():
-            say(f"{asked.name}: {self.state}")
+        leaves = self.exits and not self.something_to_save and not hosts.several()
+        what = self.state if leaves else "stopping with a checkpoint; a second one stops at once"
+        # On a new line, also below a progress bar.
+        print(f"\n{asked.name}: {what}", file=sys.stderr, flush=True)
+        if leaves:
             leave(RESUME)
         self.asked = asked
-        say(f"{asked.name}: stopping with a checkpoint; a second one stops at once")
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -126,8 +128,3 @@ def leave(status: int) -> None:
     """Ends the process immediately; shows the cursor, which a progress bar may have hidden."""
     console.show_cursor(True)
     os._exit(status)
-
-
-def say(text: str) -> None:
-    """Prints on a new line, also below a progress bar."""
-    print(f"\n{text}", file=sys.stderr, flush=True)

@@ -46,7 +46,6 @@ class Interval(NamedTuple):
     wait_share: float | None = None  # data windows not ready in time; None: data are on the devices
 
     def rate(self, count: str) -> float:
-        """A count per second."""
         return self.sums[count] / self.seconds
 
 
@@ -72,21 +71,13 @@ TRAIN_METRICS: dict[str, TrainMetric] = {
     "accuracy": TrainMetric(token=lambda predictions, _: CORRECT["correct"](predictions)),
     "gradient_norm": TrainMetric(update=lambda update: optax.tree.norm(update.gradients)),
     "learning_rate": TrainMetric(update=lambda update: update.learning_rate),
-    "steps_per_second": TrainMetric(
-        host=lambda interval: interval.rate("steps"), bar="{:.1f} steps/s"
-    ),
+    "steps_per_second": TrainMetric(host=lambda span: span.rate("steps"), bar="{:.1f} steps/s"),
     "target_tokens_per_second": TrainMetric(
-        host=lambda interval: interval.rate("tokens"),
-        bar="{:,.0f} target tokens/s",
-        per_replica=False,
+        host=lambda span: span.rate("tokens"), bar="{:,.0f} target tokens/s", per_replica=False
     ),
     # Model FLOPs utilisation (Chowdhery et al. 2022, section 4.1): no FLOP is counted twice.
-    "mfu": TrainMetric(
-        host=lambda interval: interval.peak_share and interval.rate("steps") * interval.peak_share
-    ),
-    "data_waits": TrainMetric(
-        host=lambda interval: interval.wait_share, bar="waited for data {:.0%}"
-    ),
+    "mfu": TrainMetric(host=lambda span: span.peak_share and span.rate("steps") * span.peak_share),
+    "data_waits": TrainMetric(host=lambda span: span.wait_share, bar="waited for data {:.0%}"),
 }
 
 
@@ -119,13 +110,13 @@ def finalize(interval: Interval) -> dict[str, float]:
     sums = {name: float(np.asarray(total)) for name, total in interval.sums.items()}
     interval = interval._replace(sums=sums)
     tokens, updates = sums["tokens"] or np.nan, sums["steps"] - sums["skipped"] or np.nan
-    metrics = {
-        f"train/{name}": metric.host(interval)
-        if metric.host
-        else sums[f"train/{name}"] / (tokens if metric.token else updates)
-        for name, metric in TRAIN_METRICS.items()
-    }
-    return {name: value for name, value in metrics.items() if value is not None}
+    metrics = {}
+    for name, metric in TRAIN_METRICS.items():
+        if not metric.host:
+            metrics[f"train/{name}"] = sums[f"train/{name}"] / (tokens if metric.token else updates)
+        elif (value := metric.host(interval)) is not None:
+            metrics[f"train/{name}"] = value
+    return metrics
 
 
 _explained = explained(

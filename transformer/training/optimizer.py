@@ -126,10 +126,8 @@ class OptimizerConfig:
     def __post_init__(self):
         validate(self, "optimizer.")
         if self.weight_decay and self.name not in DECAYING:
-            raise UserError(
-                f"optimizer.weight_decay is for {', '.join(DECAYING)}; "
-                "choose one of them as optimizer.name, or set it to 0"
-            )
+            names = ", ".join(DECAYING)
+            raise UserError(f"optimizer.weight_decay is for optimizer.name={names}; set it to 0")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, hparams: Any = None) -> Any:
