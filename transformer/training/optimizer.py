@@ -127,7 +127,7 @@ class OptimizerConfig:
         validate(self, "optimizer.")
         if self.weight_decay and self.name not in DECAYING:
             names = ", ".join(DECAYING)
-            raise UserError(f"optimizer.weight_decay is for optimizer.name={names}; set it to 0")
+            raise UserError(f"optimizer.weight_decay is for {names}; choose one, or set it to 0")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, hparams: Any = None) -> Any:
