@@ -65,9 +65,9 @@ def mean(states: Iterable[TrainState]) -> TrainState:
     """The last state of a run with the averages over several states.
 
     Parameters, their moving averages and batch statistics are averaged in float64 and rounded to
-    float32 once: the mean of equal arrays is bit-identical to them. Each replica has its own mean.
-    The statistics of batch norm are not those of the mean parameters, which would take a pass over
-    the training data (Izmailov et al. 2018, section 3.2). The rest is the last state's.
+    float32 once: the mean of equal arrays is bit-identical to them. The statistics of batch norm
+    are not those of the mean parameters, which would take a pass over the training data (Izmailov
+    et al. 2018, section 3.2).
     """
 
     def wide(state: TrainState) -> Any:

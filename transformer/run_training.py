@@ -104,11 +104,7 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
 
 
 def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
-    """Checks what a change of the config means for each replica of a restored state.
-
-    A replica that stopped for a NaN or Inf has missed the steps that the others have taken since,
-    so it must not resume. Another `steps` may make the learning rate jump, which is printed.
-    """
+    """Refuses to resume a replica that has stopped; says where the learning rate jumps."""
     step, skipped = (np.atleast_1d(hosts.fetch(each)) for each in (state.step, state.skipped))
     limits = old.max_skipped_steps, new.max_skipped_steps
     for k, configs in enumerate(zip(old.single_runs(), new.single_runs(), strict=True)):

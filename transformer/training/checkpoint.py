@@ -1,10 +1,8 @@
 """Checkpoints of the train state, written by Orbax while training continues.
 
-Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that an
-interrupted save is never seen. It does not notice when a file changes later. A manifest with sizes
-and checksums is therefore added before the renaming; training that resumes sets damaged checkpoints
-aside and continues from the newest intact one. Several hosts write a checkpoint together, each its
-own shards, into a shared folder.
+Orbax renames a checkpoint's folder when it is complete, so that an interrupted save is never seen.
+Orbax does not notice when a file changes later: a manifest has sizes and checksums. Several hosts
+write a checkpoint together, each its own shards, into a shared folder.
 """
 
 import json
@@ -32,11 +30,10 @@ from transformer.parallel import hosts
 from transformer.training.step import TrainState
 
 MANIFEST = "manifest.json"
+METRICS_FILE = "metrics/metrics"  # written by Orbax
 ARRAYS = "default"  # the folder that Orbax writes a single pytree to
 DAMAGED = "damaged"  # the subfolder for damaged checkpoints
-# Orbax moves a checkpoint here before it deletes it: an interrupted deletion leaves no folder that
-# looks like a damaged checkpoint.
-TRASH = "trash"
+TRASH = "trash"  # from where Orbax deletes: an interrupted deletion does not look like damage
 GRACE = 10  # seconds to finish a save when another of several processes may be gone
 
 
@@ -45,10 +42,7 @@ class DamageError(Exception):
 
 
 def merit(metrics: Any, best: str) -> Any:
-    """The key by which checkpoints are ranked: the validation metric `best`, then the loss.
-
-    The metrics are empty if the checkpoint was saved between two evaluations.
-    """
+    """The key by which checkpoints are ranked: the validation metric `best`, then the loss."""
     value = METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
     return (-np.inf, 0.0) if np.isnan(value) else (value, -metrics["validation/loss"])
 
@@ -98,11 +92,8 @@ class Tree(ocp.args.StandardSave, ocp.args.StandardRestore):
 class Checkpoints:
     """The checkpoints in a folder. Leaving the `with` block waits for the last save.
 
-    Args:
-      directory: the folder.
-      keep: the number of latest checkpoints to keep besides the best; None: opens the folder
-        read-only, which is safe while another process trains.
-      best: the validation metric that orders checkpoints, one of `METRICS`.
+    The `keep` latest ones are kept, and the best by the validation metric `best`. If `keep` is
+    None, the folder is only read, which is safe while another process trains.
     """
 
     def __init__(self, directory: Path, keep: int | None, best: str):
@@ -179,10 +170,7 @@ class Checkpoints:
         return choose(named, str(which), f"{self.directory}: checkpoint")
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `like`.
-
-        The mesh may differ from that of the save, and names may be those of an earlier version.
-        """
+        """The state saved at `step`, maybe on another mesh, with the shardings of `like`."""
         folder, wanted = self.directory / str(step), by_name(like)
         hosts.once(partial(self._verify, step))
         with explained(f"checkpoint {folder} cannot be restored: {{reason}}"):
@@ -195,7 +183,6 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:
-        """The `interval` of `save`."""
         manifest = partial(read_manifest, self.directory / str(step))
         return hosts.once(manifest)["interval"]
 
@@ -208,10 +195,9 @@ class Checkpoints:
 
 
 def check(directory: Path, set_aside: bool) -> None:
-    """Checks the newest checkpoint, and the metrics of all, which Orbax reads when it opens them.
+    """Checks the metrics of all checkpoints, which Orbax reads when it opens the folder.
 
-    With `set_aside`, damaged ones are moved away until the newest is intact, and it is an error if
-    none is. Without, only the metrics are checked.
+    With `set_aside`, moves damaged checkpoints away until the newest is intact.
     """
     if set_aside:
         shutil.rmtree(directory / TRASH, ignore_errors=True)
@@ -219,7 +205,7 @@ def check(directory: Path, set_aside: bool) -> None:
     is_newest, faults = True, []
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            read_metrics(folder)
+            read_json(folder, METRICS_FILE)
             if is_newest and set_aside:
                 verify(folder)
             is_newest = False
@@ -242,7 +228,7 @@ def check(directory: Path, set_aside: bool) -> None:
 
 
 def by_name(tree: Any, known: Container[str] = ()) -> dict[str, Any]:
-    """`renamed.array_name` → array, in the tree's order."""
+    """`renamed.array_name` → array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {renamed.array_name(path, known): leaf for path, leaf in leaves}
 
@@ -263,7 +249,7 @@ def check_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def write_manifest(arrays: Path, metrics: Mapping[str, float], interval: Mapping[str, Any]) -> None:
-    """Writes the manifest into the folder of the arrays, which Orbax then renames to `default`."""
+    """Writes the manifest into the folder of the arrays, which is not yet renamed to `ARRAYS`."""
     files = {f"{ARRAYS}/{name}": each for name, each in _checksums(arrays).items()}
     sealed = {"interval": dict(interval), "metrics": dict(metrics), "files": files}
     manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
@@ -273,29 +259,26 @@ def write_manifest(arrays: Path, metrics: Mapping[str, float], interval: Mapping
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_manifest` wrote: `interval`, `metrics` and `files`."""
     name = MANIFEST if (folder / MANIFEST).exists() else f"{ARRAYS}/{MANIFEST}"  # 0.1: top level
-    manifest = _read(folder, name)
+    manifest = read_json(folder, name)
     sealed = manifest.get("sealed")
     if manifest.get("crc32") != zlib.crc32(json.dumps(sealed).encode()):
         raise DamageError(f"{name} has changed")
     return sealed
 
 
-def read_metrics(folder: Path) -> dict[str, float]:
-    """The metrics that Orbax saved with a checkpoint."""
-    return _read(folder, "metrics/metrics")
-
-
 def verify(folder: Path) -> None:
     """Raises a DamageError unless every file is as it was written."""
-    manifest, present, metrics = read_manifest(folder), _checksums(folder), read_metrics(folder)
+    manifest, present = read_manifest(folder), _checksums(folder)
+    metrics = read_json(folder, METRICS_FILE)
     if json.dumps(manifest.get("metrics", metrics)) != json.dumps(metrics):  # NaN ≠ NaN
-        raise DamageError("metrics/metrics has changed")
+        raise DamageError(f"{METRICS_FILE} has changed")
     for name, written in manifest["files"].items():
         if present.get(name) != written:
             raise DamageError(f"{name} {'has changed' if name in present else 'is missing'}")
 
 
-def _read(folder: Path, name: str) -> Any:
+def read_json(folder: Path, name: str) -> Any:
+    """The object in a file of a checkpoint."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         dict.items(content)  # a TypeError for other than an object

@@ -1,9 +1,8 @@
 """Requests to stop: SIGTERM and SIGINT end a run with a checkpoint.
 
-Clusters send SIGTERM before they reclaim a machine; users type ^C. The current dispatch ends, a
-checkpoint is written, and the exit status says that the same command resumes the run. Python runs
-signal handlers only between bytecode instructions, and waiting for the device is a single one. A
-thread therefore reads signals as they arrive, so that a second ^C ends the process immediately.
+The exit status says that the same command resumes the run. Python runs signal handlers only between
+bytecode instructions, and waiting for the device is a single one. A thread therefore reads signals
+as they arrive, so that a second ^C ends the process immediately.
 """
 
 import os
@@ -24,10 +23,7 @@ RESUME = 75  # exit status, EX_TEMPFAIL of BSD's sysexits.h: try again
 
 
 class Interrupted(BaseException):
-    """A run has stopped on request; the message is one line that says at which step.
-
-    Like KeyboardInterrupt it is not an `Exception`, so that handlers of errors do not catch it.
-    """
+    """A run has stopped on request. Like KeyboardInterrupt it is not an `Exception`."""
 
     def _render_traceback_(self) -> list[str]:  # what IPython shows in a notebook
         return [str(self)]
@@ -114,12 +110,9 @@ class StopRequests:
             raise Interrupted(self.state)
 
     def stop(self) -> bool:
-        """Whether training stops now; called at the end of every dispatch.
-
-        Several processes agree: they stop at the first dispatch that none of them has passed.
-        """
+        """Whether training stops now; called at the end of every dispatch."""
         self.boundaries += 1
-        if hosts.several():
+        if hosts.several():  # they stop at the first dispatch that none of them has passed
             return multihost_utils.reached_preemption_sync_point(self.boundaries)
         return self.asked is not None
 

@@ -112,7 +112,7 @@ class TrainingLoop:
         return self.is_due(self.config.save_every) or self.step == self.config.steps
 
     def pause(self) -> None:
-        """Waits for the devices; the time from here to `resumed` is not the interval's."""
+        """Waits for the devices; from here to `resumed`, time is not the interval's."""
         jax.block_until_ready(self.sums)
         self.seconds += time.perf_counter() - self.resumed
 

@@ -1,7 +1,6 @@
 """Training metrics, each declared once in `TRAIN_METRICS`, and the files they are written to.
 
 The step accumulates sums on the device; the host divides them once per interval (`finalize`).
-metrics.jsonl, TensorBoard, the progress bar and reports follow from the declaration.
 """
 
 import json
@@ -129,9 +128,8 @@ _explained = explained(
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, one object per line, and to TensorBoard events.
 
-    NaN is written as null. In a population each replica has its own lines, with its index in
-    `replica`, and its own folder of events. Only the first of several hosts writes. Lines of steps
-    after `resume_from` are dropped; TensorBoard hides their events.
+    In a population each replica has its own lines, with its index in `replica`, and its own folder
+    of events. Only the first of several hosts writes. Steps after `resume_from` are dropped.
     """
 
     @_explained
@@ -160,7 +158,6 @@ class MetricsWriter:
 
     @_explained
     def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Adds a line for `step` and each replica."""
         for k, each in enumerate(metrics if self.writes else ()):
             replica = {"replica": k} if len(metrics) > 1 else {}
             self.file.write(to_json({"step": step, **replica, **each}) + "\n")
@@ -172,15 +169,13 @@ class MetricsWriter:
 class Events:
     """A file of scalars for TensorBoard.
 
-    Only the record writer of tensorboardX is used. Its SummaryWriter writes in a thread; a full
-    disk ends the thread, and its callers then block forever. Importing tensorboardX also imports
-    PyTorch if it is installed, which takes 2 s once per run.
+    Not by tensorboardX's SummaryWriter, whose callers block forever when the disk is full.
     """
 
     FLUSH = 10.0  # seconds between flushes, each of which is an fsync
 
     def __init__(self, folder: Path, resume_from: int):
-        from tensorboardX import RecordWriter
+        from tensorboardX import RecordWriter  # imports PyTorch if that is installed, in 2 s
         from tensorboardX.proto import event_pb2
 
         self.proto: Any = event_pb2  # its classes are invisible to a type checker
@@ -192,7 +187,6 @@ class Events:
         self.add(resume_from + 1, session_log=start)
 
     def add(self, step: int, **content: Any) -> None:
-        """Adds an event to the file."""
         event = self.proto.Event(wall_time=time.time(), step=step, **content)
         self.file.write(event.SerializeToString())
         if time.monotonic() - self.flushed > self.FLUSH:

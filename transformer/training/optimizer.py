@@ -14,11 +14,10 @@ from optax.contrib import MuonDimensionNumbers, muon
 from transformer.errors import UserError, choose
 from transformer.knobs import Choice, Range, Rate, validate
 
-# Bounds of float32, in which the step computes.
-TINY, LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+FLOAT32 = np.finfo(np.float32)  # in which the step computes
+TINY, LARGEST = float(FLOAT32.tiny), float(FLOAT32.max)
 
-# After the warm-up: (steps since its end, warm-up steps, steps after the warm-up) → fraction of the
-# peak.
+# (Steps since the warm-up, warm-up steps, steps after the warm-up) → fraction of the peak.
 SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "constant": lambda since, warmup, decay: jnp.ones_like(since),
     "cosine": lambda since, warmup, decay: (
@@ -61,9 +60,8 @@ def is_decayed(params: Any) -> Any:
 def muon_and_adam(config: "OptimizerConfig", rate: Any, decay: Any) -> Any:
     """Muon (Jordan et al. 2024) for matrices, Adam for embeddings and vectors, which do not decay.
 
-    Muon orthogonalises the momentum of each matrix. Muon and Adam use Nesterov momentum with
-    `beta1` (for Adam: Dozat 2016); Adam's epsilon is 1e-8. Updates are scaled to suit Adam's
-    learning rates (Liu et al. 2025, section 2.2).
+    Both use Nesterov momentum with `beta1` (for Adam: Dozat 2016); Adam's epsilon is 1e-8. Updates
+    are scaled to suit Adam's learning rates (Liu et al. 2025, section 2.2).
     """
 
     def dimensions(path, leaf):

@@ -36,7 +36,7 @@ def stream(seed: UInt32[Array, ""], purpose: str) -> Array:
 
 @jax.jit
 def data_keys(seeds: UInt32[Array, "*replicas"]) -> Array:
-    """The data key of a run, or of each replica; see `data.batches.Dataset.batch`."""
+    """The data key of a run, or of each replica."""
     data_key = partial(stream, purpose="data")
     return jax.vmap(data_key)(seeds) if seeds.ndim else data_key(seeds)
 
@@ -78,7 +78,7 @@ def init_state(
 
 
 def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings of a single run's state, as `jax.ShapeDtypeStruct`.
+    """The shapes, dtypes and shardings of a single run's state.
 
     Parameters, and optimizer arrays that have the name and shape of a parameter, are sharded by the
     rules of `parallel.mesh`; everything else is replicated.
@@ -96,21 +96,16 @@ def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def hyperparameters(config: "RunConfig", own: dict[str, Any]) -> Any:
-    """The hyperparameters of a config by name, numbers; `own`, traced scalars, replace some."""
-    return SimpleNamespace(**vars(config) | vars(config.model) | vars(config.optimizer) | own)
-
-
 def make_train_step(model: Model, config: "RunConfig") -> TrainStep:
-    """Returns the train step, a pure function (state, batch) → (state, sums).
+    """Returns the train step, a pure function (state, batch) → (state, sums of the metrics).
 
     It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
     With gradient accumulation the result differs by rounding and in the dropout masks.
-    `training.metrics.finalize` computes metrics from the accumulated `sums`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        hparams = hyperparameters(config, state.hparams)
+        knobs = vars(config) | vars(config.model) | vars(config.optimizer)
+        hparams = SimpleNamespace(**knobs | state.hparams)
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
         num_tokens = jnp.maximum(batch.weights.sum(), 1.0)
 
@@ -169,10 +164,9 @@ def skip_nonfinite(
 
 
 def accumulate(function: Callable[[Batch, Array], Any], num_parts: int) -> Callable:
-    """Returns (batch, key) → the sum of `function` over `num_parts` microbatches.
+    """Returns (batch, key) → the sum of `function` over microbatches, each with its own key.
 
-    Microbatch i holds every `num_parts`-th row, starting at row i, so that each device computes on
-    its own rows; each microbatch has its own key.
+    Microbatch i holds every `num_parts`-th row from row i on, so that a device keeps its rows.
     """
     if num_parts == 1:
         return function
@@ -193,8 +187,7 @@ def accumulate(function: Callable[[Batch, Array], Any], num_parts: int) -> Calla
 def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
     """The exponential moving average of the parameters after an update; {} stays {}.
 
-    ema · d + params · (1 - d) with d = min(decay, (1 + step) / (10 + step)), so that the random
-    initial parameters are soon forgotten.
+    At first its decay is (1 + step) / (10 + step), which soon forgets the initial parameters.
     """
     step = step.astype(jnp.float32)
     kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
@@ -204,9 +197,7 @@ def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) 
 def make_train_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Sums]]:
     """Returns (state, sums, data, n) → (state, sums) n steps later.
 
-    `data` is a `Dataset` or a `BatchWindow`. n is an argument of one compiled program, so every n
-    runs the same machine code, and the result does not depend on how the steps are divided into
-    dispatches.
+    Every n runs the same machine code, so the division of steps into dispatches does not matter.
     """
 
     def train_steps(state: TrainState, sums: Sums, data: Any, n: Int[Array, ""]) -> Any:
