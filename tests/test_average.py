@@ -2,6 +2,7 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,11 +94,9 @@ def test_the_last_checkpoints_become_a_run_of_their_mean(changes, tmp_path, rng)
 
 def test_the_mean_of_equal_states_is_one_of_them_bit_for_bit(tmp_path, rng):
     _, (state,), _ = make_run(tmp_path, rng, steps=(10,), **BATCH_NORM)
-    limits = np.finfo(np.float32)
+    limits, name = np.finfo(np.float32), next(iter(state.batch_stats))
     odd = np.array([0.0, -0.0, limits.smallest_subnormal, limits.max, 1 / 3, -np.inf, np.nan])
-    odd = np.resize(odd.astype(np.float32), 16)
-    name = next(iter(state.batch_stats))
-    array = jax.device_put(odd, state.batch_stats[name].sharding)
+    array = jnp.asarray(np.resize(odd.astype(np.float32), 16), device=state.step.sharding)
     state = state._replace(batch_stats=state.batch_stats | {name: array})
     for count in (1, 3, 7, 10):
         for one, other in zip(*map(jax.tree.leaves, (state, mean([state] * count))), strict=True):
