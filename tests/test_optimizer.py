@@ -116,7 +116,8 @@ def test_muon_makes_matrices_orthogonal_and_leaves_embeddings_and_vectors_to_ada
     adam = optax.nadam(0.1, 0.8, 0.98, 1e-8)
     state = adam.init(params)
     for gradient in gradients:
-        expected, state = adam.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            expected, state = adam.update(gradient, state, params)
     for name in others:
         np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, err_msg=name)
 
