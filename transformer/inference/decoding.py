@@ -135,13 +135,10 @@ def _while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry:
     def restore(leaves):
         return structure.unflatten(x.reshape(y.shape) for x, y in zip(leaves, like, strict=True))
 
-    return restore(
-        jax.lax.while_loop(
-            lambda leaves: cond(restore(leaves)),
-            lambda leaves: squeeze(body(restore(leaves))),
-            squeeze(carry),
-        )
-    )
+    def step(leaves):
+        return squeeze(body(restore(leaves)))
+
+    return restore(jax.lax.while_loop(lambda leaves: cond(restore(leaves)), step, squeeze(carry)))
 
 
 class _Beams(NamedTuple):
@@ -243,15 +240,13 @@ class DecodingConfig:
       UserError: a setting is out of range, or belongs to another method.
     """
 
-    # Hypotheses per source; above 1: beam search.
-    beam_size: Annotated[int, Range(1, 1_000)] = 1
-    # α in beam search; 0 ranks by log p, larger values favour longer outputs.
-    length_penalty: Annotated[float, Range(0, 100)] = 0.6
+    beam_size: Annotated[int, Range(1, 1_000)] = 1  # hypotheses per source; above 1: beam search
+    length_penalty: Annotated[float, Range(0, 100)] = 0.6  # α; larger ones favour longer outputs
     temperature: Annotated[float, Range(0, 1e6)] = 0.0  # divides the logits; 0: no sampling
     top_k: SizeOrZero = 0  # sample among the k most likely tokens; 0: all
     top_p: Annotated[float, Range(0, 1)] = 1.0  # sample among the likeliest, up to probability p
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for sampling
-    # Number of tokens by which an output may exceed its source; None: the run's.
+    # Tokens by which an output may exceed its source; None: the run's.
     decode_margin: Annotated[int | None, Range(0, 2**16)] = None
 
     def __post_init__(self):

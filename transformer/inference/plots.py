@@ -134,7 +134,7 @@ def attention(
     """
     layers, heads = min(len(maps), PANELS), min(maps[0].shape[0], PANELS)
     title = _shortened(title, 100)
-    if (layers, heads) != (len(maps), maps[0].shape[0]):
+    if (layers, heads) != (len(maps), len(maps[0])):
         title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
     queries, keys = ([_shortened(label, 20) for label in labels] for labels in (queries, keys))
     side = 0.7 + 0.19 * max(len(queries), len(keys))
@@ -142,10 +142,9 @@ def attention(
     edge = 0.5 + 0.08 * letters  # inches to the left of the panels and below them
     wide, high = edge + side * heads + 1.2, edge + side * layers + 0.6
     figure = Figure(figsize=(wide, high))
+    panels = figure.subplots(layers, heads, squeeze=False)
     # Matplotlib's layout engines would measure every label several times.
-    room = {"left": edge / wide, "right": 1 - 1.2 / wide}
-    room |= {"bottom": edge / high, "top": 1 - 0.6 / high, "wspace": 0.1, "hspace": 0.1}
-    panels = figure.subplots(layers, heads, squeeze=False, gridspec_kw=room)
+    figure.subplots_adjust(edge / wide, edge / high, 1 - 1.2 / wide, 1 - 0.6 / high, 0.1, 0.1)
     literal = {"fontsize": 8, "parse_math": False}  # "$" does not start mathtext
     for (layer, head), panel in np.ndenumerate(panels):
         weights = maps[layer][head, : len(queries), : len(keys)]
