@@ -27,7 +27,7 @@ optimizer.warmup_steps=5 log_every=5 eval_every=20 save_every=20
 TINY = ("--config=configs/toy_reverse.py", *(f"--config.{knob}" for knob in KNOBS.split()))
 PIPES = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 
-# eval.py, which ends if anything looks up a class for a pickle, as one that runs code would.
+# eval.py, which fails if anything looks up a class for a pickle: a pickle may run code.
 UNPICKLING_NOTHING = """
 import runpy, sys
 
