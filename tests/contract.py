@@ -1,7 +1,7 @@
-"""What every model must do, whatever its knobs: `check(model)` is the contract of all variants.
+"""The properties of every model, whatever its options: `check(model)`.
 
-Most of the time is compilation, so all properties share five programs: logits with gradients, the
-same in bfloat16 and on eight devices, an unpadded row with and without a cache, and decoding.
+Most of the time is compilation, so they share five programs: logits with gradients, the same in
+bfloat16 and on eight devices, an unpadded row with and without a cache, and decoding.
 """
 
 from dataclasses import replace
@@ -20,13 +20,7 @@ from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference.decoding import Sources, beam_search, greedy, next_log_p
 from transformer.modules.linear import Embed
 from transformer.modules.model import Model, Params
-from transformer.parallel.mesh import (
-    RULES,
-    MeshConfig,
-    make_mesh,
-    parameter_shardings,
-    partition_spec,
-)
+from transformer.parallel import mesh
 
 # No two axes are alike: rows, source, target. Each target position has a row of its own.
 B, S, T = 8, 9, 6
@@ -42,7 +36,6 @@ class Outputs(NamedTuple):
 
 
 def check(model: Model) -> None:
-    """Checks every property of `model`; an assertion fails where it breaks one."""
     outputs, params = program(model), random_params(model, 0)
     causality(model, partial(outputs, params))
     padding(model, partial(outputs, params))
@@ -54,8 +47,6 @@ def check(model: Model) -> None:
 
 
 class Nudged(Embed):
-    """An embedding whose vectors are nudged."""
-
     def __init__(self, embed: Embed, nudge: Array):
         self.embed, self.nudge, self.features = embed, nudge, embed.features
 
@@ -70,25 +61,21 @@ def program(model: Model):
     def loss(params, nudge, batch, weights):
         module = model.bind(params)
         embed = module.target_embedding or module.embedding
-        scaled = nudge / model.config.d_model**0.5
-        module.target_embedding = Nudged(embed, scaled)
+        module.target_embedding = Nudged(embed, nudge / model.config.d_model**0.5)
         if not packed:
             batch = batch._replace(source_positions=None, target_positions=None)
         logits = module(**batch.inputs())
         return (logits * weights).sum(), logits
 
-    @jax.jit
-    def outputs(params, batch, weights):
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def outputs(params: Params, batch: Batch, weights: Array | float = 1.0) -> Outputs:
         nudge = jnp.zeros((B, T, model.config.d_model), model.config.dtype)
-        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        (of_params, of_nudge), logits = gradient(params, nudge, batch, weights)
-        return Outputs(logits, of_params, of_nudge)
-
-    def call(params: Params, batch: Batch, weights: Array | float = 1.0) -> Outputs:
         weights = jnp.broadcast_to(jnp.float32(weights), (B, T, model.vocab_size))
-        return jax.device_get(outputs(params, batch, weights))
+        gradients, logits = jax.device_get(gradient(params, nudge, batch, weights))
+        return Outputs(logits, *gradients)
 
-    return call
+    return outputs
 
 
 def rows(*examples) -> Batch:
@@ -107,12 +94,14 @@ def noise(model: Model) -> Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=(B, T, model.vocab_size)), jnp.float32)
 
 
-def causality(model: Model, outputs) -> None:
-    """Logits at t have no gradient with respect to the embedded target u > t.
+def alike(one: Params, other: Params) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), one, other)
 
-    With a window they have none either for a u that is too far back. In row t the loss is of
-    position t alone. Through the tokens the same: a row whose tokens change from t on keeps its
-    logits before t.
+
+def causality(model: Model, outputs) -> None:
+    """Logits at t depend on no later target token, nor on one that a window excludes.
+
+    By the gradient of row t, whose loss is of position t alone, and by changing tokens.
     """
     batch = rows(*[[LONG]] * B)
     alone = jnp.eye(B, T)[..., None] * noise(model)
@@ -130,7 +119,7 @@ def causality(model: Model, outputs) -> None:
 
 
 def padding(model: Model, outputs) -> None:
-    """Neither what stands in the padding nor what else is in the batch changes a row's logits."""
+    """Neither the tokens of the padding nor the other rows change a row's logits."""
     batch = rows([LONG], [SHORT], [], [SINGLE])
     littered = batch._replace(
         source=jnp.where(batch.source_segments == 0, 5, batch.source),
@@ -146,7 +135,7 @@ def padding(model: Model, outputs) -> None:
 
 
 def packing(model: Model, outputs) -> None:
-    """Examples that share a row have the logits, and give the gradients, that they have apart."""
+    """Examples that share a row have the logits and gradients that they have apart."""
     if model.config.architecture == "recurrent":  # reads one example a row
         return
     first, second = PACKED
@@ -159,15 +148,11 @@ def packing(model: Model, outputs) -> None:
     one, other = outputs(batch, together), outputs(batch, apart)
     np.testing.assert_allclose(one.logits[0, :start], one.logits[1, :start], **CLOSE)
     np.testing.assert_allclose(one.logits[0, start:end], one.logits[2, : end - start], **CLOSE)
-    for name, gradient in one.params.items():
-        np.testing.assert_allclose(other.params[name], gradient, rtol=1e-3, atol=1e-4, err_msg=name)
+    alike(one.params, other.params)
 
 
 def gradients(model: Model, outputs, params: Params) -> None:
-    """Gradients are finite beside empty rows and reach every parameter, also in bfloat16.
-
-    The logits of bfloat16 are float32, and near those of float32.
-    """
+    """Gradients are finite beside empty rows and reach every parameter, also in bfloat16."""
     config = replace(model.config, dtype="bfloat16")
     batch, weights = rows([LONG], [], [SHORT]), noise(model)
     with jax.numpy_dtype_promotion("standard"):  # jax.nn's own attention relies on it
@@ -184,10 +169,7 @@ def gradients(model: Model, outputs, params: Params) -> None:
 
 
 def caching(model: Model, outputs, params: Params) -> None:
-    """Decoding with a cache is teacher forcing, with several tokens at once or one by one.
-
-    On a row without padding and without positions of its own: padding changes nothing either.
-    """
+    """Decoding with a cache, of one token or several, equals teacher forcing, padded or not."""
     batch = make_batch(*(jnp.asarray([TOKENIZER.encode(text)], jnp.int32) for text in SHORT))
     length = batch.target_in.shape[1]
 
@@ -197,11 +179,9 @@ def caching(model: Model, outputs, params: Params) -> None:
         source = (batch.source, batch.source_segments)
         whole = module(**batch.inputs())
         cache = module.start_cache(module.encode(*source), batch.source_segments, length)
-        parts = []
-        for tokens in jnp.split(batch.target_in, [length - 1], axis=1):
-            logits, cache = module.decode_step(tokens, cache)
-            parts.append(logits)
-        return whole, jnp.concatenate(parts, axis=1), cache.filled
+        first, cache = module.decode_step(batch.target_in[:, :-1], cache)
+        last, cache = module.decode_step(batch.target_in[:, -1:], cache)
+        return whole, jnp.concatenate([first, last], axis=1), cache.filled
 
     whole, decoded, filled = both(params)
     assert filled == length
@@ -211,7 +191,7 @@ def caching(model: Model, outputs, params: Params) -> None:
 
 
 def searching(model: Model, outputs) -> None:
-    """Greedy decoding is the likeliest token at each step of teacher forcing, and a beam of 1."""
+    """Greedy decoding takes the likeliest token of teacher forcing, and is a beam of 1."""
     batch = rows([LONG], [SHORT], [SINGLE], [])
 
     @jax.jit
@@ -233,12 +213,11 @@ def searching(model: Model, outputs) -> None:
             target_segments=jnp.asarray(~ended, jnp.int32),
             target_positions=jnp.broadcast_to(jnp.arange(T), (B, T)),
         )
-        log_p = np.asarray(next_log_p(jnp.asarray(outputs(params, forced).logits), None))
-        for row in range(3):
-            said = np.flatnonzero(~ended[row])
-            np.testing.assert_array_equal(log_p[row, said].argmax(-1), tokens[row, said])
-            total = log_p[row, said, tokens[row, said]].sum()
-            np.testing.assert_allclose(found.scores[row, 0], total, rtol=1e-4)
+        log_p = np.asarray(next_log_p(jnp.asarray(outputs(params, forced).logits), None))[:3]
+        best, taken = log_p.argmax(-1), ~ended[:3]
+        np.testing.assert_array_equal(best[taken], tokens[:3][taken])
+        total = (log_p.max(-1) * taken).sum(-1)
+        np.testing.assert_allclose(found.scores[:3, 0], total, rtol=1e-4)
 
 
 def sharding(model: Model, outputs, params: Params) -> None:
@@ -246,19 +225,19 @@ def sharding(model: Model, outputs, params: Params) -> None:
     assert model.axes.keys() == model.shapes.keys()
     for name, shape in model.shapes.items():
         assert len(model.axes[name]) == len(shape.shape), name
-        assert set(model.axes[name]) <= set(RULES), name
+        assert set(model.axes[name]) <= set(mesh.RULES), name
     sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
     if model.config.num_heads == 1:  # a single head cannot be split in two
         sizes |= {"data": 2, "tensor": 1}
     if model.config.architecture == "recurrent":  # is split over the batch alone
         sizes = {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
-    mesh = make_mesh(MeshConfig(replica=1, **sizes))
+    devices = mesh.make_mesh(mesh.MeshConfig(replica=1, **sizes))
     batch, weights = rows([LONG], [SHORT], [], [SINGLE]), noise(model)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, parameter_shardings(mesh, model.shapes, model.axes))
-        split = jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
+    with jax.set_mesh(devices):
+        shardings = mesh.parameter_shardings(devices, model.shapes, model.axes)
+        rules = NamedSharding(devices, mesh.partition_spec(("batch",)))
+        placed, split = jax.device_put((params, batch), (shardings, rules))
         found = outputs(placed, split, weights)
     expected = outputs(params, batch, weights)
     np.testing.assert_allclose(found.logits, expected.logits, **CLOSE)
-    for name, gradient in expected.params.items():
-        np.testing.assert_allclose(found.params[name], gradient, rtol=1e-3, atol=1e-4, err_msg=name)
+    alike(found.params, expected.params)

@@ -1,8 +1,7 @@
-"""Layers scanned or unrolled, kept or computed anew: what is computed does not change."""
+"""Layers scanned, rematerialised or neither compute the same."""
 
 import contextlib
 import itertools
-from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -38,10 +37,9 @@ def outcome(**changes):  # loss, statistics and gradients of a step with dropout
 
 
 # scan_layers, remat, norm; all are compared with (False, "none")
-DEFAULT = [(True, "full", "batch"), (False, "dots", "batch")]
-CASES = sorted(itertools.product((False, True), REMATS, ("layer", "batch")))
-CASES = [case for case in CASES if case[:2] != (False, "none") and case not in DEFAULT]
-CASES = DEFAULT + [pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+QUICK = [(True, "full", "batch"), (False, "dots", "batch")]
+SLOW = sorted({*itertools.product((False, True), REMATS, ("layer", "batch"))} - {*QUICK})
+CASES = QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in SLOW]
 
 
 @pytest.mark.parametrize(("scan_layers", "remat", "norm"), CASES)
@@ -56,9 +54,8 @@ def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
     config, x = small_model(num_layers=2).config, jax.random.normal(jax.random.key(0), (1, 3, 16))
     mask = masking.causal(3)
     for scan, remat in ((False, "none"), (False, "full"), (True, "none")):
-        encoder = Encoder(
-            **stack_arguments(replace(config, scan_layers=scan, remat=remat)), rngs=nnx.Rngs(0)
-        )
+        arguments = stack_arguments(config) | {"scan_layers": scan, "remat": remat}
+        encoder = Encoder(**arguments, rngs=nnx.Rngs(0))
         whole = encoder(x, mask=mask)
         encoder.layers[1].self_attention.backend = lambda query, *_: 0.0 * query
         with pytest.raises(UserError, match="scan_layers") if scan else contextlib.nullcontext():
@@ -86,26 +83,27 @@ def test_each_layer_and_each_call_drops_elements_of_its_own(changes):
     np.testing.assert_array_equal(evaluated, encoder(x, deterministic=True))
 
 
-def deep(**changes):  # the shapes of a model's parameters, and a loss of them
+def deep(**changes):
+    """A loss of a model's parameters, its gradient lowered, and their shapes."""
     model = small_model(**{"num_layers": 3, "scan_layers": True} | changes)
-    return model.shapes, lambda params: loss_of(model, params, jax.random.key(0))[0]
+    loss = lambda params: loss_of(model, params, jax.random.key(0))[0]  # noqa: E731
+    return loss, jax.jit(jax.grad(loss)).lower, model.shapes
 
 
 def test_scanned_layers_are_compiled_once():
     def products(layers):
-        shapes, loss = deep(num_layers=layers)
-        return jax.jit(jax.grad(loss)).lower(shapes).as_text().count("dot_general")
+        _, lower, shapes = deep(num_layers=layers)
+        return lower(shapes).as_text().count("dot_general")
 
     assert products(2) == products(5) > 0
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_is_recomputed_is_neither_kept_nor_has_a_place(compiled):
+def test_what_is_recomputed_is_not_kept(compiled):
     def kept(remat):
-        shapes, loss = deep(remat=remat)
+        loss, lower, shapes = deep(remat=remat)
         if compiled:
-            program = jax.jit(jax.grad(loss)).lower(shapes).compile()
-            return program.memory_analysis().temp_size_in_bytes
+            return lower(shapes).compile().memory_analysis().temp_size_in_bytes
         residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], shapes)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 

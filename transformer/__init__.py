@@ -19,10 +19,7 @@ Nouns, with their shapes and dtypes:
     target_segments  [B, T] int32    likewise
     memory           [B, S, D]       the encoder's output
     mask             [B|1, N|1, T, S] bool   True = the query may attend to the key
-    cache                            keys and values of the tokens decoded so far
     logits           [B, T, V] float32
-    sums                             totals over tokens, on the device
-    metrics                          ratios of sums, on the host
 """
 
 # ruff: noqa: F401
@@ -90,9 +87,9 @@ def load(
     Args:
       workdir: the run's folder.
       checkpoint: latest, best, or the number of a step.
-      replica: of a population, which one.
-      mesh: the devices; None: all, over which batches are sharded.
-      plugins: the modules that the run names as its plugins, which are imported.
+      replica: which one of a population.
+      mesh: the devices; None: batches are sharded over all.
+      plugins: modules to import, which the run names as its plugins.
 
     Raises:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.

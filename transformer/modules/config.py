@@ -10,13 +10,8 @@ import numpy as np
 
 from transformer.errors import UserError
 from transformer.knobs import Choice, Range, Rate, Size, SizeOrZero, validate
+from transformer.modules import dot_product_attention as backends
 from transformer.modules.cells import CELLS
-from transformer.modules.dot_product_attention import (
-    ATTENTION_BACKENDS,
-    BFLOAT16_BACKENDS,
-    FLEXIBLE_BACKENDS,
-    pick,
-)
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
@@ -25,6 +20,7 @@ from transformer.modules.stacks import REMATS
 
 ARCHITECTURES = ("transformer", "recurrent")  # modules/model.py: MODULES
 
+Backend = Annotated[str, Choice(backends.ATTENTION_BACKENDS)]
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
 # A normal float32 number, since the norms compute in float32.
@@ -60,9 +56,7 @@ class ModelConfig:
     attention_bias: bool = False  # on the four projections of attention
     normalize_qk: bool = False  # RMS norm of queries and keys, per head
     qk_norm_epsilon: Epsilon | None = None  # for normalize_qk; None: norm_epsilon
-    attention_backend: Annotated[str, Choice(ATTENTION_BACKENDS)] = (
-        "einsum"  # modules/dot_product_attention.py
-    )
+    attention_backend: Backend = "einsum"  # modules/dot_product_attention.py
     scan_layers: bool = False  # scan over the layers, which compiles one for all
     remat: Annotated[str, Choice(REMATS)] = "none"  # what the backward pass recomputes
     dtype: Annotated[str, Choice(DTYPES)] = "float32"  # of the computation; params are float32
@@ -76,8 +70,8 @@ class ModelConfig:
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Yields each option that contradicts others, with the remedy."""
         recurrent, drops = self.architecture == "recurrent", self.attention_dropout_rate > 0.0
-        flexible = self.attention_backend in FLEXIBLE_BACKENDS
-        backends = f"model.attention_backend={' or '.join(FLEXIBLE_BACKENDS)}"
+        flexible = self.attention_backend in backends.FLEXIBLE_BACKENDS
+        those = f"model.attention_backend={' or '.join(backends.FLEXIBLE_BACKENDS)}"
         random, encoding = self.random_positions, self.position_encoding
         pairs = f" is odd: {encoding} positions are pairs of sine and cosine; choose an even one"
         if self.d_model % self.num_heads and (recurrent or not self.d_k):
@@ -85,11 +79,11 @@ class ModelConfig:
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             yield "num_kv_heads", f" does not divide model.num_heads={self.num_heads}"
         if drops and (recurrent or not flexible):
-            yield "attention_dropout_rate", f": only the Transformer with {backends} drops weights"
-        if self.attention_backend in BFLOAT16_BACKENDS and self.dtype != "bfloat16":
+            yield "attention_dropout_rate", f": only the Transformer with {those} drops weights"
+        if self.attention_backend in backends.BFLOAT16_BACKENDS and self.dtype != "bfloat16":
             yield "attention_backend", " computes only in bfloat16; set model.dtype=bfloat16"
         if self.values_width() != self.attention_width() and not flexible:
-            yield "d_v", f" differs from model.d_k, which needs {backends}"
+            yield "d_v", f" differs from model.d_k, which needs {those}"
         if encoding == "sinusoidal" and self.d_model % 2:
             yield "d_model", pairs
         if encoding == "rotary" and self.attention_width() % 2:
@@ -116,7 +110,7 @@ class ModelConfig:
         biased = POSITIONS[self.position_encoding].bias is not Position.bias
         options = {"biased": biased, "flexible": drops or self.values_width() != width}
         sizes = DTYPES[self.dtype], width, length
-        return pick(jax.default_backend(), *sizes, **options)
+        return backends.pick(jax.default_backend(), *sizes, **options)
 
     def reach(self, length: int) -> int:
         """`length`, or the number of positions if that is less."""

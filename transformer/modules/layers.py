@@ -30,7 +30,6 @@ NORM_PLACEMENTS = ("pre", "post", "both")
 
 Stream = Float[Array, "B T D"]  # the residual stream, or the sublayers' outputs
 Sublayer = Callable[[Array], Array]
-Index = Int[Array, ""]
 TokenMask = Bool[Array, "B T"] | None
 AttentionMask = Any  # a `Mask`, or an array that is True where a query may attend to a key
 
@@ -146,9 +145,9 @@ class Layer(nnx.Module):
         common = {name: options[name] for name in shared if name in options}
         self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **common)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
-        common |= {"placement": norm_placement}
-        residuals = range(len(self.attentions) + 1)
-        self.residuals = nnx.List(Residual(d_model, **common) for _ in residuals)
+        self.residuals = nnx.List(
+            Residual(d_model, placement=norm_placement, **common) for _ in (*self.attentions, "ffn")
+        )
 
     def through(self, x: Stream, *attend: Sublayer, **mode: Any) -> Stream:
         """Attention, then feed-forward, each inside its residual connection."""
@@ -206,7 +205,7 @@ class DecoderLayer(Layer):
         x: Stream,
         memory: KeyValue,
         cache: KeyValue,
-        index: Index,
+        index: Int[Array, ""],
         *,
         memory_mask: AttentionMask,
         rotate: Rotate | None = None,

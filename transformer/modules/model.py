@@ -35,8 +35,7 @@ class Model:
         target_vocab_size: int | None = None,  # V of the target and the logits; None: the same
         tokens: int | None = None,  # of the target, without those that pad V; None: all
     ):
-        self.config = config
-        self.vocab_size = vocab_size
+        self.config, self.vocab_size = config, vocab_size
         self.target_vocab_size = target_vocab_size or vocab_size
         self.tokens = tokens or self.target_vocab_size
 
@@ -64,13 +63,9 @@ class Model:
         return cls(config, *sizes, tokens=len(target.pieces))
 
     def build(self, key: Array) -> Any:
-        """The module with variables initialised from `key`.
-
-        It stores no RNG streams: training passes `rngs` to each call.
-        """
-        make = MODULES[self.config.architecture]
-        sizes = self.vocab_size, self.target_vocab_size
-        return make(self.config, *sizes, rngs=nnx.Rngs(params=key))
+        """The module with variables from `key`, without RNG streams: calls are passed `rngs`."""
+        module, sizes = MODULES[self.config.architecture], (self.vocab_size, self.target_vocab_size)
+        return module(self.config, *sizes, rngs=nnx.Rngs(params=key))
 
     def init(self, key: Array) -> Params:
         """Initial variables, float32, which depend only on the key, not on the mesh."""
@@ -93,8 +88,7 @@ class Model:
 
     def count_parameters(self) -> int:
         """The number of parameters, without allocating them."""
-        parameters, _ = self.split(self.shapes)
-        return sum(math.prod(shape.shape) for shape in parameters.values())
+        return sum(math.prod(leaf.shape) for leaf in self.split(self.shapes)[0].values())
 
 
 def flatten(state: nnx.State) -> Params:

@@ -31,14 +31,9 @@ class Cache(NamedTuple):
     memory: KeyValue  # of the encoder's output
     mask: Bool[Array, "B 1 1 S"]  # which source positions are tokens
 
-    def hypotheses(self) -> int:
-        """J, the number of hypotheses per source."""
-        return len(self.attended) // len(self.mask)
-
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
         """The cache in which hypothesis j continues hypothesis parents[:, j]."""
-        first = jnp.arange(len(parents))[:, None] * self.hypotheses()
-        rows = (first + parents).reshape(-1)
+        rows = (jnp.arange(len(parents))[:, None] * parents.shape[1] + parents).reshape(-1)
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
         return self._replace(states=states, attended=attended)
 
@@ -57,15 +52,14 @@ class Recurrent(EncoderDecoder):
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, layers = config.d_model, range(config.num_layers)
         common: dict[str, Any] = {"dtype": DTYPES[config.dtype], "rngs": rngs}
-        glorot: dict[str, Any] = {"kernel_init": INITIALIZERS["glorot_uniform"]}
-        axes = linear_axes("mlp", "embed")
-        linear = partial(Linear, out_features=width, **axes, **common, **glorot)
         cell = partial(CELLS[config.cell], **common)
+        common["kernel_init"] = INITIALIZERS["glorot_uniform"]
+        linear = partial(Linear, out_features=width, **linear_axes("mlp", "embed"), **common)
         self.forward = nnx.List(cell(width, width // 2) for _ in layers)
         self.backward = nnx.List(cell(width, width // 2) for _ in layers)
         self.bridge = nnx.List(linear(width // 2) for _ in layers)
         self.decoder = nnx.List(cell(width if i else 2 * width, width) for i in layers)
-        options = common | glorot | {"use_bias": False, "backend": config.attention_backend}
+        options = common | {"use_bias": False, "backend": config.attention_backend}
         self.attention = MultiHeadAttention(config.num_heads, width, **options)
         self.combine = linear(2 * width)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
@@ -116,9 +110,8 @@ class Recurrent(EncoderDecoder):
 
     def decode_step(self, tokens: Target, cache: Cache) -> tuple[Logits, Cache]:
         """As `Transformer.decode_step`; with several hypotheses, the next token of each."""
-        if cache.hypotheses() == 1:
-            return self._advance(tokens, cache, deterministic=True)
-        logits, cache = self._advance(tokens.reshape(-1, 1), cache, deterministic=True)
+        rows = tokens.reshape(len(cache.attended), -1)
+        logits, cache = self._advance(rows, cache, deterministic=True)
         return logits.reshape(*tokens.shape, -1), cache
 
     def _advance(self, tokens: Target, cache: Cache, **mode: Any) -> tuple[Logits, Cache]:

@@ -9,17 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from transformer.errors import UserError, check_choice
+from transformer.modules import layers
 from transformer.modules.attention import KeyValue
 from transformer.modules.dropout import Moded, stream_of, training_rngs
-from transformer.modules.layers import (
-    DecoderLayer,
-    EncoderLayer,
-    Index,
-    Stream,
-    TokenMask,
-    apply_norm,
-    make_norm,
-)
+from transformer.modules.layers import Stream, apply_norm
 
 # Checkpoint policies: what a layer saves for the backward pass.
 REMATS: dict[str, Any] = {
@@ -40,7 +33,7 @@ class Stack(Moded):
       scan_layers: whether to run the layers in a `jax.lax.scan`, which compiles one layer for all
         but stacks their variables, a copy of the parameters.
       remat: one of `REMATS`.
-      **options: further arguments of `EncoderLayer` or `DecoderLayer`, such as `rngs`.
+      **options: `rngs` and further arguments of the layers.
     """
 
     layer: type[Any]
@@ -61,15 +54,14 @@ class Stack(Moded):
         self.layers: Any = nnx.List(
             self.layer(d_model, num_heads, d_ff, **options) for _ in range(num_layers)
         )
-        # With post-norm the last layer already ends with a norm.
-        last = options.get("norm_placement") != "post"
-        self.final_norm: Any = nnx.data(make_norm(d_model, **options) if last else None)
+        last = options.get("norm_placement") != "post"  # or else layers end with a norm
+        self.final_norm: Any = nnx.data(layers.make_norm(d_model, **options) if last else None)
 
     def __call__(
         self,
         x: Stream,
         *memory: Float[Array, "B S D"],
-        token_mask: TokenMask = None,
+        token_mask: layers.TokenMask = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         **attention: Any,
@@ -138,20 +130,20 @@ class Stack(Moded):
 class Encoder(Stack):
     """A stack of encoder layers; see `Stack`."""
 
-    layer = EncoderLayer
+    layer = layers.EncoderLayer
 
 
 class Decoder(Stack):
     """A stack of decoder layers, called with the residual stream and the memory; see `Stack`."""
 
-    layer = DecoderLayer
+    layer = layers.DecoderLayer
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> KeyValues:
         """Each layer's cross-attention keys and values."""
         return tuple(layer.cross_attention.project_kv(memory) for layer in self.layers)
 
     def decode_step(
-        self, x: Stream, memory: KeyValues, cache: KeyValues, index: Index, **attention: Any
+        self, x: Stream, memory: KeyValues, cache: KeyValues, index: Array, **attention: Any
     ) -> tuple[Stream, KeyValues]:
         """`DecoderLayer.decode_step` of each layer, with the keys and values of each."""
         decoded = []

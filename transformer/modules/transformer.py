@@ -23,7 +23,6 @@ from transformer.modules.stacks import Decoder, Encoder, KeyValues
 Source = Int[Array, "B S"]  # tokens, or their segments or positions
 Target = Int[Array, "B T"]
 Positions = Int[Array, "#B T"]
-Keys = Int[Array, "#B S"]
 Memory = Float[Array, "B S D"]
 Logits = Float[Array, "B T V"]
 
@@ -88,15 +87,12 @@ class Transformer(EncoderDecoder):
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         if config.architecture != "transformer":
-            raise UserError(f"model.architecture={config.architecture}: this is transformer")
-        position = partial(
-            POSITIONS[config.position_encoding],
-            config.d_model,
-            num_heads=config.num_heads,
-            max_length=config.random_positions or config.max_length,
-            rngs=rngs,
-        )
-        self.source_position, self.target_position = position(causal=False), position(causal=True)
+            raise UserError(f"model.architecture={config.architecture}: a Transformer has another")
+        options = {"num_heads": config.num_heads, "rngs": rngs}
+        length = config.random_positions or config.max_length
+        position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
+        self.source_position = position(causal=False, **options)
+        self.target_position = position(causal=True, **options)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
         self.encoder = Encoder(**stack_arguments(config), rngs=rngs)
         self.decoder = Decoder(**stack_arguments(config), rngs=rngs)
@@ -128,42 +124,28 @@ class Transformer(EncoderDecoder):
         """
         mode = {"deterministic": deterministic, "rngs": rngs}
         source_segments = masking.segments_of(source, source_segments)
-        target_segments = masking.segments_of(target_in, target_segments)
-        memory = self.encode(source, source_segments, positions=source_positions, **mode)
+        segments = masking.segments_of(target_in, target_segments)
+        memory = self.encode(source, source_segments, source_positions, **mode)
         positions = self.positions(in_row(target_in, target_positions), **mode)
-        mask = self._mask(target_segments, target_segments, causal=True, window=self.config.window)
-        memory_mask = self._mask(target_segments, source_segments)
+        mask = self._mask(segments, segments, causal=True, window=self.config.window)
+        masks = {"mask": mask, "memory_mask": self._mask(segments, source_segments)}
+        encoding = _attention_positions(self.target_position, positions, positions)
         x = self.target_position(self.embed_target(target_in), positions)
-        x = self.decoder(
-            self.dropout(x, **mode),
-            memory,
-            mask=mask,
-            memory_mask=memory_mask,
-            token_mask=target_segments > 0,
-            **attention_positions(self.target_position, positions, positions),
-            **mode,
-        )
+        x, tokens = self.dropout(x, **mode), segments > 0
+        x = self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
         return self.logits(x)
 
     def encode(
-        self,
-        source: Source,
-        source_segments: Source | None = None,
-        *,
-        positions: Source | None = None,
-        **mode: Any,
+        self, source: Source, source_segments: Any = None, positions: Any = None, **mode: Any
     ) -> Memory:
         """The encoder's output, the memory; the arguments are those of `__call__`."""
         segments = masking.segments_of(source, source_segments)
         index = self.positions(in_row(source, positions), **mode)
+        mask = self._mask(segments, segments, window=self.config.window)
+        encoding = _attention_positions(self.source_position, index, index)
         x = self.source_position(embed_scaled(self.embedding, source), index)
-        return self.encoder(
-            self.dropout(x, **mode),
-            mask=self._mask(segments, segments, window=self.config.window),
-            token_mask=segments > 0,
-            **attention_positions(self.source_position, index, index),
-            **mode,
-        )
+        x, tokens = self.dropout(x, **mode), segments > 0
+        return self.encoder(x, mask=mask, token_mask=tokens, **encoding, **mode)
 
     def positions(
         self, index: Positions, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
@@ -230,16 +212,11 @@ class Transformer(EncoderDecoder):
             mask = mask & jnp.repeat(near, hypotheses, axis=3)
         positions = self.positions(index, True)
         keys = self.positions(jnp.arange(entries)[None] // hypotheses, True)
+        masks = {"mask": mask, "memory_mask": masking.padding(cache.source_segments > 0)}
+        encoding = _attention_positions(self.target_position, positions, keys)
         x = self.target_position(self.embed_target(tokens), positions)
-        x, decoded = self.decoder.decode_step(
-            self.dropout(x, deterministic=True),
-            cache.memory,
-            cache.decoded,
-            filled * hypotheses,
-            mask=mask,
-            memory_mask=masking.padding(cache.source_segments > 0),
-            **attention_positions(self.target_position, positions, keys),
-        )
+        caches = cache.memory, cache.decoded, filled * hypotheses
+        x, decoded = self.decoder.decode_step(x, *caches, **masks, **encoding)
         logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
         return logits, cache._replace(filled=filled + steps, decoded=decoded)
 
@@ -253,7 +230,6 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in shared.split()} | {
         "kernel_init": INITIALIZERS[config.kernel_init],
         "dtype": DTYPES[config.dtype],
-        "param_dtype": jnp.float32,
         "qkv_features": config.num_heads * config.attention_width(),
         "value_features": config.num_heads * config.values_width(),
         "use_bias": config.attention_bias,
@@ -262,8 +238,7 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def attention_positions(position: Any, queries: Positions, keys: Keys) -> dict[str, Any]:
-    """The arguments `rotate` and `bias` of self-attention for a position encoding."""
+def _attention_positions(position: Any, queries: Array, keys: Array) -> dict[str, Any]:
     rotate = partial(position.rotate, positions=queries)
     return {"rotate": rotate, "bias": position.bias(queries, keys)}
 
