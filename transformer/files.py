@@ -34,15 +34,8 @@ def checksum(path: Path) -> list[int]:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Returns a value as JSON (RFC 8259), with null for NaN and infinities."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: finite(each) for name, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    finite = json.loads(json.dumps(value, default=dict), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def nan_for_null(row: Mapping[str, Any]) -> dict[str, Any]:
