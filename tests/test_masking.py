@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -6,16 +7,13 @@ from transformer.modules.dot_product_attention import masked_softmax
 
 
 def drawn(mask, *rows: str) -> None:
-    """Whether the mask is as drawn: `x . .` lines, as in the docstrings."""
     np.testing.assert_array_equal(mask[0, 0], [[c == "x" for c in row.split()] for row in rows])
 
 
 def test_causal_is_as_drawn_and_with_an_offset_a_row_of_the_whole():
     drawn(masking.causal(4), "x . . .", "x x . .", "x x x .", "x x x x")
     drawn(masking.causal(1, 4, 2), "x x x .")
-    for offset in range(3):
-        row = masking.causal(1, 3, jnp.int32(offset))[0, 0, 0]
-        np.testing.assert_array_equal(row, masking.causal(3)[0, 0, offset])
+    drawn(masking.causal(1, 4, jnp.int32(2)), "x x x .")
 
 
 def test_window_is_as_drawn():
@@ -45,14 +43,10 @@ def test_padding_is_as_drawn_and_a_segment_mask_of_one_segment():
 
 
 def test_boolean_mask_equals_the_additive_matrix_of_the_paper_which_fails_without_keys(rng):
-    scores = jnp.asarray(rng.normal(size=(2, 3, 4, 4)), jnp.float32)
+    scores = jnp.asarray(rng.normal(size=(2, 3, 4, 4)) * [[1.0], [10.0], [1e3], [1e4]], jnp.float32)
     mask = jnp.broadcast_to(masking.causal(4), scores.shape)
-    shifted = scores + masking.additive(mask)
-    expected = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    expected = jax.nn.softmax(scores + jnp.where(mask, 0.0, -jnp.inf))
     np.testing.assert_allclose(masked_softmax(scores, mask), expected, rtol=1e-6)
-
-    scores, nothing = jnp.ones((1, 1, 1, 3)), jnp.zeros((1, 1, 1, 3), bool)
-    shifted = scores + masking.additive(nothing)
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(np.exp(shifted - shifted.max())).all()
+    nothing = jnp.zeros_like(mask)
+    assert jnp.isnan(jax.nn.softmax(scores + jnp.where(nothing, 0.0, -jnp.inf))).all()
     np.testing.assert_array_equal(masked_softmax(scores, nothing), 0.0)

@@ -7,28 +7,19 @@ import pytest
 from flax import nnx
 
 from transformer.modules.layers import apply_norm
-from transformer.modules.normalization import NORMS, BatchNorm, LayerNorm, NoNorm, RMSNorm
+from transformer.modules.normalization import NORMS, BatchNorm, LayerNorm
 
 WIDTH = 64
 SEGMENTS = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 each_norm = pytest.mark.parametrize("name", NORMS)
 
 
-def make(norm):
-    return norm(WIDTH, epsilon=1e-6, rngs=nnx.Rngs(0))
+def make(norm, epsilon=1e-6, **options):
+    return norm(WIDTH, epsilon=epsilon, rngs=nnx.Rngs(0), **options)
 
 
 def normal(rng, *shape):
     return jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32)
-
-
-@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
-def test_layer_norm_has_mean_0_and_variance_1_before_scale_and_bias(scale, rng):
-    norm, inputs = make(LayerNorm), jnp.asarray(rng.normal(size=(4, 5, 16)), jnp.float32)
-    norm.scale[...], norm.bias[...] = jnp.full(WIDTH, 2.0), jnp.full(WIDTH, 5.0)
-    out = (norm(inputs @ (scale * normal(rng, 16)) + scale * normal(rng)) - 5) / 2
-    np.testing.assert_allclose(out.mean(-1), np.zeros((4, 5)), atol=1e-5)
-    np.testing.assert_allclose(out.var(-1), np.ones((4, 5)), rtol=2e-2 if scale < 1 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,21 +27,8 @@ def test_layer_norm_is_right_where_the_one_pass_variance_is_wrong(dtype):
     x = (1e4 + jax.random.normal(jax.random.key(0), (8, WIDTH))).astype(dtype)
     exact = np.asarray(x.astype(jnp.float32), np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    norm = LayerNorm(WIDTH, dtype=x.dtype, rngs=nnx.Rngs(0))
-    out = np.asarray(norm(x).astype(jnp.float32))
+    out = np.asarray(make(LayerNorm, dtype=x.dtype)(x).astype(jnp.float32))
     assert np.abs(out - exact).max() < (5e-3 if dtype == "float32" else 2e-2)
-
-
-@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
-def test_epsilon_stands_inside_the_root(norm):
-    out = norm(WIDTH, epsilon=7.0, rngs=nnx.Rngs(0))(jnp.full((1, WIDTH), 3.0).at[0, ::2].set(-3.0))
-    np.testing.assert_allclose(jnp.abs(out), 3 / np.sqrt(9 + 7), rtol=1e-6)
-
-
-def test_rms_norm_has_mean_square_1_and_no_norm_is_nothing(rng):
-    x = 3 + normal(rng, 5)
-    np.testing.assert_allclose(jnp.square(make(RMSNorm)(x)).mean(-1), np.ones(5), rtol=1e-4)
-    assert make(NoNorm)(x) is x
 
 
 @each_norm
@@ -64,10 +42,15 @@ def test_batch_mates_and_other_positions_matter_to_batch_norm_in_training_alone(
     assert (one[0, 0] == other[0, 0]).all() == (name != "batch")
 
 
+def test_no_norm_is_the_identity():
+    x = jnp.ones((2, WIDTH))
+    assert make(NORMS["none"])(x) is x
+
+
 @each_norm
 def test_dtype_is_kept_and_gradients_of_a_constant_row_are_finite(name):
     def total(x, deterministic):
-        norm = NORMS[name](WIDTH, epsilon=1e-6, dtype=x.dtype, rngs=nnx.Rngs(0))
+        norm = make(NORMS[name], dtype=x.dtype)
         return apply_norm(norm, x, deterministic=deterministic).sum()
 
     for mode in (True, False):
@@ -76,7 +59,6 @@ def test_dtype_is_kept_and_gradients_of_a_constant_row_are_finite(name):
 
 
 def test_batch_norm_normalises_over_tokens_and_does_not_see_padding(rng):
-    """Neither what stands in it nor how much there is, in outputs and in running averages."""
     x = 3 + 5 * normal(rng, 4, 5)
     other = jnp.where(SEGMENTS[..., None] > 0, x, 1e6)
     wider = jnp.pad(x, ((0, 2), (0, 3), (0, 0)), constant_values=7.0)
@@ -88,9 +70,8 @@ def test_batch_norm_normalises_over_tokens_and_does_not_see_padding(rng):
         results.append((out, norm.mean[...], norm.var[...]))
     np.testing.assert_allclose(results[0][0].mean(0), np.zeros(WIDTH), atol=1e-5)
     np.testing.assert_allclose(results[0][0].var(0), np.ones(WIDTH), rtol=1e-4)
-    for result in results[1:]:
-        for one, same in zip(results[0], result, strict=True):
-            np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
+    for one, *others in zip(*results, strict=True):
+        np.testing.assert_allclose(np.stack(others), np.stack([one] * 2), rtol=1e-5, atol=1e-6)
 
 
 def test_batch_norm_evaluates_with_running_averages(rng):

@@ -7,19 +7,13 @@ from flax import nnx
 from tests.helpers import normal, random_params, small_model
 from transformer.data.batches import Dataset
 from transformer.inference.evaluation import attention_maps
-from transformer.modules.positions import (
-    POSITIONS,
-    ALiBi,
-    Learned,
-    RelativeBias,
-    Rotary,
-    Sinusoidal,
-)
+from transformer.modules.positions import POSITIONS
+
+each_position = pytest.mark.parametrize("name", POSITIONS)
 
 
-def make(kind, width=8, heads=2, causal=False, max_length=64):
-    options = {"num_heads": heads, "max_length": max_length, "causal": causal}
-    return kind(width, **options, rngs=nnx.Rngs(0))
+def make(name, width=8, heads=2, **options):
+    return POSITIONS[name](width, num_heads=heads, **options, rngs=nnx.Rngs(0))
 
 
 def at(*positions):
@@ -27,26 +21,23 @@ def at(*positions):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", POSITIONS)
+@each_position
 def test_hooks_depend_on_the_positions_that_are_given(name, causal, rng):
-    """What a token is told is the same whether it comes alone, as in decoding, or with others."""
-    position, places = make(POSITIONS[name], causal=causal), at(3, 4, 7, 20, 40)
+    position, places = make(name, causal=causal), at(3, 4, 7, 20, 40)
     x, heads = normal(rng, 2, 5, 8), normal(rng, 2, 5, 2, 4)
     embedded, rotated = position(x, places), position.rotate(heads, places)
     bias = position.bias(places, places)
-    for t in range(5):
-        mine, here = slice(t, t + 1), places[:, t : t + 1]
-        one = position(x[:, mine], here)
-        np.testing.assert_allclose(one, embedded[:, mine], rtol=1e-6)
-        one = position.rotate(heads[:, mine], here)
-        np.testing.assert_allclose(one, rotated[:, mine], rtol=1e-5, atol=1e-6)
+    for here in (slice(t, t + 1) for t in range(5)):
+        for hook, inputs, whole in ((position, x, embedded), (position.rotate, heads, rotated)):
+            alone = hook(inputs[:, here], places[:, here])
+            np.testing.assert_allclose(alone, whole[:, here], rtol=1e-5, atol=1e-6)
         if bias is not None:
-            np.testing.assert_array_equal(position.bias(here, places), bias[:, :, mine])
+            alone = position.bias(places[:, here], places)
+            np.testing.assert_array_equal(alone, bias[:, :, here])
 
 
-@pytest.mark.parametrize("name", POSITIONS)
+@each_position
 def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
-    """Without them the memory of permuted tokens is the memory of the tokens, permuted."""
     model = small_model(position_encoding=name)
     params = random_params(model, 0)
     source, order = at(3, 4, 5, 6, 7, 8), np.array([2, 0, 5, 1, 4, 3])
@@ -60,7 +51,7 @@ def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
 
 
 def test_sinusoidal_positions_are_the_papers():
-    out = Sinusoidal(6)(jnp.zeros((1, 50, 6)))[0]
+    out = make("sinusoidal", 6)(jnp.zeros((1, 50, 6)))[0]
     angles = np.arange(50)[:, None] / 10000 ** (2 * np.arange(3) / 6)
     np.testing.assert_allclose(out[:, 0::2], np.sin(angles), atol=1e-5)
     np.testing.assert_allclose(out[:, 1::2], np.cos(angles), atol=1e-5)
@@ -70,7 +61,7 @@ def test_learned_positions_are_trained_and_end_in_nan():
     def loss(position):
         return position(jnp.zeros((1, 2, 4))).sum()
 
-    learned = make(Learned, 4, max_length=3)
+    learned = make("learned", 4, max_length=3)
     gradient = nnx.grad(loss)(learned).embedding[...]
     np.testing.assert_array_equal(gradient, jnp.ones((3, 4)).at[2].set(0.0))
     finite = jnp.isfinite(learned(jnp.zeros((1, 4, 4)))[0])
@@ -80,7 +71,7 @@ def test_learned_positions_are_trained_and_end_in_nan():
 
 def test_rotary_turns_pairs_as_complex_numbers(rng):
     """x_i + j x_{i + H/2}, times e^(j p / 10000^(2i/H)), in float64."""
-    x, positions, rotary = normal(rng, 1, 4, 2, 6), np.array([0, 1, 17, 300]), make(Rotary)
+    x, positions, rotary = normal(rng, 1, 4, 2, 6), np.array([0, 1, 17, 300]), make("rotary")
     angles = positions[:, None, None] * 10000.0 ** (-2 * np.arange(3) / 6)
     pairs = (np.float64(x[..., :3]) + 1j * np.float64(x[..., 3:])) * np.exp(1j * angles)
     out = rotary.rotate(x, at(*positions))
@@ -90,33 +81,24 @@ def test_rotary_turns_pairs_as_complex_numbers(rng):
 
 
 def published_bucket(distance, causal):
-    """T5's rule in whole numbers: bucket k of the far ones begins at exact · (128 / exact)^(k / n).
-
-    distance: key position - query position.
-    """
-    buckets, first = 32, 0
-    if not causal:
-        buckets, first = 16, 16 if distance > 0 else 0
-    distance = abs(distance)
-    exact = buckets // 2
-    if distance < exact:
-        return first + distance
-    rooms = buckets - exact
-    begun = (distance**rooms * exact**k >= exact**rooms * 128**k for k in range(1, rooms))
-    return first + exact + sum(begun)
+    """T5's rule in whole numbers: the k-th far bucket begins at n · (128 / n)^(k / n)."""
+    buckets, first = (32, 0) if causal else (16, 16 * (distance > 0))
+    distance, n = abs(distance), buckets // 2
+    begun = (distance**n * n**k >= n**n * 128**k for k in range(1, n))
+    return first + (distance if distance < n else n + sum(begun))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_relative_buckets_are_the_published_ones(causal):
     distances = np.arange(-300, 1 if causal else 301)  # no key of the decoder is later
-    ours = make(RelativeBias, causal=causal).bucket(jnp.asarray(distances))
+    ours = make("relative", causal=causal).bucket(jnp.asarray(distances))
     expected = [published_bucket(int(distance), causal) for distance in distances]
     np.testing.assert_array_equal(ours, expected)
     assert set(expected) == set(range(32)) - (set() if causal else {16})
 
 
 def test_relative_bias_is_the_heads_entry_for_the_distance():
-    position, queries, keys = make(RelativeBias, heads=3), (4, 0), (0, 4, 9, 200)
+    position, queries, keys = make("relative", heads=3), (4, 0), (0, 4, 9, 200)
     bias = position.bias(at(*queries), at(*keys))
     buckets = [[published_bucket(s - t, False) for s in keys] for t in queries]
     expected = np.asarray(position.embedding[...])[np.array(buckets)]
@@ -125,10 +107,8 @@ def test_relative_bias_is_the_heads_entry_for_the_distance():
 
 def test_the_encoder_tells_sides_apart_and_the_decoder_twice_as_many_distances():
     module = small_model(position_encoding="relative").build(jax.random.key(0))
-    encoder, decoder = (
-        each.bias(at(20), at(9, 10, 30))[0, 0, 0]
-        for each in (module.source_position, module.target_position)
-    )
+    sides = module.source_position, module.target_position
+    encoder, decoder = (each.bias(at(20), at(9, 10, 30))[0, 0, 0] for each in sides)
     assert encoder[0] == encoder[1]  # 10 and 11 back share a bucket
     assert encoder[1] != encoder[2]  # 10 back and 10 ahead do not
     assert decoder[0] != decoder[1]
@@ -136,7 +116,7 @@ def test_the_encoder_tells_sides_apart_and_the_decoder_twice_as_many_distances()
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_all_layers_of_a_stack_share_its_relative_bias(layers):
-    """One table a stack; if it allows distance 0 alone, every layer attends to itself."""
+    """If the table allows distance 0 alone, every position attends to itself in every layer."""
     model = small_model(position_encoding="relative", num_layers=layers)
     tables = [name for name in model.shapes if "position" in name]
     assert sorted(tables) == ["source_position/embedding", "target_position/embedding"]
@@ -152,8 +132,8 @@ def test_all_layers_of_a_stack_share_its_relative_bias(layers):
 
 def test_alibi_slopes_are_the_papers():
     """1/2, 1/4 … 1/256 for 8 heads, times the distance to either side."""
-    bias = make(ALiBi, heads=8).bias(at(5, 0), at(5, 4, 6, 0))[0]
+    bias = make("alibi", heads=8).bias(at(5, 0), at(5, 4, 6, 0))[0]
     distance, slopes = np.array([[0, 1, 1, 5], [5, 4, 6, 0]]), 0.5 ** np.arange(1, 9)
     np.testing.assert_allclose(bias, -slopes[:, None, None] * distance, rtol=1e-6)
-    two = make(ALiBi, heads=2).bias(at(0), at(1))[0, :, 0, 0]
+    two = make("alibi", heads=2).bias(at(0), at(1))[0, :, 0, 0]
     np.testing.assert_allclose(two, [-1 / 16, -1 / 256], rtol=1e-6)

@@ -22,19 +22,13 @@ Rotate = Callable[[Array], Array] | None
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of S positions, or a cache with room for S.
+    """Projected keys and values of S positions, or a cache with room for S."""
 
-    Heads come before positions, so that a decoding step reads the cache of each head contiguously.
-    """
-
-    key: Float[Array, "B K S H"]
+    key: Float[Array, "B K S H"]  # heads first: a decoding step reads those of a head contiguously
     value: Float[Array, "B K S E"]
 
     def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
-        """This cache with `new` at the positions from `index` on.
-
-        The caller ensures that they fit: JAX would silently overwrite the last positions.
-        """
+        """This cache with `new` from position `index` on, where the caller ensures that it fits."""
         update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
         return jax.tree.map(lambda old, new: update(old, new.astype(old.dtype)), self, new)
 
@@ -52,7 +46,6 @@ class MultiHeadAttention(Moded):
         al. 2023), 1 being multi-query attention (Shazeer 2019); None: N.
       normalize_qk: normalises queries and keys over H (Henry et al. 2020, Dehghani et al. 2023).
       dropout_rate: of the attention weights.
-      deterministic: disables dropout; the call, `train()` and `eval()` override it.
       rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
       value_features: N · E, of values; None: qkv_features.
       qk_norm: constructor of the norms of `normalize_qk`; None: as Flax, LayerNorm without bias.
@@ -147,10 +140,10 @@ class MultiHeadAttention(Moded):
         if is_causal:
             order, given = causal(length, inputs_k.shape[-2]), as_array(mask)
             mask = order if given is None else order & given
-        q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (inputs_q, inputs_k, inputs_v))
-        options = {"mask": mask, "bias": _four_axes(bias, batch), "deterministic": deterministic}
-        query, key_value = self.project_query(q, rotate), self.project_kv(k, v, rotate)
-        out = self.attend(query, key_value, rngs=rngs, **options)
+        query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (inputs_q, inputs_k, inputs_v))
+        projected = self.project_query(query, rotate), self.project_kv(key, value, rotate)
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        out = self.attend(*projected, mask=mask, bias=_four_axes(bias, batch), **mode)
         return out.reshape(*batch, *out.shape[1:])
 
     def project_query(self, x: Tokens, rotate: Rotate = None) -> Float[Array, "B N T H"]:
@@ -161,11 +154,8 @@ class MultiHeadAttention(Moded):
         return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
 
     def project_kv(self, x: Tokens, y: Tokens | None = None, rotate: Rotate = None) -> KeyValue:
-        """The keys of `x`, normalised and rotated if configured, and the values of `y` (None: x).
-
-        Each device computes its own positions, which are then gathered over the mesh axis
-        `context`, since each query attends to all keys.
-        """
+        """The keys of `x`, normalised and rotated if configured, and the values of `y` or `x`."""
+        # Each device computes its positions, which are then gathered over the mesh axis `context`.
         split, whole = (("batch", axis, self.kv_axis, "head") for axis in ("length", "keys"))
         key, value = self.key(x), self.value(x if y is None else y)
         key = key if self.key_ln is None else self.key_ln(key)
@@ -185,8 +175,7 @@ class MultiHeadAttention(Moded):
     ) -> Float[Array, "B T out"]:
         """The output for projected queries, keys and values; the latter may be a cache.
 
-        If `sow_weights` is set, sows the weights [B, N, T, S], before dropout, as the
-        `nnx.Intermediate` named `attention_weights`; `nnx.capture` collects them.
+        If `sow_weights` is set, `nnx.capture` finds the weights before dropout, [B, N, T, S].
         """
         if self.sow_weights:
             weights = core.attention_weights(query, key_value.key, as_array(mask), bias)

@@ -45,10 +45,7 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 
 
 def masked_softmax(scores: Weights, mask: Allowed) -> Weights:
-    """Softmax over the keys that `mask` allows; a query with none gets zeros.
-
-    Masked keys get exactly 0 and pass exactly zero gradient.
-    """
+    """Softmax over the keys that `mask` allows; others get exactly 0 and exactly zero gradient."""
     if mask is None:
         return jax.nn.softmax(scores, axis=-1)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
@@ -82,8 +79,7 @@ def xla(
     """`jax.nn.dot_product_attention`, with zeros for a query without keys; requires E = H."""
     mask = as_array(mask)
     inputs = (each.swapaxes(1, 2) for each in (query, key, value))
-    out = jax.nn.dot_product_attention(*inputs, bias=bias, mask=mask, implementation=by)
-    out = out.swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(*inputs, bias, mask, implementation=by).swapaxes(1, 2)
     return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
@@ -99,17 +95,15 @@ def cudnn(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias =
 def chunked(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
     """Processes `CHUNK` queries at a time and rematerialises their weights in the backward pass.
 
-    Memory grows with S instead of T · S, apart from a bias or a mask given as an array. (After Rabe
-    and Staats 2021, who also split the keys.)
+    Memory grows with S, not with T · S. (After Rabe and Staats 2021, who also split the keys.)
     """
     length = query.shape[2]
     if length <= CHUNK:
         return einsum(query, key, value, mask, bias)
 
     def cut(x: Array, axis: int) -> Array:
-        x = _pad(x, axis, CHUNK)
-        x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        shape = *x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :]
+        return jnp.moveaxis(_pad(x, axis, CHUNK).reshape(shape), axis, 0)
 
     # A mask or bias may have one row for all queries, which each chunk takes whole.
     inputs = {"query": query, "mask": mask, "bias": bias}
@@ -182,10 +176,7 @@ def auto(
 def pick(
     platform: str, dtype: Any, head_width: int, length: int, biased: bool, flexible: bool
 ) -> str:
-    """The backend for a platform (cpu, gpu or tpu) and a computation.
-
-    `length` is the shorter of T and S. `flexible`: with dropout of the weights, or E ≠ H.
-    """
+    """The name of a backend; `length`: the shorter; `flexible`: dropout of weights, or E ≠ H."""
     if flexible:
         return "einsum"
     if platform == "tpu" and not biased and length >= 512:

@@ -24,9 +24,7 @@ def training_rngs(key: Array) -> nnx.Rngs:
 def stream_of(name: str, *given: CallRngs) -> nnx.RngStream | None:
     """The stream `name` of the first of `given` that is not None, or else its stream `dropout`."""
     rngs = next((each for each in given if each is not None), None)
-    if isinstance(rngs, nnx.Rngs):
-        return rngs[name] if name in rngs else rngs["dropout"]
-    return rngs
+    return rngs[name if name in rngs else "dropout"] if isinstance(rngs, nnx.Rngs) else rngs
 
 
 def kept_stream(rngs: CallRngs, rate: float) -> nnx.RngStream | None:
@@ -58,8 +56,7 @@ def dropout(
 ) -> Float[Array, "*B"]:
     """Sets elements to 0 with probability `rate` and scales the others by 1 / (1 - rate).
 
-    A traced rate always draws a key from `stream`, the numbers 0 and 1 do not. (Srivastava et al.
-    2014.)
+    The numbers 0 and 1 draw no key; a traced rate always does. (Srivastava et al. 2014.)
     """
     if not isinstance(rate, jax.Array) and rate in (0.0, 1.0):
         return jnp.zeros_like(x) if rate else x
@@ -70,10 +67,7 @@ def dropout(
 
 
 class Dropout(Moded):
-    """`nnx.Dropout`, whose rate may also be set to a traced scalar.
-
-    `rngs` is for calls without `rngs`.
-    """
+    """`nnx.Dropout`, whose rate may also be set to a traced scalar."""
 
     def __init__(self, rate: float, *, deterministic: bool | None = False, rngs: CallRngs = None):
         self.rate, self.deterministic = rate, deterministic

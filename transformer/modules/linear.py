@@ -25,9 +25,8 @@ INITIALIZERS: dict[str, Initializer] = {
 
 
 def axis_names(*names: str) -> dict[str, Any]:
-    """Flax's sharding metadata of a parameter: the logical name of each of its axes.
+    """Flax's sharding metadata of a parameter: a logical name per axis, a key of `mesh.RULES`.
 
-    `nnx.get_partition_spec` reads them; `parallel/mesh.py: RULES` maps them to mesh axes.
     Creating the parameter does not shard it: a module works under any mesh.
     """
     return {"out_sharding": names, "eager_sharding": False}
@@ -45,21 +44,20 @@ def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
 
 
 class Linear(nnx.LinearGeneral):
-    """x W + b over the last axis, or several axes at once: `nnx.Linear` and `nnx.LinearGeneral`.
+    """x W + b, `nnx.Linear` and `nnx.LinearGeneral`, whose arguments it takes.
 
-    The gradient of b is summed in the dtype of b, not in that of the computation: bfloat16 cannot
-    count above 256.
+    The gradient of b is summed in the dtype of b: bfloat16 cannot count above 256.
     """
 
     def __init__(self, in_features: Any, out_features: Any, **options: Any):
         super().__init__(in_features, out_features, promote_dtype=_without_bias, **options)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
-        product = super().__call__(inputs, out_sharding)
+        out = super().__call__(inputs, out_sharding)
         if self.bias is None:
-            return product
+            return out
         # The gradient is summed where the bias is broadcast, before the cast.
-        return product + jnp.broadcast_to(self.bias[...], product.shape).astype(product.dtype)
+        return out + jnp.broadcast_to(self.bias[...], out.shape).astype(out.dtype)
 
 
 def _without_bias(arrays: Any, dtype: Any = None, **unused: Any) -> Any:
@@ -69,18 +67,17 @@ def _without_bias(arrays: Any, dtype: Any = None, **unused: Any) -> Any:
 
 
 class Embed(nnx.Embed):
-    """One vector for each token, as `nnx.Embed`; its transpose gives logits (`attend`).
+    """One vector for each token, `nnx.Embed`, whose arguments it takes; `attend` gives logits.
 
-    A token outside the vocabulary becomes NaN. Gradients are summed in the dtype of the parameter.
+    A token outside the vocabulary becomes NaN. Gradients are summed in the parameter's dtype.
     """
 
     def __init__(self, num_embeddings: int, features: int, **options: Any):
-        options |= {"embedding_metadata": axis_names("vocab", "embed")}
-        super().__init__(num_embeddings, features, **options)
+        metadata: dict[str, Any] = {"embedding_metadata": axis_names("vocab", "embed")}
+        super().__init__(num_embeddings, features, **metadata | options)
 
     def __call__(self, inputs: Int[Array, "*B"], out_sharding: Any = None) -> Float[Array, "*B D"]:
-        # Gather over fsdp first: the rows of a table that is sharded along D would be sharded
-        # along D too, and XLA could only replicate them on every device.
+        # Gather over fsdp first: XLA could only replicate rows of a table that is sharded along D.
         table = constrain(self.embedding[...], "vocab", "width")
         # Cast after the lookup: gradients over a token's occurrences sum in the table's dtype.
         rows = table.at[inputs].get(mode="fill", out_sharding=out_sharding)

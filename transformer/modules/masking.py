@@ -36,8 +36,7 @@ def window(queries: int, keys: int, width: int, offset: Index = 0) -> Bool[Array
         query 1  x x x .
         query 2  . x x x
 
-    With `causal`: the latest `width` positions, the query's own included. (Beltagy et al. 2020,
-    section 3.1.)
+    With `causal`: the latest `width` keys. (Beltagy et al. 2020, section 3.1.)
     """
     positions = jnp.arange(queries)[None, None, :, None] + offset
     return jnp.abs(positions - jnp.arange(keys)) < width
@@ -74,19 +73,14 @@ class Mask:
 
     def array(self, first: Index = 0) -> Bool[Array, "B 1 T S"]:
         """The mask as an array; `queries` begin at position `first`."""
-        length, keys = self.queries.shape[1], self.keys.shape[1]
-        mask = segment(self.queries, self.keys)
-        if self.causal:
-            mask = mask & causal(length, keys, first)
-        if self.window is not None:
-            mask = mask & window(length, keys, self.window, first)
-        return mask
+        mask, shape = segment(self.queries, self.keys), (self.queries.shape[1], self.keys.shape[1])
+        mask = mask & causal(*shape, first) if self.causal else mask
+        return mask if self.window is None else mask & window(*shape, self.window, first)
 
     def attends(self) -> Bool[Array, "B T"]:
         """Whether each query may attend to any key; in self-attention, whether it is a token."""
-        if self.causal or self.window is not None:
-            return self.queries != 0
-        return segment(self.queries, self.keys)[:, 0].any(-1)
+        itself = self.causal or self.window is not None
+        return self.queries != 0 if itself else segment(self.queries, self.keys)[:, 0].any(-1)
 
 
 def as_array(mask: Mask | Bool[Array, "#B #N #T S"] | None) -> Bool[Array, "#B #N #T S"] | None:

@@ -18,8 +18,7 @@ ones = nnx.initializers.ones_init()
 class Norm(nnx.Module):
     """Base class of norms: the arguments of `nnx.LayerNorm`, and the scale and bias that follow.
 
-    Initialising them does not advance `rngs`, so the choice of a norm does not change the initial
-    values of other parameters.
+    These do not advance `rngs`: other parameters begin alike with every norm.
     """
 
     def __init__(
@@ -58,9 +57,8 @@ class LayerNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ = mean(x),  σ² = mean((x - μ)²)
 
-    The statistics are computed in float32 and in two passes: the single pass of Flax,
-    mean(x²) - mean(x)², loses all precision if the mean is large. The arguments are those of
-    `nnx.LayerNorm`. (Ba, Kiros and Hinton 2016, section 3.)
+    Arguments of `nnx.LayerNorm`. Computed in float32 and two passes: in Flax's single pass,
+    mean(x²) - mean(x)², a large mean costs all precision. (Ba et al. 2016, section 3.)
     """
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -73,7 +71,7 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Layer normalisation without centring and bias: y = g · x / √(mean(x²) + ε), in float32.
 
-    The arguments are those of `nnx.RMSNorm`. (Zhang and Sennrich 2019, equation 4.)
+    Arguments of `nnx.RMSNorm`. (Zhang and Sennrich 2019, equation 4.)
     """
 
     def __init__(self, num_features: int, **options: Any):
@@ -90,10 +88,9 @@ class BatchNorm(Norm):
 
         y = g · (x - μ) / √(σ² + ε) + b,    μ, σ² over the positions where `mask` is True
 
-    In training, an output depends on the other examples and on later positions of its own example.
-    Evaluation uses running averages of μ and of the unbiased σ² (Flax averages the biased one),
-    old · momentum + new · (1 - momentum). Statistics are taken over the batch of all devices. The
-    arguments are those of `nnx.BatchNorm`. (Ioffe and Szegedy 2015, algorithms 1 and 2.)
+    Arguments of `nnx.BatchNorm`. In training, an output depends on the whole batch, and on later
+    positions of its example. Evaluation uses running averages of μ and of the unbiased σ² (Flax:
+    biased), old · momentum + new · (1 - momentum). (Ioffe and Szegedy 2015, section 3.)
     """
 
     def __init__(
@@ -113,16 +110,12 @@ class BatchNorm(Norm):
     def __call__(
         self, x: Float[Array, "*B D"], use_running_average: bool | None = None, *, mask: Any = None
     ) -> Float[Array, "*B D"]:
-        """Normalises x; in training, it also updates the running averages.
+        """Normalises x by the positions where `mask` [B, T, 1] is True, or by running averages.
 
-        Args:
-          use_running_average: overrides the module's attribute.
-          mask: broadcastable to x, such as [B, T, 1]; True for positions that count.
+        `use_running_average` overrides the module's attribute.
         """
-        wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average:
+        wide, axes, given = x.astype(jnp.float32), tuple(range(x.ndim - 1)), use_running_average
+        if self.use_running_average if given is None else given:
             mean, variance = self.mean[...], self.var[...]
         else:
             mask = jnp.ones(1, bool) if mask is None else jnp.asarray(mask, bool)

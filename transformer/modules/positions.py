@@ -21,26 +21,13 @@ class Position(nnx.Module):
 
     Each stack has one, shared by its layers. `rotate` and `bias` apply only to self-attention,
     since source and target positions are not comparable. Positions are by default 0 … T - 1.
-
-    Args:
-      features: D.
-      num_heads: N.
-      max_length: number of positions, for subclasses that are `limited`.
-      causal: whether no key is later than the query, as in the decoder.
-      rngs: random keys, for subclasses with parameters.
+    `causal`: no key is later than the query, as in the decoder. Entries of `POSITIONS` are given
+    `max_length` and `rngs` too.
     """
 
     limited = False  # whether positions end at `max_length`
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        num_heads: int = 1,
-        max_length: int = 512,
-        causal: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ):
+    def __init__(self, features: int, *, num_heads: int = 1, causal: bool = False, **unused: Any):
         self.num_heads, self.causal = num_heads, causal
 
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
@@ -102,9 +89,8 @@ class Learned(Position):
 class Rotary(Position):
     """Rotates queries and keys by their positions, so that scores depend only on the distance.
 
-    Coordinates i and i + H/2 of a head are a pair that is rotated by p / 10000^(2i/H). (Su et
-    al. 2021, section 3.2, who pair neighbouring coordinates; this is equivalent up to numbering,
-    and halves are faster.)
+    Coordinates i and i + H/2 are a pair that is rotated by p / 10000^(2i/H). (Su et al. 2021,
+    section 3.2, who pair neighbours: equivalent up to numbering, and slower.)
     """
 
     def rotate(self, x: Heads, positions: Places = None) -> Heads:
@@ -127,8 +113,8 @@ class RelativeBias(Position):
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, **options: Any):
         super().__init__(features, **options)
-        init = nnx.initializers.normal(features**-0.5)
-        value = init(rngs.params(), (self.buckets, self.num_heads))
+        shape = self.buckets, self.num_heads
+        value = nnx.initializers.normal(features**-0.5)(rngs.params(), shape)
         self.embedding = nnx.Param(value, **axis_names("position", "heads"))
 
     def bucket(self, distance: Int[Array, "*B"]) -> Int[Array, "*B"]:
