@@ -38,7 +38,7 @@ TARGET = flags.DEFINE_float("target", 0.999, "Exact match at which training ends
 LIMIT = flags.DEFINE_float("limit", 600.0, "Seconds of training per seed at most.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/benchmark", "Folder for logs and parameters.")
 OUTPUT = flags.DEFINE_string(
-    "output", "docs/results/benchmark.md", "The page; its record and chart lie beside it."
+    "output", "docs/results/benchmark.md", "Page; record, chart beside it."
 )
 
 

@@ -30,9 +30,8 @@ DEVICE_BACKENDS = {"gpu": ["cudnn", "xla", "chunked"], "tpu": ["splash", "xla", 
 
 def masks(length: int) -> dict[str, Mask]:
     """Padding, packed rows, causality and a window; one row has no keys at all."""
-    position = np.arange(length)
-    packed = 1 + 3 * position // length
-    half_empty = np.where(position < length // 2, packed, 0)
+    packed = 1 + 3 * np.arange(length) // length
+    half_empty = packed * (np.arange(length) < length // 2)
     rows = jnp.asarray(np.stack([packed, half_empty, 0 * packed + 1, 0 * packed]), jnp.int32)
     padding = (rows > 0).astype(jnp.int32)
     return {

@@ -1,9 +1,8 @@
 """Prints a JobSet manifest that runs a program on a TPU slice under GKE, for kubectl.
 
-Each host of the slice runs one pod; GKE tells the pods about each other. The image holds the
-repository and its environment (`pip install -e '.[tpu]'`). All pods must be able to write to the
-volume claim, which is mounted at /runs and also holds the datasets (/runs/data). GKE restarts a
-slice that fails, and the program resumes from its last checkpoint.
+Each host of the slice runs one pod. The image holds the repository and its environment
+(`pip install -e '.[tpu]'`). All pods must be able to write to the volume claim, which is mounted at
+/runs and also holds the datasets. GKE restarts a slice that fails, and the program resumes.
 
 Usage:
     python scripts/launch/gke.py --name=big --image=IMAGE --claim=CLAIM \\

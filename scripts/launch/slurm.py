@@ -1,8 +1,7 @@
 """Submits a program to SLURM through submitit, one process per task.
 
-The processes find each other. SLURM requeues a job that is preempted or reaches its time limit,
-and the program resumes from its last checkpoint. All nodes must see the repository, the
-environment and the run's folder. Needs `pip install -e '.[cluster]'`.
+SLURM requeues a job that is preempted or reaches its time limit, and the program resumes. All nodes
+must see the repository, the environment and the run's folder. Needs `pip install -e '.[cluster]'`.
 
 Usage:
     python scripts/launch/slurm.py --nodes=4 --tasks_per_node=8 \\

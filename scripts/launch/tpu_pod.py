@@ -1,8 +1,7 @@
 """Runs a program on every host of a Cloud TPU slice, one process each, through gcloud's ssh.
 
-Create the slice first (`gcloud compute tpus tpu-vm create`). Every host needs the repository, its
-environment, and the run's folder on a disk that all hosts share. The program ends when the
-connection does; the same command resumes from the last checkpoint.
+Every host of the slice (`gcloud compute tpus tpu-vm create`) needs the repository, its environment,
+and the run's folder on a shared disk. It ends with the connection; the same command resumes.
 
 Usage:
     python scripts/launch/tpu_pod.py --name=my-slice --zone=us-east5-b --directory=/mnt/code \\

@@ -55,12 +55,8 @@ class CTranslate2(Contender):
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         words = [[str(token) for token in row[row != PAD]] for row in source]
-        options = {
-            "beam_size": beams,
-            "max_batch_size": max(1, batch // self.setting.threads),
-            "max_decoding_length": length,
-            "return_end_token": True,
-        }
+        options = {"beam_size": beams, "max_decoding_length": length, "return_end_token": True}
+        options["max_batch_size"] = max(1, batch // self.setting.threads)
         parts = [[each] for each in words] if batch == 1 else [words]
         results = [self.translator.translate_batch(part, **options) for part in parts]
         decoded = np.full((len(source), length), PAD, source.dtype)

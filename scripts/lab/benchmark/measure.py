@@ -83,11 +83,7 @@ class Bench:
         return schedule | {"steps": size.steps or 100_000}, batching
 
     def learn(self, remote: Remote, seed: int) -> Any:
-        """Trains until the exact match of greedy decoding reaches the target; saves parameters.
-
-        It gives up where the schedule ends, or after `limit` seconds of training. Neither
-        compilation nor evaluation counts.
-        """
+        """Trains until greedy decoding reaches the target, or to the schedule's end or `limit`."""
         name = remote.contender
         schedule, batching = self.training_of(name)
         held_out = {"strings": task.HELD_OUT, "batch": 128, "beams": 1, "shortest": 0}

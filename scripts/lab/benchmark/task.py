@@ -1,7 +1,4 @@
-"""The task of every contender: reverse strings of random length, at a few sizes.
-
-Imports NumPy alone, so that the process of a peer loads neither JAX nor this library.
-"""
+"""The task: reverse strings, at a few sizes. Imports NumPy alone, so that a peer loads no JAX."""
 
 import random
 import string
