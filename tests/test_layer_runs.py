@@ -67,7 +67,7 @@ def test_layers_that_differ_run_as_themselves_or_are_not_scanned():
 
 @pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"remat": "full"}])
 def test_each_layer_and_each_call_drops_elements_of_its_own(changes):
-    """With the streams that the layers keep, as in anyone's code, and with those of a call."""
+    """With the streams that the layers keep, and with those of a call."""
     arguments = stack_arguments(small_model(**DEEP | {"num_layers": 3} | changes).config)
     encoder = Encoder(**arguments, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 3, 16))

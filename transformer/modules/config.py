@@ -92,7 +92,7 @@ class ModelConfig:
             least = f": it must be at least model.max_length={self.max_length}, with a "
             yield "random_positions", least + "model.position_encoding other than none"
         if recurrent and self.d_model % 2:
-            yield "d_model", ": each direction of the recurrent encoder needs half of it"
+            yield "d_model", ": each direction of the encoder has half of it; choose an even one"
 
     def attention_width(self) -> int:
         """H, the width of a head's queries and keys."""

@@ -165,7 +165,6 @@ class EncoderLayer(Layer):
         """The layer's output.
 
         Args:
-          x: the residual stream.
           token_mask: which positions hold tokens, for batch norm; None: all.
           **attention: `mask`, `deterministic`, `rngs`, `bias`, `rotate` of `MultiHeadAttention`.
         """
@@ -191,7 +190,6 @@ class DecoderLayer(Layer):
         """The layer's output; the other arguments are those of `EncoderLayer`.
 
         Args:
-          x: the residual stream of the target.
           memory: the encoder's output, attended to under `memory_mask`.
           **attention: of self-attention, such as `mask=masking.causal(T)`.
         """

@@ -28,7 +28,6 @@ class Stack(Moded):
     """A stack of L layers, followed by a norm unless the layers are post-norm.
 
     Args:
-      num_layers: L.
       d_ff: F; None: 4 · D.
       scan_layers: whether to run the layers in a `jax.lax.scan`, which compiles one layer for all
         but stacks their variables, a copy of the parameters.
@@ -69,7 +68,6 @@ class Stack(Moded):
         """The stack's output.
 
         Args:
-          x: the residual stream, such as embedded tokens.
           *memory: the encoder's output, which the decoder takes.
           token_mask: see `EncoderLayer`, as for `deterministic`.
           rngs: random keys for dropout; layers differ in them, not with `scan_layers` or `remat`.

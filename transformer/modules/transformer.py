@@ -87,7 +87,7 @@ class Transformer(EncoderDecoder):
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         if config.architecture != "transformer":
-            raise UserError(f"model.architecture={config.architecture}: a Transformer has another")
+            raise UserError(f"model.architecture={config.architecture}: Run builds it, not this")
         options = {"num_heads": config.num_heads, "rngs": rngs}
         length = config.random_positions or config.max_length
         position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
