@@ -116,10 +116,7 @@ def evaluation_mesh(config: RunConfig) -> Mesh:
 
 
 def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
-    """The name of an evaluation's files, such as `test_beam_size=4_checkpoint=best`.
-
-    It contains each setting that differs from its default, so no evaluation overwrites another.
-    """
+    """The name of an evaluation's files: the split, and what differs from the defaults."""
     defaults, settings = DecodingConfig(), decoding.describe()
     parts = [split, *(f"{k}={v}" for k, v in settings.items() if v != getattr(defaults, k))]
     if CHECKPOINT.value != "latest":

@@ -57,7 +57,6 @@ WINDOW = flags.DEFINE_integer(
 cli.define_decoding_flags()
 cli.define_plugins_flag()
 
-
 INVALID, UNKNOWN = "lines that are not UTF-8", "unknown symbols"
 TRUNCATED = "outputs truncated (--decode_margin)"
 Report = dict[str, dict[int, int]]  # what is counted → line → count
