@@ -1,8 +1,4 @@
-"""Averages the last checkpoints of a run.
-
-Vaswani et al. 2017, section 6.1: the base model is the mean of its last 5 checkpoints, the big one
-of its last 20.
-"""
+"""Averages the last checkpoints of a run: 5 or 20 in Vaswani et al. 2017, section 6.1."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

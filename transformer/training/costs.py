@@ -46,8 +46,7 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     """The FLOPs of the matrix products in `function(*args)`; a multiply-add counts as 2.
 
     Loops of known length are counted that many times; a product in a loop of unknown length
-    (`while_loop`) is an error. Other operations, such as softmax and norms, are not counted, as
-    usual.
+    (`while_loop`) is an error. Softmax, norms and the like are not counted, as usual.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 

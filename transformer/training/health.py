@@ -1,8 +1,4 @@
-"""Reports of NaN and Inf; the search for the operation that produced one.
-
-The step itself skips non-finite updates (`step.skip_nonfinite`); the host reads the sums of each
-interval here.
-"""
+"""Reports of the NaN and Inf that `step.skip_nonfinite` skips; the search for their cause."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,10 +39,7 @@ class HealthMonitor:
         self._raise_if_all_stopped(state)
 
     def check(self, step: int, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
-        """Checks the interval that ended at `step`, by the sums of each replica.
-
-        `state` is the newest; a stopped replica no longer changes in it.
-        """
+        """Checks the interval that ended at `step`, by the sums of each replica; `state` is newer."""
         for k, one in enumerate(sums):
             who, skipped = f"replica {k}: " if len(sums) > 1 else "", int(one["skipped"])
             if int(one["stopped"]) and not self.stopped[k]:

@@ -172,10 +172,9 @@ class TrainingLoop:
 
 
 class DispatchSize:
-    """The number of steps per dispatch, chosen so that a dispatch takes about a second.
+    """The number of steps per dispatch, which takes about a second; it affects no result.
 
-    It does not affect the results. Several processes must agree on it: process 0 decides, when an
-    interval is logged.
+    Several processes must agree on it: process 0 decides, when an interval is logged.
     """
 
     seconds = 1.0  # the target time of a dispatch
