@@ -39,7 +39,7 @@ class HealthMonitor:
         self._raise_if_all_stopped(state)
 
     def check(self, step: int, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
-        """Checks the interval that ended at `step`, by the sums of each replica; `state` is newer."""
+        """Checks the interval that ended at `step`, by the sums of each replica, and `state`."""
         for k, one in enumerate(sums):
             who, skipped = f"replica {k}: " if len(sums) > 1 else "", int(one["skipped"])
             if int(one["stopped"]) and not self.stopped[k]:
