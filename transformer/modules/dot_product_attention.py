@@ -78,8 +78,8 @@ def xla(
 ) -> Heads:
     """`jax.nn.dot_product_attention`, with zeros for a query without keys; requires E = H."""
     mask = as_array(mask)
-    inputs = (each.swapaxes(1, 2) for each in (query, key, value))
-    out = jax.nn.dot_product_attention(*inputs, bias, mask, implementation=by).swapaxes(1, 2)
+    q, k, v = (each.swapaxes(1, 2) for each in (query, key, value))
+    out = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=by).swapaxes(1, 2)
     return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
