@@ -173,10 +173,7 @@ class MultiHeadAttention(Moded):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "B T out"]:
-        """The output for projected queries, keys and values; the latter may be a cache.
-
-        If `sow_weights` is set, `nnx.capture` finds the weights before dropout, [B, N, T, S].
-        """
+        """The output for projections; if `sow_weights` is set, sows the weights before dropout."""
         if self.sow_weights:
             weights = core.attention_weights(query, key_value.key, as_array(mask), bias)
             self.sow(nnx.Intermediate, "attention_weights", weights)

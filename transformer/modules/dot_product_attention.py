@@ -93,10 +93,7 @@ def cudnn(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias =
 
 
 def chunked(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
-    """Processes `CHUNK` queries at a time and rematerialises their weights in the backward pass.
-
-    Memory grows with S, not with T · S. (After Rabe and Staats 2021, who also split the keys.)
-    """
+    """`CHUNK` queries at a time, rematerialised: memory grows with S. (Rabe and Staats 2021.)"""
     length = query.shape[2]
     if length <= CHUNK:
         return einsum(query, key, value, mask, bias)
@@ -124,9 +121,9 @@ def chunked(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias
 
 
 def splash(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
-    """Splash attention, JAX's flash attention kernel for TPUs; interpreted on other devices.
+    """JAX's flash attention kernel for TPUs, interpreted elsewhere, which skips masked blocks.
 
-    It skips the blocks that a `Mask` excludes. A bias, other masks and single queries use `einsum`.
+    A bias, a mask that is an array, and single queries use `einsum`.
     """
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
         return einsum(query, key, value, mask, bias)

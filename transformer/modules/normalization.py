@@ -69,10 +69,7 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """Layer normalisation without centring and bias: y = g · x / √(mean(x²) + ε), in float32.
-
-    Arguments of `nnx.RMSNorm`. (Zhang and Sennrich 2019, equation 4.)
-    """
+    """`nnx.RMSNorm`: y = g · x / √(mean(x²) + ε), in float32. (Zhang and Sennrich 2019.)"""
 
     def __init__(self, num_features: int, **options: Any):
         super().__init__(num_features, use_bias=False, bias_init=zeros, **options)
@@ -110,10 +107,7 @@ class BatchNorm(Norm):
     def __call__(
         self, x: Float[Array, "*B D"], use_running_average: bool | None = None, *, mask: Any = None
     ) -> Float[Array, "*B D"]:
-        """Normalises x by the positions where `mask` [B, T, 1] is True, or by running averages.
-
-        `use_running_average` overrides the module's attribute.
-        """
+        """Normalises x by the positions where `mask` [B, T, 1] is True, or by running averages."""
         wide, axes, given = x.astype(jnp.float32), tuple(range(x.ndim - 1)), use_running_average
         if self.use_running_average if given is None else given:
             mean, variance = self.mean[...], self.var[...]

@@ -70,8 +70,7 @@ class Sinusoidal(Position):
 class Learned(Position):
     """Adds a learned vector for each position; NaN past `max_length`.
 
-    Initialised with variance 1, that of embedded tokens. (Vaswani et al. 2017, Table 3, row E;
-    Gehring et al. 2017.)
+    Their variance begins as 1, as that of tokens. (Vaswani et al. 2017, Table 3, row E.)
     """
 
     limited = True
@@ -104,9 +103,8 @@ class Rotary(Position):
 class RelativeBias(Position):
     """Adds a learned scalar for each head and bucket of distances to the scores.
 
-    There are 32 buckets. In each direction, half of them hold one distance each and the others grow
-    logarithmically up to distance 128. The encoder divides the buckets between earlier and later
-    keys. (T5: Raffel et al. 2020, section 2.1, and its published code.)
+    Of 32 buckets, half hold one distance each and the others grow logarithmically up to 128. The
+    encoder divides them between earlier and later keys. (T5: Raffel et al. 2020, section 2.1.)
     """
 
     buckets, farthest = 32, 128
