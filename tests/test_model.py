@@ -71,7 +71,7 @@ RARE = [
 
 LOW: list = [
     {"attention_bias": True, "normalize_qk": True, "norm": "rms"},
-    {"position_encoding": "learned", "feed_forward": "swiglu"},
+    {"attention_bias": True, "position_encoding": "learned", "feed_forward": "swiglu"},
     {"tie_embeddings": False, "position_encoding": "relative", "norm": "batch"},
     {"architecture": "recurrent"},
 ]
