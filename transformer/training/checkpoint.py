@@ -101,16 +101,16 @@ class Checkpoints:
         if not self.writes and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
         hosts.once(partial(check, directory, self.writes))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=PreservationPolicy(keep or 1, best),
-            best_fn=lambda metrics: merit(metrics, best)[0],
-            todelete_subdir=TRASH,
-            cleanup_tmp_directories=self.writes,
-            create=self.writes,
-            read_only=not self.writes,
-        )
         self.handler, path = SealingHandler(), directory.absolute()
         with quiet():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=PreservationPolicy(keep or 1, best),
+                best_fn=lambda metrics: merit(metrics, best)[0],
+                todelete_subdir=TRASH,
+                cleanup_tmp_directories=self.writes,
+                create=self.writes,
+                read_only=not self.writes,
+            )
             self.manager = Manager(path, options=options, item_handlers=self.handler)
 
     def __enter__(self) -> "Checkpoints":
