@@ -55,28 +55,31 @@ def test_the_operation_is_found_that_makes_a_nan():
     assert "\n" not in said
 
 
-def sums(skipped=0.0, stopped=0.0):
-    return {"skipped": skipped, "stopped": stopped}
+def interval(loss, skipped=0.0, stopped=0.0):
+    return [{"skipped": skipped, "stopped": stopped}], [{"train/loss": loss}]
 
 
-def test_skipped_updates_are_printed(capsys):
+def test_skipped_updates_and_loss_spikes_are_printed(capsys):
     start = INIT(np.uint32(0))
     monitor = HealthMonitor(start, max_skipped=3)
-    monitor.check(13, [sums()], start)
+    for step in range(1, 14):
+        monitor.check(step, *interval(1.0 + 0.01 * step), start)
     assert not capsys.readouterr().out
-    monitor.check(14, [sums(skipped=2)], start)
+    monitor.check(14, *interval(5.0, skipped=2), start)
     out = capsys.readouterr().out
     assert "2 of the updates up to step 14 skipped for a NaN or Inf (at most 3 may be)" in out
+    assert "loss spike: 5 up to step 14, 4.7 times the median of the last 13 intervals" in out
     with pytest.raises(NonfiniteError, match="step 9"):
-        monitor.check(15, [sums(1, 4)], start._replace(failed=jnp.int32(9)))
+        monitor.check(15, *interval(np.nan, 1, 4), start._replace(failed=jnp.int32(9)))
 
 
 def test_a_replica_that_stops_does_not_stop_the_others(capsys):
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), INIT(np.uint32(0)))
     two = two._replace(failed=jnp.array([-1, 7]))
     monitor = HealthMonitor(two, max_skipped=0)
+    sums, metrics = map(list.__add__, interval(1.0), interval(np.nan, 1, 3))
     for step in (10, 20):
-        monitor.check(step, [sums(), sums(1, 3)], two)
+        monitor.check(step, sums, metrics, two)
     assert capsys.readouterr().out.count("replica 1: stopped at step 7 for a NaN or Inf") == 1
     others = mask_stopped([{"x": 1.0}, {"x": 2.0}], monitor.stopped)
     np.testing.assert_equal(others, [{"x": 1.0}, {"x": np.nan}])

@@ -1,5 +1,6 @@
-"""Reports of the NaN and Inf that `step.skip_nonfinite` skips; the search for their cause."""
+"""Reports of the NaN and Inf that `step.skip_nonfinite` skips, and of loss spikes."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformer.config import RunConfig
     from transformer.run import Run
 
+Sums = Sequence[Mapping[str, Any]]  # of each replica, as are metrics
+
 
 class NonfiniteError(Exception):
     """More updates had a NaN or Inf in the loss or a gradient than may be skipped."""
@@ -31,27 +34,42 @@ class NonfiniteError(Exception):
 
 
 class HealthMonitor:
-    """Prints skipped updates and stopped replicas; raises a NonfiniteError if all have stopped."""
+    """Prints skipped updates, stopped replicas and loss spikes.
+
+    Raises a NonfiniteError once all replicas have stopped.
+    """
 
     def __init__(self, state: TrainState, max_skipped: int):
         self.max_skipped = max_skipped
         self.stopped = is_stopped(state.skipped, max_skipped)  # [R]
+        self.losses: deque[float] = deque(maxlen=20)  # of the last intervals
         self._raise_if_all_stopped(state)
 
-    def check(self, step: int, sums: Sequence[Mapping[str, Any]], state: TrainState) -> None:
-        """Checks the interval that ended at `step`, by the sums of each replica, and `state`."""
+    def check(self, step: int, sums: Sums, metrics: Sums, state: TrainState) -> None:
+        """Checks the interval that ended at `step`, by the sums and metrics of each replica."""
+        self.check_stopped(sums, state)
         for k, one in enumerate(sums):
             who, skipped = f"replica {k}: " if len(sums) > 1 else "", int(one["skipped"])
-            if int(one["stopped"]) and not self.stopped[k]:
-                self.stopped[k] = True
-                self._raise_if_all_stopped(state)
-                failed = hosts.fetch(state.failed)[k]
-                console.print(f"{who}stopped at step {failed:,} for a NaN or Inf; others continue")
-            elif skipped and not self.stopped[k]:
+            if skipped and not self.stopped[k]:
                 console.print(
                     f"{who}{skipped} of the updates up to step {step:,} skipped for a NaN or Inf "
                     f"(at most {self.max_skipped} may be)"
                 )
+        if losses := [x for one in metrics if np.isfinite(x := one["train/loss"])]:
+            loss, count = np.mean(losses), len(self.losses)
+            if count > 10 and loss > 2 * (usual := np.median(self.losses)):
+                found = f"{loss:.4g} up to step {step:,}, {loss / usual:.1f} times the median"
+                console.print(f"loss spike: {found} of the last {count} intervals")
+            self.losses.append(float(loss))
+
+    def check_stopped(self, sums: Sums, state: TrainState) -> None:
+        """Prints replicas that have stopped since the last check."""
+        for k, one in enumerate(sums):
+            if int(one["stopped"]) and not self.stopped[k]:
+                self.stopped[k] = True
+                self._raise_if_all_stopped(state)
+                message = f"stopped at step {hosts.fetch(state.failed)[k]:,} for a NaN or Inf"
+                console.print(f"replica {k}: {message}; others continue")
 
     def _raise_if_all_stopped(self, state: TrainState) -> None:
         if self.stopped.all():
