@@ -109,6 +109,18 @@ def test_dispatches_take_about_a_second(step_seconds, monkeypatch):
     assert ends[-1] >= 0.7 / step_seconds or ends[-1] == 1
 
 
+def test_the_first_dispatch_of_an_interval_is_measured_from_the_end_of_the_one_before(monkeypatch):
+    now, size = [0.0], loop.DispatchSize()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    size.steps = 10
+    size.dispatched(10)
+    now[0] = 1.0
+    size.measured(10, 1.0)  # the interval before it has ended
+    now[0] = 2.0
+    size.dispatched(10)
+    assert size.steps == 10
+
+
 def test_the_best_checkpoint_is_the_most_accurate_of_those_that_are_saved(whole):
     folder, *_ = whole
     validated = {row["step"]: row for row in results(folder) if "validation/loss" in row}

@@ -129,7 +129,7 @@ class TrainingLoop:
         metrics = [finalize(Interval(r, seconds, self.peak_share, wait_share)) for r in replicas]
         self.bar.log_interval(step, metrics)
         self.writer.write(step, metrics)
-        self.monitor.check(step, replicas, self.state)
+        self.monitor.check(step, replicas, metrics, self.state)
 
     def evaluate(self) -> None:
         """Validates, and saves if due; the interval's time includes neither."""
@@ -159,8 +159,7 @@ class TrainingLoop:
             if not self.unvalidated:  # else paused already
                 self.pause()
             sums = hosts.fetch(self.sums)
-            replicas = split_replicas(sums, self.config.replicas)
-            self.monitor.check(self.step, replicas, self.state)
+            self.monitor.check_stopped(split_replicas(sums, self.config.replicas), self.state)
             interval = {"seconds": self.seconds, "sums": jax.tree.map(np.ndarray.tolist, sums)}
             self.checkpoints.save(self.state, {}, interval | {"unvalidated": self.unvalidated})
         if not self.step:
@@ -200,3 +199,4 @@ class DispatchSize:
         """Call this with the time that `steps` steps took; all processes follow process 0."""
         wanted = max(1, int(self.seconds * steps / max(seconds, 1e-9)))
         self.steps = hosts.once(lambda: wanted)
+        self.last = time.perf_counter()  # when a dispatch behind these steps begins
