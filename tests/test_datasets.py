@@ -1,6 +1,7 @@
 """Datasets of TFDS by name: WMT14 in small, from files of the form that is downloaded."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -150,11 +151,31 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(downloader, "MAX_RETRIES", 1)  # ten take minutes
-    with pytest.raises(UserError, match=r"^cannot prepare .*statmt\.org.*--data_dir") as refused:
+    folder = f"{NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0"
+    address = "http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz"
+    with pytest.raises(UserError) as refused:
         opened(tmp_path)
-    assert f"{NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0: " in str(refused.value)
-    assert capfd.readouterr().out == f"preparing {NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0\n"
+    assert str(refused.value) == (
+        f"cannot prepare {folder}: {address} cannot be reached; check the network, or copy the "
+        "dataset there from a machine that can prepare it"
+    )
+    assert capfd.readouterr().out == f"preparing {folder}\n"
     assert not caplog.records
+
+
+def test_what_needs_tensorflow_has_a_remedy(wmt, tmp_path, monkeypatch):
+    def generate(*_):
+        import tensorflow_that_is_not_there  # noqa: F401
+
+    monkeypatch.setattr(Wmt14Translate, "_split_generators", generate)
+    message = "the package tensorflow_that_is_not_there is not installed; install it, or copy"
+    with pytest.raises(UserError, match=f"^cannot prepare {NAME}/1.0.0 .*: {message}"):
+        opened(tmp_path)
+    shutil.copytree(f"{wmt}/{NAME}", tmp_path / NAME, dirs_exist_ok=True)
+    info = tmp_path / NAME / "1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(UserError, match=r"it is stored as tfrecord, .*; .*another --data_dir$"):
+        opened(tmp_path)
 
 
 @pytest.mark.slow

@@ -197,20 +197,37 @@ def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
         except Exception as error:  # TFDS and array_record raise their own types
             builder = find()
             if not builder.is_prepared():  # nor by another process meanwhile
-                raise UserError(
-                    f"cannot prepare {builder.info.full_name} under {builder.data_dir}: "
-                    f"{reason(error)}; choose another --data_dir, install what is missing, or copy "
-                    "the dataset there from a machine that can prepare it"
-                ) from error
+                place = f"{builder.info.full_name} under {builder.data_dir}"
+                raise UserError(f"cannot prepare {place}: {_cause_and_remedy(error)}") from error
     with readable(name, data_dir):
         if not builder.info.splits:  # TFDS accepts any folder of that name
             raise ValueError("it has no splits")
+        formats = builder.info.available_file_formats()
+        if not formats & tfds.core.FileFormat.with_random_access():
+            stored = ", ".join(each.value for each in formats)
+            raise ValueError(f"it is stored as {stored}, which only TensorFlow reads")
     return builder
 
 
-def readable(name: str, data_dir: Any) -> contextlib.AbstractContextManager[None]:
-    """Explains why TFDS and array_record cannot read the files of a dataset."""
-    return explained(
-        f"cannot read the dataset {name} under {data_dir or 'the default of TFDS'}: {{reason}}; "
-        "delete its folder to prepare it again, or choose another --data_dir"
-    )
+def _cause_and_remedy(error: Exception) -> str:
+    """Why a dataset cannot be prepared, and what to do."""
+    copy = "copy the dataset there from a machine that can prepare it"
+    if request := getattr(error, "request", None):  # of requests, which downloads
+        return f"{request.url} cannot be reached; check the network, or {copy}"
+    if isinstance(error, ImportError) and error.name:  # TFDS unpacks archives with TensorFlow
+        return f"the package {error.name} is not installed; install it, or {copy}"
+    return f"{reason(error)}; choose another --data_dir, or {copy}"
+
+
+@contextlib.contextmanager
+def readable(name: str, data_dir: Any) -> Iterator[None]:
+    """Explains why TFDS and array_record cannot read a dataset; a disk error explains itself."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise UserError(
+            f"cannot read the dataset {name} under {data_dir or 'the default of TFDS'}: "
+            f"{reason(error)}; delete its folder to prepare it again, or choose another --data_dir"
+        ) from error

@@ -99,10 +99,14 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
         return _map_pairs(folder)
     except OSError:
         sides = zip(*tokenize(), strict=True)
-        parts = (zip(*((part.values, part.lengths()) for part in s), strict=True) for s in sides)
-        return TokenPairs(*(RaggedArray(*map(np.concatenate, part)) for part in parts))
+        return TokenPairs(*map(_concatenate, sides))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _concatenate(parts: Sequence[RaggedArray]) -> RaggedArray:
+    values, lengths = zip(*((part.values, part.lengths()) for part in parts), strict=True)
+    return RaggedArray(np.concatenate(values), np.concatenate(lengths))
 
 
 def _map_pairs(folder: Path) -> TokenPairs:

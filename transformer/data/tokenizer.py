@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer.errors import UserError, explained, nearest, needs
+from transformer.errors import UserError, nearest, needs, reason
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -179,9 +179,7 @@ class PieceTokenizer(Tokenizer):
         model, special = io.BytesIO(), {}
         for number, name in enumerate(("pad", "bos", "eos", "unk")):
             special |= {f"{name}_id": number, f"{name}_piece": f"<{name}>"}
-        knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
-        remedy = "raise vocab_size, name a split with texts, or choose bytes"
-        with explained(f"{knobs}: {{reason}}; {remedy}", RuntimeError, OSError):
+        try:
             SentencePieceTrainer.Train(
                 sentence_iterator=parts,
                 model_writer=model,
@@ -194,6 +192,15 @@ class PieceTokenizer(Tokenizer):
                 byte_fallback=True,
                 minloglevel=2,
             )
+        except (RuntimeError, OSError) as error:
+            if needed := re.search(r"required_chars. \d+ vs (\d+)", str(error)):
+                why = f"the characters, bytes and special tokens need {needed[1]}; raise it"
+            elif "sentences_.empty" in str(error):
+                why = "there is no text to learn from; name a split that has some"
+            else:
+                why = f"SentencePiece failed: {reason(error)}; choose another size"
+            knobs = f"data.tokenizer={model_type}, data.vocab_size={vocab_size}"
+            raise UserError(f"{knobs}: {why}, or choose bytes") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
