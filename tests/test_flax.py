@@ -162,7 +162,7 @@ def test_arguments_are_flaxs_and_unknown_ones_a_type_error(name):
         if isinstance(theirs[key].default, int | float | str | bool | None):
             assert ours[key].default == theirs[key].default, key
     args = {"Embed": (4, D), "Linear": (D, D), "MultiHeadAttention": (4, D)}.get(name, (D,))
-    for unknown in ("gain", "axis_name", "decode", *["precision"] * (name != "Linear")):
+    for unknown in ("gain", "axis_name", "batch_axis", "decode"):
         with pytest.raises(TypeError):
             getattr(transformer, name)(*args, rngs=nnx.Rngs(0), **{unknown: None})
     if name == "MultiHeadAttention":
@@ -233,8 +233,12 @@ def test_layers_stacks_and_positions_work_alone(norm):
     layer = DecoderLayer(D, 4, 32, **options)
     for name, position in POSITIONS.items():
         assert position(D, rngs=rngs)(x).shape == x.shape, name
+        with pytest.raises(TypeError):
+            position(D, heads=4, rngs=rngs)
     mask = jnp.tril(jnp.ones((T, T), bool))[None, None]
     for module, args in ((encoder, (x,)), (decoder, (x, memory)), (layer, (x, memory))):
+        with pytest.raises(TypeError):
+            type(module)(2, D, 4, placement="post", rngs=rngs)
         one, other = (module(*args, mask=mask) for _ in range(2))
         assert one.shape == x.shape
         assert (one != other).any()

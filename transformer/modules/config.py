@@ -75,9 +75,10 @@ class ModelConfig:
         random, encoding = self.random_positions, self.position_encoding
         pairs = f" is odd: {encoding} positions are pairs of sine and cosine; choose an even one"
         if self.d_model % self.num_heads and (recurrent or not self.d_k):
-            yield "num_heads", f" does not divide model.d_model={self.d_model}; or set model.d_k"
+            remedy = "; choose one that does, or set model.d_k"
+            yield "num_heads", f" does not divide model.d_model={self.d_model}{remedy}"
         if self.num_heads % (self.num_kv_heads or self.num_heads):
-            yield "num_kv_heads", f" does not divide model.num_heads={self.num_heads}"
+            yield "num_kv_heads", f" does not divide model.num_heads={self.num_heads}; lower it"
         if drops and (recurrent or not flexible):
             yield "attention_dropout_rate", f": only the Transformer with {those} drops weights"
         if self.attention_backend in backends.BFLOAT16_BACKENDS and self.dtype != "bfloat16":

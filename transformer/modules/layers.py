@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import check_choice, choose
 from transformer.modules.attention import KeyValue, MultiHeadAttention, Rotate
-from transformer.modules.dropout import Dropout
-from transformer.modules.linear import Linear, linear_axes
+from transformer.modules.dropout import CallRngs, Dropout
+from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes
 from transformer.modules.normalization import NORMS, BatchNorm
 from transformer.parallel.mesh import constrain
 
@@ -66,9 +67,8 @@ class FeedForward(nnx.Module):
 
 
 def make_norm(d_model: int, norm: str = "layer", norm_epsilon: float = 1e-6, **options: Any) -> Any:
-    """The norm that the arguments of a `Layer` describe."""
-    own = {name: options[name] for name in ("dtype", "param_dtype", "rngs") if name in options}
-    return choose(NORMS, norm, "norm")(d_model, epsilon=norm_epsilon, **own)
+    """A norm; options are `rngs`, `dtype` and `param_dtype`."""
+    return choose(NORMS, norm, "norm")(d_model, epsilon=norm_epsilon, **options)
 
 
 def apply_norm(
@@ -116,8 +116,7 @@ class Layer(nnx.Module):
       dropout_rate: of the sublayers' outputs; that of the weights is `attention_dropout_rate`.
       norm: one of `NORMS`, placed by `norm_placement`, one of `NORM_PLACEMENTS`.
       feed_forward: one of `FEED_FORWARDS`.
-      **options: `rngs`, `kernel_init`, `dtype`, `param_dtype`, and arguments of
-        `MultiHeadAttention`, such as `use_bias` and `backend`.
+      **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
     """
 
     attentions: tuple[str, ...] = ()
@@ -136,14 +135,18 @@ class Layer(nnx.Module):
         norm_placement: str = "pre",
         norm_epsilon: float = 1e-6,
         feed_forward: str = "relu",
-        **options: Any,
+        kernel_init: Initializer = lecun_normal,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **attention: Any,
     ):
-        attention = options | {"dropout_rate": attention_dropout_rate, "deterministic": False}
+        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        matrices = common | {"kernel_init": kernel_init}
+        attention |= {"dropout_rate": attention_dropout_rate, "deterministic": False} | matrices
         for name in self.attentions:
             setattr(self, name, MultiHeadAttention(num_heads, d_model, **attention))
-        shared = ("rngs", "kernel_init", "dtype", "param_dtype")
-        common = {name: options[name] for name in shared if name in options}
-        self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **common)
+        self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **matrices)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
         self.residuals = nnx.List(
             Residual(d_model, placement=norm_placement, **common) for _ in (*self.attentions, "ffn")
@@ -161,15 +164,27 @@ class EncoderLayer(Layer):
 
     attentions = ("self_attention",)
 
-    def __call__(self, x: Stream, *, token_mask: TokenMask = None, **attention: Any) -> Stream:
+    def __call__(
+        self,
+        x: Stream,
+        *,
+        mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
+        token_mask: TokenMask = None,
+        **encoding: Any,
+    ) -> Stream:
         """The layer's output.
 
         Args:
+          mask: broadcastable to [B, N, T, T], True = may attend.
+          deterministic: overrides the mode that `train()` and `eval()` set.
+          rngs: random keys for dropout.
           token_mask: which positions hold tokens, for batch norm; None: all.
-          **attention: `mask`, `deterministic`, `rngs`, `bias`, `rotate` of `MultiHeadAttention`.
+          **encoding: `bias` and `rotate` of `MultiHeadAttention`.
         """
-        mode = {name: attention.get(name) for name in ("deterministic", "rngs")}
-        attend = partial(self.self_attention, **attention)
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        attend = partial(self.self_attention, mask=mask, **mode, **encoding)
         return self.through(x, attend, token_mask=token_mask, **mode)
 
 
@@ -183,18 +198,21 @@ class DecoderLayer(Layer):
         x: Stream,
         memory: Float[Array, "B S D"],
         *,
+        mask: AttentionMask = None,
         memory_mask: AttentionMask = None,
+        deterministic: bool | None = None,
+        rngs: CallRngs = None,
         token_mask: TokenMask = None,
-        **attention: Any,
+        **encoding: Any,
     ) -> Stream:
         """The layer's output; the other arguments are those of `EncoderLayer`.
 
         Args:
           memory: the encoder's output, attended to under `memory_mask`.
-          **attention: of self-attention, such as `mask=masking.causal(T)`.
+          mask: of self-attention, such as `masking.causal(T)`.
         """
-        mode = {name: attention.get(name) for name in ("deterministic", "rngs")}
-        attend = partial(self.self_attention, **attention)
+        mode = {"deterministic": deterministic, "rngs": rngs}
+        attend = partial(self.self_attention, mask=mask, **mode, **encoding)
         attend_memory = partial(self.cross_attention, inputs_k=memory, mask=memory_mask, **mode)
         return self.through(x, attend, attend_memory, token_mask=token_mask, **mode)
 

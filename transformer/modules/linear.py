@@ -44,13 +44,14 @@ def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
 
 
 class Linear(nnx.LinearGeneral):
-    """x W + b, `nnx.Linear` and `nnx.LinearGeneral`, whose arguments it takes.
+    """x W + b, with the arguments of `nnx.LinearGeneral` except `batch_axis` and `promote_dtype`.
 
     The gradient of b is summed in the dtype of b: bfloat16 cannot count above 256.
     """
 
     def __init__(self, in_features: Any, out_features: Any, **options: Any):
-        super().__init__(in_features, out_features, promote_dtype=_without_bias, **options)
+        own: dict[str, Any] = {"batch_axis": {}, "promote_dtype": _without_bias}
+        super().__init__(in_features, out_features, **own, **options)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         out = super().__call__(inputs, out_sharding)

@@ -21,13 +21,21 @@ class Position(nnx.Module):
 
     Each stack has one, shared by its layers. `rotate` and `bias` apply only to self-attention,
     since source and target positions are not comparable. Positions are by default 0 … T - 1.
-    `causal`: no key is later than the query, as in the decoder. Entries of `POSITIONS` are given
-    `max_length` and `rngs` too.
+    `causal`: no key is later than the query, as in the decoder. `max_length` and `rngs` are for
+    subclasses: those that are `limited`, and those with parameters.
     """
 
     limited = False  # whether positions end at `max_length`
 
-    def __init__(self, features: int, *, num_heads: int = 1, causal: bool = False, **unused: Any):
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 1,
+        causal: bool = False,
+        max_length: int | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
         self.num_heads, self.causal = num_heads, causal
 
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:

@@ -53,8 +53,10 @@ class Stack(Moded):
         self.layers: Any = nnx.List(
             self.layer(d_model, num_heads, d_ff, **options) for _ in range(num_layers)
         )
+        names = ("norm", "norm_epsilon", "dtype", "param_dtype", "rngs")
+        norm = {name: options[name] for name in names if name in options}
         last = options.get("norm_placement") != "post"  # or else layers end with a norm
-        self.final_norm: Any = nnx.data(layers.make_norm(d_model, **options) if last else None)
+        self.final_norm: Any = nnx.data(layers.make_norm(d_model, **norm) if last else None)
 
     def __call__(
         self,

@@ -87,7 +87,9 @@ class Transformer(EncoderDecoder):
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         if config.architecture != "transformer":
-            raise UserError(f"model.architecture={config.architecture}: Run builds it, not this")
+            raise UserError(
+                f"model.architecture={config.architecture} is no Transformer: Run builds it"
+            )
         options = {"num_heads": config.num_heads, "rngs": rngs}
         length = config.random_positions or config.max_length
         position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
@@ -138,7 +140,7 @@ class Transformer(EncoderDecoder):
     def encode(
         self, source: Source, source_segments: Any = None, positions: Any = None, **mode: Any
     ) -> Memory:
-        """The encoder's output, the memory; the arguments are those of `__call__`."""
+        """The encoder's output, the memory; `mode` is `deterministic` and `rngs` of `__call__`."""
         segments = masking.segments_of(source, source_segments)
         index = self.positions(in_row(source, positions), **mode)
         mask = self._mask(segments, segments, window=self.config.window)
