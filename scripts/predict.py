@@ -106,19 +106,22 @@ def write(
     numbers, texts = list(window), list(window.values())
     prepared = generator.prepare(texts)
     report[UNKNOWN] |= {numbers[index]: count for index, count in prepared.unknown.items()}
-    for index, reason in prepared.refused.items():
+    options = {"n_best": N_BEST.value, "batch_size": BATCH_SIZE.value, "offset": numbers[0] - 1}
+    found = []
+    if not (STRICT.value and prepared.refused):
+        found = generator.generate(prepared, decoding, **options)  # may refuse more
+    for index, reason in sorted(prepared.refused.items()):
         if STRICT.value:
             raise UserError(f"line {numbers[index]}: {reason}")
         print(f"line {numbers[index]}: {reason}; its output is empty", file=sys.stderr)
-    found = generator.generate(
-        prepared, decoding, n_best=N_BEST.value, batch_size=BATCH_SIZE.value, offset=numbers[0] - 1
-    )
     for number, outputs in zip(numbers, found, strict=True):
         sys.stdout.write("".join(formatted(number, output) + "\n" for output in outputs))
         if any(output.truncated for output in outputs):
             report[TRUNCATED][number] = 1
     sys.stdout.flush()
     for index in np.flatnonzero(prepared.tokens.lengths() > 1) if ALIGNMENTS.value else ():
+        if index in prepared.refused:
+            continue
         (one,) = generator.align([texts[index]], found[index][:1])
         record = {"line": numbers[index], "source": one.source, "output": one.output}
         record |= {"weights": one.weights.round(4).tolist()}

@@ -186,7 +186,7 @@ def test_a_string_in_place_of_a_list_and_contradictory_settings_are_user_errors(
         with pytest.raises(TypeError, match=r"^a text must be a str, not "):
             cleaned(wrong)
     for message, settings in (
-        ("sampling and beam search exclude each other", {"temperature": 1.0, "beam_size": 2}),
+        ("sampling excludes beam search", {"temperature": 1.0, "beam_size": 2}),
         ("only sampling uses top_k", {"top_k": 3}),
         ("only sampling uses top_k", {"top_p": 0.5}),
         ("temperature=1e-40: it must be at least 1e-06", {"temperature": 1e-40}),
@@ -278,7 +278,7 @@ def test_predict_limits_outputs_by_decode_margin_and_counts_the_truncated(predic
     assert errors == f"outputs truncated (--decode_margin): {len(cut)} (lines {lines})\n"
 
 
-def test_a_refused_line_does_not_stop_the_others(predict, found):
+def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monkeypatch):
     bad = [b"\xef\xbb\xbf abcde\r", b"HELLO", b"a" * REACH, b"\xff", b"q "]
     outputs = [found["greedy"][0][0].text, "", "", "", found["greedy"][2][0].text]
     reasons = ["2: 'H' in ", "3: 21 tokens, EOS included, exceed the model's 20", "4: '�' in '�'"]
@@ -293,6 +293,22 @@ def test_a_refused_line_does_not_stop_the_others(predict, found):
         with pytest.raises(SystemExit, match="2"):
             predict(b"\n".join([b"q", bad[place]]), "--strict")
         assert sys.stderr.getvalue().startswith(f"error: line 2: {cause}")
+    # Nor does one for which there is not enough memory.
+    whole = generator._decode
+
+    def limited(sources: np.ndarray, *rest: Any) -> Any:
+        if len(sources) > 1 or sources.shape[1] > 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return whole(sources, *rest)
+
+    monkeypatch.setattr(generator, "_decode", limited)
+    out, errors = predict(GIVEN, "--alignments=/dev/null")
+    assert out.split("\n")[:-1] == [own[0].text * (k != 3) for k, own in enumerate(found["greedy"])]
+    assert errors.startswith(
+        "line 4: 18 tokens need too much memory; split the text; its output is"
+    )
+    with pytest.raises(UserError, match=r"texts\[3\]: 18 tokens"):
+        generator.generate(TEXTS)
 
 
 def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(

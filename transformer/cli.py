@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from transformer import plugins
 from transformer.config import RunConfig, flat_knobs, load_config
 from transformer.console import console, tolerate_closed_output
-from transformer.errors import UserError, nearest, reason
+from transformer.errors import UserError, nearest, out_of_memory, reason
 from transformer.inference.decoding import DecodingConfig
 from transformer.parallel import hosts
 from transformer.parallel.devices import cpu_cores, find_devices
@@ -67,7 +67,7 @@ def explained(function: Callable, *args) -> Any:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}; fix this, or choose another path"
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if out_of_memory(error):
             message = f"out of memory ({reason(error)}); {OUT_OF_MEMORY}"
         elif hosts.several():
             message = f"stopped together with another process, which may say why: {reason(error)}"

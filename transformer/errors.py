@@ -55,6 +55,11 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Returns whether Python or XLA ran out of memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextlib.contextmanager
 def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions of these kinds, by default of any, into a UserError.

@@ -254,7 +254,7 @@ class DecodingConfig:
         if self.temperature:  # smaller ones overflow float32
             within("temperature", self.temperature, 1e-6, 1e6)
         if self.temperature and self.beam_size > 1:
-            raise UserError("sampling and beam search exclude each other: set temperature=0")
+            raise UserError("sampling excludes beam search: set temperature=0 or beam_size=1")
         if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
             raise UserError("only sampling uses top_k and top_p: set temperature=1, for example")
 

@@ -1,7 +1,7 @@
 """Generation: the outputs of a trained model for texts."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.ragged import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
-from transformer.errors import UserError, within
+from transformer.errors import UserError, out_of_memory, within
 from transformer.inference import evaluation
 from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses
 from transformer.modules.model import Model, Params
@@ -28,6 +28,11 @@ class Prepared(NamedTuple):
     tokens: RaggedArray  # of each text, EOS included; only EOS for an empty or refused text
     refused: dict[int, str]  # index → why the text cannot be processed; its outputs are empty
     unknown: dict[int, int]  # index → the number of symbols that the tokenizer does not know
+
+    def check(self) -> None:
+        """Raises a UserError if a text is refused."""
+        for index, reason in self.refused.items():
+            raise UserError(f"texts[{index}]: {reason}")
 
 
 class Output(NamedTuple):
@@ -119,13 +124,14 @@ class Generator:
 
         Args:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
+            A text that does not fit in memory is refused, too.
           decoding: the decoding method and its settings.
           n_best: outputs per text: the best of beam search, or independent samples.
           batch_size: the number of texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
 
         Raises:
-          UserError: a text is refused (`prepare`).
+          UserError: a text is refused.
           TypeError: one of them is not a str.
         """
         within("batch_size", batch_size, 1, 2**20)
@@ -136,27 +142,50 @@ class Generator:
             raise UserError(f"n_best={n_best} exceeds beam_size={decoding.beam_size}; {remedy}")
         prepared = texts if isinstance(texts, Prepared) else self.prepare(texts)
         if prepared is not texts:
-            for index, reason in prepared.refused.items():
-                raise UserError(f"texts[{index}]: {reason}")
+            prepared.check()
             if unknown := prepared.unknown:
                 where = f"(in {numbered('text', unknown, len(unknown))})"
                 warnings.warn(f"{sum(unknown.values()):,} unknown symbols {where}", stacklevel=2)
-        lengths = prepared.tokens.lengths()
-        widths = np.minimum(bucket(lengths), self.positions)
-        outputs: list[list[Output]] = [[] for _ in lengths]
-        for width in np.unique(widths[lengths > 1])[::-1].tolist():
-            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
-            streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
-            for part in np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size)):
-                sources = prepared.tokens.take(rows[part]).to_padded(width)
-                found = self._decode(sources, streams[part], decoding)
-                best = (each[:, :n_best] for each in found)
-                for row, tokens, scores in zip(rows[part], *best, strict=True):
-                    outputs[row] += map(self._output, tokens, scores.tolist())
+        outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
+        for rows, found in self._batches(prepared, decoding, samples, batch_size, offset):
+            best = (each[:, :n_best] for each in found)
+            for row, tokens, scores in zip(rows, *best, strict=True):
+                outputs[row] += map(self._output, tokens, scores.tolist())
+        if prepared is not texts:
+            prepared.check()
+        for index in prepared.refused:  # some of its samples may have fitted
+            outputs[index] = []
         if decoding.temperature:  # beam search has ranked its own, those without EOS last
             for own in outputs:
                 own.sort(key=lambda output: -output.score)
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
+
+    def _batches(
+        self, prepared: Prepared, decoding: DecodingConfig, samples: int, size: int, offset: int
+    ) -> Iterator[tuple[np.ndarray, Hypotheses]]:
+        """Yields the indices of texts of similar length, and their hypotheses.
+
+        Halves a batch that does not fit in memory, and refuses a single text that does not.
+        """
+        lengths = prepared.tokens.lengths()
+        widths = np.minimum(bucket(lengths), self.positions)
+        for width in np.unique(widths[lengths > 1])[::-1].tolist():
+            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
+            streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
+            parts = np.split(np.arange(len(rows)), range(size, len(rows), size))
+            while parts:
+                part = parts.pop(0)
+                sources = prepared.tokens.take(rows[part]).to_padded(width)
+                try:
+                    yield rows[part], self._decode(sources, streams[part], decoding)
+                except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    row, most = int(rows[part[0]]), "too much memory; split the text"
+                    if len(part) > 1:
+                        parts[:0] = np.array_split(part, 2)
+                    else:
+                        prepared.refused[row] = f"{lengths[row]:,} tokens need {most}"
 
     def _output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         own = before_end(tokens.tolist())
