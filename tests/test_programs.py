@@ -279,6 +279,7 @@ def test_no_environment_changes_a_run(name, plain_run, tmp_path, data_dir):
     environment = environment | {"TMPDIR": str(tmp_path)}
     finish(start(*words, *TINY, *where, f"--workdir={folder}", **environment))
     assert results(folder) == plain_run
+    assert any(tmp_path.glob("home-*/tensorflow_datasets")) == ("no home" in name)
     with start("scripts/predict.py", f"--workdir={folder}", **environment) as process:
         out, errors = process.communicate("abc\n", timeout=100)
     assert (process.returncode, out.count("\n")) == (0, 1), errors

@@ -50,7 +50,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
 
 
 def consecutive(steps: Sequence[int], every: int) -> list[int]:
-    """The last of `steps` without a gap, as there may be behind the best one."""
+    """The last of `steps` without a gap: the best checkpoint may be much older than the others."""
     first = len(steps) - 1
     while first > 0 and steps[first] <= (steps[first - 1] // every + 1) * every:
         first -= 1

@@ -184,7 +184,8 @@ def fixed_knobs(config: Any) -> set[str]:
     kinds = {config.data.tokenizer, config.data.target_tokenizer}
     fixed = {"data.tokenizer", "data.target_tokenizer"}
     fixed |= {"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set()
-    return fixed | ({"model.separate_vocabularies"} if None not in kinds else set())
+    fixed |= {"model.separate_vocabularies"} if config.data.target_tokenizer else set()
+    return fixed
 
 
 def flat_knobs(config: ConfigDict) -> dict[str, Any]:

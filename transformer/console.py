@@ -101,7 +101,7 @@ def status(what: str, done: str) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Hides what libraries log when all is well, and their warnings, as of retried downloads."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:

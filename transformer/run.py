@@ -245,7 +245,10 @@ class Run:
             return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
     def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
-        """The model of a checkpoint (see `restore`), or of one of its replicas, for texts."""
+        """A text generator on the run's mesh, with the model of a checkpoint (see `restore`).
+
+        `replica` is the index of the model in a population.
+        """
         config = self.config
         within("replica", replica, 0, config.replicas - 1)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
@@ -256,9 +259,9 @@ class Run:
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data` with every replica."""
-        options: Any = {"decoding": decoding, "margin": self.config.decode_margin}
-        decode = partial(evaluation.decode, self.model, **options)
-        options = {"compiler_options": evaluation.compiler_options()}
+        margin = self.config.decode_margin
+        decode = partial(evaluation.decode, self.model, decoding=decoding, margin=margin)
+        options: Any = {"compiler_options": evaluation.compiler_options()}
         return self._jit(decode, 0, None, **options)(variables, data)
 
     def evaluate(self, split: str = "validation") -> dict[str, float]:

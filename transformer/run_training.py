@@ -32,7 +32,8 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
     """See `Run.train`."""
     with StopRequests(exits) as requests:
         run.state = None  # until the last step: `Run.evaluate` then restores the latest
-        run.allow_changes, config = allow_changes, ConfigDict(asdict(run.config))
+        run.allow_changes = allow_changes
+        config = ConfigDict(asdict(run.config))
         run.workdir.claim(config, allow_changes=allow_changes)
         if run.is_trained:  # keeps the old behaviour of knobs added since it started
             saved = run.workdir.read_record()["config"]
@@ -71,7 +72,7 @@ def describe(run: "Run") -> dict[str, str]:
     replicas = f", times {config.replicas} replicas" if config.replicas > 1 else ""
     backend = run.model.config.backend_at(max(run.rows.widths))
     is_auto = config.model.attention_backend == "auto"
-    found = {
+    return {
         "data": f"{corpus.dataset.name}, {len(examples):,} training examples{rows}{others}",
         "left out": "; ".join(filter(None, (corpus.left_out(), excluded))),
         "unknown": corpus.unknown(config.data.train, config.data.validation, config.data.test),
@@ -81,7 +82,6 @@ def describe(run: "Run") -> dict[str, str]:
         "best": f"by validation/{config.best_metric}",
         "workdir": str(run.workdir.path),
     }
-    return {name: value for name, value in found.items() if value}
 
 
 def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:

@@ -65,7 +65,9 @@ def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | No
     needed = math.prod(sizes.values())
     if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
         found = f"{len(devices)} ({devices[0].device_kind})"
-        remedy = "lower mesh.data, fsdp, tensor, context or replica; in several processes use all"
+        remedy = "lower mesh.data, fsdp, tensor, context or replica"
+        if needed < len(devices):
+            remedy = f"{jax.process_count()} processes must use all; set mesh.data=-1"
         raise UserError(f"mesh {sizes} needs {needed} devices and there are {found}; {remedy}")
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices[:needed])
@@ -125,9 +127,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def device_map(function: Callable, in_specs: tuple, out_specs: Any, *axes: str) -> Callable:
-    """Returns `function` run by each device on its shards over `axes`, by default over `data`."""
-    names = set(axes) or {"data"}
-    specs = {"in_specs": in_specs, "out_specs": out_specs, "axis_names": names}
+    """Returns `function` run by each device on its shards over the mesh axes `axes`."""
+    specs = {"in_specs": in_specs, "out_specs": out_specs, "axis_names": set(axes)}
     return jax.shard_map(function, **specs, check_vma=False)
 
 
@@ -139,7 +140,8 @@ def shard_rows(function: Callable, shards: int) -> Callable:
     """
     if shards == 1:
         return function
-    return device_map(function, (PartitionSpec(), PartitionSpec("data")), PartitionSpec("data"))
+    rows = PartitionSpec("data")
+    return device_map(function, (PartitionSpec(), rows), rows, "data")
 
 
 def row_shards() -> int:
@@ -188,6 +190,7 @@ def parameter_shardings(
             if size % axis_shards(axis, mesh):
                 knobs = " × ".join(f"mesh.{each}" for each in np.atleast_1d(part))
                 where = f"the {size} of axis {axis!r} in {name} {tuple(param.shape)}"
-                raise UserError(f"{knobs}={axis_shards(axis, mesh)} does not divide {where}")
+                fault = f"{knobs}={axis_shards(axis, mesh)} does not divide {where}"
+                raise UserError(f"{fault}; choose one that does")
         shardings[name] = NamedSharding(mesh, spec)
     return shardings

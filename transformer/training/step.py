@@ -104,18 +104,20 @@ def make_train_step(model: Model, config: "RunConfig") -> TrainStep:
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        knobs = vars(config) | vars(config.model) | vars(config.optimizer)
-        hparams = SimpleNamespace(**knobs | state.hparams)
+        own, dropout = state.hparams, ("dropout_rate", "attention_dropout_rate")
+        dropout_rates = [own.get(name, getattr(config.model, name)) for name in dropout]
+        label_smoothing = own.get("label_smoothing", config.label_smoothing)
+        hparams = SimpleNamespace(**vars(config.optimizer) | own)  # of the optimizer
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
         num_tokens = jnp.maximum(batch.weights.sum(), 1.0)
 
         def loss_fn(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
             module = model.bind(params | state.batch_stats)
-            set_dropout_rates(module, hparams.dropout_rate, hparams.attention_dropout_rate)
+            set_dropout_rates(module, *dropout_rates)
             logits = module(**part.inputs(), deterministic=False, rngs=training_rngs(key))
             losses = cross_entropy(logits, part.target_out)
             predictions = Predictions(logits, part.target_out, losses)
-            objective = losses.smoothed(hparams.label_smoothing)
+            objective = losses.smoothed(label_smoothing)
             sums = sum_over_tokens(predictions, objective, part.weights)
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
             return sums["train/objective"] / num_tokens, (sums, batch_stats)
