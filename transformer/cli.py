@@ -37,7 +37,6 @@ REQUIRED: dict[str, Any] = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": None,
 }
-HOMELESS = os.path.expanduser("~") == "~"  # a user without a home folder, as in some containers
 SMALL_WIDTH = 256  # up to which operations are too small for several cores: one device per core
 
 flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
@@ -47,8 +46,11 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`)."""
     if outlives_readers:
         tolerate_closed_output()
-    if HOMELESS:
-        os.environ["HOME"] = f"{tempfile.gettempdir()}/home-{os.getuid()}"
+    if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers
+        os.environ["HOME"] = home = f"{tempfile.gettempdir()}/home-{os.getuid()}"
+        if "data_dir" in flags.FLAGS and "TFDS_DATA_DIR" not in os.environ:
+            # TFDS has chosen its default when it was imported.
+            flags.FLAGS.set_default("data_dir", f"{home}/tensorflow_datasets")
     end_with_parent()
     # Orbax's threads report a failed save, which raises a UserError anyway.
     show = sys.unraisablehook
@@ -188,9 +190,6 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, " ".join(str(error).split()))) from error
-    if HOMELESS and "data_dir" in flags.FLAGS and "TFDS_DATA_DIR" not in os.environ:
-        given = flags.FLAGS["data_dir"]  # TFDS, imported before `run` names a home, has found none
-        given.value = given.value or os.path.expanduser("~/tensorflow_datasets")
     if "plugins" in flags.FLAGS:
         plugins.load(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
