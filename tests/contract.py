@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import Sources, beam_search, greedy, next_log_p
+from transformer.inference.decoding import GREEDY, Sources, beam_search, next_log_p
 from transformer.modules.linear import Embed
 from transformer.modules.model import Model, Params
 from transformer.parallel import mesh
@@ -197,7 +197,7 @@ def searching(model: Model, outputs) -> None:
     @jax.jit
     def search(params):
         call = (model.bind(params), Sources(batch.source, T))
-        return greedy(*call), beam_search(*call, beam_size=1, length_penalty=0.0)
+        return GREEDY.method()(*call), beam_search(*call, beam_size=1, length_penalty=0.0)
 
     for seed in range(1, 4):
         params = random_params(model, seed)

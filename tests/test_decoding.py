@@ -10,13 +10,15 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import METHODS, Sources, beam_search, greedy, sample, truncate
+from transformer.inference.decoding import GREEDY, Sources, beam_search, sample, truncate
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 LENGTH = 3  # of the outputs that beam search is compared on, so that all can be tried
 SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [5, 4, 3, EOS]])
 KEYS = jax.random.split(jax.random.key(7), 4000)
+greedy = GREEDY.method()
+METHODS = {"greedy": greedy, "sampling": sample, "beam search": beam_search}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 

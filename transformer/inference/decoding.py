@@ -69,7 +69,8 @@ def sample(
 ) -> Hypotheses:
     """Tokens sampled from the model's distribution; J = 1.
 
-    The temperature divides the logits; 0 selects the most likely token. See `truncate`.
+    The temperature divides the logits; 0 selects the most likely token, which is greedy decoding
+    and needs no keys. See `truncate`.
     """
     rows = len(sources.tokens)
     cache, has_source, limits = sources.start(model)
@@ -98,9 +99,6 @@ def sample(
     carry = (cache, tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source)
     _, tokens, total, *_ = _while_loop(lambda carry: ~carry[-1].all(), step, carry)
     return Hypotheses(tokens[:, None], total[:, None])
-
-
-greedy = partial(sample, temperature=0.0)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -227,9 +225,6 @@ def _join(*parts: Hypotheses) -> Hypotheses:
 
 def _take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:
     return jnp.take_along_axis(tokens, index[..., None], axis=1)
-
-
-METHODS = {"greedy": greedy, "sampling": sample, "beam search": beam_search}
 
 
 @dataclass(frozen=True, kw_only=True)
