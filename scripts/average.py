@@ -4,7 +4,6 @@ Writes a new run for evaluation and prediction, from which training cannot resum
 averaged run is only read. `averaging.mean` says what is averaged. A run keeps its last
 `--config.keep_checkpoints` checkpoints.
 
-Usage:
     python scripts/average.py --workdir=runs/x [--last=5] [--into=runs/x_average]
     python eval.py --workdir=runs/x_average
 """

@@ -3,7 +3,6 @@
 `pip install -e '.[bench]'` installs the peers; missing ones are skipped. Run it on an idle machine:
 on a busy one, threads wait for each other.
 
-Usage:
     python scripts/benchmark.py
     python scripts/benchmark.py --sizes=tiny --what=time_to_accuracy,decoding
     python scripts/benchmark.py --device=gpu --sizes=base,big --what=training

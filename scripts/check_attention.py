@@ -3,7 +3,6 @@
 For each mask and several numbers of key heads. This covers `cudnn` on an NVIDIA GPU and `splash` on
 a TPU, which the tests cannot run. Exits with status 1 if a backend is wrong.
 
-Usage:
     python scripts/check_attention.py [--backends=cudnn]
 """
 

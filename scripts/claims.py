@@ -2,7 +2,6 @@
 
 Runs or resumes the sweeps that the claims rest on if they are not complete.
 
-Usage:
     python scripts/claims.py [--workdir=runs] [--jobs=4] [--only=causality,moments]
 """
 

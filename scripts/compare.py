@@ -2,7 +2,6 @@
 
 The runs may differ in the mesh, the number of processes, the version of JAX or the machine.
 
-Usage:
     python scripts/compare.py --run=runs/one --other=runs/two
 """
 

@@ -4,7 +4,6 @@ Prints, for each topology or with --sweep for each of its meshes, memory per dev
 traffic, and the roofline estimate of a step and of the run. TPU topologies need the TPU compiler
 (pip install -e '.[plan]') and no TPU; cpu:2x4 simulates eight CPUs and needs nothing.
 
-Usage:
     python scripts/plan.py --config=configs/vaswani_big.py --topology=v5e:4x4 [--sweep]
         [--topology=v5e:1x1,v5e:2x4] [--length=256] [--rows_per_chip=32] [--config.mesh.fsdp=4]
 """

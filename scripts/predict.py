@@ -1,25 +1,19 @@
 """Writes the outputs of a trained model for each line of its standard input.
 
-Usage:
     python scripts/predict.py --workdir=runs/x < in.txt > out.txt
     python scripts/predict.py --workdir=runs/x --beam_size=4 --n_best=4 --scores < in.txt
     python scripts/predict.py --workdir=runs/x --temperature=1 --top_p=0.9 --n_best=3 < in.txt
-    python scripts/predict.py --workdir=runs/x --alignments=alignments.jsonl < in.txt > out.txt
 
-Each input line gives one output line, or `--n_best` of them, in the order of the input. An empty
-line gives empty outputs, and so does a line that cannot be processed, such as one longer than the
-model's positions; standard error has its number and the reason. With `--strict` it is an error.
-Standard error also counts the lines that are not UTF-8 (undecodable bytes are read as �), the
-symbols that are not in the tokenizer's vocabulary, and the outputs truncated at their length limit.
+Each input line gives one output line, or `--n_best` of them, in the order of the input. A line that
+cannot be processed, such as one longer than the model's positions, gives empty outputs; standard
+error has its number and the reason, and counts the lines that are not UTF-8 (undecodable bytes are
+read as �), the symbols that are not in the vocabulary, and the outputs cut at their length limit.
 
 With `--scores` an output line is the number of the input line, from 1, the score (log p in nats, of
 beam search divided by the length penalty) and the text, separated by tabs. A line break in an
-output, and with `--scores` a tab, is written as a space. `--json` keeps them: each line is an
-object with `line`, `score` and `text`.
-
-`--alignments` writes an object per line for each best output: the line's number, the tokens of
-source and output, and the cross-attention of each layer, averaged over heads:
-[layers][output][source].
+output, and with `--scores` a tab, is written as a space. `--json` keeps them. `--alignments` writes
+an object per best output: the line's number, the tokens of source and output, and the
+cross-attention of each layer, averaged over heads: [layers][output][source].
 """
 
 import io
@@ -96,13 +90,9 @@ def read_lines(file: IO[bytes], invalid: dict[int, int]) -> Iterator[str]:
 
 
 def write(
-    generator: Generator,
-    decoding: DecodingConfig,
-    window: dict[int, str],
-    alignments: IO[str],
-    report: Report,
+    generator: Generator, decoding: DecodingConfig, window: dict[int, str], file: IO, report: Report
 ) -> None:
-    """Decodes a window of numbered lines and writes the outputs."""
+    """Decodes a window of numbered lines and writes the outputs, and alignments into `file`."""
     numbers, texts = list(window), list(window.values())
     prepared = generator.prepare(texts)
     report[UNKNOWN] |= {numbers[index]: count for index, count in prepared.unknown.items()}
@@ -125,7 +115,7 @@ def write(
         (one,) = generator.align([texts[index]], found[index][:1])
         record = {"line": numbers[index], "source": one.source, "output": one.output}
         record |= {"weights": one.weights.round(4).tolist()}
-        alignments.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def formatted(number: int, output: Output) -> str:

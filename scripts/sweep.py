@@ -3,7 +3,6 @@
 A program is a call of `train.py`; `--dry_run` prints them. Repeating the command skips finished
 programs and resumes interrupted ones.
 
-Usage:
     python scripts/sweep.py --sweep=configs/ablations/norms.py --jobs=4
     python scripts/sweep.py --sweep=configs/ablations/norms.py --cluster=slurm \\
         --cluster_parameters=timeout_min=60,slurm_partition=gpu,gpus_per_node=1

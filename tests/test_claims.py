@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from lab import timing
 from lab.claims import cost, learning, modules
-from lab.claims.claim import Check, Setting, above_zero, shown, verdict
+from lab.claims.claim import Check, Setting, above_zero, verdict
+from lab.statistics import Interval
 from lab.sweeps.report import Record
 from matplotlib.figure import Figure
 
@@ -191,7 +192,7 @@ def test_who_wins_a_race_and_what_many_of_them_show():
     assert [judged(close, *[noise] * n)[0] for n in (0, 9)] == [True, None]
     up, many = {"a": [1.0, 1.1, 1.3]}, {str(i): [1.0, -1.0, 0.1] for i in range(9)}
     for values, holds in ((up, True), (up | many, None), ({"a": [-1.0, -1.1, -1.3]}, False)):
-        assert above_zero(values, shown)[0].holds is holds
+        assert above_zero(values, Interval.text)[0].holds is holds
 
 
 def measured(monkeypatch, found, times):
@@ -272,9 +273,10 @@ def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setti
     noisy = judged(cost.growth, noise=1.0)
     assert None in noisy.values()
     assert noisy["FLOPs of the attention core against n"] is True
-    for power, holds in ((1, False), (2, True)):
+    for power, holds, where in ((1, False, "below 16"), (2, True, "256")):
         found = judged(cost.meeting, recurrent=lambda n, d, p=power: 4 * n * d**p, noise=1e-4)
         assert set(found.values()) == {holds}
+        assert f" n = {where} (attention core, d = 64)" in cost.meeting(setting).method
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from lab.sweeps import Sweep, combined, grid, report, runner
+from lab.sweeps import Sweep, combined, grid, report, runner, zipped
 from lab.sweeps.sweep import load_sweep, parameters, plan, slug
 
 from tests import helpers
@@ -33,6 +33,11 @@ def test_variants_are_every_combination():
     assert list(named) == ["rms", "deep, rms"]
     with pytest.raises(UserError, match=r"model__norm='rms': it must be a list, such as \['rms'\]"):
         grid(model__norm="rms")
+    paired = zipped(seed=[1, 2], model__norm=["layer", "rms"])
+    assert list(paired.values()) == [
+        {"seed": 1, "model.norm": "layer"},
+        {"seed": 2, "model.norm": "rms"},
+    ]
 
 
 def test_runs_that_differ_in_numbers_alone_share_a_program():

@@ -24,6 +24,11 @@ class Interval:
     high: float
     n: int
 
+    def text(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
+        """`0.52 [0.40, 0.64]`; of a single seed the value alone."""
+        mean, low, high = map(write, (self.mean, self.low, self.high))
+        return mean if self.n == 1 else f"{mean} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Difference(Interval):

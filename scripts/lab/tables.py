@@ -14,8 +14,3 @@ def spread(values: Sequence[float], write: Callable[[float], str] = "{:,.0f}".fo
     """The median of the values with the lowest and the highest: `12 [10, 15]`."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{write(middle)} [{write(low)}, {write(high)}]"
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Ours over theirs, round by round, so that what slows a whole round cancels."""
-    return [own / other for own, other in zip(ours, theirs, strict=True)]

@@ -4,7 +4,6 @@ Each host of the slice runs one pod. The image holds the repository and its envi
 (`pip install -e '.[tpu]'`). All pods must be able to write to the volume claim, which is mounted at
 /runs and also holds the datasets. GKE restarts a slice that fails, and the program resumes.
 
-Usage:
     python scripts/launch/gke.py --name=big --image=IMAGE --claim=CLAIM \\
         --accelerator=tpu-v5-lite-podslice --topology=4x4 --hosts=4 --chips=4 \\
         --command='train.py --config=configs/vaswani_big.py --workdir=/runs/big' |

@@ -3,7 +3,6 @@
 SLURM requeues a job that is preempted or reaches its time limit, and the program resumes. All nodes
 must see the repository, the environment and the run's folder. Needs `pip install -e '.[cluster]'`.
 
-Usage:
     python scripts/launch/slurm.py --nodes=4 --tasks_per_node=8 \\
         --cluster_parameters=gpus_per_node=8,cpus_per_task=8,timeout_min=720,slurm_partition=gpu \\
         --command='train.py --config=configs/vaswani_big.py --workdir=runs/big' [--dry_run]

@@ -3,7 +3,6 @@
 Every host of the slice (`gcloud compute tpus tpu-vm create`) needs the repository, its environment,
 and the run's folder on a shared disk. It ends with the connection; the same command resumes.
 
-Usage:
     python scripts/launch/tpu_pod.py --name=my-slice --zone=us-east5-b --directory=/mnt/code \\
         --command='train.py --config=configs/vaswani_big.py --workdir=runs/big' [--dry_run]
 """

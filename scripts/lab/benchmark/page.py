@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lab.benchmark.contender import CONTENDERS, OURS
-from lab.tables import markdown, ratios, spread
+from lab.tables import markdown, spread
 from transformer.inference.plots import GRID, INK
 from transformer.workdir import write_json
 
@@ -55,7 +55,9 @@ def comparison(
     fastest = best(peers, key=lambda name: statistics.median(values[name]), default="")
     rows = []
     for name, each in values.items():
-        ratio = spread(ratios(ours, each), "{:.2f}".format) if ours and name in peers else ""
+        ratio = ""
+        if ours and name in peers:  # round by round, so that what slows a whole round cancels
+            ratio = spread(np.divide(ours, each).tolist(), "{:.2f}".format)
         ratio = f"**{ratio}**" if ratio and name == fastest else ratio
         others = [column[name] for column in extra.values()]
         rows.append([name, *others, spread(each, write) if each else "", ratio])

@@ -95,11 +95,6 @@ def times(interval: Interval) -> str:
     return f"{mean:.3g} [{low:.3g}, {high:.3g}] times"
 
 
-def shown(interval: Interval, figures: str = ".2f") -> str:
-    """`0.52 [0.40, 0.64]`"""
-    return f"{interval.mean:{figures}} [{interval.low:{figures}}, {interval.high:{figures}}]"
-
-
 def band(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, ...]:
     """The median, lowest and highest repetition at each point, of values [points, repetitions]."""
     values = np.asarray(values)

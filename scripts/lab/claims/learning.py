@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lab import plots
-from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, shown, times
+from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, times
 from lab.statistics import LEVEL, Difference, critical, holm, mean_interval, p_text, paired, t_test
 from lab.sweeps import runner
 from lab.sweeps.report import CURVE, Record, Records, curve, read_all
@@ -97,7 +97,7 @@ class Best:
         steps, number = [each for each in self.arrivals if each is not None], len(self.arrivals)
         if not steps:
             return f"none of {number} seeds"
-        text = shown(mean_interval(steps), ".0f") if len(steps) > 1 else f"{steps[0]:.0f}"
+        text = mean_interval(steps).text("{:.0f}".format)
         return text if len(steps) == number else f"{text} ({len(steps)} of {number} seeds)"
 
 

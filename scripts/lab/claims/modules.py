@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lab import plots
-from lab.claims.claim import Check, Claim, Setting, above_zero, band, shown
+from lab.claims.claim import Check, Claim, Setting, above_zero, band
 from lab.claims.learning import REPLICAS, bests, records, sweep_of
-from lab.statistics import mean_interval
+from lab.statistics import Interval, mean_interval
 from lab.sweeps.sweep import plan
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
@@ -218,7 +218,7 @@ def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
         "the accuracy lost when it is silenced; the most useful one is chosen on one half of the "
         "strings and measured on the other. One head as wide as the four is trained alike. True "
         "if the mean over seeds is above 0 or the stated value (t-tests, Holm).",
-        checks=above_zero(cases, shown),
+        checks=above_zero(cases, Interval.text),
         data=found | {"accuracy": accuracy},
     )
 

@@ -281,7 +281,7 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
     for name, each in by_variant.items():
         difference, p = "", ""
         if each.difference:
-            difference = _interval_text(each.difference, outcome.signed)
+            difference = each.difference.text(outcome.signed)
             p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
         mean = _mean_text(each.values, outcome.write)
         rows.append((name, mean, difference, p, each.verdict))
@@ -289,16 +289,10 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
     return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrl')}"
 
 
-def _interval_text(interval: Interval, write: Callable[[float], str]) -> str:
-    """`99.10% [98.52%, 99.68%]`; of a single seed the value alone."""
-    mean, low, high = map(write, (interval.mean, interval.low, interval.high))
-    return mean if interval.n == 1 else f"{mean} [{low}, {high}]"
-
-
 def _mean_text(values: Sequence[float | None], write: Callable[[float], str]) -> str:
     """The mean of the values that are known, and how many they are if not all."""
     known = [value for value in values if value is not None]
-    mean = _interval_text(mean_interval(known), write) if known else "not reached"
+    mean = mean_interval(known).text(write) if known else "not reached"
     return mean if len(known) == len(values) else f"{mean} ({len(known)}/{len(values)})"
 
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,21 @@ def grid(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
     `__` stands for the dot in an option's name; the variants are named `layer, 1` and so on.
     """
+    return combined(*({str(x): {name: x} for x in values} for name, values in _axes(axes)))
+
+
+def zipped(**axes: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """The first value of each list, then the second of each; named as in `grid`."""
+    names, lists = zip(*_axes(axes), strict=True)
+    rows = zip(*lists, strict=True)
+    return {", ".join(map(str, row)): dict(zip(names, row, strict=True)) for row in rows}
+
+
+def _axes(axes: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
     for name, values in axes.items():
         if isinstance(values, str):
             raise UserError(f"{name}={values!r}: it must be a list, such as [{values!r}]")
-    named = ((name.replace("__", "."), values) for name, values in axes.items())
-    return combined(*({str(value): {name: value} for value in values} for name, values in named))
+        yield name.replace("__", "."), values
 
 
 def combined(*axes: Mapping[str, Overrides]) -> dict[str, dict[str, Any]]:
