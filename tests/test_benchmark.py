@@ -98,11 +98,8 @@ def test_training_to_the_target_ends_with_the_schedule(bench, monkeypatch):
     own = worker.Worker(peer, bench.setting)
     judged = own.decode(strings=4, batch=4, beams=1, shortest=0.0)
     assert (judged["strings"], judged["exact"], judged["tokens"]) == (4, 0.5, 3.0)
-    remote = Mock(
-        ask=lambda method, **arguments: getattr(own if hasattr(own, method) else peer, method)(
-            **arguments
-        )
-    )
+    monkeypatch.setattr(worker.Worker, "save", peer.save, raising=False)
+    remote = Mock(ask=lambda method, **arguments: getattr(own, method)(**arguments))
     training = SCHEDULE | {"steps": 10}, "x"
     monkeypatch.setattr(measure, "EVERY", 4)
     monkeypatch.setattr(measure.Bench, "training_of", lambda *_: training)

@@ -273,10 +273,10 @@ def test_growth_and_meeting_hold_for_the_laws_of_the_text_and_for_no_other(setti
     noisy = judged(cost.growth, noise=1.0)
     assert None in noisy.values()
     assert noisy["FLOPs of the attention core against n"] is True
-    for power, holds, where in ((1, False, "below 16"), (2, True, "256")):
+    for power, holds, where in ((1, False, "≥ 16"), (2, True, "> 256")):
         found = judged(cost.meeting, recurrent=lambda n, d, p=power: 4 * n * d**p, noise=1e-4)
         assert set(found.values()) == {holds}
-        assert f" n = {where} (attention core, d = 64)" in cost.meeting(setting).method
+        assert f" n {where} (attention core, d = 64)" in cost.meeting(setting).method
 
 
 @pytest.mark.slow

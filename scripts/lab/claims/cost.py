@@ -170,7 +170,7 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
         "takes less time (t-test of the log ratios over rounds, Holm). By the text's n²·d and n·d² "
         "both cost the same at n = d; by the exact products (4 n²·d for the core, 8 n·d² "
         "for the projections, 16 n·d² for an LSTM) at 4 d, and at 2 d for the whole layer. By the "
-        f"median of the measured rounds attention costs more from n = {', '.join(crossings)}.",
+        f"median of the measured rounds attention costs more at n {', '.join(crossings)}.",
         checks=above_zero(cases, lambda each: f"{times(each)} as fast as the LSTM layer"),
         data=_as_json(found),
     )
@@ -179,13 +179,13 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
 def crossing(
     x: Sequence[int], ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
 ) -> str:
-    """The x from which `ours` costs more, interpolated between medians [sizes, rounds]."""
+    """Where `ours` costs more: `> 300`, interpolated; values are [sizes, rounds]."""
     behind = -np.median([log_ratio(*each) for each in zip(theirs, ours, strict=True)], axis=1)
     faster = np.flatnonzero(behind < 0.0)
     if not faster.size or (last := faster[-1]) == len(x) - 1:
-        return f"above {x[-1]}" if faster.size else f"below {x[0]}"
+        return f"> {x[-1]}" if faster.size else f"≥ {x[0]}"
     ends = slice(last, last + 2)
-    return f"{np.exp(np.interp(0.0, behind[ends], np.log(x[ends]))):.0f}"
+    return f"> {np.exp(np.interp(0.0, behind[ends], np.log(x[ends]))):.0f}"
 
 
 def _as_json(found: Mapping[Size, Cost]) -> dict[str, Any]:
