@@ -80,7 +80,8 @@ class ModelConfig:
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             yield "num_kv_heads", f" does not divide model.num_heads={self.num_heads}; lower it"
         if drops and (recurrent or not flexible):
-            yield "attention_dropout_rate", f": only the Transformer with {those} drops weights"
+            remedy = "drops weights; choose it, or set 0"
+            yield "attention_dropout_rate", f": only the Transformer with {those} {remedy}"
         if self.attention_backend in backends.BFLOAT16_BACKENDS and self.dtype != "bfloat16":
             yield "attention_backend", " computes only in bfloat16; set model.dtype=bfloat16"
         if self.values_width() != self.attention_width() and not flexible:
@@ -91,7 +92,7 @@ class ModelConfig:
             yield "d_k", pairs
         if random and (random < self.max_length or encoding == "none"):
             least = f": it must be at least model.max_length={self.max_length}, with a "
-            yield "random_positions", least + "model.position_encoding other than none"
+            yield "random_positions", least + "model.position_encoding other than none; or 0"
         if recurrent and self.d_model % 2:
             yield "d_model", ": each direction of the encoder has half of it; choose an even one"
 

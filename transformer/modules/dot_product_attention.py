@@ -74,12 +74,12 @@ def einsum(
 
 
 def xla(
-    query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, by: Any = "xla"
+    query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, kernel: Any = "xla"
 ) -> Heads:
     """`jax.nn.dot_product_attention`, with zeros for a query without keys; requires E = H."""
     mask = as_array(mask)
     q, k, v = (each.swapaxes(1, 2) for each in (query, key, value))
-    out = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=by).swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=kernel).swapaxes(1, 2)
     return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0)
 
 
@@ -164,8 +164,8 @@ def auto(
     query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None, **drop: Any
 ) -> Heads:
     """The backend that `pick` selects for these shapes on this platform."""
-    (*_, length, width), flexible = query.shape, bool(drop) or value.shape[-1] != query.shape[-1]
-    sizes = width, min(length, key.shape[2])
+    length, width = query.shape[2:]
+    sizes, flexible = (width, min(length, key.shape[2])), bool(drop) or value.shape[-1] != width
     name = pick(jax.default_backend(), query.dtype, *sizes, bias is not None, flexible)
     return ATTENTION_BACKENDS[name](query, key, value, mask, bias, **drop)
 

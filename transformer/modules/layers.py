@@ -149,7 +149,8 @@ class Layer(nnx.Module):
         self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **matrices)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
         self.residuals = nnx.List(
-            Residual(d_model, placement=norm_placement, **common) for _ in (*self.attentions, "ffn")
+            Residual(d_model, placement=norm_placement, **common)
+            for _ in range(len(self.attentions) + 1)
         )
 
     def through(self, x: Stream, *attend: Sublayer, **mode: Any) -> Stream:

@@ -108,11 +108,13 @@ class BatchNorm(Norm):
         self, x: Float[Array, "*B D"], use_running_average: bool | None = None, *, mask: Any = None
     ) -> Float[Array, "*B D"]:
         """Normalises x by the positions where `mask` [B, T, 1] is True, or by running averages."""
-        wide, axes, given = x.astype(jnp.float32), tuple(range(x.ndim - 1)), use_running_average
-        if self.use_running_average if given is None else given:
+        wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average:
             mean, variance = self.mean[...], self.var[...]
         else:
-            mask = jnp.ones(1, bool) if mask is None else jnp.asarray(mask, bool)
+            mask = jnp.atleast_1d(jnp.asarray(True if mask is None else mask, bool))
             real = jnp.broadcast_to(mask, (*x.shape[:-1], mask.shape[-1]))
             count = jnp.maximum(real.sum(axes).astype(jnp.float32), 1.0)
             mean = jnp.where(real, wide, 0.0).sum(axes) / count

@@ -71,7 +71,7 @@ class Stack(Moded):
 
         Args:
           *memory: the encoder's output, which the decoder takes.
-          token_mask: see `EncoderLayer`, as for `deterministic`.
+          token_mask, deterministic: see `EncoderLayer`.
           rngs: random keys for dropout; layers differ in them, not with `scan_layers` or `remat`.
           **attention: `mask`, `bias` and `rotate` of the layers, and `memory_mask` of the decoder.
         """

@@ -56,7 +56,8 @@ class EncoderDecoder(Moded):
         *,
         rngs: nnx.Rngs,
     ):
-        self.config, tied, size = config, config.tie_embeddings, target_vocab_size or vocab_size
+        tied, size = config.tie_embeddings, target_vocab_size or vocab_size
+        self.config = config
         options = config.d_model, DTYPES[config.dtype], rngs
         self.embedding = scaled_embedding(vocab_size, *options)
         self.target_embedding = nnx.data(None if tied else scaled_embedding(size, *options))
