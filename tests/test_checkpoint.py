@@ -108,8 +108,9 @@ def test_the_latest_and_the_best_are_kept_and_one_written_by_half_is_not_seen(sa
 def test_damage_anywhere_is_named_with_the_checkpoint_before(saved, tmp_path, rng):
     five, like = shutil.copytree(saved, tmp_path / "five"), likeness()
     folder = five / "50"
-    files = [path for path in sorted(folder.rglob("*/*")) if path.is_file()]
-    files = [path for path in files if path.name != "commit_success.txt"]  # nothing needs it
+    everything = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    needless = folder / "_CHECKPOINT_METADATA", *folder.rglob("commit_success.txt")
+    files = [path for path in everything if path not in needless]
     each = -(-500 // sum(path.stat().st_size > 0 for path in files))  # places in a file
     with opened(five, keep=None) as checkpoints:
         for path in files:
@@ -124,6 +125,10 @@ def test_damage_anywhere_is_named_with_the_checkpoint_before(saved, tmp_path, rn
                 assert "\n" not in str(found.value)
                 assert str(path.relative_to(folder)) in str(found.value)
             path.write_bytes(whole)
+    for path in needless:
+        path.write_bytes(b"damaged")
+    with opened(five, keep=None) as checkpoints:
+        assert int(checkpoints.restore(50, like).step) == 50
     for damage in (lambda path: path.write_text(""), type(folder).unlink):
         damage(folder / "metrics" / "metrics")
         with pytest.raises(UserError, match=r"50 is damaged \(metrics/metrics"):

@@ -84,9 +84,14 @@ class SealingHandler(ocp.StandardCheckpointHandler):
         write_manifest(Path(directory), self.metrics, self.interval)
 
 
-@ocp.args.register_with_handler(SealingHandler, for_save=True, for_restore=True)
-class Tree(ocp.args.StandardSave, ocp.args.StandardRestore):
-    """Arguments of a save or restore by `SealingHandler`."""
+@ocp.args.register_with_handler(SealingHandler, for_save=True)
+class Save(ocp.args.StandardSave):
+    """Arguments of a save by `SealingHandler`."""
+
+
+@ocp.args.register_with_handler(SealingHandler, for_restore=True)
+class Restore(ocp.args.StandardRestore):
+    """Arguments of a restore by `SealingHandler`."""
 
 
 class Checkpoints:
@@ -152,7 +157,7 @@ class Checkpoints:
             if step in self.steps():  # saved by a run that stopped before validation
                 self.manager.delete(step)
             self.handler.metrics, self.handler.interval = metrics, interval
-            self.manager.save(step, args=Tree(state), metrics=dict(metrics))
+            self.manager.save(step, args=Save(state), metrics=dict(metrics))
 
     def wait(self) -> None:
         with self._writing():
@@ -179,7 +184,7 @@ class Checkpoints:
             target = jax.tree_util.tree_map_with_path(
                 lambda path, _: wanted[renamed.array_name(path, wanted)], dict(saved)
             )
-            restored = by_name(self.manager.restore(step, args=Tree(target)), wanted)
+            restored = by_name(self.manager.restore(step, args=Restore(target)), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:
