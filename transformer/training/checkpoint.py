@@ -134,12 +134,11 @@ class Checkpoints:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def _writing(self) -> AbstractContextManager[None]:
-        gone = "; if another process is gone, give all the same command again; if not"
-        return explained(
-            f"a checkpoint in {self.directory} could not be written: {{reason}}"
-            f"{gone if hosts.several() else ''}; free space, or choose another --workdir",
-            *(OSError, ValueError, RuntimeError),  # of Orbax and TensorStore
-        )
+        remedy = "free space, or choose another --workdir"
+        if hosts.several():
+            remedy = f"if another process is gone, give all the same command again; if not, {remedy}"
+        message = f"a checkpoint in {self.directory} could not be written: {{reason}}; {remedy}"
+        return explained(message, OSError, ValueError, RuntimeError)  # of Orbax and TensorStore
 
     def save(
         self, state: TrainState, metrics: Mapping[str, float], interval: Mapping[str, Any] = {}

@@ -92,13 +92,13 @@ class StopRequests:
 
     def take(self, asked: signal.Signals) -> None:
         """Handles the first request."""
+        self.asked = asked  # first, as nobody may read what is printed
         leaves = self.exits and not self.something_to_save and not hosts.several()
         what = self.state if leaves else "stopping with a checkpoint; a second one stops at once"
         # On a new line, also below a progress bar.
         print(f"\n{asked.name}: {what}", file=sys.stderr, flush=True)
         if leaves:
             leave(RESUME)
-        self.asked = asked
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)
 
