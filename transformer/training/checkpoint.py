@@ -136,7 +136,7 @@ class Checkpoints:
     def _writing(self) -> AbstractContextManager[None]:
         remedy = "free space, or choose another --workdir"
         if hosts.several():
-            remedy = f"if another process is gone, give all the same command again; if not, {remedy}"
+            remedy = f"if another process is gone, repeat the command for all; if not, {remedy}"
         message = f"a checkpoint in {self.directory} could not be written: {{reason}}; {remedy}"
         return explained(message, OSError, ValueError, RuntimeError)  # of Orbax and TensorStore
 
