@@ -69,6 +69,7 @@ def test_an_evaluation_needs_only_the_run_folder_and_does_not_change_it(run, tmp
     said = " ".join(capsys.readouterr().out.split())
     assert "train: 4 examples" in said
     assert "1 targets are longer; --decode_margin=68 suffices for all" in said
+    assert "the font lacks '\\t' '\\n' '器' '語': token numbers are" in said
     assert "drawn for 3 texts of at most 64 tokens" in said
     assert "is not drawn" not in said
 

@@ -293,6 +293,8 @@ def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monk
         with pytest.raises(SystemExit, match="2"):
             predict(b"\n".join([b"q", bad[place]]), "--strict")
         assert sys.stderr.getvalue().startswith(f"error: line 2: {cause}")
+    ends = ["\ufeff abcde\r\n", "  q\t\n", "\n"]  # as of the lines of a file
+    assert generator.generate(ends) == generator.generate(["abcde", "q", ""])
     # Nor does one for which there is not enough memory.
     whole = generator._decode
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def draw_evaluation(
         axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         finish(figure, (axes,), folder / f"accuracy_by_length_{name}.png")
+    missing: set[str] = set()
     for i, example in enumerate(shown):
-        keys, outputs = map(_labels, tokenizers, (source[i], target[i]))
+        keys, outputs = map(partial(_labels, missing), tokenizers, (source[i], target[i]))
         inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
         labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
         for kind in filter(maps.get, labels):  # recurrence: no self-attention
@@ -107,6 +109,9 @@ def draw_evaluation(
                 title = f"{kind} attention, {''.join(keys[:-1])}"
                 file = folder / f"attention_{name}_{example}_{kind}.png"
                 attention([layer[i] for layer in maps[kind]], *labels[kind], title, file)
+    if missing:
+        characters = " ".join(map(repr, sorted(missing)))[:60]
+        facts({"plots": f"the font lacks {characters}: token numbers are drawn instead"})
 
 
 @contextlib.contextmanager
@@ -118,10 +123,11 @@ def _attempted(what: str) -> Iterator[None]:
         facts({"plots": f"{what} is not drawn ({type(error).__name__}: {reason(error)})"})
 
 
-def _labels(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
-    """The tokens of a row as text; as an id where the font lacks a character."""
+def _labels(missing: set[str], tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+    """The tokens of a row as text; as a number where the font lacks a character (`missing`)."""
     known = get_font(findfont(FontProperties())).get_charmap()
     texts = [(token, tokenizer.symbol(token)) for token in tokens[tokens != PAD].tolist()]
+    missing.update(letter for _, text in texts for letter in text if ord(letter) not in known)
     return [text if known.keys() >= {*map(ord, text)} else f"#{token}" for token, text in texts]
 
 
