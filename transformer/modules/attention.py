@@ -36,7 +36,7 @@ class KeyValue(NamedTuple):
 class MultiHeadAttention(Moded):
     """MultiHead(X, Y) = Concat(head₁ … head_N) W^O, head_i = Attention(X W_i^Q, Y W_i^K, Y W_i^V).
 
-    Arguments and parameters are those of `nnx.MultiHeadAttention`, and a few more. Two things
+    Parameters, and arguments of the same name, are those of `nnx.MultiHeadAttention`. Two things
     differ: a query that may attend to no key gets zeros, where Flax returns the mean of the values,
     and dropout masks differ between heads and examples, as in the paper. (Section 3.2.2.)
 
