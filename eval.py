@@ -1,6 +1,5 @@
 """Evaluates a trained run: decodes a split with it, then prints and plots the results.
 
-Usage:
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
     python eval.py --workdir=runs/translate --data=other.tsv [--out=results]

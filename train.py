@@ -1,7 +1,6 @@
 """Trains a model, or resumes training from the newest checkpoint.
 
-Usage:
-    python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
+python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
 import itertools

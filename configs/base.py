@@ -2,7 +2,6 @@
 
 Written by `python scripts/write_base_config.py` from the dataclasses that define the knobs.
 
-Usage:
     python train.py --config=configs/base.py --config.model.norm=rms
 """
 

@@ -1,8 +1,7 @@
 """Averages the last checkpoints of a run, as in "Attention Is All You Need", section 6.1.
 
-Writes a new run for evaluation and prediction, from which training cannot resume; the folder of the
-averaged run is only read. `averaging.mean` says what is averaged. A run keeps its last
-`--config.keep_checkpoints` checkpoints.
+Writes a new run for evaluation and prediction, from which training cannot resume. A run keeps its
+last `--config.keep_checkpoints` checkpoints.
 
     python scripts/average.py --workdir=runs/x [--last=5] [--into=runs/x_average]
     python eval.py --workdir=runs/x_average

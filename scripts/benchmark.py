@@ -36,9 +36,7 @@ SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of training to the target.", low
 TARGET = flags.DEFINE_float("target", 0.999, "Exact match at which training ends.")
 LIMIT = flags.DEFINE_float("limit", 600.0, "Seconds of training per seed at most.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/benchmark", "Folder for logs and parameters.")
-OUTPUT = flags.DEFINE_string(
-    "output", "docs/results/benchmark.md", "Page; record, chart beside it."
-)
+OUTPUT = flags.DEFINE_string("output", "docs/results/benchmark.md", "Page; record beside it.")
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Compares outputs and gradients of the attention backends with the reference in float32.
 
-For each mask and several numbers of key heads. This covers `cudnn` on an NVIDIA GPU and `splash` on
-a TPU, which the tests cannot run. Exits with status 1 if a backend is wrong.
+Covers `cudnn` on a GPU and `splash` on a TPU, which the tests cannot run; status 1: one is wrong.
 
     python scripts/check_attention.py [--backends=cudnn]
 """

@@ -84,8 +84,7 @@ def main() -> None:
             f"the runs have no checkpoint of the same step: {sorted(one)} and {sorted(other)}; "
             "train them for equally many steps"
         )
-    last = max(one & other)
-    found = compare(*(values_of(folder, last) for folder in folders))
+    found = compare(*(values_of(folder, max(one & other)) for folder in folders))
     rows = [
         (group, *map(str, counts), f"{largest:.1e}" * (counts[-1] > 0), where)
         for group, *counts, largest, where in found

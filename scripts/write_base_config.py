@@ -16,7 +16,6 @@ HEADER = '''"""Every knob with its default and meaning; the other config files c
 
 Written by `python scripts/write_base_config.py` from the dataclasses that define the knobs.
 
-Usage:
     python train.py --config=configs/base.py --config.model.norm=rms
 """
 

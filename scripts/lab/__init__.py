@@ -1,1 +1,1 @@
-"""Sweeps: many runs planned, carried out, compared."""
+"""Sweeps, claims, the benchmark and planning: what `scripts/` and sweep files share."""

@@ -56,17 +56,13 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     for axes in axes_of[len(panels) :]:
         axes.remove()
-    crowded = len(panels) == 1 and len(names) > 4
-    finish(figure, axes_of[: len(panels)], path, beside=crowded)
+    finish(figure, axes_of[: len(panels)], path, beside=len(panels) == 1 and len(names) > 4)
 
 
 def intervals(
     panels: Mapping[str, Mapping[str, Interval | None]], path: Path, title: str = ""
 ) -> None:
-    """Draws means with their intervals, a panel for each label of an x axis, a row for each name.
-
-    None is shown as "not compared". Differences with p > α have unfilled markers.
-    """
+    """Draws means with intervals: a panel per x axis, a row per name; None: not compared."""
     rows = max(2, *(len(each) for each in panels.values()))
     figure = Figure(figsize=(1.5 + 3.6 * len(panels), 1.4 + 0.3 * rows), layout="constrained")
     shared = len({tuple(each) for each in panels.values()}) == 1

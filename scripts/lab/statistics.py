@@ -85,10 +85,7 @@ def holm(p_values: Values) -> list[float]:
 
 
 def verdict(difference: Difference, unit: Callable[[float], str], higher_is_better: bool) -> str:
-    """A sentence on what a difference shows, whose p is adjusted for all comparisons.
-
-    `unit` formats a magnitude: 1.2 as "1.2 points".
-    """
+    """A sentence on a difference with an adjusted p; `unit` formats a magnitude: `1.2 points`."""
     if difference.n == 1:
         return "one seed: no verdict"
     if np.isnan(difference.mean):

@@ -53,8 +53,7 @@ def main() -> None:
     """Submits, or prints what it would submit."""
     words = [sys.executable, *cli.host_command(COMMAND.value)]
     parameters: dict[str, Any] = {"name": Path(words[1]).stem, "nodes": NODES.value}
-    additional = {"slurm_additional_parameters": {"requeue": True}}
-    parameters |= {"tasks_per_node": TASKS.value} | additional
+    parameters |= {"tasks_per_node": TASKS.value, "slurm_additional_parameters": {"requeue": True}}
     parameters |= dict(map(cli.cluster_parameter, PARAMETERS.value))
     if DRY_RUN.value:
         print("\n".join(f"{name}={value}" for name, value in parameters.items()))

@@ -83,7 +83,6 @@ CONTENDERS = {
     ),
 }
 
-# size → contender → (batching, peak learning rate) of training to the target, where it is not the
-# default (last batching, rate of the size): the best of a grid that was the same for all, by
-# `scripts/benchmark.py --what=search` of commit 71c91fa (docs/results/benchmark_settings.json).
+# size → contender → (batching, peak learning rate) of training to the target, if not the default:
+# the best of a grid that was the same for all (docs/results/benchmark_settings.json).
 TUNED = {"tiny": {"pytorch": ("padded", 4e-3), "marian": ("padded", 2e-3)}}

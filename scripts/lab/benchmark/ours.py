@@ -81,8 +81,7 @@ class Ours(Contender):
         if key not in self.decoders:
             decode = partial(evaluation.decode, self.run.model, decoding=decoding)
             decode = partial(decode, max_length=length)
-            options = evaluation.compiler_options()
-            self.decoders[key] = jax.jit(decode, compiler_options=options)
+            self.decoders[key] = jax.jit(decode, compiler_options=evaluation.compiler_options())
         parts, widths = [source], -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
         if batch == 1:
             parts = [row[None, :width] for row, width in zip(source, widths, strict=True)]

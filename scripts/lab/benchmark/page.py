@@ -45,10 +45,7 @@ def comparison(
     lower: bool = False,  # whether lower is better
     write: Callable[[float], str] = "{:,.0f}".format,
 ) -> dict[str, Any]:
-    """A table (title, columns, rows; values for the chart) with a row per contender.
-
-    After the extra columns come the value, and the ratio of this library's value to it.
-    """
+    """A table (title, columns, rows; values for the chart) with a row per contender."""
     ours = next((each for name, each in values.items() if name.startswith(OURS_TITLE)), [])
     peers = [name for name, each in values.items() if each and each is not ours]
     best = min if lower else max

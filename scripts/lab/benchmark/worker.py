@@ -1,8 +1,6 @@
 """The process of one contender, and the connection to it: one JSON request or reply per line.
 
-    python -m lab.benchmark.worker '{"contender": "marian", …}'
-
-A worker is idle between requests. What its libraries print goes to standard error.
+python -m lab.benchmark.worker '{"contender": "marian", …}'
 """
 
 import contextlib

@@ -138,8 +138,7 @@ def exponent(
     fit = mean_interval(np.polyfit(np.log(x[-FITTED:]), np.log(values[-FITTED:]), 1)[0])
     low, high = (fit.low, fit.high) if fit.n > 1 else (fit.mean, fit.mean)
     inside = [abs(end - expected) <= tolerance for end in (low, high)]
-    across = any(inside) or low < expected < high
-    holds = True if all(inside) else None if across else False
+    holds = True if all(inside) else None if any(inside) or low < expected < high else False
     return holds, f"exponent {fit.text()}, the text has {expected}"
 
 

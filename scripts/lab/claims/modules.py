@@ -54,19 +54,15 @@ def model_of(vocab_size: int, **changes: Any) -> Model:
 
 
 def dependence(backend: str, length: int, seed: int) -> Float[np.ndarray, "T T"]:
-    """The largest |∂ logit at position t / ∂ embedding of the token at position u|.
-
-    Every position has its own token, and the target's table is separate: a row is a position.
-    """
-    first = 3  # after the special tokens
+    """The largest |∂ logit at position t / ∂ embedding of the token at position u|."""
+    first = 3  # after the special tokens; a token per position, so that a row is a position
     model = model_of(first + length, attention_backend=backend, tie_embeddings=False)
     params = model.init(jax.random.key(seed))
     tokens = jnp.arange(first, first + length)[None]
     (name,) = (name for name in params if name.startswith("target_embedding/"))
 
     def logits(rows: Array) -> Array:
-        variables = params | {name: params[name].at[first:].set(rows)}
-        return model.bind(variables)(tokens, tokens)[0]
+        return model.bind(params | {name: params[name].at[first:].set(rows)})(tokens, tokens)[0]
 
     jacobian = jax.jit(jax.jacrev(logits))(params[name][first:])  # [T, V, T, D]
     return np.abs(np.asarray(jacobian)).max((1, 3))

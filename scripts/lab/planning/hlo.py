@@ -1,7 +1,6 @@
 """Bytes that a compiled program sends between devices and moves to and from memory.
 
-XLA does not report what collectives send, and its bytes accessed include on-chip memory. Both are
-counted here, per instruction, in the text of the optimized HLO (`jax.stages.Compiled.as_text()`).
+Counted in the text of the optimized HLO: XLA's own count includes on-chip memory, not collectives.
 """
 
 import math

@@ -153,11 +153,9 @@ def make_plan(cfg: RunConfig, topology: Topology, *, vocab_size: int, length: in
     flops = step_flops(run.model, cfg, data)
     plan = Plan(topology, axes, cfg.steps, cfg.batch_size * length, flops)
     with jax.set_mesh(mesh):
-        train_step = make_train_step(run.model, cfg)
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
-        lowered = step.lower(state, batch)
+        step = jax.jit(make_train_step(run.model, cfg), donate_argnums=0, out_shardings=shardings)
         try:
-            compiled = lowered.compile()
+            compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

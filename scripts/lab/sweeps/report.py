@@ -1,7 +1,6 @@
 """The report of a sweep: tables with intervals and verdicts, figures, and their data as JSON.
 
-Seeds are the source of chance. Every variant is trained with the same seeds, so differences from
-the baseline are paired by seed, which removes what a seed does to all variants alike.
+Differences from the baseline are paired by seed, which removes what a seed does to all variants.
 """
 
 import json
@@ -132,27 +131,22 @@ class Comparison:
 
 
 def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dict[str, Comparison]:
-    """Each variant against the baseline in one outcome.
-
-    A variant with a seed that did not reach the target is not compared: to leave that seed out
-    would flatter it.
-    """
+    """Each variant against the baseline in one outcome."""
     values: dict[str, list[Any]] = {
         variant: [record.outcomes[name] for record in each] for variant, each in records.items()
     }
+    # Without a seed that did not reach the target, a variant would be flattered.
     complete = {variant for variant, each in values.items() if None not in each}
     others = [each for each in values if each != baseline and {each, baseline} <= complete]
     # Holm's strictest step, which the smallest of the p-values has to pass.
     strict = 1.0 - ALPHA / max(len(others), 1)
     tests = [paired(values[variant], values[baseline], strict) for variant in others]
-    adjusted = holm([test.p for test in tests])
     differences = {
         variant: replace(paired(values[variant], values[baseline]), p=p, detectable=test.detectable)
-        for variant, test, p in zip(others, tests, adjusted, strict=True)
+        for variant, test, p in zip(others, tests, holm([test.p for test in tests]), strict=True)
     }
     result = {}
     for variant, each in values.items():
-        known = [value for value in each if value is not None]
         difference = differences.get(variant)
         if variant == baseline:
             words = "baseline"
@@ -162,6 +156,7 @@ def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dic
             short, who = (each, "") if None in each else (values[baseline], " of the baseline")
             reached = sum(value is not None for value in short)
             words = f"not compared: {reached} of {len(short)} seeds{who} reach the target"
+        known = [value for value in each if value is not None]
         interval = mean_interval(known) if known else None
         result[variant] = Comparison(each, interval, difference, words)
     return result
@@ -170,10 +165,7 @@ def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dic
 def write_report(
     sweep: Sweep, programs: Sequence[Program], failures: Mapping[str, str], root: Path, command: str
 ) -> Path:
-    """Writes `report.md`, `report.json` and the figures into `root`; returns the first path.
-
-    `failures` are the reasons of the programs that failed, by name; `command` is printed.
-    """
+    """Writes `report.md`, `report.json` and figures; `failures`: name of a program → reason."""
     path, finished = root / "report.md", [each for each in programs if each.name not in failures]
     records = read_all(sweep, finished, root)
     # Variants that lack a seed cannot be paired.

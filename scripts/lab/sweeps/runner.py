@@ -101,12 +101,9 @@ def _ended(left: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
 def run_commands(
     commands: Sequence[Sequence[str]],
     log: Path,
-    started: Callable[[subprocess.Popen], None] = lambda process: None,
+    started: Callable[[subprocess.Popen], None] = lambda process: None,  # gets each process
 ) -> str | None:
-    """Runs Python programs of the repository one after another, with their output in `log`.
-
-    `started` is called with each process. Returns the last line of output of one that failed.
-    """
+    """Runs programs of the repository in turn; the last line of output of one that fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         for command in commands:

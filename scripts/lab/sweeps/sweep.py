@@ -1,7 +1,4 @@
-"""Sweeps: what is compared, and which runs share a program.
-
-A sweep file is a Python file with a function `get_sweep() -> Sweep`; see `configs/ablations`.
-"""
+"""Sweeps: what is compared, and which runs share a program."""
 
 import hashlib
 import itertools
@@ -85,7 +82,7 @@ def combined(*axes: Mapping[str, Overrides]) -> dict[str, dict[str, Any]]:
 
 
 def load_sweep(path: str) -> Sweep:
-    """The result of a sweep file's `get_sweep`."""
+    """The `Sweep` that `get_sweep()` of a Python file returns; see `configs/ablations`."""
     sweep = load_config(path, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise UserError(f"{path}: get_sweep() returns a {type(sweep).__name__}, not a Sweep")
@@ -157,12 +154,9 @@ def plan(sweep: Sweep, max_replicas: int) -> list[Program]:
 
 def knobs_per_replica() -> dict[str, str]:
     """Each option in which replicas of one program may differ → its name in `per_replica`."""
-    names = {name: name.rpartition(".")[2] for name in flat_knobs(default_config())}
-    return {
-        name: own
-        for name, own in names.items()
-        if hasattr(PerReplica, own) and not name.startswith("per_replica.")
-    }
+    knobs = [each for each in flat_knobs(default_config()) if not each.startswith("per_replica.")]
+    names = {name: name.rpartition(".")[2] for name in knobs}
+    return {name: own for name, own in names.items() if hasattr(PerReplica, own)}
 
 
 def population(members: Sequence[Overrides], defaults: Overrides) -> dict[str, Any]:
