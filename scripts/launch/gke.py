@@ -6,7 +6,7 @@ Each host of the slice runs one pod. The image holds the repository and its envi
 
     python scripts/launch/gke.py --name=big --image=IMAGE --claim=CLAIM \\
         --accelerator=tpu-v5-lite-podslice --topology=4x4 --hosts=4 --chips=4 \\
-        --command='train.py --config=configs/vaswani_big.py --workdir=/runs/big' | kubectl apply -f -
+        --command='train.py --config=configs/vaswani_big.py --workdir=/runs/big' | kubectl apply -f-
 """
 
 import json

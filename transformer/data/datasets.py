@@ -49,8 +49,8 @@ class PreparedDataset:
         split, splits = self.split(split), self.builder.info.splits
         named = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
         with explained(
-            f"{split!r} is not a split of {self.name}, or a slice of one such as train[:10]; there "
-            f"are: {named}{nearest(split, splits)}"
+            f"{split!r} is not a split of {self.name}, or is empty; choose one, or a slice such as "
+            f"train[:10]: {named}{nearest(split, splits)}"
         ):
             count = splits[split].num_examples
             if count <= 0:  # a slice ends before it begins
