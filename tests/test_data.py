@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_a_toy_dataset_is_a_tfds_dataset_and_loads_as_padded_tokens(data_dir):
             assert row == TOKENIZER.encode(string) + [PAD] * (5 - len(string))
 
 
-def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path):
+def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path, monkeypatch):
     corpus = open_corpus(data_config(), data_dir)
     with pytest.raises(UserError, match=r"'tset'.*train \(2000\).*did you mean test\?"):
         corpus.load("tset", 8)
@@ -94,6 +95,10 @@ def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot prepare .*file.*: .*--data_dir"):
         open_corpus(data_config(), str(tmp_path / "file"))
+    failing = Mock(side_effect=OSError(5, "Input/output error"))  # a fault of the disk, not damage
+    monkeypatch.setattr(corpus.dataset.builder, "as_data_source", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        corpus.texts("test")
 
 
 @pytest.mark.slow
