@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_workdir_is_named(tmp_path, data_dir):
     evaluate = ("eval.py", f"--workdir={workdir}", f"--data_dir={data_dir}")
     finish(start("train.py", *flags, "--config.steps=40"))
     assert "did you mean test?" in complaint(*evaluate, "--split=tset")
-    assert "holds 20, 40" in complaint(*evaluate, "--checkpoint=30")
+    assert "choose one of latest, best, 20, 40" in complaint(*evaluate, "--checkpoint=30")
 
     line = complaint("train.py", *flags, "--config.steps=50")
     assert "another config (steps: 40 → 50); choose another --workdir, or --allow_changes" in line

@@ -258,7 +258,7 @@ def test_a_sweep_killed_in_the_middle_gives_the_report_of_one_left_alone(words, 
 
     _, errors = (process := sweep(whole)).communicate(timeout=300)
     assert process.returncode == 2
-    assert "programs failed: late (error: split 'train[:0]'" in errors
+    assert "programs failed: late (error: 'train[:0]' is not a split of" in errors
     assert "Failed: late." in (whole / "report.md").read_text()
     assert list(figures(whole)) == ["layer", "rms"]
 
