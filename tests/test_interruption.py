@@ -58,6 +58,7 @@ def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, da
     """Twice, at any step. Its data may be made by processes; the other's lie on the devices."""
     flags = (*TINY, "--config.steps=300", f"--data_dir={data_dir}", "--config.replicas=2")
     flags = (*flags, "--config.log_every=50", "--config.save_every=100", "--config.eval_every=100")
+    flags = (*flags, "--config.batch_size=256")  # slow enough to stop between two lines of metrics
     whole, stopped, places = tmp_path / "whole", tmp_path / "stopped", []
     finish(start("train.py", *flags, f"--workdir={whole}"))
     for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):

@@ -154,7 +154,9 @@ def test_a_shipped_config_compiles_for_simulated_devices(name):
 
 
 @on_tpu
-@pytest.mark.parametrize("case", ["toy_reverse:splash", "toy_reverse:einsum", "vaswani_base:einsum"])
+@pytest.mark.parametrize(
+    "case", ["toy_reverse:splash", "toy_reverse:einsum", "vaswani_base:einsum"]
+)
 def test_a_shipped_config_compiles_for_a_tpu(case):
     name, backend = case.split(":")
     cfg = load(name, model__attention_backend=backend, model__num_layers=1)
