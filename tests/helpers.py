@@ -1,9 +1,9 @@
-"""What several test files share: small models, random parameters, a batch of strings."""
+"""What several test files share: small models, random parameters, strings, what is refused."""
 
 import contextlib
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl import flags
 from jaxtyping import Array, Float
 
@@ -19,6 +20,7 @@ from transformer.data.batches import Batch, make_batch
 from transformer.data.config import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
+from transformer.errors import UserError
 from transformer.modules.config import ModelConfig
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
@@ -80,6 +82,15 @@ def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int 
         rows = [*map(TOKENIZER.encode, texts), [0] * length]
         sides.append(np.array([*itertools.zip_longest(*rows, fillvalue=0)], np.int32).T[:-1])
     return make_batch(*map(jnp.asarray, sides))
+
+
+def refused(message: str, function: Callable, *args: Any, **options: Any) -> str:
+    """What a call says with a `UserError`: one line, in which the pattern `message` is found."""
+    with pytest.raises(UserError, match=message) as caught:
+        function(*args, **options)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
 
 
 @contextlib.contextmanager

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import normal, small_model
-from transformer.errors import UserError
-from transformer.modules import dot_product_attention, masking
+from tests.helpers import normal, refused, small_model
+from transformer.modules import dot_product_attention as backends
+from transformer.modules import masking
 from transformer.modules.attention import MultiHeadAttention
-from transformer.modules.dot_product_attention import (
-    ATTENTION_BACKENDS,
-    BFLOAT16_BACKENDS,
-    FLEXIBLE_BACKENDS,
-    SHORT_MASK_BACKENDS,
-    pick,
-)
+from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, FLEXIBLE_BACKENDS
 from transformer.modules.dropout import dropout
 from transformer.modules.normalization import RMSNorm
 
@@ -32,7 +26,7 @@ MASKS = {
 }
 
 # cuDNN needs a GPU. The kernels leave an array to the reference; SHORT_MASKS has what they take.
-HERE = [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS]
+HERE = [name for name in ATTENTION_BACKENDS if name not in backends.BFLOAT16_BACKENDS]
 each_backend = pytest.mark.parametrize("backend", HERE)
 each_mask = pytest.mark.parametrize("mask", MASKS)
 each_sharing = pytest.mark.parametrize("kv_heads", [N, 2, 1])
@@ -80,7 +74,8 @@ def by_hand(query, key, value, mask, bias=None):
 @each_sharing
 @each_mask
 @each_backend
-def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng):
+def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng, monkeypatch):
+    monkeypatch.setattr(backends, "CHUNK", 3)  # of four queries
     width = 3 if backend in FLEXIBLE_BACKENDS else H
     qkv, mask = make_qkv(rng, kv_heads, value_width=width), MASKS[mask]
     bias = normal(rng, 1, N, T, S) if with_bias else None
@@ -91,7 +86,10 @@ def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng):
 @each_sharing
 @each_mask
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "einsum"])
-def test_gradients_agree_with_the_reference_and_are_finite(backend, mask, kv_heads, rng):
+def test_gradients_agree_with_the_reference_and_are_finite(
+    backend, mask, kv_heads, rng, monkeypatch
+):
+    monkeypatch.setattr(backends, "CHUNK", 3)  # of four queries
     inputs = *make_qkv(rng, kv_heads), normal(rng, 1, N, T, S)
 
     def found(name):
@@ -172,25 +170,6 @@ def test_attention_drops_weights_in_training_alone_and_sows_them_whole_if_told_t
     assert products(lambda x: attention(x, deterministic=True), x) < products(sown, x)
 
 
-def test_multi_head_attention_is_its_definition(rng):
-    attention = make_attention(use_bias=True, value_features=10)
-    x, y = normal(rng, B, T, 8), normal(rng, B, S, 8)
-
-    def head(i):
-        query, key, value = (
-            inputs @ linear.kernel[...][:, i] + linear.bias[...][i]
-            for linear, inputs in ((attention.query, x), (attention.key, y), (attention.value, y))
-        )
-        return jax.nn.softmax(query @ key.swapaxes(1, 2) / jnp.sqrt(3.0)) @ value
-
-    concatenated = jnp.concatenate([head(0), head(1)], axis=-1)
-    matrix = attention.out.kernel[...].reshape(10, 8)
-    expected = concatenated @ matrix + attention.out.bias[...]
-    near([attention(x, y)], [expected])
-    projected = attention.attend(attention.project_query(x), attention.project_kv(y))
-    np.testing.assert_array_equal(projected, attention(x, y))
-
-
 def test_qk_norm_has_scales_of_its_own_and_comes_before_positions(rng):
     """Keys and queries by hand: x W, divided by its root mean square, times g, turned."""
     x = normal(rng, B, T, 8)
@@ -235,31 +214,18 @@ def long_qkv(rng, mask, kv_heads=N):
 
 @pytest.mark.parametrize("kv_heads", [N, 2])
 @pytest.mark.parametrize("mask", SHORT_MASKS.values(), ids=SHORT_MASKS.keys())
-@pytest.mark.parametrize("backend", SHORT_MASK_BACKENDS)
+@pytest.mark.parametrize("backend", backends.SHORT_MASK_BACKENDS)
 def test_short_masks_give_outputs_and_gradients_of_the_reference(
     backend, mask, kv_heads, rng, monkeypatch
 ):
     """Kernels are interpreted here; fully masked rows are zero and have finite gradients."""
-    monkeypatch.setattr(dot_product_attention, "CHUNK", 32)
+    monkeypatch.setattr(backends, "CHUNK", 32)
     inputs, attend = long_qkv(rng, mask, kv_heads), ATTENTION_BACKENDS[backend]
     *_, out = found = gradients(lambda *qkv: attend(*qkv, mask), inputs)
     near(found, gradients(lambda *qkv: einsum(*qkv, mask.array()), inputs), 2e-4, 2e-5)
     nothing = ~np.asarray(mask.array().any(-1))[:, 0]
     assert nothing.any()
     np.testing.assert_array_equal(out.swapaxes(1, 2)[nothing], 0.0)
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("mask", [None, "keys", "rows"])
-def test_chunks_take_arrays_too(mask, with_bias, rng, monkeypatch):
-    monkeypatch.setattr(dot_product_attention, "CHUNK", 32)
-    segments = SHORT_MASKS["segments"]
-    inputs = long_qkv(rng, segments)
-    mask = {None: None, "keys": masking.padding(SHORT == 1), "rows": segments.array()}[mask]
-    bias = normal(rng, 1, N, 70, 45) if with_bias else None
-    whole = {"mask": mask, "bias": bias}
-    ours, theirs = (gradients(partial(each, **whole), inputs) for each in (chunked, einsum))
-    near(ours, theirs, 2e-4, 2e-5)
 
 
 def test_memory_of_chunks_grows_with_the_length_and_that_of_the_reference_with_its_square():
@@ -303,8 +269,8 @@ FAR, HALF = {"length": 512}, {"dtype": jnp.dtype("bfloat16")}
     ],
 )
 def test_auto_picks_by_platform_and_shapes(expected, platform, changes):
-    usual = {"dtype": jnp.dtype("float32"), "head_width": 64, "length": 64}
-    assert pick(platform, **usual | {"biased": False, "flexible": False} | changes) == expected
+    usual = {"dtype": jnp.dtype("float32"), "head_width": 64, "length": 64, "biased": False}
+    assert backends.pick(platform, **usual | {"flexible": False} | changes) == expected
 
 
 def test_a_config_says_what_auto_comes_to():
@@ -316,11 +282,10 @@ def test_a_config_says_what_auto_comes_to():
 
 def test_without_its_gpu_cudnn_is_one_line(rng):
     query, *rest = (each.astype(jnp.bfloat16) for each in long_qkv(rng, SHORT_MASKS["causal"]))
-    with pytest.raises(UserError, match=r"attention_backend=cudnn.*choose another"):
-        ATTENTION_BACKENDS["cudnn"](query, *rest)
+    refused("attention_backend=cudnn.*choose another", ATTENTION_BACKENDS["cudnn"], query, *rest)
     ATTENTION_BACKENDS["cudnn"](query[:, :, :4], *rest)  # a step of decoding is einsum's
 
 
 def test_an_unknown_backend_is_an_error_that_lists_them():
-    with pytest.raises(UserError, match=r"backend=einsums: choose one of .*did you mean einsum"):
-        make_attention(backend="einsums")
+    message = r"backend=einsums: choose one of .*did you mean einsum"
+    refused(message, make_attention, backend="einsums")

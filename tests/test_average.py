@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import TOKENIZER, program
+from tests.helpers import TOKENIZER, program, refused
 from tests.test_checkpoint import metrics
 from tests.test_training import equal
 from transformer.averaging import average, consecutive, mean
 from transformer.config import default_config
 from transformer.data.corpus import Tokenizers
-from transformer.errors import UserError
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
@@ -115,26 +114,23 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):
     workdir, *_ = make_run(tmp_path / "run", rng, steps=(10, 30, 40, 50))
     into = Workdir(str(tmp_path / "mean"))
 
-    def refused(message, workdir=workdir, into=into, last=3):
-        with pytest.raises(UserError, match=message) as caught:
-            average(workdir, into, last)
-        assert "\n" not in str(caught.value)
-
-    refused(r"last=4: \S+run has 3 checkpoints in a row \(at 10, 30, 40, 50; save_every=10", last=4)
-    refused("last=0: it must be at least 1", last=0)
-    refused("holds no run: train first", workdir=Workdir(str(tmp_path / "none")))
+    few = r"last=4: \S+run has 3 checkpoints in a row \(at 10, 30, 40, 50; save_every=10"
+    refused(few, average, workdir, into, 4)
+    refused("last=0: it must be at least 1", average, workdir, into, 0)
+    refused("holds no run: train first", average, Workdir(str(tmp_path / "none")), into, 3)
     inside = Workdir(f"{workdir.path}/../run/mean")
-    refused("is inside the averaged run; choose another --into", into=inside)
+    refused("is inside the averaged run; choose another --into", average, workdir, inside, 3)
     (workdir.checkpoints / "50" / "default" / "manifest.ocdbt").unlink()
-    refused(r"50 is damaged \(default/manifest.ocdbt is missing\)")
+    damage = r"50 is damaged \(default/manifest.ocdbt is missing\)"
+    refused(damage, average, workdir, into, 3)
     assert not into.path.exists()
     shutil.rmtree(workdir.checkpoints / "50")
     average(workdir, into, 1)  # of the newest alone
     before = files_of(into.path)
-    refused("mean already exists", last=1)
-    for allow_changes in (False, True):  # and no training goes on in it
-        with pytest.raises(UserError, match=r"mean holds an average of checkpoints.*another --wor"):
-            into.claim(workdir.read_config(), allow_changes=allow_changes)
+    refused("mean already exists", average, workdir, into, 1)
+    message = r"mean holds an average of checkpoints.*another --wor"
+    for allowed in (False, True):  # and no training goes on in it
+        refused(message, into.claim, workdir.read_config(), allow_changes=allowed)
     assert files_of(into.path) == before
 
 

@@ -17,10 +17,9 @@ from lab.benchmark import contender, measure, ours, page, task, worker
 from lab.benchmark.contender import CONTENDERS, OURS, Schedule
 from lab.benchmark.task import EOS, PAD
 
-from tests.helpers import program
+from tests.helpers import program, refused
 from transformer import Run
 from transformer.data import tokenizer
-from transformer.errors import UserError
 from transformer.training.optimizer import make_schedule
 
 TRIAL = task.SIZES["cpu"]["trial"]
@@ -252,5 +251,5 @@ def test_mistakes_are_explained():
         ("--contenders=marian", "it must include ours"),
         ("--sizes=big", "^--sizes=big: choose one of "),
     ):
-        with program("scripts/benchmark.py", flag) as script, pytest.raises(UserError, match=words):
-            script.main()
+        with program("scripts/benchmark.py", flag) as script:
+            refused(words, script.main)

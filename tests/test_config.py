@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 import train
-from tests.helpers import TOKENIZER, strings
+from tests.helpers import TOKENIZER, refused, strings
 from tests.test_programs import results
 from transformer.config import RunConfig, default_config, differences, flat_knobs, load_config
-from transformer.errors import UserError
 from transformer.inference import evaluation, plots
 from transformer.inference.decoding import Hypotheses
 from transformer.knobs import Choice
@@ -302,8 +301,7 @@ def test_every_constraint_is_checked(knob, value, constraint):
     is_choice = isinstance(constraint, Choice)
     wrong = "zzz" if is_choice else type(value)(constraint.least - 1)
     limit = "choose one of" if is_choice else "it must be at least"
-    with pytest.raises(UserError, match=f"^{knob}={wrong}: {limit}"):
-        resolved({knob: wrong})
+    refused(f"^{knob}={wrong}: {limit}", resolved, {knob: wrong})
 
 
 # What is said of a knob that is wrong, which begins with the knob and its value. Before a `&`
@@ -358,21 +356,19 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
     ],
 )
 def test_a_config_that_contradicts_itself_is_explained(changes, message):
-    with pytest.raises(UserError, match=message) as caught:
-        resolved(changes)
-    assert "\n" not in str(caught.value)
+    refused(message, resolved, changes)
 
 
 def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config = default_config()
     config.unlock()
     config.model.nrm = "rms"
-    with pytest.raises(UserError, match=r"model.nrm: unknown option \(did you mean model.norm\?\)"):
-        RunConfig.from_config_dict(config)
-    with pytest.raises(UserError, match=r"RunConfig\.from_config_dict"):
-        Run.__init__.__wrapped__(None, config)  # without the type checks of the tests
-    with pytest.raises(UserError, match=r"helpers.py does not define a function get_config\(\)"):
-        load_config("tests/helpers.py")
+    unknown = r"model.nrm: unknown option \(did you mean model.norm\?\)"
+    refused(unknown, RunConfig.from_config_dict, config)
+    construct = Run.__init__.__wrapped__  # without the type checks of the tests
+    refused(r"RunConfig\.from_config_dict", construct, None, config)
+    message = r"helpers.py does not define a function get_config\(\)"
+    refused(message, load_config, "tests/helpers.py")
     del config.model.nrm, config.mesh.fsdp
     assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.helpers import TOKENIZER, data_config
+from tests.helpers import TOKENIZER, data_config, refused
 from tests.test_programs import ROOT
-from transformer.data.batches import Dataset, make_batch
+from transformer.data.batches import Dataset
 from transformer.data.corpus import open_corpus
 from transformer.data.permutation import ROUNDS, permute
-from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.data.tokenizer import PAD
 from transformer.data.toy import ALPHABET, SIZES, SPLITS, TASKS, Size, draw, split_of
 from transformer.errors import UserError
 
@@ -87,14 +87,11 @@ def test_a_toy_dataset_is_a_tfds_dataset_and_loads_as_padded_tokens(data_dir):
 
 def test_a_split_or_a_folder_that_cannot_be_used_is_named(data_dir, tmp_path, monkeypatch):
     corpus = open_corpus(data_config(), data_dir)
-    with pytest.raises(UserError, match=r"'tset'.*train \(2000\).*did you mean test\?"):
-        corpus.load("tset", 8)
+    refused(r"'tset'.*train \(2000\).*did you mean test\?", corpus.load, "tset", 8)
     for slice_of in ("test[90%:10%]", "test[:5000]", "test[:", "test[:0]"):
-        with pytest.raises(UserError, match=r"not a split .* a slice such as .*test \(100\)"):
-            corpus.load(slice_of, 8)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot prepare .*file.*: .*--data_dir"):
-        open_corpus(data_config(), str(tmp_path / "file"))
+        refused(r"not a split .* a slice such as .*test \(100\)", corpus.load, slice_of, 8)
+    (file := tmp_path / "file").touch()
+    refused("cannot prepare .*file.*: .*--data_dir", open_corpus, data_config(), str(file))
     failing = Mock(side_effect=OSError(5, "Input/output error"))  # a fault of the disk, not damage
     monkeypatch.setattr(corpus.dataset.builder, "as_data_source", failing)
     with pytest.raises(OSError, match="Input/output error"):
@@ -147,14 +144,6 @@ def test_a_preparation_that_was_killed_or_had_no_room_is_made_again(tmp_path, da
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert loaded(tmp_path) == loaded(data_dir)
-
-
-def test_a_batch_shifts_the_target_and_weighs_real_tokens():
-    batch = make_batch(jnp.array([[5, EOS, PAD]]), jnp.array([[7, 8, EOS, PAD]]))
-    assert batch.target_in.tolist() == [[BOS, 7, 8, PAD]]
-    assert batch.target_out.tolist() == [[7, 8, EOS, PAD]]
-    assert batch.weights.tolist() == batch.target_segments.tolist() == [[1, 1, 1, 0]]
-    assert batch.source_segments.tolist() == [[1, 1, 0]]
 
 
 def permuted(indices, size, key):

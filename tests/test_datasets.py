@@ -10,10 +10,9 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.resource import get_dl_fname
 from tensorflow_datasets.translate import Wmt14Translate
 
-from tests.helpers import data_config
+from tests.helpers import data_config, refused
 from tests.test_programs import finish, start
 from transformer.data.corpus import open_corpus
-from transformer.errors import UserError
 
 NAME = "wmt14_translate/de-en"
 WORDS = ["one", "two", "three", "four", "five"], ["eins", "zwei", "drei", "vier", "fünf"]
@@ -94,8 +93,7 @@ def test_a_part_of_a_split_is_the_first_of_it_and_a_language_that_it_lacks_is_na
     rows = corpus.load("train[10:20]", 4).source.tolist()
     assert list(map(corpus.tokenizers.source.decode, rows)) == sources[10:20]
     for side, name in (("target", "fr"), ("source", "source")):
-        with pytest.raises(UserError, match=rf"^data\.{side}={name}: choose one of de, en$"):
-            opened(wmt, **{side: name})
+        refused(rf"^data\.{side}={name}: choose one of de, en$", opened, wmt, **{side: name})
 
 
 # Reads a dataset, finds others by their names, and says whether TensorFlow was imported.
@@ -139,9 +137,7 @@ NO_SUCH = {
 
 def test_a_name_that_nobody_knows_is_refused_with_the_nearest(tmp_path):
     for name, message in NO_SUCH.items():
-        with pytest.raises(UserError, match=f"^data.dataset={name}: .*{message}") as refused:
-            opened(tmp_path, name)
-        assert "\n" not in str(refused.value)
+        refused(f"^data.dataset={name}: .*{message}", opened, tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
@@ -153,9 +149,7 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
     monkeypatch.setattr(downloader, "MAX_RETRIES", 1)  # ten take minutes
     folder = f"{NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0"
     address = "http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz"
-    with pytest.raises(UserError) as refused:
-        opened(tmp_path)
-    assert str(refused.value) == (
+    assert refused("", opened, tmp_path) == (
         f"cannot prepare {folder}: {address} cannot be reached; check the network, or copy the "
         "dataset there from a machine that can prepare it"
     )
@@ -169,13 +163,11 @@ def test_what_needs_tensorflow_has_a_remedy(wmt, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Wmt14Translate, "_split_generators", generate)
     message = "the package tensorflow_that_is_not_there is not installed; install it, or copy"
-    with pytest.raises(UserError, match=f"^cannot prepare {NAME}/1.0.0 .*: {message}"):
-        opened(tmp_path)
+    refused(f"^cannot prepare {NAME}/1.0.0 .*: {message}", opened, tmp_path)
     shutil.copytree(f"{wmt}/{NAME}", tmp_path / NAME, dirs_exist_ok=True)
     info = tmp_path / NAME / "1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(UserError, match=r"it is stored as tfrecord, .*; .*another --data_dir$"):
-        opened(tmp_path)
+    refused("it is stored as tfrecord, .*; .*another --data_dir$", opened, tmp_path)
 
 
 @pytest.mark.slow

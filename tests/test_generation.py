@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from tests import test_average
-from tests.helpers import TOKENIZER, logits_of, program, random_params, strings
+from tests.helpers import TOKENIZER, logits_of, program, random_params, refused, strings
 from tests.test_programs import ROOT
 from transformer import cli, load
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, ByteTokenizer, SymbolTokenizer, Tokenizer
-from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import Generator, Output, bucket
@@ -174,14 +173,11 @@ def test_samples_are_sorted_and_beam_search_ranks_truncated_outputs_last(generat
 def test_texts_that_are_refused_and_wrong_arguments_are_user_errors(
     message, text, options, generator
 ):
-    with pytest.raises(UserError, match=message) as caught:
-        generator.generate(["a", text], **options)
-    assert "\n" not in str(caught.value)
+    refused(message, generator.generate, ["a", text], **options)
 
 
 def test_a_string_in_place_of_a_list_and_contradictory_settings_are_user_errors(generator):
-    with pytest.raises(UserError, match=r"texts is a single string; .*generate\(\[text\]\)"):
-        generator.generate("hello")
+    refused(r"texts is a single string; .*generate\(\[text\]\)", generator.generate, "hello")
     for wrong in (b"hello", None, 3):
         with pytest.raises(TypeError, match=r"^a text must be a str, not "):
             cleaned(wrong)
@@ -192,8 +188,7 @@ def test_a_string_in_place_of_a_list_and_contradictory_settings_are_user_errors(
         ("temperature=1e-40: it must be at least 1e-06", {"temperature": 1e-40}),
         ("temperature=nan", {"temperature": float("nan")}),
     ):
-        with pytest.raises(UserError, match=message):
-            DecodingConfig(**settings)
+        refused(message, DecodingConfig, **settings)
 
 
 def test_alignments_are_the_cross_attention_of_real_tokens(generator, found):
@@ -217,10 +212,8 @@ def test_a_replica_of_a_population_has_its_own_parameters(tmp_path):
     folder = make_run(tmp_path / "population", replicas=2).path
     one = load(str(folder), replica=1, mesh=one_device_mesh())
     jax.tree.map(np.testing.assert_array_equal, dict(one.variables), params_of(one.model, 1))
-    with pytest.raises(UserError, match="replica=2: it must be at most 1"):
-        load(str(folder), replica=2, mesh=one_device_mesh())
-    with pytest.raises(UserError, match="holds no run"):
-        load(str(tmp_path))
+    refused("replica=2: it must be at most 1", load, str(folder), replica=2, mesh=one_device_mesh())
+    refused("holds no run", load, str(tmp_path))
 
 
 @pytest.fixture
@@ -285,9 +278,9 @@ def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monk
     for flags in ((), ("--window=1", "--alignments=/dev/null")):
         out, errors = predict(b"\n".join(bad), *flags)
         assert out.split("\n") == [*outputs, ""]
-        *refused, counted, _ = errors.splitlines()  # and how many outputs were cut
+        *left_out, counted, _ = errors.splitlines()  # and how many outputs were cut
         assert counted == "lines that are not UTF-8: 1 (line 4)"
-        for line, reason in zip(refused, reasons, strict=True):
+        for line, reason in zip(left_out, reasons, strict=True):
             assert re.fullmatch(f"line {reason}.*; its output is empty", line)
     for place, cause in ((1, "'H' in"), (2, "21 tokens"), (3, "not UTF-8")):
         with pytest.raises(SystemExit, match="2"):
@@ -309,8 +302,7 @@ def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monk
     assert errors.startswith(
         "line 4: 18 tokens need too much memory; split the text; its output is"
     )
-    with pytest.raises(UserError, match=r"texts\[3\]: 18 tokens"):
-        generator.generate(TEXTS)
+    refused(r"texts\[3\]: 18 tokens", generator.generate, TEXTS)
 
 
 def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(

@@ -4,15 +4,14 @@ import json
 import re
 import signal
 import socket
-import time
 from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
-from tests.test_programs import TINY, finish, results, start
-from transformer.errors import UserError
+from tests.helpers import refused
+from tests.test_programs import TINY, finish, newest, results, start, wait_for
 from transformer.parallel import hosts
 from transformer.parallel.devices import find_devices
 from transformer.parallel.mesh import one_device_mesh
@@ -45,17 +44,6 @@ def same(left, right):
         assert other == pytest.approx(row, rel=CLOSE), row["step"]
 
 
-def wait_for(folder):
-    deadline = time.monotonic() + 120
-    while not folder.is_dir():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def newest(run):
-    return max(int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit())
-
-
 @pytest.mark.slow
 def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tmp_path, data_dir):
     run, whole, data = tmp_path / "run", tmp_path / "whole", f"--data_dir={data_dir}"
@@ -64,7 +52,7 @@ def test_a_run_of_which_a_process_dies_resumes_and_ends_as_one_of_one_process(tm
     def kill(victim, at):
         """What the other of two processes says, and with which status it ends."""
         both = launch(2, "train.py", *flags, *SPLIT, "--config.steps=100000")
-        wait_for(run / "checkpoints" / str(at))
+        wait_for(both[0], (run / "checkpoints" / str(at)).is_dir)
         both[victim].kill()
         _, errors = both[1 - victim].communicate(timeout=60)
         both[victim].communicate()
@@ -111,7 +99,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, data_dir):
     flags = (*flags, "--config.log_every=8", "--config.save_every=16", "--config.eval_every=16")
     there = f"--workdir={run}"
     both = launch(2, "train.py", *flags, there, "--config.steps=100000")
-    wait_for(run / "checkpoints" / "16")
+    wait_for(both[0], (run / "checkpoints" / "16").is_dir)
     both[1].send_signal(signal.SIGINT)
     for process in both:
         _, errors = process.communicate(timeout=60)
@@ -199,13 +187,11 @@ def test_flags_that_lead_nowhere_are_explained(monkeypatch, capsys):
         (("host:1", 2, 2), "--process=2: it must be at most 1"),
         (("localhost:1", 2, 1), "--coordinator=localhost:1: .*: no answer in 0 s"),
     ):
-        with pytest.raises(UserError, match=message):
-            hosts.join(*flags, interruptible=False)
+        refused(message, hosts.join, *flags, interruptible=False)
     monkeypatch.setattr(hosts, "PATIENCE", 1)
     monkeypatch.setattr(hosts, "SILENCE", 0)
     capsys.readouterr()
-    with pytest.raises(UserError, match="no answer in 1 s"):
-        hosts.find("localhost:1")
+    refused("no answer in 1 s", hosts.find, "localhost:1")
     said = capsys.readouterr().err
     assert said.count("waiting for process 0, 1 s at most") == 1
     assert said.endswith("waiting for process 0, 1 s at most\n")
@@ -215,11 +201,9 @@ def test_processes_left_out_are_explained_and_of_several_the_first_alone_writes(
     monkeypatch, tmp_path
 ):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(UserError, match=r"one of 4 of a TPU slice; .* --coordinator=auto"):
-        find_devices()
+    refused("one of 4 of a TPU slice; .* --coordinator=auto", find_devices)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    with pytest.raises(UserError, match=r"needs 1 devices .*8 .*4 processes must use all"):
-        one_device_mesh()
+    refused("needs 1 devices .*8 .*4 processes must use all", one_device_mesh)
     for process, writes in ((1, False), (0, True)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert hosts.several()

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.test_programs import ROOT, TINY, checkpoint, finish, results, start
+from tests.test_programs import ROOT, TINY, checkpoint, finish, results, start, wait_for
 from transformer.training.interruption import RESUME, Interrupted, StopRequests
 
 
@@ -64,12 +64,8 @@ def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, da
     for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
         by = f"--config.data.num_workers={workers}"
         process = start("train.py", *flags, by, f"--workdir={stopped}")
-        deadline = time.monotonic() + 120
-        logged = places[-1] if places else 0
-        while max([0, *(row["step"] for row in results(stopped))]) < logged + 50:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        later = places[-1] + 50 if places else 50
+        wait_for(process, lambda n=later: any(row["step"] >= n for row in results(stopped)))
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == RESUME, errors

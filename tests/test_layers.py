@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import normal, small_model
-from transformer.errors import UserError
+from tests.helpers import normal, refused, small_model
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS, FeedForward, Residual
 from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
@@ -136,8 +135,6 @@ def test_what_a_module_used_alone_does_not_know_is_named_with_its_choices():
     names = {"activation": "relux", "norm": "layr", "norm_placement": "pots", "remat": "half"}
     for name, wrong in names.items():
         argument = {"feed_forward" if name == "activation" else name: wrong}
-        with pytest.raises(UserError, match=f"{name}={wrong}: choose one of"):
-            Encoder(1, 8, 2, **argument, rngs=nnx.Rngs(0))
+        refused(f"{name}={wrong}: choose", Encoder, 1, 8, 2, **argument, rngs=nnx.Rngs(0))
     config = small_model(architecture="recurrent").config
-    with pytest.raises(UserError, match=r"model\.architecture=recurrent"):
-        Transformer(config, 9, rngs=nnx.Rngs(0))
+    refused(r"model\.architecture=recurrent", Transformer, config, 9, rngs=nnx.Rngs(0))

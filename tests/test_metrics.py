@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers import refused
 from tests.test_training import pieces, runner
 from transformer.console import console
-from transformer.errors import UserError
 from transformer.files import to_json
 from transformer.parallel.replicas import mean_over_replicas, split_replicas
 from transformer.training.metrics import (
@@ -81,8 +81,7 @@ def test_what_is_written_is_read_no_file_is_no_rows_and_a_damaged_line_is_named(
     rows = [{"step": 10, "train/loss": 2.0}, {"step": 20, "train/loss": 1.0}]
     assert read_metrics(path) == list(map(json.loads, path.read_text().splitlines())) == rows
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
-        read_metrics(path)
+    refused("metrics.jsonl, line 2 is damaged", read_metrics, path)
 
 
 def test_nan_is_null_in_the_file_and_nan_again(tmp_path):

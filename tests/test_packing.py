@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import TOKENIZER, logits_of, random_params, small_model, training
+from tests.helpers import TOKENIZER, logits_of, random_params, refused, small_model, training
 from transformer.data.batches import make_batch
 from transformer.data.packing import pack_rows, unpacked_rows
 from transformer.data.ragged import RaggedArray, TokenPairs
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.errors import UserError
 from transformer.loss import cross_entropy
 
 
@@ -73,8 +72,7 @@ def test_rows_are_filled_and_an_example_that_is_too_long_is_named(rng):
     for length, bound in {16: 0.6, 32: 0.75, 64: 0.85}.items():
         packed = pack_rows(data, length)
         assert max((side != PAD).mean() for side in packed.take(np.arange(len(packed)))) > bound
-    with pytest.raises(UserError, match=r"data.pack_length=12: the longest example has 16 tokens"):
-        pack_rows(data, 12)
+    refused("data.pack_length=12: the longest example has 16 tokens", pack_rows, data, 12)
 
 
 BACKENDS = {"einsum": "relative", "xla": "rotary", "chunked": "sinusoidal", "splash": "rotary"}

@@ -77,13 +77,22 @@ def results(workdir):
     return [{key: row[key] for key in row if not key.endswith(speeds)} for row in rows]
 
 
-def kill_after(process, workdir, step):
-    """SIGKILL as soon as the checkpoint of `step` is there, in the middle of what follows."""
+def newest(workdir):
+    return max(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+
+
+def wait_for(process, happened):
+    """Returns once `happened()` is true, within two minutes and while the program runs."""
     deadline = time.monotonic() + 120
-    while not (Path(workdir) / "checkpoints" / str(step)).is_dir():
+    while not happened():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def kill_after(process, workdir, step):
+    """SIGKILL as soon as the checkpoint of `step` is there, in the middle of what follows."""
+    wait_for(process, (workdir / "checkpoints" / str(step)).is_dir)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import refused
 from tests.test_programs import ROOT
 from transformer import load, plugins, renamed
 from transformer.config import RunConfig, default_config, differences, flat_knobs, saved_config
-from transformer.errors import UserError
 from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
@@ -77,8 +77,7 @@ def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_
     saved["steps_per_call"], saved["model"]["fused_qkv"] = 7, True  # which are no more
     assert not differences(saved_config(saved), default_config())
     saved["model"]["nrom"] = "rms"
-    with pytest.raises(UserError, match=r"knob model\.nrom .*mean model\.norm\?"):
-        saved_config(saved)
+    refused(r"knob model\.nrom .*mean model\.norm\?", saved_config, saved)
     saved["model"] = {"num_heads": None}
     with pytest.raises(ValueError, match=r"model\.num_heads is null"):
         saved_config(saved)
@@ -90,10 +89,8 @@ def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, m
     record["config"]["plugins"] = ["wave"]
     workdir.config.write_text(json.dumps(record))
     monkeypatch.setattr(plugins, "_loaded", set())
-    with pytest.raises(UserError, match=r"trained with wave, .* --plugins=wave"):
-        load(str(workdir.path))
-    with pytest.raises(UserError, match="plugins: none_such cannot be imported"):
-        plugins.load(["none_such"])
+    refused("trained with wave, .* --plugins=wave", load, str(workdir.path))
+    refused("plugins: none_such cannot be imported", plugins.load, ["none_such"])
     load(str(workdir.path), plugins=["wave"], mesh=one_device_mesh())
 
 
@@ -103,7 +100,7 @@ def test_a_choice_that_only_a_config_file_knows_is_refused(monkeypatch):
     monkeypatch.setitem(NORMS, "mine", NORMS["rms"])
     config = default_config()
     config.model.norm = "mine"
-    with pytest.raises(UserError, match=r"model\.norm=mine is defined .*config\.plugins"):
-        RunConfig.from_config_dict(config)
+    message = r"model\.norm=mine is defined .*config\.plugins"
+    refused(message, RunConfig.from_config_dict, config)
     config.plugins = ("wave",)
     assert RunConfig.from_config_dict(config).model.norm == "mine"

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import TOKENIZER, logits_of, small_model, strings
+from tests.helpers import TOKENIZER, logits_of, refused, small_model, strings
 from tests.test_training import initial, small_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.packing import pack_rows, unpacked_rows
-from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig
 from transformer.modules.attention import MultiHeadAttention
@@ -224,23 +223,20 @@ UNFIT = {
 
 @pytest.mark.parametrize("sizes", UNFIT)
 def test_a_mesh_that_does_not_fit_is_explained(sizes):
-    with pytest.raises(UserError, match=UNFIT[sizes]):
-        mesh_of(*sizes)
+    refused(UNFIT[sizes], mesh_of, *sizes)
 
 
 def test_what_a_mesh_does_not_divide_is_explained():
     message = r"mesh.tensor=8 does not divide the 2 of axis 'heads' in \S+/kernel"
-    with pytest.raises(UserError, match=message):
-        abstract_state(small_model(), small_config(), mesh_of(1, 1, 8))
+    refused(message, abstract_state, small_model(), small_config(), mesh_of(1, 1, 8))
     shapes, both = {"table": jax.ShapeDtypeStruct((6, 3), "float32")}, {"table": ("batch", "head")}
     found = mesh.parameter_shardings(mesh_of(1, 2, 1), shapes, both)["table"]
     assert found.shard_shape((6, 3)) == (3, 3)
-    with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp=4 does not divide the 6 of axis"):
-        mesh.parameter_shardings(mesh_of(2, 2, 1), shapes, both)
+    message = "mesh.data × mesh.fsdp=4 does not divide the 6 of axis"
+    refused(message, mesh.parameter_shardings, mesh_of(2, 2, 1), shapes, both)
     check_batch(mesh_of(2, 4, 1), 16)
     check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
-    with pytest.raises(UserError, match=r"batch_size=12 does not divide .* multiple of 8"):
-        check_batch(mesh_of(2, 4, 1), 12)
+    refused("batch_size=12 does not divide .* multiple of 8", check_batch, mesh_of(2, 4, 1), 12)
 
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):
@@ -250,8 +246,7 @@ def test_what_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "device_memory", lambda: size / 2)  # most is split over 8
     check_memory(state)
     monkeypatch.setattr(devices, "device_memory", lambda: size / 9)
-    with pytest.raises(UserError, match=r"take 0\.0 GiB of a device .* mesh.fsdp"):
-        check_memory(state)
+    refused(r"take 0\.0 GiB of a device .* mesh.fsdp", check_memory, state)
 
 
 @pytest.mark.parametrize("replica", [1, 2])

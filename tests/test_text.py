@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import data_config
+from tests.helpers import data_config, refused
 from transformer.data import text
 from transformer.data.corpus import open_corpus
 from transformer.data.packing import filter_by_length
-from transformer.errors import UserError
 
 GOOD = [(f"s{k}", f"t {k}") for k in range(400)]
 
@@ -78,8 +77,8 @@ def test_the_fields_of_json_and_the_direction_are_the_configs(tmp_path):
     ):
         found = everything(opened(tmp_path, file, **names))
         assert sorted(found) == sorted((b, a) for a, b in GOOD)
-    with pytest.raises(UserError, match=r"data\.source.*=de: choose one of source, target"):
-        opened(tmp_path, file, source="de", target="en")
+    message = r"data\.source.*=de: choose one of source, target"
+    refused(message, opened, tmp_path, file, source="de", target="en")
 
 
 def test_no_source_is_in_two_of_the_splits_that_are_cut(tmp_path):
@@ -101,8 +100,9 @@ def test_pairs_of_a_given_test_are_in_no_other_split(tmp_path):
         "train: 3 also in test (lines 1, 2, 3); 10 also in validation (lines 91, 92, 93, …); "
         "validation: 5 also in test (lines 16, 17, 18, …)"
     )
-    with pytest.raises(UserError, match=r"no pair is left for train: 3 also in test \(lines 1"):
-        opened(tmp_path, write(tmp_path / "few.tsv", tsv(GOOD[:3])), test=files["test"])
+    few = write(tmp_path / "few.tsv", tsv(GOOD[:3]))
+    message = r"no pair is left for train: 3 also in test \(lines 1"
+    refused(message, opened, tmp_path, few, test=files["test"])
     assert pairs(corpus, "test[:2]") == GOOD[105:107]
 
 
@@ -171,9 +171,7 @@ def test_files_without_pairs_are_refused_in_a_line(name, content, message, tmp_p
         Path(as_tsv(Path(), name)).write_bytes(Path(name).read_bytes()[:-20])
     elif content is not None:
         Path(name).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=message) as refused:
-        opened(tmp_path, name)
-    assert "\n" not in str(refused.value)
+    refused(message, opened, tmp_path, name)
 
 
 def test_a_file_that_changed_is_another_dataset(tmp_path):
@@ -185,8 +183,8 @@ def test_a_file_that_changed_is_another_dataset(tmp_path):
     assert other.dataset.name != first
     assert len(everything(other)) == len(GOOD) - 1
     (tmp_path / "one.tsv").write_text("a\tb\n")  # too few to cut a validation split
-    with pytest.raises(UserError, match=r"'validation' is not a split .*such as train\[:10\]"):
-        opened(tmp_path, tmp_path / "one.tsv").texts("validation")
+    one = opened(tmp_path, tmp_path / "one.tsv")
+    refused(r"'validation' is not a split .*such as train\[:10\]", one.texts, "validation")
 
 
 def test_long_and_empty_examples_are_left_out_of_training(tmp_path):
@@ -197,5 +195,4 @@ def test_long_and_empty_examples_are_left_out_of_training(tmp_path):
         assert kept.tolist() == expected
         long = f", 2 with a text of more than {longest} tokens" if longest else ""
         assert left_out == f"2 with an empty text{long}"
-    with pytest.raises(UserError, match=r"data\.max_length=1 leaves no .*\(2 with an empty"):
-        filter_by_length(tokens, 1)
+    refused(r"data\.max_length=1 leaves no .*\(2 with an empty", filter_by_length, tokens, 1)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import refused
 from transformer.data.tokenizer import BOS, EOS, PAD, SPECIALS, TOKENIZERS, UNKNOWN, SymbolTokenizer
-from transformer.errors import UserError
 
 TEXTS = ["the house is green", "the tree is tall", "a  house,\tand a tree é"] * 20
 LEARNED = {name: kind.learn(TEXTS, 300) for name, kind in TOKENIZERS.items()}
@@ -56,8 +56,8 @@ def test_it_is_the_same_once_saved_and_read_and_once_learned_again(name):
 def test_what_was_never_seen_is_unknown_or_refused():
     tokenizer = LEARNED["characters"]
     assert tokenizer.decode(tokenizer.encode("tqz")) == f"t{UNKNOWN}{UNKNOWN}"
-    with pytest.raises(UserError, match=r"'B' in 'aBc' .* symbols abc .did you mean b\?"):
-        SymbolTokenizer("abc").encode("aBc")
+    message = r"'B' in 'aBc' .* symbols abc .did you mean b\?"
+    refused(message, SymbolTokenizer("abc").encode, "aBc")
     words = TOKENIZERS["words"].learn(["b a", "b a c", "b"], len(SPECIALS) + 1 + 2)
     assert words.pieces == (*SPECIALS, "b", "a", UNKNOWN)  # the most common ones
     assert words.decode(words.encode("a  c b")) == f"a {UNKNOWN} b"
@@ -89,8 +89,7 @@ def test_pieces_are_no_more_than_asked_for_and_fewer_of_little_text(name):
         (["abcdefghijklmnop"], 264, r"need 277; raise it, or choose bytes$"),
         (["", ""], 300, "there is no text to learn from; name a split"),
     ):
-        with pytest.raises(UserError, match=f"^data.tokenizer={name}, data.*={size}: .*{message}"):
-            learn(texts, size)
+        refused(f"^data.tokenizer={name}, data.*={size}: .*{message}", learn, texts, size)
     # No text is skipped, neither a long one nor one with SentencePiece's own sign.
     long = " ".join(TEXTS * 20), "▅".join(TEXTS * 20), "東京" * 40_000
     for text, part in zip(long, (TEXTS[0], TEXTS[0], "東京"), strict=True):

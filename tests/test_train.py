@@ -1,16 +1,15 @@
 """`Run.train` in this process: what it logs and saves, and how it goes on."""
 
-import itertools
 import json
 import os
 import shutil
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
+from tests.helpers import refused
 from tests.test_config import SMALL, of, resolved
 from tests.test_programs import results
 from transformer import cli
@@ -146,8 +145,7 @@ def test_a_folder_is_of_one_config_and_one_dataset(whole, tmp_path, data_dir, ca
         (r"another config \(data.vocab_size: .*steps: 14", 0, {"data__vocab_size": 300}),  # unused
         (r"other tokens \(data.tokenizer: characters → bytes\)", 1, {"data__tokenizer": "bytes"}),
     ):
-        with pytest.raises(UserError, match=message):
-            run(folder, data_dir, bool(allowed), steps=16, **changes)
+        refused(message, run, folder, data_dir, bool(allowed), steps=16, **changes)
     for path, content in before.items():
         assert path.name == "lock" or path.read_bytes() == content, path
     capsys.readouterr()
@@ -159,8 +157,10 @@ def test_a_folder_is_of_one_config_and_one_dataset(whole, tmp_path, data_dir, ca
     record = json.loads((folder / "config.json").read_text())
     record["corpus"]["dataset"] = "toy_strings/reverse_tiny/0.9.0"
     (folder / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"trained on other data \(dataset toy_strings.* → toy"):
-        run(folder, data_dir, steps=16, optimizer__beta1=0.8)
+    message = r"trained on other data \(dataset toy_strings.* → toy"
+    refused(message, run, folder, data_dir, steps=16, optimizer__beta1=0.8)
+    (folder / "config.json").write_text("{")
+    refused("config.json is damaged", run, folder, data_dir, steps=16, optimizer__beta1=0.8)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,3 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
         cli.explained(fail)
     assert end.value.code == status
     assert capsys.readouterr().err.startswith(said)
-
-
-@pytest.mark.parametrize("most", [1, 3, 7, 100])
-def test_dispatches_end_wherever_something_is_due(most):
-    every = {"log_every": 4, "eval_every": 6, "save_every": 10}
-    config, stops = SimpleNamespace(steps=25, **every), [0]
-    while stops[-1] < 25:
-        stops.append(loop.next_stop(config, stops[-1], most))
-    due = {step for each in every.values() for step in range(each, 26, each)}
-    assert due | {25} <= set(stops)
-    assert all(0 < b - a <= most for a, b in itertools.pairwise(stops))
