@@ -202,9 +202,11 @@ def searching(model: Model, outputs) -> None:
     for seed in range(1, 4):
         params = random_params(model, seed)
         found, beam = search(params)
-        np.testing.assert_array_equal(beam.tokens[:3], found.tokens[:3])
+        np.testing.assert_array_equal(beam.tokens, found.tokens)
         np.testing.assert_allclose(beam.scores[:3], found.scores[:3], rtol=1e-5)
         np.testing.assert_array_equal(found.tokens[3:], PAD)  # without a source nothing is said
+        np.testing.assert_array_equal(found.scores[3:], 0.0)
+        np.testing.assert_array_equal(beam.scores[3:], -np.inf)
         tokens = np.asarray(found.tokens)[:, 0]
         ended = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) > 0
         np.testing.assert_array_equal(tokens[ended], PAD)

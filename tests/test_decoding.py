@@ -80,18 +80,6 @@ def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeyp
     np.testing.assert_array_equal(found.tokens[:, 0], [[EOS] + [PAD] * 49] * 3)
 
 
-def test_without_a_source_there_is_no_output():
-    model, params = tiny_tokens()
-    source = SOURCE.at[1].set(PAD)
-    decoded = greedy(model.bind(params), Sources(source, 4))
-    np.testing.assert_array_equal(decoded.tokens[1], PAD)
-    assert decoded.scores[1] == 0.0
-    found, whole = (search(model, params, 2, 0.6, source=each) for each in (source, SOURCE))
-    np.testing.assert_array_equal(found.tokens[1], PAD)
-    np.testing.assert_array_equal(found.scores[1], -np.inf)
-    np.testing.assert_array_equal(found.tokens[[0, 2]], whole.tokens[[0, 2]])
-
-
 def padded(tokens, length):
     return (*tokens, *[PAD] * (length - len(tokens)))
 

@@ -141,12 +141,13 @@ def test_embed_is_flaxs(options):
     compare(pair, [inputs(B, T, D)], lambda module, x: module.attend(x))
 
 
-def test_batch_norm_updates_flaxs_running_mean_and_the_unbiased_variance():
+def test_masked_batch_norm_is_flaxs_but_for_the_unbiased_running_variance():
     theirs, ours = both("BatchNorm", (D,), {})
     before, x = np.asarray(ours.var[...]), inputs(B, T, D)
     mask = jnp.arange(T)[None, :, None] < jnp.array([2, 5, 3])[:, None, None]
-    outputs = [np.where(mask, module(x, mask=mask), 0.0) for module in (theirs, ours)]
-    np.testing.assert_allclose(*outputs, **NEAR)
+    compare((theirs, ours), [x], lambda norm, x: jnp.where(mask, norm(x, mask=mask), 0.0))
+    for norm in (theirs, ours):
+        norm(x, mask=mask)
     np.testing.assert_allclose(ours.mean[...], theirs.mean[...], **NEAR)
     change = (theirs.var[...] - 0.99 * before) * 10 / 9
     np.testing.assert_allclose(ours.var[...] - 0.99 * before, change, **NEAR)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from tests import front_door
 from tests.helpers import data_config
+from tests.test_programs import answer
 from transformer.config import RunConfig, default_config, flat_knobs
 from transformer.data.corpus import open_corpus
 from transformer.data.toy import TASKS
@@ -67,7 +67,7 @@ def prepared(data_dir):
 def check(pairs, data_dir):
     first = [("data.size", "tiny")] if "data.size" not in dict(pairs) else []
     words = [f"--config.{name}={value}" for name, value in (*first, *pairs)]
-    status, said = front_door.answer(["--config=configs/base.py", *words], data_dir)
+    status, said = answer(["--config=configs/base.py", *words], data_dir)
     event(f"status {status}")
     lines = said.splitlines()
     assert (status, len(lines)) in ((0, 0), (2, 1)), said

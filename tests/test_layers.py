@@ -1,4 +1,7 @@
+"""The parts of a layer: embedding, feed-forward, residual connection, dropout and norms."""
+
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,12 @@ import pytest
 from flax import nnx
 
 from tests.helpers import normal, refused, small_model
+from transformer.modules import layers
 from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.dropout import Dropout, dropout, stream_of, training_rngs
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS, FeedForward, Residual
 from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
+from transformer.modules.normalization import NORMS, LayerNorm
 from transformer.modules.stacks import Encoder
 from transformer.modules.transformer import Transformer
 
@@ -138,3 +144,117 @@ def test_what_a_module_used_alone_does_not_know_is_named_with_its_choices():
         refused(f"{name}={wrong}: choose", Encoder, 1, 8, 2, **argument, rngs=nnx.Rngs(0))
     config = small_model(architecture="recurrent").config
     refused(r"model\.architecture=recurrent", Transformer, config, 9, rngs=nnx.Rngs(0))
+
+
+def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_time():
+    x, rngs = jnp.full((200, 500), 3.0), nnx.Rngs(dropout=0)
+    out = dropout(x, 0.3, rngs.dropout)
+    np.testing.assert_allclose((out == 0).mean(), 0.3, atol=0.005)
+    np.testing.assert_allclose(out[out != 0], 3.0 / 0.7, rtol=1e-6)
+    assert (dropout(x, 0.3, rngs.dropout) != out).any()
+
+
+def test_in_evaluation_and_at_rate_0_nothing_is_dropped_and_no_key_is_drawn():
+    rngs, x = nnx.Rngs(dropout=0), jnp.ones((3, 3))
+    layer = Dropout(0.5)
+    assert layer(x, deterministic=True, rngs=rngs) is x
+    assert nnx.view(layer, deterministic=True)(x, rngs=rngs) is x
+    layer.eval()
+    assert layer(x, rngs=rngs) is dropout(x, 0.0, rngs.dropout) is Dropout(0.0)(x) is x
+    assert int(rngs.dropout.count[...]) == 0
+    assert (layer(x, deterministic=False, rngs=rngs) != x).any()
+
+
+def test_a_module_keeps_a_stream_if_it_drops_and_there_is_one():
+    x = jnp.ones((20, 20))
+    layer = Dropout(0.5, rngs=nnx.Rngs(0))
+    assert (layer(x) != layer(x)).any()
+    assert stream_of("dropout", None, layer.rngs) is layer.rngs
+    for without in (Dropout(0.0, rngs=nnx.Rngs(0)), Dropout(0.5, rngs=nnx.Rngs(params=0))):
+        assert not jax.tree.leaves(nnx.state(without))
+    with pytest.raises(ValueError, match="rngs="):
+        Dropout(0.5)(x)
+    with pytest.raises(ValueError, match="deterministic="):
+        Dropout(0.5, deterministic=None)(x)
+    assert (Dropout(1.0)(x, rngs=nnx.Rngs(0)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.9])
+def test_a_traced_rate_drops_the_same_elements(rate, dtype):
+    x = jax.random.normal(jax.random.key(1), (100, 100), dtype)
+    traced = jax.jit(lambda rate: dropout(x, rate, nnx.Rngs(dropout=0).dropout))(jnp.float32(rate))
+    known = dropout(x, rate, nnx.Rngs(dropout=0).dropout)
+    assert traced.dtype == known.dtype == dtype
+    np.testing.assert_array_equal(traced == 0, known == 0)
+    # Not to the last bit: the traced rate, and 1 less it, are rounded to float32.
+    wide = (each.astype(jnp.float32) for each in (traced, known))
+    np.testing.assert_allclose(*wide, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_what_one_stream_draws_moves_no_other():
+    one, other = training_rngs(jax.random.key(0)), training_rngs(jax.random.key(0))
+    one.dropout()
+    names = ("attention", "positions", "dropout")
+    drawn, expected = ([repr(rngs[name]()) for name in names] for rngs in (one, other))
+    assert drawn[:2] == expected[:2]
+    assert len({*drawn, *expected}) == 4
+
+
+WIDTH = 64
+SEGMENTS = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+each_norm = pytest.mark.parametrize("name", NORMS)
+
+
+def make_norm(norm, epsilon=1e-6, **options):
+    return norm(WIDTH, epsilon=epsilon, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_is_right_where_the_one_pass_variance_is_wrong(dtype):
+    x = (1e4 + jax.random.normal(jax.random.key(0), (8, WIDTH))).astype(dtype)
+    exact = np.asarray(x.astype(jnp.float32), np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    out = np.asarray(make_norm(LayerNorm, dtype=x.dtype)(x).astype(jnp.float32))
+    assert np.abs(out - exact).max() < (5e-3 if dtype == "float32" else 2e-2)
+
+
+@each_norm
+def test_batch_mates_and_other_positions_matter_to_batch_norm_in_training_alone(name, rng):
+    norm, x = make_norm(NORMS[name]), normal(rng, 4, 5, WIDTH)
+    changed = x.at[1:].mul(100.0).at[0, 1:].add(7.0)
+    evaluate = partial(layers.apply_norm, norm, deterministic=True)
+    np.testing.assert_array_equal(evaluate(x)[0, 0], evaluate(changed)[0, 0])
+    np.testing.assert_array_equal(evaluate(x)[:1], evaluate(x[:1]))
+    one, other = (layers.apply_norm(norm, each, SEGMENTS > 0) for each in (x, changed))
+    assert (one[0, 0] == other[0, 0]).all() == (name != "batch")
+
+
+def test_no_norm_is_the_identity():
+    x = jnp.ones((2, WIDTH))
+    assert make_norm(NORMS["none"])(x) is x
+
+
+@each_norm
+def test_dtype_is_kept_and_gradients_of_a_constant_row_are_finite(name):
+    def total(x, deterministic):
+        norm = make_norm(NORMS[name], dtype=x.dtype)
+        return layers.apply_norm(norm, x, deterministic=deterministic).sum()
+
+    for mode in (True, False):
+        assert total(jnp.ones((1, 2, WIDTH), jnp.bfloat16), mode).dtype == jnp.bfloat16
+        assert jnp.isfinite(jax.grad(total)(jnp.zeros((1, 2, WIDTH)), mode)).all()
+
+
+def test_batch_norm_evaluates_with_running_averages(rng):
+    norm, mean, variance = make_norm(NORMS["batch"]), 0.0, 1.0
+    for _ in range(2):
+        x = rng.normal(2.0, 3.0, size=(4, 5, WIDTH)).astype(np.float32)
+        norm(jnp.asarray(x), mask=SEGMENTS[..., None] > 0)
+        tokens = x[np.asarray(SEGMENTS) > 0]
+        mean = 0.9 * mean + 0.1 * tokens.mean(0)
+        variance = 0.9 * variance + 0.1 * tokens.var(0, ddof=1)
+    expected = (x - mean) / np.sqrt(variance + 1e-6)
+    norm.eval()
+    for _ in range(2):  # it leaves them as they are
+        np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)

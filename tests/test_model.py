@@ -25,6 +25,7 @@ from transformer.modules.model import Model, flatten
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
 
+RECURRENT = {"architecture": "recurrent"}
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)
 
@@ -52,7 +53,7 @@ OTHERS = [
     {"window": 2},
     {"num_layers": 2, "scan_layers": True, "remat": "full"},
     {"random_positions": 64, "position_encoding": "relative"},
-    *({"architecture": "recurrent", "cell": name} for name in CELLS),
+    *(RECURRENT | {"cell": name} for name in CELLS),
 ]
 
 PLACED = [name for name in POSITIONS if name not in ("none", "relative")]
@@ -65,7 +66,7 @@ RARE = [
     {"num_layers": 2, "remat": "dots", "norm": "batch"},
     {"norm": "batch", "norm_placement": "both"},
     *({"random_positions": 64, "position_encoding": name} for name in PLACED),
-    {"architecture": "recurrent", "num_layers": 2, "tie_embeddings": False},
+    RECURRENT | {"num_layers": 2, "tie_embeddings": False},
 ]
 
 
@@ -73,7 +74,7 @@ LOW: list = [
     {"attention_bias": True, "normalize_qk": True, "norm": "rms"},
     {"attention_bias": True, "position_encoding": "learned", "feed_forward": "swiglu"},
     {"tie_embeddings": False, "position_encoding": "relative", "norm": "batch"},
-    {"architecture": "recurrent"},
+    RECURRENT,
 ]
 ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
 
@@ -224,22 +225,21 @@ def test_init_follows_its_key_and_kernel_init_is_of_attention_and_feed_forward_a
             np.testing.assert_allclose(leaf.std(), deviation, rtol=0.2, err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"architecture": "recurrent"}])
-def test_attention_maps_have_the_weights_of_each_layer(changes):
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, RECURRENT])
+def test_attention_maps_have_each_layers_distributions_over_real_tokens(changes):
     model = small_model(num_layers=2, **changes)
     data = Dataset(np.asarray(BATCH.source), np.asarray(BATCH.target_out), 3)
     maps = attention_maps(model, random_params(model, 0), data)
-    source, target = BATCH.source.shape[1], BATCH.target_in.shape[1]
-    shapes = {kind: [each.shape for each in layers] for kind, layers in maps.items()}
-    recurrent = "architecture" in changes
-    assert shapes == {
-        "encoder": [] if recurrent else [(3, 2, source, source)] * 2,
-        "decoder": [] if recurrent else [(3, 2, target, target)] * 2,
-        "cross": [(3, 2, target, source)] * (1 if recurrent else 2),
-    }
-    for weights in [*maps["decoder"], *maps["cross"]]:
-        rows = np.asarray(weights.sum(-1))[:, 0][np.asarray(BATCH.target_segments) > 0]
-        np.testing.assert_allclose(rows, 1.0, rtol=1e-5)
+    source, target = BATCH.source_segments, BATCH.target_segments
+    sides = {"encoder": (source, source), "decoder": (target, target), "cross": (target, source)}
+    layers = {"encoder": 0, "decoder": 0, "cross": 1} if changes == RECURRENT else {}
+    for kind, (query, key) in sides.items():
+        assert len(maps[kind]) == layers.get(kind, 2)
+        for weights in maps[kind]:
+            assert weights.shape == (3, 2, query.shape[1], key.shape[1])
+            np.testing.assert_array_equal(weights.swapaxes(1, 3)[key == 0], 0.0)
+            totals = weights.sum(-1).swapaxes(1, 2)[query == 1]
+            np.testing.assert_allclose(totals, 1.0, rtol=1e-5)
 
 
 PAPER = [(vaswani_base, 512, 2048, 63.0), (vaswani_big, 1024, 4096, 214.2)]

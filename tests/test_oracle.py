@@ -12,12 +12,10 @@ from flax import nnx
 
 from transformer.modules import masking
 from transformer.modules.cells import GRU, LSTM
-from transformer.modules.normalization import BatchNorm
 from transformer.modules.stacks import Decoder, Encoder
 
 B, S, T, D, N, F = 3, 7, 6, 16, 4, 32
 FLOAT32 = jnp.dtype("float32")
-PLACEMENTS = pytest.mark.parametrize("placement", ["pre", "post"])
 pytestmark = pytest.mark.oracle
 
 
@@ -26,24 +24,6 @@ def _import_torch():
     """Imports PyTorch, which takes seconds, when a test runs."""
     global torch
     torch = pytest.importorskip("torch", reason="pip install '.[oracle]' to run these")
-
-
-def of_placement(placement):
-    return {"norm_placement": placement, "norm_epsilon": 1e-5, "rngs": nnx.Rngs(0)}  # PyTorch's
-
-
-@pytest.fixture
-def arrays(rng):
-    valid, target_valid = np.arange(S) < [[5], [7], [3]], np.arange(T) < [[6], [4], [5]]
-    return {
-        "source": rng.normal(size=(B, S, D)).astype(np.float32),
-        "target": rng.normal(size=(B, T, D)).astype(np.float32),
-        "valid": valid,
-        "target_valid": target_valid,
-        "mask": masking.padding(jnp.asarray(valid)),
-        "target_mask": masking.causal(T) & masking.padding(jnp.asarray(target_valid)),
-        "memory_mask": jnp.broadcast_to(masking.padding(jnp.asarray(valid)), (B, 1, T, S)),
-    }
 
 
 def randomize(module, rng):
@@ -66,11 +46,6 @@ def of_linear(module, get):
 
 def of_norm(module, get):
     return {("scale",): get(module.weight), ("bias",): get(module.bias)}
-
-
-def of_batch_norm(module, get):
-    statistics = {("mean",): get(module.running_mean), ("var",): get(module.running_var)}
-    return of_norm(module, get) | statistics
 
 
 def of_attention(module, get):
@@ -116,61 +91,6 @@ def near(ours, theirs, tolerance, name="", least=0.0):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=str(name))
 
 
-def check(module, of_module, torch_module, call, torch_call, inputs):
-    """Outputs, and gradients of sum(sin(output)) by every parameter and input."""
-    graph, state = nnx.split(module)
-    params = jax.tree.map(jnp.asarray, of_module(torch_module, array))
-    flat = dict(nnx.to_flat_state(state))
-    assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, params)
-
-    def loss(params, inputs):
-        bound = nnx.merge(graph, nnx.traversals.unflatten_mapping(params))
-        out = call(bound, *inputs)
-        return jnp.sin(out).sum(), out
-
-    gradient_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    gradients, out = gradient_of(params, [jnp.asarray(each) for each in inputs])
-
-    tensors = [torch.tensor(each, requires_grad=True) for each in inputs]
-    torch_out = torch_call(torch_module, *tensors)
-    torch.sin(torch_out).sum().backward()
-
-    def gradient_there(leaf):  # statistics have none
-        return np.zeros(leaf.shape, np.float32) if leaf.grad is None else array(leaf.grad)
-
-    near(out, array(torch_out), 2e-6)
-    for path, expected in of_module(torch_module, gradient_there).items():
-        near(gradients[0][path], expected, 2e-5, path, least=1.0)
-    for ours, theirs in zip(gradients[1], tensors, strict=True):
-        near(ours, array(theirs.grad), 2e-5)
-
-
-def test_batch_norm_in_training_and_in_evaluation(arrays, rng):
-    theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5, momentum=0.1), rng).train()
-    ours = BatchNorm(D, momentum=0.9, rngs=nnx.Rngs(0))
-    ours.scale[...], ours.bias[...] = (jnp.asarray(array(p)) for p in theirs.parameters())
-    valid = arrays["valid"]
-    for mode in (True, True, False):
-        theirs.train(mode)
-        x = rng.normal(1.0, 2.0, size=(B, S, D)).astype(np.float32)
-        expected = array(theirs(torch.tensor(x[valid])))
-        out = ours(jnp.asarray(x), not mode, mask=jnp.asarray(valid)[..., None])[valid]
-        np.testing.assert_allclose(out, expected, atol=1e-5)
-        np.testing.assert_allclose(ours.mean[...], array(theirs.running_mean), atol=1e-6)
-        np.testing.assert_allclose(ours.var[...], array(theirs.running_var), rtol=1e-5)
-
-
-def test_gradients_of_batch_norm_in_training(arrays, rng):
-    ours = BatchNorm(D, momentum=0.9, rngs=nnx.Rngs(0))
-    theirs = randomize(torch.nn.BatchNorm1d(D, eps=1e-5), rng).train()
-    valid = arrays["valid"]
-    calls = (
-        lambda m, x: m(x, mask=jnp.asarray(valid)[..., None])[valid],
-        lambda m, x: m(x[torch.tensor(valid)]),
-    )
-    check(ours, of_batch_norm, theirs, *calls, [arrays["source"]])
-
-
 @pytest.mark.parametrize(("ours", "theirs"), [(LSTM, "LSTMCell"), (GRU, "GRUCell")])
 def test_recurrent_cells(rng, ours, theirs):
     """Our LSTM adds 1 to the forget gate; PyTorch's GRU has a second bias for the candidate."""
@@ -195,38 +115,56 @@ def test_recurrent_cells(rng, ours, theirs):
         np.testing.assert_allclose(state[0], array(hidden), atol=1e-5)
 
 
-def torch_masks(arrays):
-    return {
-        "tgt_mask": torch.tensor(~np.tril(np.ones((T, T), bool))),
-        "tgt_key_padding_mask": torch.tensor(~arrays["target_valid"]),
-        "memory_key_padding_mask": torch.tensor(~arrays["valid"]),
-    }
-
-
 class Stacks(nnx.Module):
     def __init__(self, placement):
-        self.encoder = Encoder(2, D, N, F, **of_placement(placement))
-        self.decoder = Decoder(2, D, N, F, **of_placement(placement))
+        options = {"norm_placement": placement, "norm_epsilon": 1e-5, "rngs": nnx.Rngs(0)}
+        self.encoder = Encoder(2, D, N, F, **options)
+        self.decoder = Decoder(2, D, N, F, **options)
 
 
-@PLACEMENTS
+@pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # of inference; none is run
-def test_the_whole_transformer(arrays, rng, placement):
-    """`torch.nn.Transformer`. It ends each stack with a norm, which post-norm does not need."""
+def test_the_whole_transformer(placement, rng):
+    """Its outputs, and the gradients of sum(sin(output)) by every parameter and input.
+
+    `torch.nn.Transformer` ends each stack with a norm, which post-norm does not need.
+    """
+    inputs = [rng.normal(size=(B, n, D)).astype(np.float32) for n in (S, T)]
+    valid, target_valid = np.arange(S) < [[5], [7], [3]], np.arange(T) < [[6], [4], [5]]
     options = {"dropout": 0.0, "batch_first": True, "norm_first": placement == "pre"}
     theirs = torch.nn.Transformer(D, N, 2, 2, F, **options)
     if placement == "post":
         theirs.encoder.norm = theirs.decoder.norm = None
     randomize(theirs, rng).train()
-    padding = torch.tensor(~arrays["valid"])
 
-    def call(m, source, target):
-        memory = m.encoder(source, mask=arrays["mask"])
-        masks = {"mask": arrays["target_mask"], "memory_mask": arrays["memory_mask"]}
-        return m.decoder(target, memory, **masks)
+    graph, state = nnx.split(Stacks(placement))
+    params = jax.tree.map(jnp.asarray, of_stacks(theirs, array))
+    shapes, flat = jax.tree.map(jnp.shape, params), dict(nnx.to_flat_state(state))
+    assert jax.tree.map(jnp.shape, flat) == shapes
+    mask, target_mask = (masking.padding(jnp.asarray(each)) for each in (valid, target_valid))
+    memory_mask = jnp.broadcast_to(mask, (B, 1, T, S))
 
-    def torch_call(m, source, target):
-        return m(source, target, src_key_padding_mask=padding, **torch_masks(arrays))
+    def loss(params, inputs):
+        module = nnx.merge(graph, nnx.traversals.unflatten_mapping(params))
+        memory, causal = module.encoder(inputs[0], mask=mask), masking.causal(T) & target_mask
+        out = module.decoder(inputs[1], memory, mask=causal, memory_mask=memory_mask)
+        return jnp.sin(out).sum(), out
 
-    inputs = [arrays["source"], arrays["target"]]
-    check(Stacks(placement), of_stacks, theirs, call, torch_call, inputs)
+    gradient_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    gradients, out = gradient_of(params, [*map(jnp.asarray, inputs)])
+    padding, target_padding = torch.tensor(~valid), torch.tensor(~target_valid)
+    tensors = [torch.tensor(each, requires_grad=True) for each in inputs]
+    torch_out = theirs(
+        *tensors,
+        tgt_mask=torch.tensor(~np.tril(np.ones((T, T), bool))),
+        src_key_padding_mask=padding,
+        tgt_key_padding_mask=target_padding,
+        memory_key_padding_mask=padding,
+    )
+    torch.sin(torch_out).sum().backward()
+
+    near(out, array(torch_out), 2e-6)
+    for path, expected in of_stacks(theirs, lambda parameter: array(parameter.grad)).items():
+        near(gradients[0][path], expected, 2e-5, path, least=1.0)
+    for found, tensor in zip(gradients[1], tensors, strict=True):
+        near(found, array(tensor.grad), 2e-5)

@@ -124,11 +124,3 @@ def test_a_population_comes_back_from_its_checkpoint_on_any_mesh(saved, restored
         assert (len(array), array.sharding.spec[0]) == (4, "replica")
     for name, axes in Model(cfg.model, TOKENIZER.vocab_size).axes.items():
         assert like.params[name].sharding.spec[1:] == tuple(RULES[axis] for axis in axes), name
-
-
-def test_a_replica_is_a_single_run_with_its_own_values():
-    own = {"dropout_rate": (0.1, 0.2), "learning_rate": (1.0, 2.0), "label_smoothing": (0.3, 0.4)}
-    cfg = resolved(of("per_replica.", **own) | {"replicas": 2, "seed": 7})
-    for k, one in enumerate(map(cfg.replica, range(2))):
-        found = one.model.dropout_rate, one.optimizer.learning_rate, one.label_smoothing
-        assert (one.seed, one.replicas, *found) == (7 + k, 1, *(each[k] for each in own.values()))

@@ -9,8 +9,6 @@ from transformer.data.batches import Dataset
 from transformer.inference.evaluation import attention_maps
 from transformer.modules.positions import POSITIONS
 
-each_position = pytest.mark.parametrize("name", POSITIONS)
-
 
 def make(name, width=8, heads=2, **options):
     return POSITIONS[name](width, num_heads=heads, **options, rngs=nnx.Rngs(0))
@@ -20,23 +18,7 @@ def at(*positions):
     return jnp.array([positions])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@each_position
-def test_hooks_depend_on_the_positions_that_are_given(name, causal, rng):
-    position, places = make(name, causal=causal), at(3, 4, 7, 20, 40)
-    x, heads = normal(rng, 2, 5, 8), normal(rng, 2, 5, 2, 4)
-    embedded, rotated = position(x, places), position.rotate(heads, places)
-    bias = position.bias(places, places)
-    for here in (slice(t, t + 1) for t in range(5)):
-        for hook, inputs, whole in ((position, x, embedded), (position.rotate, heads, rotated)):
-            alone = hook(inputs[:, here], places[:, here])
-            np.testing.assert_allclose(alone, whole[:, here], rtol=1e-5, atol=1e-6)
-        if bias is not None:
-            alone = position.bias(places[:, here], places)
-            np.testing.assert_array_equal(alone, bias[:, :, here])
-
-
-@each_position
+@pytest.mark.parametrize("name", POSITIONS)
 def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
     model = small_model(position_encoding=name)
     params = random_params(model, 0)

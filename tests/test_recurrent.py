@@ -53,25 +53,6 @@ def test_the_memory_of_a_token_knows_both_sides_of_its_source(cell):
     np.testing.assert_array_equal(changed[::-1, ::-1, half:].any(-1), moved)
 
 
-def test_attention_maps_leave_out_padding_and_follow_the_target():
-    model = recurrent(num_layers=2)
-    module = model.bind(random_params(model, 0))
-
-    def call(target_in):
-        forward = nnx.capture(module, nnx.Intermediate)
-        logits, sown = forward(**BATCH._replace(target_in=target_in).inputs())
-        return logits, sown["attention"]["attention_weights"][0]
-
-    plain = module(**BATCH.inputs())
-    module.attention.sow_weights = True
-    logits, weights = call(BATCH.target_in)
-    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
-    padding = jnp.broadcast_to((BATCH.source_segments == 0)[:, None, None], weights.shape)
-    np.testing.assert_array_equal(weights[padding], 0.0)
-    changed = (call(BATCH.target_in.at[0, 2].set(9))[1] != weights)[0].any((0, 2))
-    np.testing.assert_array_equal(changed, [False, False, True, True, True, True])
-
-
 def transparent(layers):
     """A GRU model whose dropout can be read from its logits, and its parameters.
 

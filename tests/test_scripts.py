@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from lab.claims import modules
 
@@ -76,3 +77,38 @@ def test_a_silenced_head_is_the_one_that_is_meant():
         assert changed == {f"{where}/layers/{i}/{which}_attention/out/kernel" for i in range(2)}
         assert all((silent[name][0] == variables[name][0]).all() for name in changed)
         assert not any(silent[name][1].any() for name in changed)
+
+
+@pytest.fixture
+def comparison():
+    with program("scripts/compare.py", "--run=one", "--other=two") as module:
+        yield module
+
+
+def compared(loss, kernel):
+    params = {".params['kernel']": np.array(kernel, np.float32)}
+    return {"train/loss": {"step 10": loss, "step 20": 1.0}, "params at step 20": params}
+
+
+def test_a_difference_of_two_runs_is_measured_and_found(comparison):
+    same = comparison.compare(compared(2.0, [1, 2]), compared(2.0, [1, 2]))
+    assert same == [("train/loss", 2, 0, 0, 0.0, ""), ("params at step 20", 1, 0, 0, 0.0, "")]
+    loss, params = comparison.compare(compared(2.0, [3, 4]), compared(2.2, [3, 4.5]))
+    assert loss == ("train/loss", 2, 0, 1, pytest.approx(0.1), "step 10")
+    apart = pytest.approx(0.5 / np.sqrt(12.5))
+    assert params == ("params at step 20", 1, 0, 1, apart, ".params['kernel']")
+
+
+def test_a_missing_value_the_last_bit_and_one_nan_are_differences(comparison):
+    def agreement(one, other):
+        return comparison.compare({"loss": one}, {"loss": other})[0]
+
+    assert agreement({"a": 1.0, "b": 1.0}, {"a": 1.0})[1:4] == (1, 1, 0)
+    assert comparison.compare({}, {"loss": {"a": 1.0}})[0][1:4] == (0, 1, 0)
+    bit, nan = np.nextafter(np.float32(1), np.float32(2)), float("nan")
+    for ours, theirs, unequal in ((np.float32(1), bit, 1), (0.0, -0.0, 1), (nan, nan, 0)):
+        assert agreement({"a": ours}, {"a": theirs})[1:4] == (1, 0, unequal)
+    *_, largest, where = agreement({"a": 1.0, "b": 1.0}, {"a": nan, "b": 3.0})
+    assert (np.isnan(largest), where) == (True, "a")
+    for one, other, apart in ((0.0, 0.0, 0.0), (0.0, 1.0, np.inf), (2.0, 1.0, 0.5)):
+        assert comparison.distance(np.array([one]), np.array([other])) == apart
