@@ -23,7 +23,7 @@ from lab.benchmark.worker import ContenderError
 from transformer import cli
 from transformer.console import console, facts, table
 from transformer.errors import UserError, check_choice, explained
-from transformer.parallel.devices import cpu_cores, cpu_name
+from transformer.parallel.mesh import cpu_cores, cpu_name
 from transformer.workdir import commit, versions
 
 DEVICE = flags.DEFINE_enum("device", "cpu", list(task.SIZES), "What all contenders run on.")

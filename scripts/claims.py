@@ -18,8 +18,7 @@ from lab.claims.modules import causality, heads, moments, probabilities, same_sc
 from transformer import cli
 from transformer.console import console, facts
 from transformer.errors import check_choice
-from transformer.parallel.devices import describe_mesh
-from transformer.parallel.mesh import one_device_mesh
+from transformer.parallel.mesh import describe_mesh, one_device_mesh
 from transformer.workdir import commit, write_json
 
 # In the order of the page.

@@ -13,8 +13,7 @@ import pytest
 from tests.helpers import refused
 from tests.test_programs import TINY, finish, newest, results, start, wait_for
 from transformer.parallel import hosts
-from transformer.parallel.devices import find_devices
-from transformer.parallel.mesh import one_device_mesh
+from transformer.parallel.mesh import find_devices, one_device_mesh
 from transformer.training.interruption import RESUME
 from transformer.workdir import write_json
 

@@ -15,7 +15,8 @@ import pytest
 
 from tests.helpers import refused
 from tests.test_programs import ROOT
-from transformer import load, plugins, renamed
+from transformer import config as configs
+from transformer import load, renamed
 from transformer.config import RunConfig, default_config, differences, flat_knobs, saved_config
 from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.mesh import one_device_mesh
@@ -83,14 +84,14 @@ def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_
         saved_config(saved)
 
 
-def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old, monkeypatch):
+def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old):
     workdir, _ = old
     record = json.loads(workdir.config.read_text())
     record["config"]["plugins"] = ["wave"]
     workdir.config.write_text(json.dumps(record))
-    monkeypatch.setattr(plugins, "_loaded", set())
+    configs.loaded_plugins.discard("wave")
     refused("trained with wave, .* --plugins=wave", load, str(workdir.path))
-    refused("plugins: none_such cannot be imported", plugins.load, ["none_such"])
+    refused("plugins: none_such cannot be imported", configs.load_plugins, ["none_such"])
     load(str(workdir.path), plugins=["wave"], mesh=one_device_mesh())
 
 

@@ -20,9 +20,8 @@ from transformer.inference.decoding import DecodingConfig
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.masking import Mask
-from transformer.parallel import devices, mesh
-from transformer.parallel.devices import check_memory, cpu_cores, cpu_name, describe_mesh
-from transformer.parallel.mesh import RULES, check_batch, constrain, replicated, shard_by_rules
+from transformer.parallel import mesh
+from transformer.parallel.mesh import RULES, constrain, describe_mesh, replicated
 from transformer.training.metrics import zero_sums
 from transformer.training.optimizer import OPTIMIZERS
 from transformer.training.step import abstract_state, make_train_step, make_train_steps
@@ -192,11 +191,11 @@ def test_context_divides_the_memory_of_a_long_sequence():
 
 
 def test_minus_one_takes_what_is_left_and_the_batch_is_split_over_data_and_fsdp():
-    mesh = mesh_of(-1, 2, 1)
-    kind = f"cpu ({cpu_name()}, {cpu_cores()} cores)"
-    assert describe_mesh(mesh) == f"8 × {kind}, mesh data 4, fsdp 2"
-    with jax.set_mesh(mesh):
-        data = jax.device_put(DATA, replicated(mesh))
+    eight = mesh_of(-1, 2, 1)
+    kind = f"cpu ({mesh.cpu_name()}, {mesh.cpu_cores()} cores)"
+    assert describe_mesh(eight) == f"8 × {kind}, mesh data 4, fsdp 2"
+    with jax.set_mesh(eight):
+        data = jax.device_put(DATA, replicated(eight))
         batch = jax.jit(lambda data: data.batch(jax.random.key(0), jnp.int32(0)))(data)
     for tokens in (batch.source, batch.target_out):
         assert tokens.sharding.shard_shape(tokens.shape) == (1, tokens.shape[1])
@@ -234,19 +233,21 @@ def test_what_a_mesh_does_not_divide_is_explained():
     assert found.shard_shape((6, 3)) == (3, 3)
     message = "mesh.data × mesh.fsdp=4 does not divide the 6 of axis"
     refused(message, mesh.parameter_shardings, mesh_of(2, 2, 1), shapes, both)
-    check_batch(mesh_of(2, 4, 1), 16)
-    check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
-    refused("batch_size=12 does not divide .* multiple of 8", check_batch, mesh_of(2, 4, 1), 12)
+    mesh.check_batch(mesh_of(2, 4, 1), 16)
+    mesh.check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
+    refused(
+        "batch_size=12 does not divide .* multiple of 8", mesh.check_batch, mesh_of(2, 4, 1), 12
+    )
 
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):
     state = abstract_state(small_model(), small_config(), mesh_of(1, 8, 1))
     size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
-    check_memory(state)
-    monkeypatch.setattr(devices, "device_memory", lambda: size / 2)  # most is split over 8
-    check_memory(state)
-    monkeypatch.setattr(devices, "device_memory", lambda: size / 9)
-    refused(r"take 0\.0 GiB of a device .* mesh.fsdp", check_memory, state)
+    mesh.check_memory(state)
+    monkeypatch.setattr(mesh, "device_memory", lambda: size / 2)  # most is split over 8
+    mesh.check_memory(state)
+    monkeypatch.setattr(mesh, "device_memory", lambda: size / 9)
+    refused(r"take 0\.0 GiB of a device .* mesh.fsdp", mesh.check_memory, state)
 
 
 @pytest.mark.parametrize("replica", [1, 2])
@@ -260,6 +261,6 @@ def test_a_kernel_is_given_parts_that_no_axis_splits_further(replica):
 
     x = jnp.arange(2.0 * 4 * 4 * 3 * 5).reshape(2, 4, 4, 3, 5)
     with jax.set_mesh(mesh_of(2, 1, 2, replica=replica, replicas=replica)):
-        call = jax.vmap(shard_by_rules(kernel, (axes,), axes), spmd_axis_name="replica")
+        call = jax.vmap(mesh.shard_by_rules(kernel, (axes,), axes), spmd_axis_name="replica")
         np.testing.assert_array_equal(jax.jit(call)(x), 2.0 * x)
     assert set(seen) == {((2, 2, 3, 5), ())}

@@ -94,10 +94,10 @@ def load(
     Raises:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.
     """
-    from transformer import plugins as plugin_modules
-    from transformer.parallel.mesh import data_parallel_mesh
+    from transformer.config import load_plugins
+    from transformer.parallel.mesh import make_mesh
     from transformer.run import Run
 
-    plugin_modules.load(plugins)
-    run = Run.saved(workdir, mesh=mesh or data_parallel_mesh())
+    load_plugins(plugins)
+    run = Run.saved(workdir, mesh=mesh or make_mesh())
     return run.generator(checkpoint, replica)

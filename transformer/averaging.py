@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer.errors import UserError, within
+from transformer.errors import UserError
+from transformer.knobs import Range
 from transformer.parallel.mesh import one_device_mesh, place
 from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
@@ -20,7 +21,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     The new folder holds the run's config and tokenizers, and one checkpoint, at the newest step,
     without metrics. The run's folder is not changed.
     """
-    within("last", last, 1, 2**31 - 1)
+    Range(1, 2**31 - 1).check("last", last)
     if into.path.exists():
         raise UserError(f"{into.path} already exists; choose another --into, or delete it")
     if workdir.path.resolve() in into.path.resolve().parents:

@@ -18,13 +18,12 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from transformer import plugins
-from transformer.config import RunConfig, flat_knobs, load_config
+from transformer.config import RunConfig, flat_knobs, load_config, load_plugins
 from transformer.console import console, tolerate_closed_output
 from transformer.errors import UserError, nearest, out_of_memory, reason
 from transformer.inference.decoding import DecodingConfig
 from transformer.parallel import hosts
-from transformer.parallel.devices import cpu_cores, find_devices
+from transformer.parallel.mesh import cpu_cores, find_devices
 from transformer.training.interruption import RESUME, Interrupted, end_with_parent
 
 GRACE = 5  # seconds that other processes have to stop after an error
@@ -56,7 +55,14 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     show = sys.unraisablehook
     sys.unraisablehook = lambda raised: "loop is closed" in str(raised.exc_value) or show(raised)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited")
-    app.run(lambda _: explained(together, main), flags_parser=lambda argv: explained(parse, argv))
+
+    def program() -> None:
+        main()
+        if hosts.several():  # no process exits before all have finished
+            multihost_utils.sync_global_devices("end")
+            jax.distributed.shutdown()
+
+    app.run(lambda _: explained(program), flags_parser=lambda argv: explained(parse, argv))
 
 
 def explained(function: Callable, *args) -> Any:
@@ -93,19 +99,11 @@ def explained(function: Callable, *args) -> Any:
     sys.exit(2)
 
 
-def together(main: Callable[[], None]) -> None:
-    """Calls `main`; no process exits before all have finished."""
-    main()
-    if hosts.several():
-        multihost_utils.sync_global_devices("end")
-        jax.distributed.shutdown()
-
-
 def set_up_jax(config: RunConfig | None = None) -> None:
     """Sets the compilation cache and, on a CPU, the number of devices.
 
-    A population, or a model up to `SMALL_WIDTH`, gets one device per core, or the largest smaller
-    number that divides its replicas or batch. A wider model gets one device, which uses all cores.
+    A population, or a model up to `SMALL_WIDTH`, gets one per core, or the largest smaller number
+    that divides its replicas or batch; a wider model one device, which uses all cores.
     """
     for name, value in REQUIRED.items():
         if (asked := getattr(jax.config, name)) != value:
@@ -131,8 +129,7 @@ def define_plugins_flag() -> None:
 
 def define_host_flags() -> None:
     """Defines the flags of a program that may run as several processes; see `hosts.join`."""
-    address = "HOST:PORT of process 0; auto: JAX detects the processes."
-    flags.DEFINE_string("coordinator", None, address)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; auto: JAX detects all.")
     flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Index of this process, from 0.", lower_bound=0)
 
@@ -191,7 +188,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(explain_flag(argv, config, " ".join(str(error).split()))) from error
     if "plugins" in flags.FLAGS:
-        plugins.load(flags.FLAGS["plugins"].value or ())
+        load_plugins(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # libraries log what they then raise
     if len(rest) > 1:

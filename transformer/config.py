@@ -3,8 +3,9 @@
 Each section is a dataclass; its fields hold default, type, constraint and comment of each knob.
 """
 
+import importlib
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -12,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
-from transformer import plugins, renamed
+from transformer import renamed
 from transformer.data.config import DataConfig
 from transformer.errors import UserError, explained, nearest
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
@@ -105,7 +106,7 @@ class RunConfig(Population):
             if name not in known:
                 raise UserError(f"{name}: unknown option{nearest(name, known)}")
         values: dict[str, Any] = dict(config)
-        plugins.load(values.get("plugins", ()))
+        load_plugins(values.get("plugins", ()))
         for name, section in sections(cls).items():
             if name in values:
                 values[name] = section(**values[name])
@@ -115,6 +116,20 @@ class RunConfig(Population):
                 remedy = "define it in a module that config.plugins names"
                 raise UserError(f"{knob}={value} is defined for this process alone; {remedy}")
         return run
+
+
+loaded_plugins: set[str] = set()
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Imports modules that add entries to tables, such as `NORMS["mine"] = MyNorm`."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"plugins={names}: names of modules, such as ('my_norms',)")
+    for name in names:
+        remedy = "install it, or name its folder in PYTHONPATH"
+        with explained(f"plugins: {name} cannot be imported ({{kind}}: {{reason}}); {remedy}"):
+            importlib.import_module(name)
+        loaded_plugins.add(name)
 
 
 def sections(config: type) -> dict[str, Any]:
@@ -150,7 +165,8 @@ def load_config(path: str | Path, function: str = "get_config") -> Any:
 def saved_config(saved: Mapping[str, Any]) -> Any:
     """Returns the config of a saved run, with current names and the defaults of newer knobs."""
     config = default_config()
-    knobs, known = renamed.knobs(flat_knobs(ConfigDict(saved))), flat_knobs(config)
+    flat, known = flat_knobs(ConfigDict(saved)).items(), flat_knobs(config)
+    knobs = {renamed.KNOBS.get(k, k): value for k, value in flat if k not in renamed.REMOVED}
     for name in knobs:
         if name not in known:
             unknown = f"this version does not know the run's knob {name}{nearest(name, known)}"

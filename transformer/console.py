@@ -71,17 +71,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     elif needed.minimum > console.width:
         console.print(f"[bold]{escape(title)}[/bold]")
         for row in rows:
-            lines = (f"  {name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True))
-            console.print("\n".join((f"{columns[0]}: {row[0]}", *lines)))
+            cells = zip(columns, row, strict=True)
+            console.print("\n  ".join(f"{name}: {cell}" for name, cell in cells))
         return
     console.print(drawn)
 
 
 def progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
     """Yields `items`, of which there are `total`, with a progress bar."""
-    return track(
-        items, what, total, console=console, transient=True, disable=not console.is_terminal
-    )
+    hidden = not console.is_terminal
+    return track(items, what, total, console=console, transient=True, disable=hidden)
 
 
 @contextlib.contextmanager

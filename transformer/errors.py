@@ -31,19 +31,6 @@ def choose(table: Mapping[str, Entry], name: str, knob: str) -> Entry:
     return table[name]
 
 
-def within(
-    knob: str, value: int | float, least: int | float, most: int | float, below: bool = False
-) -> None:
-    """Raises a UserError unless `least` ≤ `value` ≤ `most`, or < `most` if `below`."""
-    low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in (least, most))
-    if below and not least <= value < most:
-        raise UserError(f"{knob}={value}: it must be at least {low} and below {high}")
-    if not value >= least:  # NaN is not
-        raise UserError(f"{knob}={value}: it must be at least {low}")
-    if value > most:
-        raise UserError(f"{knob}={value}: it must be at most {high}")
-
-
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns ` (did you mean X?)` for the most similar of `names`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

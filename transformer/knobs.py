@@ -1,15 +1,11 @@
-"""Constraints on knobs, declared in the annotations of their dataclass fields.
-
-steps: Annotated[int, Range(1, 2**31 - 1)] = 1_800
-norm: Annotated[str, Choice(NORMS)] = "layer"
-"""
+"""Constraints on knobs, as in `norm: Annotated[str, Choice(NORMS)] = "layer"`."""
 
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
-from transformer.errors import check_choice, within
+from transformer.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,14 @@ class Range:
     exclusive: bool = False
 
     def check(self, knob: str, value: int | float) -> None:
-        within(knob, value, self.least, self.most, self.exclusive)
+        least, most = self.least, self.most
+        low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in (least, most))
+        if self.exclusive and not least <= value < most:
+            raise UserError(f"{knob}={value}: it must be at least {low} and below {high}")
+        if not value >= least:  # NaN is not
+            raise UserError(f"{knob}={value}: it must be at least {low}")
+        if value > most:
+            raise UserError(f"{knob}={value}: it must be at most {high}")
 
 
 class Choice:

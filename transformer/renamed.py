@@ -1,6 +1,6 @@
 """Names of earlier versions → those of today, applied where config.json or a checkpoint is read."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -60,11 +60,6 @@ SUMS = {
     "loss": "train/objective",
     "nll": "train/loss",
 }
-
-
-def knobs(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the knobs of a saved config, as `section.name`, with today's names."""
-    return {KNOBS.get(name, name): value for name, value in saved.items() if name not in REMOVED}
 
 
 def array_name(path: tuple[Any, ...], known: Container[str] = ()) -> str:

@@ -23,8 +23,7 @@ from transformer.inference.generation import Generator
 from transformer.metrics import finalize
 from transformer.modules.model import Model
 from transformer.parallel import hosts, replicas
-from transformer.parallel.devices import check_memory
-from transformer.parallel.mesh import check_batch, make_mesh, place, replicated
+from transformer.parallel.mesh import check_batch, check_memory, make_mesh, place, replicated
 from transformer.training import costs, step
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import zero_sums
@@ -74,7 +73,6 @@ class Run:
 
     @property
     def workdir(self) -> Workdir:
-        """The run's folder."""
         if self._workdir is None:
             raise UserError("this run has no folder: give one, Run(config, workdir)")
         return self._workdir
@@ -86,7 +84,6 @@ class Run:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of devices."""
         return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
 
     @cached_property

@@ -13,8 +13,7 @@ from transformer.config import RunConfig, continued
 from transformer.console import console, facts
 from transformer.errors import UserError
 from transformer.parallel import hosts
-from transformer.parallel.devices import describe_mesh
-from transformer.parallel.mesh import place
+from transformer.parallel.mesh import describe_mesh, place
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import NonfiniteError, explain_failure
 from transformer.training.interruption import StopRequests

@@ -14,8 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from transformer import plugins
-from transformer.config import continued, differences, fixed_knobs, saved_config
+from transformer.config import continued, differences, fixed_knobs, loaded_plugins, saved_config
 from transformer.console import console
 from transformer.errors import UserError, explained
 from transformer.files import to_json, write_atomically
@@ -48,11 +47,15 @@ class Workdir:
     def read_config(self) -> Any:
         """Returns the config that the run was started with; its plugins must be imported."""
         config = self.read_record()["config"]
-        plugins.check(config.plugins, self.path)
+        # The folder may come from a stranger: it alone does not cause an import.
+        if missing := ",".join(name for name in config.plugins if name not in loaded_plugins):
+            raise UserError(
+                f"{self.path} was trained with {missing}, which is imported only if the command "
+                f"names it too: --plugins={missing} or transformer.load(…, plugins=({missing!r},))"
+            )
         return config
 
     def trained(self) -> bool:
-        """Whether it has checkpoints."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def check_corpus(self, identity: Mapping[str, str]) -> None:
@@ -83,13 +86,12 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder's lock, which the system releases when the process ends."""
+        """Holds the lock, a file that says by whom; the system frees it when the process ends."""
         with contextlib.ExitStack() as held:
             hosts.once(lambda: self._lock(held))
             yield
 
     def _lock(self, held: contextlib.ExitStack) -> None:
-        """Takes the lock, on a file that says who holds it."""
         file = held.enter_context((self.path / "lock").open("a+", encoding="utf-8"))
         try:
             import fcntl  # not on every system

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.errors import UserError, within
+from transformer.errors import UserError
 from transformer.knobs import Range, SizeOrZero, validate
 from transformer.modules.recurrent import Recurrent
 from transformer.modules.transformer import Transformer
@@ -247,7 +247,7 @@ class DecodingConfig:
     def __post_init__(self):
         validate(self, "")
         if self.temperature:  # smaller ones overflow float32
-            within("temperature", self.temperature, 1e-6, 1e6)
+            Range(1e-6, 1e6).check("temperature", self.temperature)
         if self.temperature and self.beam_size > 1:
             raise UserError("sampling excludes beam search: set temperature=0 or beam_size=1")
         if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):

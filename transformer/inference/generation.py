@@ -15,11 +15,12 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.ragged import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
-from transformer.errors import UserError, out_of_memory, within
+from transformer.errors import UserError, out_of_memory
 from transformer.inference import evaluation
 from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses
+from transformer.knobs import Range
 from transformer.modules.model import Model, Params
-from transformer.parallel.mesh import data_parallel_mesh
+from transformer.parallel.mesh import make_mesh
 
 
 class Prepared(NamedTuple):
@@ -73,7 +74,7 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self.model, self.variables, self.tokenizers = model, variables, tokenizers
-        self.mesh = mesh or data_parallel_mesh()
+        self.mesh = mesh or make_mesh()
         self.positions = model.config.reach(2**30)  # the model's maximum length
         decode = partial(evaluation.decode, model, margin=decode_margin)
         options = evaluation.compiler_options()
@@ -134,8 +135,8 @@ class Generator:
           UserError: a text is refused.
           TypeError: one of them is not a str.
         """
-        within("batch_size", batch_size, 1, 2**20)
-        within("n_best", n_best, 1, 2**20)
+        Range(1, 2**20).check("batch_size", batch_size)
+        Range(1, 2**20).check("n_best", n_best)
         samples = n_best if decoding.temperature else 1
         if n_best > max(decoding.beam_size, samples):
             remedy = "raise beam_size, or set a temperature to sample"

@@ -1,4 +1,4 @@
-"""Parallelism: the device mesh and its sharding rules, several hosts, and replicas of a run.
+"""Parallelism: the devices, their mesh and its sharding rules, hosts, and replicas of a run.
 
-Imports only the base files of the package: `errors`, `files`, `console`.
+Imports only the base files of the package: `errors`, `knobs`.
 """

@@ -10,15 +10,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from transformer.errors import UserError, explained, within
-
-Result = TypeVar("Result")
+from transformer.errors import UserError, explained
+from transformer.knobs import Range
 
 PATIENCE = 300  # seconds for all processes to arrive
 SILENCE = 10  # seconds before a process that waits says so
@@ -49,7 +48,7 @@ def join(
                 f"several processes need all of {ALL_FLAGS}; or none of them under SLURM or "
                 "Kubernetes; or --coordinator=auto alone"
             )
-        within("--process", process, 0, processes - 1)
+        Range(0, processes - 1).check("--process", process)
         if process:
             find(str(coordinator))
         where = {"coordinator_address": coordinator, "num_processes": processes}
@@ -110,9 +109,9 @@ def once(function: Callable[[], Any]) -> Any:
     return result
 
 
-def in_turn(function: Callable[[], Result]) -> Result:
+def in_turn(function: Callable[[], Any]) -> Any:
     """Calls `function` on the first host, then on the others, which may reuse its files."""
-    here: list[Result] = []
+    here: list[Any] = []
     once(lambda: here.append(function()))
     return here[0] if here else function()
 

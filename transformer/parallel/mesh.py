@@ -1,20 +1,23 @@
-"""The device mesh, and the rules by which arrays are sharded over it.
+"""The devices, their mesh, and the rules by which arrays are sharded over it.
 
 Parameters and activations name their axes logically ("embed", "heads", "batch"). From `RULES`
 follows where parameters and optimizer state live, how batches are split and what XLA is told.
 """
 
 import math
+import os
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.errors import UserError
-from transformer.parallel.devices import find_devices
+from transformer.errors import UserError, explained
 
 # Logical axis → the mesh axes that it is sharded over. None: replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -46,14 +49,29 @@ class MeshConfig:
     context: int = 1  # shards the positions of a sequence; attention gathers keys and values
 
 
-def make_mesh(config: MeshConfig, replicas: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh over the first `devices`, by default of all; `replica` divides `replicas`."""
-    devices, sizes = devices or find_devices(), asdict(config)
-    if config.replica == -1:
+def find_devices() -> list[Any]:
+    """Returns the devices of all hosts."""
+    asked = f"no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+    remedy = "install JAX for it, or unset it"
+    # JAX asserts that there is a backend.
+    with explained(f"{asked}: {{reason}}; {remedy}", RuntimeError, AssertionError):
+        devices = jax.devices()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this host is one of {jax.process_count()} of a TPU slice; start the same program on "
+            "all of them with --coordinator=auto (docs/clusters.md)"
+        )
+    return devices
+
+
+def make_mesh(config: MeshConfig | None = None, replicas: int = 1, devices: Any = None) -> Mesh:
+    """Returns a mesh of the first `devices`; by default of all, over which the batch is sharded."""
+    devices, sizes = devices or find_devices(), asdict(config or MeshConfig())
+    if sizes["replica"] == -1:
         others = math.prod(size for size in sizes.values() if size > 0)
         sizes["replica"] = math.gcd(replicas, max(len(devices) // others, 1))
     if sizes["replica"] < 1 or replicas % sizes["replica"]:
-        raise UserError(f"mesh.replica={config.replica} does not divide {replicas=}; try -1")
+        raise UserError(f"mesh.replica={sizes['replica']} does not divide {replicas=}; try -1")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1, the rest")
@@ -78,11 +96,6 @@ def one_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(replica=1, data=1))
 
 
-def data_parallel_mesh() -> Mesh:
-    """Returns a mesh of all devices, over which only the batch is sharded."""
-    return make_mesh(MeshConfig(replica=1))
-
-
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
     """Raises a UserError if the mesh does not divide the batch of each accumulation step."""
     factors = {f"mesh.{name}": mesh.shape[name] for name in ("data", "fsdp")}
@@ -91,6 +104,54 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> Non
         among = " × ".join(f"{name}={factor}" for name, factor in factors.items())
         remedy = f"choose a multiple of {shards}"
         raise UserError(f"batch_size={batch_size} does not divide among {among}; {remedy}")
+
+
+def check_memory(state: Any) -> None:
+    """Raises a UserError if the arrays of `state`, shapes and shardings, do not fit in memory."""
+    needed = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    if needed > (available := device_memory()):
+        raise UserError(
+            f"parameters and optimizer state take {needed / 2**30:,.1f} GiB of a device with "
+            f"{available / 2**30:,.1f} GiB; lower model.d_model, model.d_ff or model.num_layers, "
+            "or shard them over more devices by mesh.fsdp or mesh.tensor (scripts/plan.py)"
+        )
+
+
+def device_memory() -> float:
+    """Returns the bytes of memory of a device; simulated devices share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return math.inf
+    return machine / jax.local_device_count()
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns `8 × TPU v5 lite, mesh data 4, fsdp 2`; of a CPU, its name and usable cores."""
+    kind = mesh.devices.flat[0].device_kind
+    if kind == "cpu":
+        kind += f" ({cpu_name()}, {cpu_cores()} core{'s' * (cpu_cores() > 1)})"
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} × {kind}" + (f", mesh {axes}" if axes else "")
+
+
+def cpu_name() -> str:
+    """Returns the name of the processor, if the system tells."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    name = re.search(r"^model name\s*: (.*\S)", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -113,9 +174,8 @@ def is_unsharded(mesh: Any) -> bool:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Returns `x` with a sharding constraint by its logical axes; `x` itself without a mesh.
 
-    A dimension that its shards do not divide, such as a length that depends on the data, is padded
-    by the compiler, which changes no result. One that is smaller than the number of shards, such as
-    the single position of a decoding step, stays whole.
+    The compiler pads a dimension that its shards do not divide, which changes no result. One that
+    is smaller than their number, such as the position of a decoding step, stays whole.
     """
     if is_unsharded(jax.sharding.get_abstract_mesh()):
         return x

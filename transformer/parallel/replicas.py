@@ -55,7 +55,6 @@ class Population:
         return [self] if self.replicas == 1 else [self.replica(k) for k in range(self.replicas)]
 
     def replica(self: Any, k: int) -> Any:
-        """The config of the single run that replica `k` is."""
         own = {name: values[k] for name, values in vars(self.per_replica).items() if values}
         own = {"seed": self.seed + k, "replicas": 1, "per_replica": PerReplica()} | own
         for name, part in (("optimizer", self.optimizer), ("model", self.model)):

@@ -15,8 +15,7 @@ from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig
-from transformer.parallel.devices import cpu_cores
-from transformer.parallel.mesh import one_device_mesh, replicated
+from transformer.parallel.mesh import cpu_cores, one_device_mesh, replicated
 
 
 def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:

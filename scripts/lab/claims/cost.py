@@ -26,7 +26,7 @@ from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import einsum
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.model import Model
-from transformer.parallel.devices import cpu_cores
+from transformer.parallel.mesh import cpu_cores
 from transformer.training.costs import matmul_flops
 
 # Parts of a layer → the exponents of n and of d that the text gives.
