@@ -235,9 +235,7 @@ def test_what_a_mesh_does_not_divide_is_explained():
     refused(message, mesh.parameter_shardings, mesh_of(2, 2, 1), shapes, both)
     mesh.check_batch(mesh_of(2, 4, 1), 16)
     mesh.check_batch(mesh_of(1, 1, 1, 8, 8), 3)  # each replica has a batch of its own
-    refused(
-        "batch_size=12 does not divide .* multiple of 8", mesh.check_batch, mesh_of(2, 4, 1), 12
-    )
+    refused("batch_size=12 .* a multiple of 8", mesh.check_batch, mesh_of(2, 4, 1), 12)
 
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):

@@ -16,10 +16,11 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
 from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unpacked_rows
 from transformer.data.streaming import StreamedDataset
-from transformer.errors import UserError, choose, within
+from transformer.errors import UserError, choose
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
 from transformer.inference.generation import Generator
+from transformer.knobs import Range
 from transformer.metrics import finalize
 from transformer.modules.model import Model
 from transformer.parallel import hosts, replicas
@@ -247,7 +248,7 @@ class Run:
         `replica` is the index of the model in a population.
         """
         config = self.config
-        within("replica", replica, 0, config.replicas - 1)
+        Range(0, config.replicas - 1).check("replica", replica)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             all_variables = self.restore(checkpoint).variables()
             variables = replicas.split_replicas(all_variables, config.replicas)[replica]
