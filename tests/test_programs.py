@@ -225,7 +225,7 @@ LEARNED = "--config.model.position_encoding=learned --config.model.max_length=4"
         ("--config=configs/toy_revers.py", r"toy_revers.py: there is no such file"),
         ("--workdr=runs/x", r"Unknown command line flag 'workdr'. Did you mean: workdir"),
         ("runs/x", r"'runs/x' is not a flag"),
-        ("--config README.md", r"--config=README.md: SyntaxError"),
+        ("--config README.md", r"error: README.md: SyntaxError"),
         (LEARNED, "longest .* data.train: 6 tokens.*max_length=4; raise it, or choose sinusoidal"),
     ],
 )

@@ -180,7 +180,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses `argv` into absl's flags; a UserError says which flag or override is wrong."""
     # Expand `~` as the shell does at the start of a word.
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
-    config = read_config_file(argv)
+    words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
+    paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
+    config = load_config(paths[-1]) if paths else None  # explains what is wrong with the file
     try:
         rest = flags.FLAGS(argv)
     except SystemExit:  # absl exits with status 1 after --help
@@ -194,16 +196,6 @@ def parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
-
-
-def read_config_file(argv: Sequence[str]) -> ConfigDict | None:
-    """Returns the config in the file that `--config` names, without overrides; None: no file."""
-    words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
-    paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
-    try:
-        return load_config(paths[-1]) if paths else None
-    except UserError as error:
-        raise UserError(f"--config={error}") from error
 
 
 def explain_flag(argv: Sequence[str], config: ConfigDict | None, message: str) -> str:

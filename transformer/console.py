@@ -55,10 +55,7 @@ def facts(rows: Mapping[str, str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table of a column of text and columns of numbers.
-
-    A terminal that is narrower than its words gets each row as a list.
-    """
+    """Prints a column of text and columns of numbers; each row as a list if they do not fit."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")

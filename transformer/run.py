@@ -157,9 +157,8 @@ class Run:
     @cached_property
     def abstract_state(self) -> TrainState:
         """The shapes, dtypes and shardings of the train state."""
-        config = self.config
-        state = step.abstract_state(self.model, config, self.mesh)
-        return replicas.add_replica_axis(state, config.replicas)
+        state = step.abstract_state(self.model, self.config, self.mesh)
+        return replicas.add_replica_axis(state, self.config.replicas)
 
     def _jit(self, function: Callable, *axes: int | None, where: Any = None, **options) -> Any:
         """Compiles `function` of a single run for all replicas; results are sharded `where`."""
