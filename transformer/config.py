@@ -25,6 +25,7 @@ from transformer.parallel.replicas import PerReplica, Population
 from transformer.training.optimizer import OptimizerConfig
 
 TEXT_METRIC = Choice(TEXT_METRICS)
+loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
 FREE_KNOBS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "debug_nans", "mesh.")
@@ -116,9 +117,6 @@ class RunConfig(Population):
                 remedy = "define it in a module that config.plugins names"
                 raise UserError(f"{knob}={value} is defined for this process alone; {remedy}")
         return run
-
-
-loaded_plugins: set[str] = set()
 
 
 def load_plugins(names: Iterable[str]) -> None:
