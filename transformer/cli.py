@@ -1,6 +1,5 @@
 """Flags, JAX configuration and one-line error messages, shared by the programs."""
 
-import functools
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ import jax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
 
 from transformer.config import RunConfig, flat_knobs, load_config, load_plugins
 from transformer.console import console, tolerate_closed_output
@@ -216,10 +216,8 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, message: str) -
     kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple"}
     for name, value in overrides:
         if f"--config.{name}=" in message or value is None:
-            *sections, knob = name.split(".")
-            kind = functools.reduce(getattr, sections, config).get_type(knob)  # of None too
             given = f"--config.{name}" + ("" if value is None else f"={value}")
-            takes = kinds.get(kind, "a word")
+            takes = kinds.get(config_path.get_type(name, config), "a word")
             return f"{given}: it takes {takes}; without this flag it is {knobs[name]}"
     return message
 
