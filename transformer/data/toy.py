@@ -1,10 +1,9 @@
 """Toy string-to-string tasks as the TFDS dataset `toy_strings/{task}_{size}`.
 
-A seeded generator draws the strings, so every machine prepares the same bytes without a download
-and without TensorFlow. The hash of a source decides its split, so no string is in two; the strings
-of a split are distinct. Lengths are uniform as far as there are enough strings: a length with fewer
-than its share (there are 26 strings of one letter) contributes all of them, and the longer lengths
-share the rest. `test_longer` has lengths beyond training's.
+A seeded generator draws the strings, so every machine prepares the same bytes. The hash of a source
+decides its split, so no string is in two; the strings of a split are distinct. Lengths are uniform,
+but a length with fewer strings than its share (there are 26 of one letter) contributes all of them,
+and the longer lengths share the rest. `test_longer` has lengths beyond training's.
 """
 
 import hashlib
@@ -21,40 +20,25 @@ SPLITS = ("train", "validation", "test", "test_longer")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-def copy(source: str) -> str:
-    """hello → hello"""
-    return source
-
-
-def reverse(source: str) -> str:
-    """hello → olleh"""
-    return source[::-1]
-
-
-def sort(source: str) -> str:
-    """hello → ehllo"""
-    return "".join(sorted(source))
-
-
-def add(source: str) -> str | None:
-    """12+34 → 46"""
-    left, plus, right = source.partition("+")
-    return str(int(left) + int(right)) if plus and left.isdigit() and right.isdigit() else None
-
-
 class Task(NamedTuple):
-    """A function from source to target, whose docstring is an example, and their characters."""
+    """A function from source to target, an example, and their characters."""
 
     function: Callable[[str], str | None]  # None: the string is not a valid source
+    example: str  # source → target
     alphabet: str = ALPHABET  # sources are drawn from these characters
     target_only: str = ""  # further characters of targets
 
 
+def _add(source: str) -> str | None:
+    left, _, right = source.partition("+")
+    return str(int(left) + int(right)) if left.isdigit() and right.isdigit() else None
+
+
 TASKS = {
-    "copy": Task(copy),
-    "reverse": Task(reverse),
-    "sort": Task(sort),
-    "add": Task(add, alphabet="0123456789+"),
+    "copy": Task(lambda source: source, "hello → hello"),
+    "reverse": Task(lambda source: source[::-1], "hello → olleh"),
+    "sort": Task(lambda source: "".join(sorted(source)), "hello → ehllo"),
+    "add": Task(_add, "12+34 → 46", alphabet="0123456789+"),
 }
 
 
