@@ -16,9 +16,8 @@ import tensorflow_datasets as tfds
 
 from tests.helpers import TOKENIZER, data_config, refused
 from tests.test_programs import ROOT
-from transformer.data.batches import Dataset
+from transformer.data.batches import ROUNDS, Dataset, permute
 from transformer.data.corpus import open_corpus
-from transformer.data.permutation import ROUNDS, permute
 from transformer.data.tokenizer import PAD
 from transformer.data.toy import ALPHABET, SIZES, SPLITS, TASKS, Size, draw, split_of
 from transformer.errors import UserError
@@ -57,7 +56,7 @@ def test_splits_share_no_string_and_are_as_large_as_they_say(name, size):
 
 def test_tasks_by_example_and_drawing_is_deterministic_with_uniform_lengths():
     for task in TASKS.values():
-        source, target = task.function.__doc__.split(" → ")
+        source, target = task.example.split(" → ")
         assert task.function(source) == target
     counts = Counter(map(len, draw(TASKS["reverse"], SIZES["small"], "test")))
     assert counts[1] < 10  # a tenth of 26, all of them

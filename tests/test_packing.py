@@ -7,8 +7,7 @@ import pytest
 
 from tests.helpers import TOKENIZER, logits_of, random_params, refused, small_model, training
 from transformer.data.batches import make_batch
-from transformer.data.packing import pack_rows, unpacked_rows
-from transformer.data.ragged import RaggedArray, TokenPairs
+from transformer.data.packing import RaggedArray, TokenPairs, pack_rows, unpacked_rows
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.loss import cross_entropy
 

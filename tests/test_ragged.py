@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import data_config
 from transformer.data.corpus import open_corpus
-from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs
+from transformer.data.packing import RaggedArray, TokenPairs, cached_pairs
 
 ROWS = [[[5, 2], [2]], [[6, 7, 2], [8, 2]]], [[[9, 9, 9, 2]], [[2]]]
 PARTS = [TokenPairs(*map(RaggedArray.from_lists, part)) for part in ROWS]

@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformer.console import progress, status
 from transformer.data.batches import Dataset
 from transformer.data.config import DataConfig
 from transformer.data.datasets import CHUNK, PreparedDataset, open_dataset
-from transformer.data.packing import unpacked_rows
-from transformer.data.ragged import RaggedArray, TokenPairs, cached_pairs
+from transformer.data.packing import RaggedArray, TokenPairs, cached_pairs, unpacked_rows
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
 from transformer.errors import explained
@@ -31,7 +30,6 @@ class Tokenizers(NamedTuple):
     target: Tokenizer
 
     def encode(self, sources: Sequence[str], targets: Sequence[str]) -> TokenPairs:
-        """The tokens of pairs of texts."""
         tokens = self.source.encode_all(sources), self.target.encode_all(targets)
         return TokenPairs(*map(RaggedArray.from_lists, tokens))
 
@@ -62,18 +60,16 @@ class Corpus:
         """Says which examples the dataset skipped: `train: 1 empty (line 3)`; empty if unknown."""
         return getattr(self.dataset.builder, "left_out", str)()
 
-    def texts(self, split: str) -> tuple[list[str], list[str]]:
-        """The sources and the targets of `split`."""
-        sides = zip(*self.dataset.texts(split), strict=True)
-        sources, targets = (list(itertools.chain.from_iterable(side)) for side in sides)
-        return sources, targets
+    def texts(self, split: str, *fields: str) -> tuple[list[Any], ...]:
+        """The sources and the targets of `split`, or other fields."""
+        columns = zip(*self.dataset.texts(split, fields=fields), strict=True)
+        return tuple(list(itertools.chain.from_iterable(column)) for column in columns)
 
     def references(self, split: str) -> list[list[str]]:
         """The references of each source, the primary one first."""
-        if "references" not in self.dataset.builder.info.features:
-            return [[target] for target in self.texts(split)[1]]
-        chunks = self.dataset.texts(split, fields=["references"])
-        return [own for (chunk,) in chunks for own in chunk]
+        if "references" in self.dataset.builder.info.features:
+            return self.texts(split, "references")[0]
+        return [[target] for target in self.texts(split)[1]]
 
     def tokens(self, split: str) -> TokenPairs:
         """All tokens of a split, cached in files next to the dataset."""
@@ -83,8 +79,8 @@ class Corpus:
         chunks = -(-dataset.num_examples(name) // CHUNK)
 
         def tokenize() -> Iterator[TokenPairs]:
-            for sources, targets in progress(dataset.texts(name), chunks, f"tokens of {name}"):
-                yield self.tokenizers.encode(sources, targets)
+            for texts in progress(dataset.texts(name), chunks, f"tokens of {name}"):
+                yield self.tokenizers.encode(*texts)
 
         key = _cache_key(f"{name} {dataset.fields} {self.tokenizers.digests()} {VERSION}")
         folder = Path(dataset.builder.data_dir) / "tokens" / key
@@ -158,10 +154,9 @@ def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokeniz
         sides = {"shared": (0, 1), "source": (0,), "target": (1,)}[side]
         count = dataset.num_examples(split) * len(sides)
         stride = -(-count // ENOUGH)
-        some = f"{-(-count // stride):,} of " if stride > 1 else ""
         chunks = dataset.texts(split, stride)
         texts = (text for chunk in chunks for which in sides for text in chunk[which])
-        with status(f"learning {kind} from {some}{count:,} texts", "learned"):
+        with status(f"learning {kind} from {-(-count // stride):,} texts", "learned"):
             tokenizer = TOKENIZERS[kind].learn(texts, config.vocab_size)
         with contextlib.suppress(OSError):  # the folder may be read-only
             write_atomically(cache, tokenizer.to_bytes())

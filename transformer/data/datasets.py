@@ -45,7 +45,6 @@ class PreparedDataset:
         return self.split_names.get(name, name)
 
     def num_examples(self, split: str) -> int:
-        """The number of examples of a split."""
         split, splits = self.split(split), self.builder.info.splits
         named = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
         with explained(
@@ -179,27 +178,23 @@ DATASETS: dict[str, Callable[[DataConfig, str | None], PreparedDataset]] = {
 @quiet()
 def prepare(make: Callable[..., Any], name: str, data_dir: str | None) -> Any:
     """The builder that `make(data_dir=…)` returns, with its dataset `name` prepared on disk."""
-
-    def find() -> Any:
-        with readable(name, data_dir):
-            return make(data_dir=data_dir)
-
-    builder = find()
-    if not builder.is_prepared():
-        print(f"preparing {builder.info.full_name} under {builder.data_dir}")
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints notes
-                builder.download_and_prepare(file_format="array_record")
-        except UserError:
-            raise
-        except Exception as error:  # TFDS and array_record raise their own types
-            builder = find()
-            if not builder.is_prepared():  # nor by another process meanwhile
-                place = f"{builder.info.full_name} under {builder.data_dir}"
-                raise UserError(f"cannot prepare {place}: {_cause_and_remedy(error)}") from error
     with readable(name, data_dir):
+        builder = make(data_dir=data_dir)
+        if not builder.is_prepared():
+            place = f"{builder.info.full_name} under {builder.data_dir}"
+            print(f"preparing {place}")
+            if not sys.stderr.isatty():
+                tfds.disable_progress_bar()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints notes
+                    builder.download_and_prepare(file_format="array_record")
+            except UserError:
+                raise
+            except Exception as error:  # TFDS and array_record raise their own types
+                builder = make(data_dir=data_dir)
+                if not builder.is_prepared():  # nor by another process meanwhile
+                    message = f"cannot prepare {place}: {_cause_and_remedy(error)}"
+                    raise UserError(message) from error
         if not builder.info.splits:  # TFDS accepts any folder of that name
             raise ValueError("it has no splits")
         formats = builder.info.available_file_formats()

@@ -1,15 +1,127 @@
-"""Training rows: one example per row (unpacked) or as many as fit (packed)."""
+"""Token sequences of unequal length, in memory or in files, and the training rows made of them.
 
+A row holds one example (unpacked) or as many as fit (packed).
+"""
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from transformer.data.ragged import RaggedArray, TokenPairs
+from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
+from transformer.files import checksum, temporary
 
+MANIFEST = "manifest.json"
 Sides = tuple[Int[np.ndarray, "*B S"], Int[np.ndarray, "*B T"]]  # sources and targets, int32
 OPEN_ROWS = 64  # newest rows in which `_first_fit` looks for room
+
+
+class RaggedArray:
+    """Rows of the given lengths, cut in order from int32 values, which may be a mapped file."""
+
+    def __init__(self, values: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "rows"]):
+        self.values = values
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])  # row i begins at offsets[i]
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]]) -> "RaggedArray":
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
+        return cls(values, lengths)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["RaggedArray"]) -> "RaggedArray":
+        values, lengths = zip(*((part.values, part.lengths()) for part in parts), strict=True)
+        return cls(np.concatenate(values), np.concatenate(lengths))
+
+    @classmethod
+    def map_files(cls, path: str) -> "RaggedArray":
+        """A side of `cached_pairs`; only the values that are accessed are read."""
+        values = np.memmap(f"{path}.values", np.int32, "r")
+        return cls(values, np.fromfile(f"{path}.lengths", np.int32))
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        """Pickles mapped files by name: worker processes map them again."""
+        if isinstance(self.values, np.memmap):
+            return RaggedArray.map_files, (str(self.values.filename).removesuffix(".values"),)
+        return RaggedArray, (self.values, self.lengths())
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> Int[np.ndarray, "rows"]:
+        return np.diff(self.offsets)
+
+    def take(self, index: Int[np.ndarray, "taken"]) -> "RaggedArray":
+        first = self.offsets[index]
+        lengths = self.offsets[index + 1] - first
+        shift = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+        return RaggedArray(self.values[np.arange(len(shift)) + shift], lengths)
+
+    def to_padded(self, width: int) -> Int[np.ndarray, "rows {width}"]:
+        """An int32 array of the rows, padded at the end."""
+        tokens = np.full((len(self), width), PAD, np.int32)
+        tokens[np.arange(width) < self.lengths()[:, None]] = self.values
+        return tokens
+
+
+class TokenPairs(NamedTuple):
+    """Tokenized sources and their targets in the same order; each sequence ends with EOS."""
+
+    source: RaggedArray
+    target: RaggedArray
+
+    def lengths(self) -> Int[np.ndarray, "pairs 2"]:
+        """The numbers of tokens of each source and its target, EOS included."""
+        return np.stack([self.source.lengths(), self.target.lengths()], axis=1)
+
+
+def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> TokenPairs:
+    """The pairs stored in `folder`, or those that `tokenize()` yields, which are then stored there.
+
+    Checksums are verified at each call, and a damaged folder is rewritten. If `folder` cannot be
+    written (a read-only dataset, a full disk), the pairs are kept in memory.
+    """
+    if folder.is_dir():
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == _checksums(folder):
+                return _map_pairs(folder)
+        print(f"{folder} is damaged and is written again")
+        shutil.rmtree(folder, ignore_errors=True)
+    fresh = temporary(folder)
+    try:
+        fresh.mkdir(parents=True)
+        for chunk in tokenize():
+            for side, rows in chunk._asdict().items():
+                for kind, numbers in (("values", rows.values), ("lengths", rows.lengths())):
+                    with (fresh / f"{side}.{kind}").open("ab") as file:
+                        file.write(numbers.astype(np.int32).tobytes())
+        (fresh / MANIFEST).write_text(json.dumps(_checksums(fresh)), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process has finished first
+            fresh.rename(folder)
+        return _map_pairs(folder)
+    except OSError:
+        sides = zip(*tokenize(), strict=True)
+        return TokenPairs(*map(RaggedArray.concatenate, sides))
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _map_pairs(folder: Path) -> TokenPairs:
+    return TokenPairs(*(RaggedArray.map_files(str(folder / side)) for side in TokenPairs._fields))
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    sides = itertools.product(TokenPairs._fields, ("values", "lengths"))
+    return {f"{side}.{kind}": checksum(folder / f"{side}.{kind}") for side, kind in sides}
 
 
 @dataclass(frozen=True)

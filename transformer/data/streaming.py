@@ -15,9 +15,8 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from transformer.data.batches import Batch, BatchWindow, make_batch
+from transformer.data.batches import Batch, BatchWindow, make_batch, permute_numpy, round_keys
 from transformer.data.packing import Sides, TokenRows
-from transformer.data.permutation import permute_numpy, round_keys
 from transformer.errors import explained, needs
 from transformer.parallel.mesh import partition_spec, place
 
@@ -47,17 +46,17 @@ class StreamedDataset:
         with needs("text"):
             import grain
         self.grain = grain
-        row_bytes = sum(self.rows.widths) * np.dtype(np.int32).itemsize
-        fitting = WINDOW_BYTES // (self.batch_size * row_bytes)
+        fitting = WINDOW_BYTES // (self.batch_size * sum(self.rows.widths) * 4)  # bytes of an int32
         self.window_steps = min(WINDOW_STEPS, max(1, fitting))
         self.windows: Any = None  # an iterator, once workers are started
-        self.held: BatchWindow | None = None  # holds the steps `begin` to `end` - 1
-        self.begin = self.end = 0
+        self.held: Any = None  # the newest window
+        self.steps = range(0)  # of that window
         self.waited: list[bool] = []  # for each window since the last `wait_share`
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
         begin = int(step)
-        source, target = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)[begin]
+        drawn = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)
+        source, target = drawn.of_step(begin)
         return make_batch(jnp.asarray(source), jnp.asarray(target), self.rows.packed)
 
     def empty_window(self) -> BatchWindow:
@@ -65,8 +64,8 @@ class StreamedDataset:
 
     def window(self, step: int) -> tuple[BatchWindow, int]:
         """A step neither in the last window nor directly after it restarts the workers."""
-        if self.held is None or not self.begin <= step < self.end:
-            if self.windows is None or step != self.end:
+        if step not in self.steps:
+            if self.windows is None or step != self.steps.stop:
                 self.close()
                 self.windows = self.start_workers(step)
             started = time.perf_counter()
@@ -76,8 +75,8 @@ class StreamedDataset:
             ):
                 self.held = next(self.windows)
             self.waited.append(time.perf_counter() - started > READY)
-            self.begin, self.end = step, min(step + self.window_steps, self.num_steps)
-        return self.held, self.end - step
+            self.steps = range(step, min(step + self.window_steps, self.num_steps))
+        return self.held, self.steps.stop - step
 
     def wait_share(self) -> float | None:
         share = sum(self.waited) / max(len(self.waited), 1)
@@ -94,8 +93,8 @@ class StreamedDataset:
         if not flags.FLAGS.is_parsed():  # grain reads its flags, in a test or a notebook too
             flags.FLAGS.mark_as_parsed()
         grain = self.grain
-        source: Any = HostBatches(self.rows, self.batch_size, self.keys, begin, self.num_steps)
-        batches = grain.MapDataset.source(source)[begin : self.num_steps]
+        drawn = HostBatches(self.rows, self.batch_size, self.keys, begin, self.num_steps)
+        batches = grain.MapDataset.range(begin, self.num_steps).map(drawn.of_step)
         workers = grain.MultiprocessingOptions(
             num_workers=self.num_workers, per_worker_buffer_size=BATCHES_AHEAD
         )
@@ -129,29 +128,25 @@ class StreamedDataset:
 
 
 class HostBatches:
-    """The rows of the batches of steps `begin` to `end` - 1 in NumPy: a source for grain."""
+    """The rows of the batches of steps `begin` to `end` - 1 in NumPy."""
 
     def __init__(self, rows: TokenRows, batch_size: int, keys: Array, begin: int, end: int):
-        self.rows, self.batch_size, self.end = rows, batch_size, end
+        self.rows, self.batch_size = rows, batch_size
         self.first_epoch, last = (step * batch_size // len(rows) for step in (begin, end))
         epochs = jnp.arange(self.first_epoch, last + 1, dtype=jnp.uint32)
         each_epoch = jax.vmap(round_keys, (None, 0))
         drawn = jax.jit(jax.vmap(each_epoch, (0, None)))(jnp.atleast_1d(keys), epochs)
-        self.round_keys, self.replicas = np.asarray(drawn), keys.shape
+        self.round_keys, self.shape = np.asarray(drawn), (*keys.shape, batch_size, -1)
 
-    def __len__(self) -> int:
-        return self.end
-
-    def __getitem__(self, step: int) -> Sides:
+    def of_step(self, step: int) -> Sides:
         size = len(self.rows)
         epoch, within = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
         found = [
             self.rows.take(permute_numpy(within, size, keys[epoch - self.first_epoch]))
             for keys in self.round_keys
         ]
-        source, target = map(np.stack, zip(*found, strict=True))
-        rows = *self.replicas, self.batch_size
-        return source.reshape(*rows, -1), target.reshape(*rows, -1)
+        source, target = (np.stack(side).reshape(self.shape) for side in zip(*found, strict=True))
+        return source, target
 
 
 def _live_with(parent: int, *_: int) -> None:

@@ -1,12 +1,8 @@
-"""Files of text pairs as the TFDS dataset `text_pairs`; docs/data.md describes them.
+"""Files of text pairs as the TFDS dataset `text_pairs`; docs/data.md describes their formats.
 
-    corpus/train.tsv                  source, tab, target
-    corpus/train.de,corpus/train.en   two files: line n of the second is the target of line n
-    corpus/train.jsonl                one object per line with both texts, named by `fields`
-
-each optionally compressed, as .gz. `validation` and `test` are files too, or are cut from the
-training file by the hash of a source. A pair of a given file is removed from the splits before it.
-The dataset's name contains a hash of the files' content, so a changed file is another dataset.
+`validation` and `test` are files too, or are cut from the training file by the hash of a source. A
+pair of a given file is removed from the splits before it. The dataset's name contains a hash of
+the files' content, so a changed file is another dataset.
 """
 
 import gzip
@@ -148,10 +144,9 @@ class FilesConfig(tfds.core.BuilderConfig):
     files: dict[str, str]
     fields: tuple[str, str]
 
-    def read(self, split: str, tally: Tally | None = None) -> Iterator[tuple[int, str, str]]:
+    def read(self, split: str, tally: Tally) -> Iterator[tuple[int, str, str]]:
         """Line numbers, sources and targets of a split; `tally` counts the other lines."""
-        files, tally = self.files[split], Tally() if tally is None else tally
-        found, number, skipped = paths(files), 0, 0
+        files, found, number, skipped = self.files[split], paths(self.files[split]), 0, 0
         is_json = len(found) == 1 and kind(found[0]) in JSON
         for name in () if is_json else self.fields:
             knobs = f"the names of the texts of {found[0]}, data.source, data.target"
@@ -197,20 +192,19 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        metadata = tfds.core.MetadataDict()
-        return dataset_info(self, disable_shuffling=True, metadata=metadata)
+        return dataset_info(self, disable_shuffling=True, metadata=tfds.core.MetadataDict())
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         config = cast(FilesConfig, self.builder_config)
         # Pairs of a given test file are in no other split; those of validation not in train.
         held_out = {
-            split: {_fingerprint(*texts) for _, *texts in config.read(split)}
+            split: {_fingerprint(*texts) for _, *texts in config.read(split, Tally())}
             for split in ("test", "validation")
             if split in config.files
         }
         splits = set(config.files)
         if "train" in splits and len(splits) < len(SPLITS):  # few pairs may not fill each
-            splits |= {split_of(source) for _, source, _ in config.read("train")}
+            splits |= {split_of(source) for _, source, _ in config.read("train", Tally())}
         return {k: self._generate_examples(k, held_out) for k in SPLITS if k in splits}
 
     def _generate_examples(self, split: str, held_out: dict[str, set[bytes]]) -> Iterator:

@@ -10,7 +10,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,11 +55,9 @@ class Tokenizer(abc.ABC):
         return {BOS: "⊢", EOS: "⊣"}.get(token) or self.pieces[token]
 
     def count_unknown(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """The number of unknown tokens."""
         if self.unknown_id is None:
             return 0
-        parts = (tokens[k : k + 2**24] for k in range(0, len(tokens), 2**24))  # saves memory
-        return sum(int(np.count_nonzero(np.asarray(part) == self.unknown_id)) for part in parts)
+        return int(np.count_nonzero(np.asarray(tokens) == self.unknown_id))
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
@@ -98,17 +96,15 @@ class SymbolTokenizer(Tokenizer):
         return cls(**json.loads(saved))
 
     def encode(self, text: str) -> list[int]:
-        symbols, other = text.split() if self.separator else text, self.unknown_id
-        if other is not None:
-            return [*(self.ids.get(symbol, other) for symbol in symbols), EOS]
-        try:
-            return [*(self.ids[symbol] for symbol in symbols), EOS]
-        except KeyError as unknown:
-            (symbol,) = unknown.args
+        symbols = text.split() if self.separator else text
+        ids: list[Any] = [self.ids.get(symbol, self.unknown_id) for symbol in symbols]
+        if None in ids:
+            symbol = symbols[ids.index(None)]
             raise UserError(
                 f"{symbol!r} in {reprlib.repr(text)} is not one of the tokenizer's symbols "
                 f"{self.separator.join(self.symbols)}{nearest(symbol.lower(), self.ids)}"
-            ) from None
+            )
+        return [*ids, EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.separator.join(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
-from transformer.data.ragged import RaggedArray
+from transformer.data.packing import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
 from transformer.errors import UserError, out_of_memory
