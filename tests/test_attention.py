@@ -280,12 +280,9 @@ def test_a_config_says_what_auto_comes_to():
     assert small_model(attention_backend="xla").config.backend_at(4096) == "xla"
 
 
-def test_without_its_gpu_cudnn_is_one_line(rng):
+def test_a_backend_that_is_unknown_or_lacks_its_gpu_is_one_line(rng):
+    message = r"backend=einsums: choose one of .*did you mean einsum"
+    refused(message, make_attention, backend="einsums")
     query, *rest = (each.astype(jnp.bfloat16) for each in long_qkv(rng, SHORT_MASKS["causal"]))
     refused("attention_backend=cudnn.*choose another", ATTENTION_BACKENDS["cudnn"], query, *rest)
     ATTENTION_BACKENDS["cudnn"](query[:, :, :4], *rest)  # a step of decoding is einsum's
-
-
-def test_an_unknown_backend_is_an_error_that_lists_them():
-    message = r"backend=einsums: choose one of .*did you mean einsum"
-    refused(message, make_attention, backend="einsums")

@@ -1,5 +1,3 @@
-"""The claims page: its rules, its measurements, and that it notices what is not so."""
-
 import os
 import re
 import shutil

@@ -1,5 +1,3 @@
-"""The configs: every knob matters, every shipped file builds and takes a step."""
-
 import importlib
 import re
 from functools import cache, cached_property, partial

@@ -1,5 +1,3 @@
-"""The count of floating-point operations against sums done by hand, and against the compiler."""
-
 from functools import partial
 from typing import Any
 

@@ -166,7 +166,6 @@ def test_permute_is_a_uniform_permutation_and_its_order_is_pinned(rng):
 
 
 def order_of(examples, batch_size, seed, steps):
-    """The examples of some batches."""
     source = jnp.arange(examples, dtype=jnp.int32)[:, None]
     data, key = Dataset(source, source, batch_size), jax.random.key(seed)
     batch = jax.jit(lambda step: data.batch(key, step).source[:, 0])

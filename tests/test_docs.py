@@ -1,5 +1,3 @@
-"""The documentation names files, options and sections that exist."""
-
 import re
 
 import pytest
@@ -23,15 +21,13 @@ def paragraphs(page):
 
 
 @pages
-def test_the_files_that_a_page_names_exist(page):
+def test_the_files_options_and_tests_that_a_page_names_exist(page):
     made = {"configs/ablations/NAME.py", *re.findall(r"```python\n# (\S+)", TEXTS[page])}
     names = set(FILE.findall(paragraphs(page))) - made
     assert not [name for name in names if not (ROOT / name).exists()]
-
-
-@pages
-def test_the_options_that_a_page_names_exist(page):
     assert set(re.findall(r"--config\.([a-z_][\w.]*\w)", paragraphs(page))) <= KNOBS
+    for file, word in re.findall(r"(tests/\w+\.py) -k (\w+)", paragraphs(page)):
+        assert re.search(rf"def test_\w*{word}", (ROOT / file).read_text()), (file, word)
 
 
 @pages
@@ -53,12 +49,6 @@ def test_the_flags_of_a_command_exist(page):
         text = (ROOT / program).read_text() + shared
         for flag in re.findall(r"--(\w+)(?!\w*\.)\b", words):
             assert re.search(rf'"(?:--)?{flag}"', text), command
-
-
-@pages
-def test_the_tests_that_a_page_selects_exist(page):
-    for file, word in re.findall(r"(tests/\w+\.py) -k (\w+)", paragraphs(page)):
-        assert re.search(rf"def test_\w*{word}", (ROOT / file).read_text()), (file, word)
 
 
 def test_the_options_page_lists_every_option():

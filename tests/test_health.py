@@ -1,5 +1,3 @@
-"""NaN and Inf in training, and losses that jump."""
-
 import os
 import re
 

@@ -89,7 +89,6 @@ def test_every_kind_has_as_many_parameters(kind, width, ff_width):
 
 @pytest.mark.parametrize("init", INITIALIZERS)
 def test_matrices_begin_with_the_variance_of_their_initialisers_paper(init):
-    """Whatever the division into heads."""
     fans = [(64, 96), (96, 64), (64, 128), (128, 64)]  # of heads 2 · 48; of ff_width 128
     variances = {"lecun_normal": lambda fan_in, _: 1 / fan_in, "normal": lambda *_: 0.02**2}
     variances["he_normal"] = lambda fan_in, _: 2 / fan_in
@@ -226,13 +225,12 @@ def test_batch_mates_and_other_positions_matter_to_batch_norm_in_training_alone(
     evaluate = partial(layers.apply_norm, norm, deterministic=True)
     np.testing.assert_array_equal(evaluate(x)[0, 0], evaluate(changed)[0, 0])
     np.testing.assert_array_equal(evaluate(x)[:1], evaluate(x[:1]))
-    one, other = (layers.apply_norm(norm, each, SEGMENTS > 0) for each in (x, changed))
-    assert (one[0, 0] == other[0, 0]).all() == (name != "batch")
-
-
-def test_no_norm_is_the_identity():
-    x = jnp.ones((2, WIDTH))
-    assert make_norm(NORMS["none"])(x) is x
+    littered = jnp.where(SEGMENTS[..., None] > 0, x, 7.0)  # where no tokens are
+    inputs = (x, changed, littered)
+    one, other, same = (layers.apply_norm(norm, each, SEGMENTS > 0)[0, 0] for each in inputs)
+    assert (one == other).all() == (name != "batch")
+    np.testing.assert_array_equal(one, same)
+    assert name != "none" or norm(x) is x
 
 
 @each_norm

@@ -1,5 +1,3 @@
-"""The layout: imports run one way, files and functions stay small, every knob is explained."""
-
 import ast
 import re
 import subprocess

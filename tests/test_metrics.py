@@ -37,13 +37,6 @@ def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_ma
     for k, part in enumerate(split_replicas(sums, 2)):
         expected = {name: values[k] for name, (_, values) in table.items()} | speeds
         assert finalize(Interval(part, seconds=2.0)) == expected
-
-
-def test_each_replica_has_its_part_of_a_populations_arrays_and_metrics_have_a_mean():
-    tree = {"a": jnp.arange(6.0).reshape(3, 2), "b": (jnp.array([7, 8, 9]),)}
-    found = [(part["a"].tolist(), int(part["b"][0])) for part in split_replicas(tree, 3)]
-    assert found == [([0, 1], 7), ([2, 3], 8), ([4, 5], 9)]
-    assert split_replicas(tree, 1) == [tree]
     assert mean_over_replicas([{"a": 1.0, "b": 3}, {"a": 2.0, "b": 5}]) == {"a": 1.5, "b": 4.0}
     assert mean_over_replicas([{"a": 1.0}]) == {"a": 1.0}
 

@@ -13,7 +13,6 @@ from transformer.loss import cross_entropy
 
 
 def row(*pairs, source_length=16, target_length=14):
-    """One row of several pairs of texts."""
     sides = []
     for texts, length in zip(zip(*pairs, strict=True), (source_length, target_length), strict=True):
         tokens = [token for text in texts for token in TOKENIZER.encode(text)]

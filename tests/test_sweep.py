@@ -1,5 +1,3 @@
-"""Sweeps: what is planned together, what a report says of known effects, and a kill in between."""
-
 import json
 from functools import partial
 

@@ -9,13 +9,8 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.inference.text_metrics import (
-    BLEU_TOKENIZERS,
-    TEXT_METRICS,
-    Texts,
-    bleu,
-    edit_distance,
-)
+from transformer.inference import text_metrics
+from transformer.inference.text_metrics import TEXT_METRICS, Texts, bleu
 
 approx = pytest.approx
 OUTPUTS = ["the cat sat on the mat", "there is no place like home .", ""]
@@ -44,7 +39,7 @@ UNITS = st.lists(st.sampled_from(["AH", "B", "K", "T"]), max_size=7).map(tuple)
 
 @given(UNITS, UNITS)
 def test_edit_distance_is_that_of_its_definition(one, other):
-    assert edit_distance(one, other) == by_definition(one, other)
+    assert text_metrics.edit_distance(one, other) == by_definition(one, other)
 
 
 def score(name, outputs, references):
@@ -136,7 +131,7 @@ def test_one_good_output_among_bad_ones_has_an_interval(name):
 
 
 def test_bleu_has_the_tokenizer_of_its_signature_and_warns_where_it_says_nothing():
-    assert set(BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
+    assert set(text_metrics.BLEU_TOKENIZERS) == set(sacrebleu.BLEU.TOKENIZERS)
     references = [["他們在公園裡吃了一個很大的蘋果"]] * 3
     outputs = ["他們在公園裡吃了一個很大的梨子"] * 3
     plain, zh = (bleu(Texts(outputs, references, tokenizer)) for tokenizer in ("13a", "zh"))

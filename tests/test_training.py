@@ -147,11 +147,9 @@ def test_the_average_follows_its_formula_and_evaluation_uses_it():
 
 
 def test_batch_norm_gathers_statistics_and_validation_uses_them():
-    model, config, init = pieces(norm="batch", position_encoding="none")
+    model, config, init = pieces(norm="batch")
     before, run = init(jnp.uint32(0)), runner(model, config)
     after = run(before, 5)[0]
-    # One norm before each of 5 sublayers, one at the end of each stack; mean and variance.
-    assert len(before.batch_stats) == 2 * (5 + 2)
     assert before.batch_stats.keys() == model.statistics == after.batch_stats.keys()
     for name, value in before.batch_stats.items():
         np.testing.assert_array_equal(value, float(name.endswith("/var")))
@@ -167,14 +165,6 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
     nll = score(after.variables(), DATA)["nll"]
     assert nll.sum() < score(after.params | before.batch_stats, DATA)["nll"].sum()
     np.testing.assert_allclose(score(after.variables(), DATA.head(1))["nll"], nll[:1], rtol=1e-5)
-
-    # After one step, by hand: the encoder's first norm reads the embedded tokens.
-    batch, seen = batch_of(before, DATA, 0), run(before, 1)[0].batch_stats
-    embedded = np.asarray(before.params["embedding/embedding"])[batch.source] * 16**0.5
-    real = embedded[np.asarray(batch.source_segments) > 0]
-    mean, variance = (seen[f"encoder/layers/0/residuals/0/norm/{k}"] for k in ("mean", "var"))
-    np.testing.assert_allclose(mean, 0.1 * real.mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(variance, 0.9 + 0.1 * real.var(0, ddof=1), rtol=1e-4)
 
 
 def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own():
