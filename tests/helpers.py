@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from transformer import cli
 from transformer.data.batches import Batch, make_batch
-from transformer.data.config import DataConfig
+from transformer.data.datasets import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
 from transformer.errors import UserError

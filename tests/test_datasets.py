@@ -104,11 +104,10 @@ def test_a_part_of_a_split_is_the_first_of_it_and_a_language_that_it_lacks_is_na
 WITHOUT_TENSORFLOW = """
 import sys
 from transformer.data import datasets
-from transformer.data.config import DataConfig
 from transformer.data.corpus import open_corpus
 
 data_dir, *names = sys.argv[1:]
-configs = [DataConfig(dataset=name, source="en", target="de") for name in names]
+configs = [datasets.DataConfig(dataset=name, source="en", target="de") for name in names]
 print(len(open_corpus(configs[0], data_dir).load("test", 4)))
 datasets.prepare = lambda make, name, data_dir: make(data_dir)
 for config in configs:

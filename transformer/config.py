@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from transformer import renamed
-from transformer.data.config import DataConfig
+from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
 from transformer.knobs import Choice, Count, Range, Rate, Size, constrained

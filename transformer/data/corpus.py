@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from transformer.console import progress, status
 from transformer.data.batches import Dataset
-from transformer.data.config import DataConfig
-from transformer.data.datasets import CHUNK, PreparedDataset, open_dataset
+from transformer.data.datasets import CHUNK, DataConfig, PreparedDataset, open_dataset
 from transformer.data.packing import RaggedArray, TokenPairs, cached_pairs, unpacked_rows
 from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
