@@ -252,6 +252,6 @@ def test_cmudict_has_variants_and_a_tenth_of_its_words_is_for_the_test():
     assert entries["hello"] == ["HH AH L OW", "HH EH L OW"]
     phonemes = {phone for own in entries.values() for text in own for phone in text.split()}
     assert len(phonemes) == 39
-    splits = [pronunciations.split_of(word) for word in entries]
+    splits = [pronunciations.split_of(word, 50, pronunciations.CUT) for word in entries]
     shares = [splits.count(split) / len(splits) for split in SPLITS]
     assert shares == pytest.approx([0.88, 0.02, 0.1], abs=0.01)

@@ -5,23 +5,17 @@ word with several pronunciations has one example for each in `train`, and one ex
 splits, whose `target` is the first and whose `references` are all of them.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 from typing import ClassVar, cast
 
 import tensorflow_datasets as tfds
 
-from transformer.data.text import SPLITS, dataset_info
+from transformer.data.text import SPLITS, dataset_info, split_of
 from transformer.errors import needs
 
 WORD = re.compile("[a-z']+")
-
-
-def split_of(word: str) -> str:
-    """The split of a word: one word in ten is in `test`, one in fifty in `validation`."""
-    part = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % 50
-    return "validation" if part == 0 else "test" if part <= 5 else "train"
+CUT = {0: "validation"} | dict.fromkeys(range(1, 6), "test")  # hash of a word, modulo 50 → split
 
 
 def pronunciations(stressed: bool) -> dict[str, list[str]]:
@@ -56,7 +50,7 @@ class Pronunciations(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, words: dict[str, list[str]]) -> Iterator:
         for word, own in words.items():
-            if split_of(word) == split:
+            if split_of(word, 50, CUT) == split:
                 for k, target in enumerate(own if split == "train" else own[:1]):
                     yield f"{word} {k}", {"source": word, "target": target, "references": own}
 

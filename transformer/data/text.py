@@ -128,9 +128,10 @@ def _parse(line: tuple[bytes, ...], fields: tuple[str, str], is_json: bool) -> l
     return texts if all(texts) else "with an empty text" if any(texts) else "empty"
 
 
-def split_of(source: str) -> str:
-    """The split of a pair of the training file if splits are taken from it."""
-    return CUT.get(int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % 100, "train")
+def split_of(source: str, modulus: int = 100, cut: Mapping[int, str] = CUT) -> str:
+    """The split of a pair whose split is not given, by the hash of its source."""
+    number = int.from_bytes(hashlib.sha256(source.encode()).digest()[:4])
+    return cut.get(number % modulus, "train")
 
 
 def _fingerprint(source: str, target: str) -> bytes:
