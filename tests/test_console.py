@@ -1,5 +1,3 @@
-"""What a run shows, where there is no terminal: a file, a pipe, a test."""
-
 import re
 import subprocess
 import sys

@@ -1,5 +1,3 @@
-"""The Colab notebook: its two files agree, it runs on this machine, and stops where it should."""
-
 import contextlib
 import importlib.util
 import json

@@ -1,5 +1,3 @@
-"""What is installed: within bounds, and with hashes for who wants the very same again."""
-
 import ast
 import itertools
 import re

@@ -1,5 +1,3 @@
-"""Streamed batches are those of the device, in order; workers end with their run."""
-
 import contextlib
 import itertools
 import multiprocessing
