@@ -86,9 +86,7 @@ def test_backends_follow_the_equation(backend, mask, kv_heads, with_bias, rng, m
 @each_sharing
 @each_mask
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "einsum"])
-def test_gradients_agree_with_the_reference_and_are_finite(
-    backend, mask, kv_heads, rng, monkeypatch
-):
+def test_gradients_are_finite_and_the_references(backend, mask, kv_heads, rng, monkeypatch):
     monkeypatch.setattr(backends, "CHUNK", 3)  # of four queries
     inputs = *make_qkv(rng, kv_heads), normal(rng, 1, N, T, S)
 
@@ -215,9 +213,7 @@ def long_qkv(rng, mask, kv_heads=N):
 @pytest.mark.parametrize("kv_heads", [N, 2])
 @pytest.mark.parametrize("mask", SHORT_MASKS.values(), ids=SHORT_MASKS.keys())
 @pytest.mark.parametrize("backend", backends.SHORT_MASK_BACKENDS)
-def test_short_masks_give_outputs_and_gradients_of_the_reference(
-    backend, mask, kv_heads, rng, monkeypatch
-):
+def test_short_masks_agree_with_the_reference(backend, mask, kv_heads, rng, monkeypatch):
     """Kernels are interpreted here; fully masked rows are zero and have finite gradients."""
     monkeypatch.setattr(backends, "CHUNK", 32)
     inputs, attend = long_qkv(rng, mask, kv_heads), ATTENTION_BACKENDS[backend]

@@ -111,9 +111,8 @@ def test_damage_to_a_dataset_is_refused_or_makes_no_difference(data_dir, tmp_pat
             shutil.rmtree(copy, ignore_errors=True)
             # Cached tokens would be read in place of the dataset.
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokens"))
-            (copy / path.name).unlink() if damage is None else (copy / path.name).write_bytes(
-                damage
-            )
+            file = copy / path.name
+            file.unlink() if damage is None else file.write_bytes(damage)
             try:
                 assert loaded(tmp_path) == whole, path.name
             except UserError as error:

@@ -155,9 +155,8 @@ def test_masked_batch_norm_is_flaxs_but_for_the_unbiased_running_variance():
 
 @pytest.mark.parametrize("name", ["MultiHeadAttention", "LayerNorm", "RMSNorm", "Embed", "Linear"])
 def test_arguments_are_flaxs_and_unknown_ones_a_type_error(name):
-    ours, theirs = (
-        inspect.signature(getattr(home, name)).parameters for home in (transformer, nnx)
-    )
+    parameters = [inspect.signature(getattr(home, name)).parameters for home in (transformer, nnx)]
+    ours, theirs = parameters
     for key in ours.keys() & theirs.keys() - {"options"}:
         assert ours[key].kind == theirs[key].kind, key
         if isinstance(theirs[key].default, int | float | str | bool | None):

@@ -170,9 +170,7 @@ def test_samples_are_sorted_and_beam_search_ranks_truncated_outputs_last(generat
         ("batch_size=0: it must be at least 1", "a", {"batch_size": 0}),
     ],
 )
-def test_texts_that_are_refused_and_wrong_arguments_are_user_errors(
-    message, text, options, generator
-):
+def test_refused_texts_and_wrong_arguments_are_user_errors(message, text, options, generator):
     refused(message, generator.generate, ["a", text], **options)
 
 
@@ -299,15 +297,11 @@ def test_a_refused_line_does_not_stop_the_others(predict, generator, found, monk
     monkeypatch.setattr(generator, "_decode", limited)
     out, errors = predict(GIVEN, "--alignments=/dev/null")
     assert out.split("\n")[:-1] == [own[0].text * (k != 3) for k, own in enumerate(found["greedy"])]
-    assert errors.startswith(
-        "line 4: 18 tokens need too much memory; split the text; its output is"
-    )
+    assert errors.startswith("line 4: 18 tokens need too much memory; split the text; its output")
     refused(r"texts\[3\]: 18 tokens", generator.generate, TEXTS)
 
 
-def test_no_output_shifts_lines_or_columns_and_unknown_symbols_are_counted(
-    predict, generator, monkeypatch
-):
+def test_outputs_shift_no_line_or_column_and_unknowns_are_counted(predict, generator, monkeypatch):
     known = SymbolTokenizer("abq", unknown=True)
     breaks = SymbolTokenizer(["\t", "\n", "\r", "\u2028", *"abcdefghijklmnopqrstuv"])
     monkeypatch.setattr(generator, "tokenizers", Tokenizers(known, breaks))

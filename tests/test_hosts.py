@@ -196,9 +196,7 @@ def test_flags_that_lead_nowhere_are_explained(monkeypatch, capsys):
     assert said.endswith("waiting for process 0, 1 s at most\n")
 
 
-def test_processes_left_out_are_explained_and_of_several_the_first_alone_writes(
-    monkeypatch, tmp_path
-):
+def test_processes_left_out_are_explained_and_the_first_alone_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     refused("one of 4 of a TPU slice; .* --coordinator=auto", find_devices)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

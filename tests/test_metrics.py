@@ -12,14 +12,8 @@ from tests.test_training import pieces, runner
 from transformer.console import console
 from transformer.files import to_json
 from transformer.parallel.replicas import mean_over_replicas, split_replicas
-from transformer.training.metrics import (
-    TRAIN_METRICS,
-    Interval,
-    MetricsWriter,
-    TrainMetric,
-    finalize,
-    read_metrics,
-)
+from transformer.training import metrics as train_metrics
+from transformer.training.metrics import Interval, MetricsWriter, TrainMetric, read_metrics
 from transformer.training.progress import ProgressBar
 
 
@@ -36,7 +30,7 @@ def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_ma
     speeds = {"train/steps_per_second": 2.0, "train/target_tokens_per_second": 10.0}
     for k, part in enumerate(split_replicas(sums, 2)):
         expected = {name: values[k] for name, (_, values) in table.items()} | speeds
-        assert finalize(Interval(part, seconds=2.0)) == expected
+        assert train_metrics.finalize(Interval(part, seconds=2.0)) == expected
     assert mean_over_replicas([{"a": 1.0, "b": 3}, {"a": 2.0, "b": 5}]) == {"a": 1.5, "b": 4.0}
     assert mean_over_replicas([{"a": 1.0}]) == {"a": 1.0}
 
@@ -48,10 +42,10 @@ def test_a_metric_is_one_declaration(monkeypatch, tmp_path):
         "minutes": TrainMetric(host=lambda interval: interval.seconds / 60, bar="{:.0f} min"),
     }
     for name, metric in new.items():
-        monkeypatch.setitem(TRAIN_METRICS, name, metric)
+        monkeypatch.setitem(train_metrics.TRAIN_METRICS, name, metric)
     model, config, init = pieces()
     state, sums = runner(model, config)(init(np.uint32(0)), 3)
-    metrics = finalize(Interval(sums, seconds=120.0))
+    metrics = train_metrics.finalize(Interval(sums, seconds=120.0))
     assert metrics["train/minutes"] == 2.0
     assert metrics["train/entropy"] == pytest.approx(float(sums["train/entropy"] / sums["tokens"]))
     norm = float(optax.tree.norm(state.params))

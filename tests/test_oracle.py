@@ -146,21 +146,18 @@ def test_the_whole_transformer(placement, rng):
 
     def loss(params, inputs):
         module = nnx.merge(graph, nnx.traversals.unflatten_mapping(params))
-        memory, causal = module.encoder(inputs[0], mask=mask), masking.causal(T) & target_mask
-        out = module.decoder(inputs[1], memory, mask=causal, memory_mask=memory_mask)
+        memory = module.encoder(inputs[0], mask=mask)
+        masks = {"mask": masking.causal(T) & target_mask, "memory_mask": memory_mask}
+        out = module.decoder(inputs[1], memory, **masks)
         return jnp.sin(out).sum(), out
 
     gradient_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     gradients, out = gradient_of(params, [*map(jnp.asarray, inputs)])
-    padding, target_padding = torch.tensor(~valid), torch.tensor(~target_valid)
+    causal = torch.tensor(~np.tril(np.ones((T, T), bool)))
+    paddings = {f"{side}_key_padding_mask": torch.tensor(~valid) for side in ("src", "memory")}
+    paddings["tgt_key_padding_mask"] = torch.tensor(~target_valid)
     tensors = [torch.tensor(each, requires_grad=True) for each in inputs]
-    torch_out = theirs(
-        *tensors,
-        tgt_mask=torch.tensor(~np.tril(np.ones((T, T), bool))),
-        src_key_padding_mask=padding,
-        tgt_key_padding_mask=target_padding,
-        memory_key_padding_mask=padding,
-    )
+    torch_out = theirs(*tensors, tgt_mask=causal, **paddings)
     torch.sin(torch_out).sum().backward()
 
     near(out, array(torch_out), 2e-6)

@@ -36,9 +36,7 @@ def old(request, tmp_path, monkeypatch):
     return Workdir(str(folder)), json.loads((folder / "expected.json").read_text())
 
 
-def test_an_old_run_predicts_evaluates_and_goes_on_to_the_numbers_of_its_time(
-    old, data_dir, caplog
-):
+def test_an_old_run_predicts_evaluates_and_goes_on_to_its_numbers(old, data_dir, caplog):
     workdir, expected = old
     generator = load(str(workdir.path), mesh=one_device_mesh())
     assert not caplog.records  # no library has anything to warn of

@@ -148,9 +148,8 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     assert found["rms"]["outcomes"]["loss"]["verdict"].startswith("worse by")
     outcomes = {name: each["outcomes"]["sequence_accuracy"] for name, each in found.items()}
     nothing = "no evidence of a difference at 8 seeds; smallest"
-    for name, words in zip(
-        outcomes, ("baseline", "worse by 4", nothing, "better by 3"), strict=True
-    ):
+    wanted = ("baseline", "worse by 4", nothing, "better by 3")
+    for name, words in zip(outcomes, wanted, strict=True):
         assert outcomes[name]["verdict"].startswith(words)
         assert outcomes[name]["verdict"] in text
     assert outcomes["rms"]["difference"]["p"] < 0.001 < 0.05 < outcomes["batch"]["difference"]["p"]
