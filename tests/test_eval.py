@@ -149,8 +149,6 @@ def test_a_plot_of_attention_has_queries_down_and_keys_across_and_a_bounded_size
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
-
-
 MODEL = small_model(tie_embeddings=False)
 PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))

@@ -175,16 +175,15 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     assert [row["length"] for row in longer["replicas"][0]["by_source_length"]] == [6, 7, 8]
 
 
-def begin(script, data_dir):
-    """What `train.py` does before it compiles, but for its folder."""
-    run = Run(RunConfig.from_config_dict(script.CONFIG.value), data_dir=data_dir)
-    run.check()
-    with jax.set_mesh(run.mesh), jax.numpy_dtype_promotion("standard"):
-        run.trace()
-
-
 def answer(words, data_dir):
     """The exit status of `train.py` in this process, 0 where it would compile, and its stderr."""
+
+    def begin():  # what training does before it compiles, but for the run's folder
+        run = Run(RunConfig.from_config_dict(script.CONFIG.value), data_dir=data_dir)
+        run.check()
+        with jax.set_mesh(run.mesh), jax.numpy_dtype_promotion("standard"):
+            run.trace()
+
     said = io.StringIO()
     quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)  # ml_collections'
     # The tests' own type checks would refuse ill-typed values first.
@@ -193,7 +192,7 @@ def answer(words, data_dir):
         patch.setattr(sys, "argv", ["train.py", *words])  # where config flags look for overrides
         try:
             with quiet, program("train.py", *words) as script:
-                cli.explained(begin, script, data_dir)
+                cli.explained(begin)
         except SystemExit as end:
             return end.code, said.getvalue()
         finally:
