@@ -56,10 +56,6 @@ class DataConfig:
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
         validate(self, "data.")
 
-    def fields(self) -> tuple[str, str]:
-        """The dataset's field names of the two texts."""
-        return self.source, self.target
-
 
 @dataclass(frozen=True)
 class PreparedDataset:
@@ -121,7 +117,7 @@ def toy_strings(config: DataConfig, data_dir: str | None) -> PreparedDataset:
     """The strings of a toy task."""
     name = f"{config.task}_{config.size}"
     builder = prepare(partial(toy.ToyStrings, config=name), f"toy_strings/{name}", data_dir)
-    return PreparedDataset(builder, config.fields())
+    return PreparedDataset(builder, (config.source, config.target))
 
 
 def text_files(config: DataConfig, data_dir: str | None) -> PreparedDataset:
@@ -148,7 +144,7 @@ def _files_of_splits(config: DataConfig) -> tuple[dict[str, str], dict[str, str]
 
 def prepare_files(files: Mapping[str, str], config: DataConfig, data_dir: str | None) -> Any:
     """The builder of a dataset of text files, given the files of each split."""
-    fields = config.fields()
+    fields = config.source, config.target
     own = text.FilesConfig(name=text.digest(files, fields), files=dict(files), fields=fields)
     return prepare(partial(text.TextPairs, config=own), f"text_pairs/{own.name}", data_dir)
 
@@ -157,7 +153,7 @@ def reopen_dataset(config: DataConfig, name: str, data_dir: str | None) -> Prepa
     """The dataset that a run recorded as `name`, even if its files have moved or changed since."""
     if config.dataset != "files":
         return open_dataset(config, data_dir)
-    own = text.FilesConfig(name=name.split("/")[1], files={}, fields=config.fields())
+    own = text.FilesConfig(name=name.split("/")[1], files={}, fields=(config.source, config.target))
     with quiet(), readable(name, data_dir):
         builder = text.TextPairs(config=own, data_dir=data_dir)
         if builder.is_prepared():
@@ -182,7 +178,7 @@ def from_tfds(config: DataConfig, data_dir: str | None) -> PreparedDataset:
     for module in BUILDER_MODULES:
         importlib.import_module(module)
     builder = prepare(partial(_tfds_builder, config.dataset), config.dataset, data_dir)
-    return PreparedDataset(builder, config.fields())
+    return PreparedDataset(builder, (config.source, config.target))
 
 
 def _tfds_builder(name: str, data_dir: str | None) -> Any:
