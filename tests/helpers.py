@@ -104,7 +104,11 @@ def program(path: str, *words: str) -> Iterator[Any]:
 
     def take() -> dict[str, flags.Flag]:
         definer = {name: known.find_module_defining_flag(name) or "" for name in known}
-        taken = {name: known[name] for name in known if not definer[name].startswith(LIBRARIES)}
+        # Overrides of a config, config.model.norm, are defined by absl itself.
+        stay = {
+            x for x in known if definer[x].startswith(LIBRARIES) and not x.startswith("config.")
+        }
+        taken = {name: known[name] for name in known if name not in stay}
         for name in taken:
             delattr(known, name)
         return taken
