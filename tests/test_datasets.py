@@ -152,7 +152,7 @@ def test_what_cannot_be_downloaded_is_a_line_with_the_address(tmp_path, monkeypa
     monkeypatch.setattr(downloader, "MAX_RETRIES", 1)  # ten take minutes
     folder = f"{NAME}/1.0.0 under {tmp_path}/{NAME}/1.0.0"
     address = "http://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz"
-    assert refused("", opened, tmp_path) == (
+    assert refused("cannot be reached", opened, tmp_path) == (
         f"cannot prepare {folder}: {address} cannot be reached; check the network, or copy the "
         "dataset there from a machine that can prepare it"
     )
