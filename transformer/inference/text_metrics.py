@@ -13,7 +13,6 @@ from transformer.errors import explained, needs
 
 LEVEL = 0.95
 RESAMPLES = 1_000
-CHRF_ORDER, CHRF_BETA = 6, 2  # chrF2
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200")
 BLEU_TOKENIZERS += ("spm", "spBLEU-1K", "none")  # all of sacrebleu's
 # Letters of scripts without spaces between words: Thai to Burmese, Khmer, kana, Chinese.
@@ -44,13 +43,6 @@ class Score(NamedTuple):
     high: float
     signature: str = ""  # sacrebleu's, if the metric has one
     warning: str = ""  # why the value may be misleading, if it may
-
-
-class TextMetric(NamedTuple):
-    """A metric of decoded text; `better` is 1 if higher is better, -1 if lower is."""
-
-    score: Callable[[Texts], Score]
-    better: int = 1
 
 
 def bleu(texts: Texts) -> Score:
@@ -86,14 +78,13 @@ def chrf(texts: Texts) -> Score:
     with needs("text"):
         from sacrebleu.metrics import CHRF
         from sacrebleu.metrics.helpers import extract_all_char_ngrams
-
-    metric = CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA)
+    metric = CHRF()
     score = metric.corpus_score([*texts.outputs], texts.by_position())
 
     # Not sacrebleu's bootstrap: version 2.6 fails where a resample scores 0.
     def count(output: str, reference: str) -> np.ndarray:
         """[order, 3]: the n-grams of the output, of the reference, and of their overlap."""
-        sides = (extract_all_char_ngrams(text, CHRF_ORDER) for text in (output, reference))
+        sides = (extract_all_char_ngrams(text, metric.char_order) for text in (output, reference))
         # As in sacrebleu, the output's n-grams count if the reference has any of that order.
         rows = [
             (own.total() if ref else 0, ref.total(), (own & ref).total())
@@ -106,7 +97,7 @@ def chrf(texts: Texts) -> Score:
         if not both.any():
             return 0.0
         precision, recall = (both / output).mean(), (both / reference).mean()
-        weight = CHRF_BETA**2
+        weight = metric.beta**2
         return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
 
     counts = [max((count(output, x) for x in own), key=value) for output, own in texts.pairs()]
@@ -161,15 +152,14 @@ def bootstrap(value: Callable[[np.ndarray], float], counts: np.ndarray) -> tuple
     return float(low), float(high)
 
 
-TEXT_METRICS: dict[str, TextMetric] = {
-    "bleu": TextMetric(bleu),
-    "chrf": TextMetric(chrf),
-    "exact_match": TextMetric(exact_match),
-    # The word and the phoneme error rate of the literature on pronunciations, whose targets are
-    # the phonemes of a word with spaces between them.
-    "sequence_error_rate": TextMetric(sequence_error_rate, better=-1),
-    "unit_error_rate": TextMetric(partial(error_rate, str.split), better=-1),
-    "character_error_rate": TextMetric(partial(error_rate, list), better=-1),
+TEXT_METRICS: dict[str, Callable[[Texts], Score]] = {
+    "bleu": bleu,
+    "chrf": chrf,
+    "exact_match": exact_match,
+    # Of pronunciations these are the word and the phoneme error rate of the literature.
+    "sequence_error_rate": sequence_error_rate,
+    "unit_error_rate": partial(error_rate, str.split),
+    "character_error_rate": partial(error_rate, list),
 }
 
 
@@ -180,7 +170,7 @@ def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
         first = texts._replace(references=[own[:1] for own in texts.references])
         against = {", any reference": texts, ", first reference": first}
     return {
-        f"{name}{which}": TEXT_METRICS[name].score(own)
+        f"{name}{which}": TEXT_METRICS[name](own)
         for name in names
         for which, own in against.items()
     }
