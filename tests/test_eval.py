@@ -161,8 +161,7 @@ PREDICTIONS = Predictions(LOGITS, BATCH.target_out, cross_entropy(LOGITS, BATCH.
 def test_scores_do_not_depend_on_the_batch_size_nor_on_dispatches():
     losses, asked = PREDICTIONS.losses.nll * BATCH.weights, []
     data, place = jax.tree.map(np.asarray, dataset(3)), partial(jax.tree.map, jnp.asarray)
-    each = jax.jit(partial(evaluation.score, MODEL))
-    parts = evaluation.score_in_batches(each, PARAMS, data, place, lambda: asked.append(1))
+    parts = evaluation.score_in_batches(score, data, place, lambda: asked.append(1))
     assert len(asked) == 3  # of 7 examples
     for scores in (parts, *map(score, map(dataset, (1, 3, 100)))):
         np.testing.assert_allclose(scores["nll"], losses.sum(-1), rtol=1e-4)

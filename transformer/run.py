@@ -251,8 +251,7 @@ class Run:
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             all_variables = self.restore(checkpoint).variables()
             variables = replicas.split_replicas(all_variables, config.replicas)[replica]
-        options = {"decode_margin": config.decode_margin, "mesh": self.mesh}
-        return Generator(self.model, variables, self.tokenizers, **options)
+        return Generator(self.model, variables, self.tokenizers, config.decode_margin, self.mesh)
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data` with every replica."""
@@ -278,8 +277,8 @@ class Run:
         config, data = self.config, choose(self.data, split, "split")
         state = state or self.state or self.restore()
         with jax.set_mesh(self.mesh):
-            variables = state.variables()
-            totals = evaluation.score_in_batches(self.score, variables, data, self.place, between)
+            score = partial(self.score, state.variables())
+            totals = evaluation.score_in_batches(score, data, self.place, between)
         split_totals = replicas.split_replicas(totals, config.replicas)
         each = zip(split_totals, config.single_runs(), strict=True)
         metrics = [finalize(sums, split, single.label_smoothing) for sums, single in each]

@@ -1,7 +1,4 @@
-"""Evaluation of a model on a split: totals, decoded outputs, attention maps, tables and samples.
-
-Results are in the order of the examples.
-"""
+"""Evaluation of a split: totals, outputs, attention maps, tables; in the order of its examples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +15,11 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources
 from transformer.loss import cross_entropy
-from transformer.metrics import PRINTED, Predictions, finalize, token_sums
+from transformer.metrics import PRINTED, Predictions, Totals, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Stack
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
-
-# Totals over the target tokens of each example, [examples] float32: `token_sums`, and `tokens`.
-Totals = dict[str, Any]
-# The attention weights [examples, N, T, S] of each layer, under "encoder", "decoder", "cross".
-Maps = dict[str, list[Array]]
 
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # the maximum number of rows by source length
@@ -51,7 +43,7 @@ def map_batches(function: Callable, data: Dataset) -> Any:
 
 
 def score(model: Model, variables: Params, data: Dataset) -> Totals:
-    """The totals of each example under teacher forcing, for `metrics.finalize`."""
+    """The totals of each example under teacher forcing, [examples] float32, for `finalize`."""
     module = model.bind(variables)
 
     def score_batch(source, target):
@@ -66,13 +58,9 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
 
 
 def score_in_batches(
-    score: Callable[[Params, Dataset], Totals],  # jitted
-    variables: Params,
-    data: Dataset,
-    place: Callable[[Dataset], Dataset],
-    between: Callable[[], None] = lambda: None,
+    score: Callable[[Dataset], Totals], data: Dataset, place: Callable, between: Callable
 ) -> Totals:
-    """The totals of each example as NumPy arrays, computed with one dispatch per batch.
+    """The totals of each example as NumPy arrays, from one call of the jitted `score` per batch.
 
     `place` puts a batch on the devices. `between` is called before each; an exception that it
     raises ends the evaluation.
@@ -83,7 +71,7 @@ def score_in_batches(
         start = min(first, len(data) - size)  # the last batch overlaps: all have one shape
         rows = slice(start, start + size)
         batch = Dataset(data.source[rows], data.target[rows], data.batch_size, data.packed)
-        parts.append((first - start, score(variables, place(batch))))
+        parts.append((first - start, score(place(batch))))
         if len(parts) > 1:  # one dispatch computes, one waits
             jax.block_until_ready(parts[-2])
     whole = [jax.tree.map(lambda x, k=k: np.asarray(x)[..., k:], part) for k, part in parts]
@@ -111,25 +99,21 @@ def decode(
     order = jnp.argsort((source != PAD).sum(1))
     order = jnp.pad(order, (0, -len(data) % shards), constant_values=len(data))
     order = order.reshape(-1, shards).T.reshape(-1)
-    key_data = source
-    if decoding.temperature:
-        index = jnp.arange(len(data))
-        streams = jnp.stack([index, 0 * index], 1) if streams is None else streams
-        fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
-        keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
-        key_data = jax.random.key_data(keys)
+    if streams is None:
+        streams = jnp.stack([jnp.arange(len(data)), jnp.zeros(len(data), jnp.int32)], axis=1)
 
     def decode_shard(variables, rows):
-        module, (source, key_data) = model.bind(variables), rows
+        module, (source, streams) = model.bind(variables), rows
 
-        def decode_batch(source, key_data):
-            keys = jax.random.wrap_key_data(key_data) if decoding.temperature else None
+        def decode_batch(source, streams):
+            fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
+            keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
             return decoding.method()(module, Sources(source, length, keys, model.tokens, margin))
 
         batch_size = max(data.batch_size // shards, 1)
-        return map_batches(decode_batch, Dataset(source, key_data, batch_size))
+        return map_batches(decode_batch, Dataset(source, streams, batch_size))
 
-    rows = tuple(x.at[order].get(mode="fill", fill_value=PAD) for x in (source, key_data))
+    rows = tuple(x.at[order].get(mode="fill", fill_value=PAD) for x in (source, streams))
     found = shard_rows(decode_shard, shards)(variables, rows)
     return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
 
@@ -144,15 +128,15 @@ def compiler_options() -> dict[str, str]:
     return {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if cpu else {}
 
 
-def attention_maps(model: Model, variables: Params, data: Dataset) -> Maps:
-    """The attention weights of each layer under teacher forcing."""
+def attention_maps(model: Model, variables: Params, data: Dataset) -> dict[str, list[Array]]:
+    """The attention weights [examples, N, T, S] of each layer under teacher forcing."""
     batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
     module = model.bind(variables)
     module.set_attributes(MultiHeadAttention, sow_weights=True)
     # Inside a scan or a checkpoint nothing can be sown.
     module.set_attributes(Stack, raise_if_not_found=False, scan_layers=False, remat="none")
     _, sown = nnx.capture(module, nnx.Intermediate)(**batch.inputs())
-    maps: Maps = {"encoder": [], "decoder": [], "cross": []}
+    maps: dict[str, list[Array]] = {"encoder": [], "decoder": [], "cross": []}
     for path, (weights,) in nnx.traversals.flatten_mapping(nnx.to_pure_dict(sown)).items():
         maps[str(path[0]) if "self_attention" in path else "cross"].append(weights)
     return maps

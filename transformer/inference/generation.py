@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,12 +15,11 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.packing import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, before_end
-from transformer.errors import UserError, out_of_memory
+from transformer.errors import UserError, explained, out_of_memory
 from transformer.inference import evaluation
 from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses
 from transformer.knobs import Range
 from transformer.modules.model import Model, Params
-from transformer.parallel.mesh import make_mesh
 
 
 class Prepared(NamedTuple):
@@ -56,27 +55,16 @@ class Alignment(NamedTuple):
 class Generator:
     """A trained model with its tokenizers; `transformer.load(workdir)` returns one.
 
-    It compiles a program for each new pair of batch size and padded length.
-
-    Args:
-      model, variables: the model, and its variables on the devices of `mesh`.
-      decode_margin: the default number of tokens by which an output may exceed its source.
-      mesh: the devices, over which batches are sharded; None: all.
+    It compiles a program for each new pair of batch size and padded length. The variables are on
+    the devices of the mesh, over which batches are sharded; `margin` is the run's `decode_margin`.
     """
 
     def __init__(
-        self,
-        model: Model,
-        variables: Params,
-        tokenizers: Tokenizers,
-        *,
-        decode_margin: int,
-        mesh: Mesh | None = None,
+        self, model: Model, variables: Params, tokenizers: Tokenizers, margin: int, mesh: Mesh
     ):
-        self.model, self.variables, self.tokenizers = model, variables, tokenizers
-        self.mesh = mesh or make_mesh()
+        self.model, self.variables, self.tokenizers, self.mesh = model, variables, tokenizers, mesh
         self.positions = model.config.reach(2**30)  # the model's maximum length
-        decode = partial(evaluation.decode, model, margin=decode_margin)
+        decode = partial(evaluation.decode, model, margin=margin)
         options = evaluation.compiler_options()
         self._program = jax.jit(decode, static_argnames="decoding", compiler_options=options)
         self._attention_maps = jax.jit(partial(evaluation.attention_maps, model))
@@ -95,8 +83,6 @@ class Generator:
             tokens = [EOS]
             try:
                 tokens = self._encode(text)
-            except UnicodeEncodeError:
-                refused[index] = "it has a lone surrogate, which is half a character; remove it"
             except UserError as error:
                 refused[index] = str(error)
             if count := self.tokenizers.source.count_unknown(tokens):
@@ -106,7 +92,8 @@ class Generator:
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text, cleaned like those of training."""
-        tokens = self.tokenizers.source.encode(cleaned(text))
+        with explained("it has a lone surrogate (half a character); remove it", UnicodeEncodeError):
+            tokens = self.tokenizers.source.encode(cleaned(text))
         if len(tokens) > self.positions:
             most = f"the model's {self.positions:,} positions; shorten or split the text"
             raise UserError(f"{len(tokens):,} tokens, EOS included, exceed {most}")
@@ -126,7 +113,6 @@ class Generator:
         Args:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
             A text that does not fit in memory is refused, too.
-          decoding: the decoding method and its settings.
           n_best: outputs per text: the best of beam search, or independent samples.
           batch_size: the number of texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
@@ -192,9 +178,7 @@ class Generator:
         own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
-    def _decode(
-        self, sources: np.ndarray, streams: np.ndarray, decoding: DecodingConfig
-    ) -> Hypotheses:
+    def _decode(self, sources: np.ndarray, streams: np.ndarray, decoding: DecodingConfig) -> Any:
         rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
         sources, streams = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)

@@ -16,12 +16,10 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import BOS, PAD, Tokenizer
 from transformer.errors import reason
-from transformer.inference.evaluation import Maps
 from transformer.metrics import METRICS, percent
 from transformer.parallel import hosts
 
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
-LINES = ("-", "--", ":", "-.")
 EXAMPLES = 3  # number of examples whose attention is drawn
 MAX_TOKENS = 64  # the longest text whose attention is drawn
 PANELS = 8  # the maximum number of layers, and of heads, in an attention plot
@@ -40,7 +38,7 @@ def _lines(axes: Any, rows: Rows, x: str, labels: Mapping[str, str]) -> None:
     for k, (name, label) in enumerate(labels.items()):
         points = [(row[x], row[name]) for row in rows if name in row]
         color, marker = (INK, "") if name.startswith("train/") else (SECOND, "o")
-        style = {"color": color, "marker": marker, "linestyle": LINES[k % len(LINES)]}
+        style = {"color": color, "marker": marker, "linestyle": ("-", "--", ":", "-.")[k % 4]}
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
 
 
@@ -70,16 +68,11 @@ def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> 
 
 
 def draw_evaluation(
-    folder: Path,
-    name: str,
-    by_length: Rows,
-    maps_of: Callable[[Dataset], Maps],
-    data: Dataset,
-    tokenizers: Tokenizers,
+    folder: Path, name: str, rows: Rows, maps_of: Callable, data: Dataset, tokenizers: Tokenizers
 ) -> None:
-    """Draws accuracy by source length, and the attention maps of the first short examples.
+    """Draws accuracy by source length, from `rows`, and the attention maps of short examples.
 
-    `name` is part of the names of the files; every host calls `maps_of`.
+    `name` is part of the names of the files. Every host calls `maps_of(dataset)`.
     """
     lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
     shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:EXAMPLES].tolist()
@@ -95,7 +88,7 @@ def draw_evaluation(
     with _attempted("accuracy by length"):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
-        _lines(axes, by_length, "length", _percentages())
+        _lines(axes, rows, "length", _percentages())
         axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         finish(figure, (axes,), folder / f"accuracy_by_length_{name}.png")
