@@ -75,18 +75,17 @@ def sample(
     rows = len(sources.tokens)
     cache, has_source, limits = sources.start(model)
 
-    def select(log_p: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, "B"]:
-        if not temperature:
-            return log_p.argmax(-1)
-        logits = truncate(log_p / temperature, top_k, top_p)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, index)
-        return jax.vmap(jax.random.categorical)(step_keys, logits)
-
     def step(carry):
         cache, tokens, total, last, done = carry
         logits, advanced = model.decode_step(last, cache)
         log_p = next_log_p(logits[:, 0], sources.num_tokens)
-        selected = select(log_p, cache.filled).astype(jnp.int32)[:, None]
+        if temperature:
+            likely = truncate(log_p / temperature, top_k, top_p)
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, cache.filled)
+            selected = jax.vmap(jax.random.categorical)(step_keys, likely)
+        else:
+            selected = log_p.argmax(-1)
+        selected = selected.astype(jnp.int32)[:, None]
         # Summed here: scoring whole outputs afterwards takes longer than decoding them.
         log_p = jnp.take_along_axis(log_p, selected, axis=1)[:, 0]
         token = jnp.where(done[:, None], PAD, selected)
@@ -187,16 +186,15 @@ def beam_search(
     # Live hypotheses take the places of missing finished ones.
     rank = jnp.where(jnp.isfinite(state.finished.scores), 0, 2)
     place = jnp.concatenate([rank, jnp.ones_like(rank)], axis=1).argsort(axis=1)[:, :beam_size]
-    live = Hypotheses(state.live, state.log_p / longest_penalty[:, None])
-    tokens, scores = _join(state.finished, live)
+    tokens = jnp.concatenate([state.finished.tokens, state.live], axis=1)
+    live_scores = state.log_p / longest_penalty[:, None]
+    scores = jnp.concatenate([state.finished.scores, live_scores], axis=1)
     scores = jnp.take_along_axis(scores, place, axis=1)
     return Hypotheses(jnp.where(jnp.isfinite(scores)[..., None], _take(tokens, place), PAD), scores)
 
 
-def _expand(
-    state: _Beams, log_p: Float[Array, "B J V"], alpha: float
-) -> tuple[Int[Array, "B J"], Any]:
-    """The parents of the next live hypotheses, and (live, log_p, finished) of the next state.
+def _expand(state: _Beams, log_p: Float[Array, "B J V"], alpha: float) -> tuple[Array, Any]:
+    """The parents [B, J] of the next live hypotheses, and the next (live, log_p, finished).
 
     Of the 2J most likely extensions, those among the first J that end compete with the finished
     hypotheses by their score; the J most likely of the others stay live.
@@ -212,15 +210,12 @@ def _expand(
     ends = token == EOS
     finishes = ends & (jnp.arange(2 * width) < width)
     scores = jnp.where(finishes, total, -jnp.inf) / penalty(index + 1, alpha)
-    tokens, scores = _join(state.finished, Hypotheses(longer, scores))
+    scores = jnp.concatenate([state.finished.scores, scores], axis=1)
     scores, best = jax.lax.top_k(scores, width)
+    tokens = jnp.concatenate([state.finished.tokens, longer], axis=1)
     finished = Hypotheses(_take(tokens, best), scores)
     total, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), width)
     return jnp.take_along_axis(parent, chosen, axis=1), (_take(longer, chosen), total, finished)
-
-
-def _join(*parts: Hypotheses) -> Hypotheses:
-    return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *parts)
 
 
 def _take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:
