@@ -8,7 +8,7 @@ from rich.console import Console
 from transformer.console import facts, status, table
 from transformer.metrics import figure
 from transformer.parallel.replicas import format_replicas
-from transformer.training.progress import ProgressBar
+from transformer.training.loop import ProgressBar
 
 PROGRAM = """
 import sys

@@ -13,8 +13,8 @@ from transformer.console import console
 from transformer.files import to_json
 from transformer.parallel.replicas import mean_over_replicas, split_replicas
 from transformer.training import metrics as train_metrics
+from transformer.training.loop import ProgressBar
 from transformer.training.metrics import Interval, MetricsWriter, TrainMetric, read_metrics
-from transformer.training.progress import ProgressBar
 
 
 def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_made_once():

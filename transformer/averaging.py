@@ -44,9 +44,8 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
         checkpoints.save(state, {})
     run.tokenizers.save(into.tokenizers)
     # Last: a folder without it holds no run.
-    record = workdir.read_record()
-    record |= {"averaged": {"workdir": str(workdir.path), "steps": steps}}
-    write_json(into.config, record | {"config": record["config"].to_dict()})
+    record, source = workdir.read_record(), {"workdir": str(workdir.path), "steps": steps}
+    write_json(into.config, record | {"config": record["config"].to_dict(), "averaged": source})
     return steps
 
 

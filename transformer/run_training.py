@@ -59,8 +59,8 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
                     checkpoints.wait()
                     requests.all_is_saved(run.config.steps)
                 except NonfiniteError as failure:
-                    raise UserError(explain_failure(run, failure)) from failure
-            return finish(run, run.state)
+                    raise UserError(explain_failure(run, failure.state)) from failure
+            return finish(run)
 
 
 def describe(run: "Run") -> dict[str, str]:
@@ -135,7 +135,7 @@ def write_profile(run: "Run", state: TrainState, steps: int) -> None:
     facts({"profile": f"{steps} steps in {folder}"})
 
 
-def finish(run: "Run", state: TrainState) -> list[dict[str, Any]]:
+def finish(run: "Run") -> list[dict[str, Any]]:
     """Plots the learning curve, evaluates the last state, writes and returns the results."""
     if hosts.first():
         from transformer.inference import plots  # imports matplotlib
@@ -144,7 +144,7 @@ def finish(run: "Run", state: TrainState) -> list[dict[str, Any]]:
         plots.learning_curve(read_metrics(run.workdir.metrics), curve)
     results: list[Any] = [{"seed": int(seed)} for seed in np.atleast_1d(run.config.seeds())]
     for split in run.data:
-        for result, metrics in zip(results, run.evaluate_replicas(split, state), strict=True):
+        for result, metrics in zip(results, run.evaluate_replicas(split), strict=True):
             result |= metrics
     record = {"step": run.config.steps, "devices": describe_mesh(run.mesh)}
     record |= {"parameters": run.model.count_parameters(), "flops_per_step": run.step_flops}

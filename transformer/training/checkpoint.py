@@ -76,12 +76,15 @@ class Manager(ocp.CheckpointManager):
 class SealingHandler(ocp.StandardCheckpointHandler):
     """Saves a pytree, and adds the manifest once all hosts have written."""
 
-    metrics: Mapping[str, float]  # of the checkpoint that is being saved, as is the interval
-    interval: Mapping[str, Any]
+    sealed: dict[str, Any]  # the interval and the metrics of the checkpoint that is being saved
 
     def finalize(self, directory: Any) -> None:  # called by Orbax on one host
         super().finalize(directory)
-        write_manifest(Path(directory), self.metrics, self.interval)
+        arrays = Path(directory)  # not yet renamed to `ARRAYS`
+        files = {f"{ARRAYS}/{name}": each for name, each in _checksums(arrays).items()}
+        sealed = self.sealed | {"files": files}
+        manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
+        (arrays / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 @ocp.args.register_with_handler(SealingHandler, for_save=True)
@@ -94,7 +97,7 @@ class Restore(ocp.args.StandardRestore):
     """Arguments of a restore by `SealingHandler`."""
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a folder. Leaving the `with` block waits for the last save.
 
     The `keep` latest ones are kept, and the best by the validation metric `best`. If `keep` is
@@ -118,9 +121,6 @@ class Checkpoints:
             )
             self.manager = Manager(path, options=options, item_handlers=self.handler)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if kind is not None and issubclass(kind, Exception) and hosts.several():
             # Another process may be gone, and Orbax would wait for it.
@@ -140,9 +140,7 @@ class Checkpoints:
         message = f"a checkpoint in {self.directory} could not be written: {{reason}}; {remedy}"
         return explained(message, OSError, ValueError, RuntimeError)  # of Orbax and TensorStore
 
-    def save(
-        self, state: TrainState, metrics: Mapping[str, float], interval: Mapping[str, Any] = {}
-    ) -> None:
+    def save(self, state: TrainState, metrics: Mapping[str, float], interval: Mapping = {}) -> None:
         """Saves `state` asynchronously as the checkpoint of its step; returns once it is copied.
 
         The validation metrics are empty if the run stops between two evaluations; `interval` is
@@ -155,7 +153,7 @@ class Checkpoints:
                 shutil.rmtree(self.directory / TRASH, ignore_errors=True)
             if step in self.steps():  # saved by a run that stopped before validation
                 self.manager.delete(step)
-            self.handler.metrics, self.handler.interval = metrics, interval
+            self.handler.sealed = {"interval": dict(interval), "metrics": dict(metrics)}
             self.manager.save(step, args=Save(state), metrics=dict(metrics))
 
     def wait(self) -> None:
@@ -187,8 +185,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:
-        manifest = partial(read_manifest, self.directory / str(step))
-        return hosts.once(manifest)["interval"]
+        return hosts.once(partial(read_manifest, self.directory / str(step)))["interval"]
 
     def _verify(self, step: int) -> None:
         folder, others = self.directory / str(step), [each for each in self.steps() if each != step]
@@ -203,13 +200,11 @@ def check(directory: Path, set_aside: bool) -> None:
 
     With `set_aside`, moves damaged checkpoints away until the newest is intact.
     """
-    if set_aside:
-        shutil.rmtree(directory / TRASH, ignore_errors=True)
     folders = {int(path.name): path for path in directory.glob("[0-9]*") if path.name.isdigit()}
-    is_newest, faults = True, []
+    is_newest = True
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            read_json(folder, METRICS_FILE)
+            _read_json(folder, METRICS_FILE)
             if is_newest and set_aside:
                 verify(folder)
             is_newest = False
@@ -223,12 +218,9 @@ def check(directory: Path, set_aside: bool) -> None:
             aside.parent.mkdir(exist_ok=True)
             folder.replace(aside)
             console.print(f"{what}: moved to {aside}")
-            faults.append(f"{folder.name}: {fault}")
-    if is_newest and faults:
-        raise UserError(
-            f"no checkpoint in {directory} is intact ({'; '.join(faults)}); they were moved to "
-            f"{directory / DAMAGED}: put one back, or repeat the command to train from the start"
-        )
+    if is_newest and folders:
+        fault = f"no checkpoint in {directory} is intact; they were moved to {directory / DAMAGED}"
+        raise UserError(f"{fault}: put one back, or repeat the command to train from the start")
 
 
 def by_name(tree: Any, known: Container[str] = ()) -> dict[str, Any]:
@@ -246,24 +238,14 @@ def check_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
     for name in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(name), wanted.get(name)
         if there != here:
-            raise UserError(
-                f"checkpoint {folder} is of another config: {name} is {there} there and {here} "
-                "here; choose another --workdir"
-            )
-
-
-def write_manifest(arrays: Path, metrics: Mapping[str, float], interval: Mapping[str, Any]) -> None:
-    """Writes the manifest into the folder of the arrays, which is not yet renamed to `ARRAYS`."""
-    files = {f"{ARRAYS}/{name}": each for name, each in _checksums(arrays).items()}
-    sealed = {"interval": dict(interval), "metrics": dict(metrics), "files": files}
-    manifest = {"sealed": sealed, "crc32": zlib.crc32(json.dumps(sealed).encode())}
-    (arrays / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            fault = f"is of another config: {name} is {there} there and {here} here"
+            raise UserError(f"checkpoint {folder} {fault}; choose another --workdir")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `interval`, `metrics` and `files`."""
+    """What `SealingHandler` sealed: `interval`, `metrics` and `files`."""
     name = MANIFEST if (folder / MANIFEST).exists() else f"{ARRAYS}/{MANIFEST}"  # 0.1: top level
-    manifest = read_json(folder, name)
+    manifest = _read_json(folder, name)
     sealed = manifest.get("sealed")
     if manifest.get("crc32") != zlib.crc32(json.dumps(sealed).encode()):
         raise DamageError(f"{name} has changed")
@@ -273,7 +255,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> None:
     """Raises a DamageError unless every file is as it was written."""
     manifest, present = read_manifest(folder), _checksums(folder)
-    metrics = read_json(folder, METRICS_FILE)
+    metrics = _read_json(folder, METRICS_FILE)
     if json.dumps(manifest.get("metrics", metrics)) != json.dumps(metrics):  # NaN ≠ NaN
         raise DamageError(f"{METRICS_FILE} has changed")
     for name, written in manifest["files"].items():
@@ -281,8 +263,7 @@ def verify(folder: Path) -> None:
             raise DamageError(f"{name} {'has changed' if name in present else 'is missing'}")
 
 
-def read_json(folder: Path, name: str) -> Any:
-    """The object in a file of a checkpoint."""
+def _read_json(folder: Path, name: str) -> Any:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         dict.items(content)  # a TypeError for other than an object

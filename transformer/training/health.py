@@ -27,17 +27,13 @@ Sums = Sequence[Mapping[str, Any]]  # of each replica, as are metrics
 class NonfiniteError(Exception):
     """More updates had a NaN or Inf in the loss or a gradient than may be skipped."""
 
-    def __init__(self, step: int, state: TrainState):
-        super().__init__(f"step {step}")
-        self.step = step  # the first one that exceeded the limit
-        self.state = state  # of one replica, before that step
+    def __init__(self, state: TrainState):
+        super().__init__(f"step {int(state.failed)}")
+        self.state = state  # of one replica, before the first step that exceeded the limit
 
 
 class HealthMonitor:
-    """Prints skipped updates, stopped replicas and loss spikes.
-
-    Raises a NonfiniteError once all replicas have stopped.
-    """
+    """Prints skipped updates, stopped replicas and loss spikes; raises once all have stopped."""
 
     def __init__(self, state: TrainState, max_skipped: int):
         self.max_skipped = max_skipped
@@ -51,10 +47,8 @@ class HealthMonitor:
         for k, one in enumerate(sums):
             who, skipped = f"replica {k}: " if len(sums) > 1 else "", int(one["skipped"])
             if skipped and not self.stopped[k]:
-                console.print(
-                    f"{who}{skipped} of the updates up to step {step:,} skipped for a NaN or Inf "
-                    f"(at most {self.max_skipped} may be)"
-                )
+                what = f"of the updates up to step {step:,} skipped for a NaN or Inf"
+                console.print(f"{who}{skipped} {what} (at most {self.max_skipped} may be)")
         if losses := [x for one in metrics if np.isfinite(x := one["train/loss"])]:
             loss, count = np.mean(losses), len(self.losses)
             if count > 10 and loss > 2 * (usual := np.median(self.losses)):
@@ -74,8 +68,7 @@ class HealthMonitor:
     def _raise_if_all_stopped(self, state: TrainState) -> None:
         if self.stopped.all():
             replicas = split_replicas(hosts.fetch(state), len(self.stopped))
-            last = max(replicas, key=lambda one: int(one.failed))
-            raise NonfiniteError(int(last.failed), last)
+            raise NonfiniteError(max(replicas, key=lambda one: int(one.failed)))
 
 
 def batch_of(state: TrainState, data: Dataset | StreamedDataset, step: int) -> Batch:
@@ -92,9 +85,9 @@ def find_operation(model: Model, config: "RunConfig", state: TrainState, batch: 
     return found.strip().splitlines()[0].rstrip(".")  # what follows is a traceback
 
 
-def explain_failure(run: "Run", failure: NonfiniteError) -> str:
-    """One line on a run that stopped for a NaN or Inf: the step, its batch, and the remedy."""
-    step, state = failure.step, failure.state
+def explain_failure(run: "Run", state: TrainState) -> str:
+    """One line on the NaN or Inf that stopped a run: the step, its batch, and the remedy."""
+    step = int(state.failed)
     batch = hosts.fetch(batch_of(state, run.feed, step))
     file = run.workdir.path / f"batch_of_step_{step}.npz"
     if hosts.first():

@@ -62,8 +62,7 @@ class StopRequests:
         if threading.current_thread() is threading.main_thread():
             self.read, self.write = socket.socketpair()
             self.write.setblocking(False)
-            write = self.write.fileno()
-            self.old_descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self.old_wakeup = signal.set_wakeup_fd(self.write.fileno(), warn_on_full_buffer=False)
             # With several processes JAX handles SIGTERM and notifies the others.
             noticed = [signal.SIGINT] if hosts.several() else [signal.SIGINT, signal.SIGTERM]
             self.before = {each: signal.signal(each, lambda *_: None) for each in noticed}
@@ -74,11 +73,10 @@ class StopRequests:
         for each, handler in self.before.items():
             signal.signal(each, handler)
         if self.before:
-            signal.set_wakeup_fd(self.old_descriptor)
+            signal.set_wakeup_fd(self.old_wakeup)
             self.write.close()  # ends the thread
 
     def listen(self) -> None:
-        """Reads the numbers of signals as they arrive."""
         began = 0.0
         with self.read:
             while number := self.read.recv(1):

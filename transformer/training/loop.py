@@ -1,28 +1,36 @@
-"""The training loop: dispatches of many steps, with logging, validation and saving between them."""
+"""The training loop: dispatches of many steps, with logging, validation and saving between them.
+
+Its progress bar becomes plain lines if standard output is not a terminal.
+"""
 
 import contextlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from rich import progress
+from rich.table import Column
 
 from transformer import renamed
-from transformer.console import status
+from transformer.console import console, status
+from transformer.metrics import PRINTED
 from transformer.parallel import hosts
-from transformer.parallel.replicas import mean_over_replicas, split_replicas
+from transformer.parallel.replicas import format_replicas, mean_over_replicas, split_replicas
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.costs import share_of_peak
 from transformer.training.health import HealthMonitor
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.metrics import Interval, MetricsWriter, finalize
-from transformer.training.progress import ProgressBar
+from transformer.training.metrics import TRAIN_METRICS, Interval, MetricsWriter, finalize
 from transformer.training.step import TrainState
 
 if TYPE_CHECKING:
     from transformer.run import Run
+
+SILENCE = 30.0  # seconds after which a line is printed if there is no progress bar
 
 
 def next_stop(config: Any, step: int, most: int) -> int:
@@ -65,8 +73,9 @@ class TrainingLoop:
 
     def train(self) -> TrainState:
         """Trains to the last step, or until `Interrupted` or a `NonfiniteError`."""
+        none = self.run.feed.empty_window(), self.run.place(np.array(0, np.int32))
         with status("compiling", "compiled"):  # by a dispatch of 0 steps
-            self.dispatch(self.run.feed.empty_window(), self.run.place(np.array(0, np.int32)))
+            self.state, self.sums = self.run.train_steps(self.state, self.sums, *none)
         self.bar = ProgressBar(self.step, self.config.steps)
         with contextlib.closing(self.run.feed), self.bar:
             self.requests.something_to_save = True
@@ -79,17 +88,13 @@ class TrainingLoop:
                 self.advance()
         return self.state
 
-    def dispatch(self, data: Any, steps: jax.Array) -> None:
-        """Enqueues steps on the devices without waiting for them."""
-        self.state, self.sums = self.run.train_steps(self.state, self.sums, data, steps)
-
     def advance(self) -> None:
         """Dispatches some steps, then logs, validates and saves if due."""
         before, (data, most) = self.sums, self.run.feed.window(self.step)
         stop = next_stop(self.config, self.step, min(most, self.size.steps))
         steps = self.run.place(np.array(stop - self.step, np.int32))
         with jax.transfer_guard("disallow"):  # no other transfer to or from the devices
-            self.dispatch(data, steps)
+            self.state, self.sums = self.run.train_steps(self.state, self.sums, data, steps)
         # At most one dispatch is queued behind the running one; none if a step is slow.
         jax.block_until_ready(self.sums if self.size.steps == 1 else before)
         self.size.dispatched(stop - self.step)
@@ -97,19 +102,16 @@ class TrainingLoop:
         self.bar.show_step(self.step)
         self.log_pending()  # only now, while the devices already run the next interval
         # Saves end an interval too, so that a resumed run logs those of an uninterrupted one.
-        if self.is_due(self.config.log_every) or self.save_is_due():
+        if self.step % self.config.log_every == 0 or self.save_is_due():
             self.pending = self.step, self.sums, self.run.feed.wait_share()
             self.sums = self.run.place(self.zeros)
             self.size.interrupted()  # `before` no longer belongs to a dispatch
-        if self.is_due(self.config.eval_every) or self.save_is_due():
+        if self.step % self.config.eval_every == 0 or self.save_is_due():
             self.log_pending()
             self.evaluate()
 
-    def is_due(self, every: int) -> bool:
-        return self.step % every == 0
-
     def save_is_due(self) -> bool:
-        return self.is_due(self.config.save_every) or self.step == self.config.steps
+        return self.step % self.config.save_every == 0 or self.step == self.config.steps
 
     def pause(self) -> None:
         """Waits for the devices; from here to `resumed`, time is not the interval's."""
@@ -135,9 +137,7 @@ class TrainingLoop:
         """Validates, and saves if due; the interval's time includes neither."""
         self.unvalidated = True
         self.pause()
-        # Several processes must stop after the same training dispatch, not during validation.
-        between = (lambda: None) if hosts.several() else self.interrupt_if_requested
-        metrics = self.run.evaluate_replicas("validation", self.state, between)
+        metrics = self.run.evaluate_replicas("validation", self.state, self.interrupt_if_requested)
         self.bar.log_validation(self.step, metrics)
         self.writer.write(self.step, metrics)
         if self.save_is_due():
@@ -149,7 +149,8 @@ class TrainingLoop:
         self.size.interrupted()
 
     def interrupt_if_requested(self) -> None:
-        if self.requests.asked:
+        # Several processes must stop after the same training dispatch, not during validation.
+        if self.requests.asked and not hosts.several():
             self.save_and_interrupt()
 
     def save_and_interrupt(self) -> None:
@@ -164,10 +165,8 @@ class TrainingLoop:
             self.checkpoints.save(self.state, {}, interval | {"unvalidated": self.unvalidated})
         if not self.step:
             raise Interrupted("stopped before the first step, nothing to save")
-        raise Interrupted(
-            f"stopped at step {self.step:,} of {self.config.steps:,}, and saved; "
-            "the same command resumes the run"
-        )
+        done = f"{self.step:,} of {self.config.steps:,}"
+        raise Interrupted(f"stopped at step {done}, and saved; the same command resumes the run")
 
 
 class DispatchSize:
@@ -200,3 +199,53 @@ class DispatchSize:
         wanted = max(1, int(self.seconds * steps / max(seconds, 1e-9)))
         self.steps = hosts.once(lambda: wanted)
         self.last = time.perf_counter()  # when a dispatch behind these steps begins
+
+
+class ProgressBar(progress.Progress):
+    """Shows the step of `steps`, the metrics that declare a text for it, and the time left."""
+
+    def __init__(self, start: int, steps: int):
+        self.steps, self.printed = steps, time.monotonic()
+        super().__init__(
+            progress.TextColumn("[bold]train"),
+            progress.BarColumn(bar_width=28),
+            # Never truncated, as the bar may be.
+            progress.MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+            progress.TextColumn("{task.fields[figures]}"),
+            progress.TimeRemainingColumn(compact=True),
+            progress.TextColumn("left"),
+            console=console,
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.add_task("train", total=steps, completed=start, figures="")
+
+    def show_step(self, step: int) -> None:
+        """Shows the step; without a bar, prints a line if the last one is `SILENCE` old."""
+        self.update(self.task, completed=step)
+        if self.disable and time.monotonic() - self.printed > SILENCE:
+            self.print_line(step)
+
+    def print_line(self, step: int, *figures: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.printed = time.monotonic()
+        self.console.print("  ".join((f"step {step}/{self.steps}", *figures)))
+
+    def log_interval(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Shows the training metrics of the interval that ends at `step`."""
+        figures = []
+        for name, metric in TRAIN_METRICS.items():
+            values = [each[f"train/{name}"] for each in metrics if f"train/{name}" in each]
+            if metric.bar and any(values):
+                shown = sum(values) / (len(values) if metric.per_replica else 1)
+                figures.append(metric.bar.format(shown))
+        self.update(self.task, completed=step, figures="  ".join(figures))
+        if self.disable:
+            left = (self.steps - step) / metrics[0]["train/steps_per_second"]
+            self.print_line(step, *figures, f"{left:.0f} s left")
+
+    def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        figures = []
+        for name, metric in PRINTED.items():
+            values = [each[f"validation/{name}"] for each in metrics]
+            figures.append(f"{name.replace('_', ' ')} {format_replicas(values, metric.format)}")
+        self.print_line(step, f"validation {'  '.join(figures)}")

@@ -4,9 +4,9 @@ The step accumulates sums on the device; the host divides them once per interval
 """
 
 import json
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from transformer.errors import explained
-from transformer.files import nan_for_null, to_json
+from transformer.files import nan_for_null, to_json, write_atomically
 from transformer.metrics import CORRECT, NLL, Predictions
 from transformer.parallel import hosts
 
@@ -80,10 +80,8 @@ TRAIN_METRICS: dict[str, TrainMetric] = {
 }
 
 
-def sum_over_tokens(
-    predictions: Predictions, objective: Float[Array, "B T"], weights: Float[Array, "B T"]
-) -> Sums:
-    """The sums of the per-token metrics, and the number of tokens."""
+def sum_over_tokens(predictions: Predictions, objective: Array, weights: Array) -> Sums:
+    """The sums of the per-token metrics, and the number of tokens; arrays are [B, T]."""
     sums = {
         f"train/{name}": (metric.token(predictions, objective) * weights).sum()
         for name, metric in TRAIN_METRICS.items()
@@ -125,36 +123,44 @@ _explained = explained(
 )
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Writes metrics to `metrics.jsonl`, one object per line, and to TensorBoard events.
 
     In a population each replica has its own lines, with its index in `replica`, and its own folder
     of events. Only the first of several hosts writes. Steps after `resume_from` are dropped.
+    tensorboardX's SummaryWriter is not used: its callers block forever when the disk is full.
     """
+
+    FLUSH = 10.0  # seconds between flushes of the events, each of which is an fsync
 
     @_explained
     def __init__(self, workdir: Path, resume_from: int, replicas: int = 1):
         self.writes = hosts.first()
         if not self.writes:
             return
+        # Imports PyTorch if that is installed, in 2 s.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= resume_from]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
-        fresh.replace(path)
+        write_atomically(path, "".join(to_json(row) + "\n" for row in kept).encode())
         self.file = path.open("a", encoding="utf-8")
         folders = [workdir / f"replica_{k}" for k in range(replicas)] if replicas > 1 else [workdir]
-        self.events = [Events(folder, resume_from) for folder in folders]
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
+        self.proto: Any = event_pb2  # its classes are invisible to a type checker
+        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
+        self.events, self.flushed = [], time.monotonic()
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            self.events.append(EventsWriter(str(folder / "events"), f".{time.time_ns()}"))
+            self._add_event(self.events[-1], resume_from + 1, session_log=start)
 
     @_explained
     def __exit__(self, *_) -> None:
         if self.writes:
             self.file.close()
             for events in self.events:
-                events.file.close()
+                events.close()
 
     @_explained
     def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
@@ -163,35 +169,14 @@ class MetricsWriter:
             self.file.write(to_json({"step": step, **replica, **each}) + "\n")
             self.file.flush()
             values = [{"tag": name, "simple_value": value} for name, value in each.items()]
-            self.events[k].add(step, summary={"value": values})
-
-
-class Events:
-    """A file of scalars for TensorBoard.
-
-    Not by tensorboardX's SummaryWriter, whose callers block forever when the disk is full.
-    """
-
-    FLUSH = 10.0  # seconds between flushes, each of which is an fsync
-
-    def __init__(self, folder: Path, resume_from: int):
-        from tensorboardX import RecordWriter  # imports PyTorch if that is installed, in 2 s
-        from tensorboardX.proto import event_pb2
-
-        self.proto: Any = event_pb2  # its classes are invisible to a type checker
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        self.file, self.flushed = RecordWriter(str(folder / name)), time.monotonic()
-        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
-        self.add(resume_from + 1, file_version="brain.Event:2")
-        self.add(resume_from + 1, session_log=start)
-
-    def add(self, step: int, **content: Any) -> None:
-        event = self.proto.Event(wall_time=time.time(), step=step, **content)
-        self.file.write(event.SerializeToString())
-        if time.monotonic() - self.flushed > self.FLUSH:
-            self.file.flush()
+            self._add_event(self.events[k], step, summary={"value": values})
+        if self.writes and time.monotonic() - self.flushed > self.FLUSH:
+            for events in self.events:
+                events.flush()
             self.flushed = time.monotonic()
+
+    def _add_event(self, events: Any, step: int, **content: Any) -> None:
+        events.write_event(self.proto.Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -62,19 +62,13 @@ class TrainState(NamedTuple):
         return (self.ema_params or self.params) | self.batch_stats
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
-
-
-def init_state(
-    model: Model, config: "RunConfig", seed: UInt32[Array, ""], hparams: dict[str, Any]
-) -> TrainState:
+def init_state(model: Model, config: "RunConfig", seed: Array, hparams: Params) -> TrainState:
     """The state before the first step."""
     params, batch_stats = model.split(model.init(stream(seed, "init")))
-    counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "failed": jnp.int32(-1)}
     opt_state = make_optimizer(config.optimizer, config.steps).init(params)
-    arrays = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
     ema_params = params if config.ema_decay else {}
-    return TrainState(**counts, seed=seed, hparams=hparams, **arrays, ema_params=ema_params)
+    counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1)
+    return TrainState(*counts, seed, hparams, params, batch_stats, opt_state, ema_params)
 
 
 def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
@@ -96,7 +90,7 @@ def abstract_state(model: Model, config: "RunConfig", mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def make_train_step(model: Model, config: "RunConfig") -> TrainStep:
+def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[TrainState, Sums]]:
     """Returns the train step, a pure function (state, batch) → (state, sums of the metrics).
 
     It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
@@ -124,8 +118,7 @@ def make_train_step(model: Model, config: "RunConfig") -> TrainStep:
 
         grad_fn = partial(jax.grad(loss_fn, has_aux=True), state.params)
         # With gradient accumulation there are no batch statistics (`RunConfig` checks that).
-        accumulated = accumulate(grad_fn, config.accumulation_steps)
-        gradients, (sums, batch_stats) = accumulated(batch, key)
+        gradients, (sums, batch_stats) = accumulate(grad_fn, config.accumulation_steps, batch, key)
         optimizer = make_optimizer(config.optimizer, config.steps, hparams)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -165,25 +158,21 @@ def skip_nonfinite(
     return kept._replace(step=new_state.step, skipped=skipped, failed=failed), sums
 
 
-def accumulate(function: Callable[[Batch, Array], Any], num_parts: int) -> Callable:
-    """Returns (batch, key) → the sum of `function` over microbatches, each with its own key.
+def accumulate(function: Callable, num_parts: int, batch: Batch, key: Array) -> Any:
+    """The sum of `function(part, key)` over microbatches of `batch`, each with its own key.
 
     Microbatch i holds every `num_parts`-th row from row i on, so that a device keeps its rows.
     """
     if num_parts == 1:
-        return function
+        return function(batch, key)
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), key)
 
-    def accumulated(batch: Batch, key: Array) -> Any:
-        parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), key)
+    def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
-        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, function(*part)), None
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.scan(add, zeros, (parts, jax.random.split(key, num_parts)))[0]
-
-    return accumulated
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, zeros, (parts, jax.random.split(key, num_parts)))[0]
 
 
 def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
@@ -196,7 +185,7 @@ def update_ema(ema: Params, params: Params, step: Int[Array, ""], decay: float) 
     return {name: kept * old + (1.0 - kept) * params[name] for name, old in ema.items()}
 
 
-def make_train_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Sums]]:
+def make_train_steps(train_step: Callable) -> Callable[..., tuple[TrainState, Sums]]:
     """Returns (state, sums, data, n) → (state, sums) n steps later.
 
     Every n runs the same machine code, so the division of steps into dispatches does not matter.
