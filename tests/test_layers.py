@@ -12,9 +12,10 @@ from flax import nnx
 from tests.helpers import normal, refused, small_model
 from transformer.modules import layers
 from transformer.modules.attention import MultiHeadAttention
+from transformer.modules.config import ModelConfig
 from transformer.modules.dropout import Dropout, dropout, stream_of, training_rngs
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS, FeedForward, Residual
-from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
+from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS, LayerNorm
 from transformer.modules.stacks import Encoder
 from transformer.modules.transformer import Transformer
@@ -29,14 +30,14 @@ def make_feed_forward(width, ff_width, kind, init="glorot_uniform"):
 
 
 def test_embedding_has_unit_variance_and_shares_its_table_with_the_logits():
-    embedding = scaled_embedding(1000, 64, FLOAT32, nnx.Rngs(0))
-    embedded = embed_scaled(embedding, jnp.arange(1000).reshape(10, 100))
+    model = Transformer(ModelConfig(d_model=64), 1000, rngs=nnx.Rngs(0))
+    embedded = model.embed(jnp.arange(1000).reshape(10, 100))
     np.testing.assert_allclose(embedded.var(), 1.0, rtol=0.05)
-    table = embedding.embedding[...]
+    table = model.embedding.embedding[...]
     np.testing.assert_allclose(embedded[0, 7], table[7] * 8.0, rtol=1e-6)
-    logits = logits_of(embedding, embedded)
+    logits = model.logits(embedded)
     np.testing.assert_allclose(logits, embedded @ table.T, rtol=1e-3, atol=1e-3)
-    assert jnp.isnan(embedding(jnp.array([[1000]]))).all()  # and not the last row
+    assert jnp.isnan(model.embed(jnp.array([[1000]]))).all()  # and not the last row
 
 
 @each_kind

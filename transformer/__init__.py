@@ -99,5 +99,4 @@ def load(
     from transformer.run import Run
 
     load_plugins(plugins)
-    run = Run.saved(workdir, mesh=mesh or make_mesh())
-    return run.generator(checkpoint, replica)
+    return Run.saved(workdir, mesh=mesh or make_mesh()).generator(checkpoint, replica)

@@ -60,9 +60,7 @@ def objective(totals: Totals) -> float:
 
 NLL = {"nll": lambda predictions: predictions.losses.nll}  # nats
 UNIFORM = {"uniform": lambda predictions: predictions.losses.uniform}
-CORRECT = {
-    "correct": lambda each: jnp.where(each.logits.argmax(-1) == each.targets, 1.0, 0.0),
-}
+CORRECT = {"correct": lambda each: jnp.where(each.logits.argmax(-1) == each.targets, 1.0, 0.0)}
 
 METRICS: dict[str, Metric] = {
     "loss": Metric(NLL, lambda totals: per_token(totals, "nll"), better=-1),

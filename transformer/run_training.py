@@ -69,7 +69,7 @@ def describe(run: "Run") -> dict[str, str]:
     rows = f" in {len(run.rows):,} rows" if config.data.pack_length else ""
     others = "".join(f", {len(data):,} of {name}" for name, data in run.data.items())
     replicas = f", times {config.replicas} replicas" if config.replicas > 1 else ""
-    backend = run.model.config.backend_at(max(run.rows.widths))
+    backend = run.model.config.auto_backend(max(run.rows.widths))
     is_auto = config.model.attention_backend == "auto"
     return {
         "data": f"{corpus.dataset.name}, {len(examples):,} training examples{rows}{others}",

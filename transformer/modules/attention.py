@@ -96,10 +96,9 @@ class MultiHeadAttention(Moded):
         self.value = project_in(kv_heads, values, self.kv_axis)
         axes = {"axis": (-2, -1)} | linear_axes("heads", "head", "embed")
         self.out = linear((num_heads, values // num_heads), out_features or in_features, **axes)
-        qk_norm = qk_norm or partial(LayerNorm, use_bias=False)
-        make_norm = partial(qk_norm, features // num_heads, **common)
-        self.query_ln = nnx.data(make_norm() if normalize_qk else None)
-        self.key_ln = nnx.data(make_norm() if normalize_qk else None)
+        qk_norm = partial(qk_norm or partial(LayerNorm, use_bias=False), **common)
+        self.query_ln = nnx.data(qk_norm(features // num_heads) if normalize_qk else None)
+        self.key_ln = nnx.data(qk_norm(features // num_heads) if normalize_qk else None)
         self.num_heads, self.in_features = num_heads, in_features
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.rngs = nnx.data(kept_stream(rngs, dropout_rate))
@@ -130,8 +129,6 @@ class MultiHeadAttention(Moded):
         """
         if inputs_k is None and inputs_v is not None:
             raise ValueError("inputs_v without inputs_k: pass the one array as inputs_k alone")
-        if inputs_q.shape[-1] != self.in_features:
-            raise ValueError(f"inputs have {inputs_q.shape[-1]} features, not {self.in_features}")
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         *batch, length, _ = inputs_q.shape

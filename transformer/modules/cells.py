@@ -43,8 +43,7 @@ class Cell(nnx.Module):
 class LSTM(Cell):
     """c ← σ(f + 1) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
 
-    (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000, open by 1 at first,
-    Jozefowicz et al. 2015.)
+    (Hochreiter and Schmidhuber 1997; gate f: Gers et al. 2000, its 1: Jozefowicz et al. 2015.)
     """
 
     gates, arrays = 4, 2
@@ -57,10 +56,7 @@ class LSTM(Cell):
 
 
 class GRU(Cell):
-    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)).
-
-    (Cho et al. 2014, with the reset gate r on the product, so that one product computes all.)
-    """
+    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)); Cho et al. 2014 have (r ⊙ h) U: two products."""
 
     gates = 3
 

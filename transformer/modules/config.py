@@ -104,10 +104,8 @@ class ModelConfig:
         """E, the width of a head's values."""
         return self.d_v or self.attention_width()
 
-    def backend_at(self, length: int) -> str:
-        """The attention backend in training at this length on this platform."""
-        if self.attention_backend != "auto":
-            return self.attention_backend
+    def auto_backend(self, length: int) -> str:
+        """The attention backend that `auto` picks in training at this length on this platform."""
         width, drops = self.attention_width(), self.attention_dropout_rate > 0.0
         biased = POSITIONS[self.position_encoding].bias is not Position.bias
         options = {"biased": biased, "flexible": drops or self.values_width() != width}

@@ -34,12 +34,10 @@ LANES = 128  # lanes of a TPU's vector unit; lengths are padded to multiples
 
 
 def _share(x: Float[Array, "B K S H"], heads: int) -> Float[Array, "B N S H"]:
-    """Repeats keys or values for all heads of the queries."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Pads an axis with zeros to a multiple."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
@@ -121,10 +119,7 @@ def chunked(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias
 
 
 def splash(query: Query, key: Key, value: Value, mask: Masks = None, bias: Bias = None) -> Heads:
-    """JAX's flash attention kernel for TPUs, interpreted elsewhere, which skips masked blocks.
-
-    A bias, a mask that is an array, and single queries use `einsum`.
-    """
+    """JAX's flash attention kernel for TPUs, interpreted elsewhere, which skips masked blocks."""
     if bias is not None or not isinstance(mask, Mask) or query.shape[2] == 1:
         return einsum(query, key, value, mask, bias)
     # A device with some of the query heads needs the keys and values that these heads share.

@@ -1,7 +1,6 @@
 """Dropout, and the RNG streams that a training step draws from."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,10 @@ CallRngs = nnx.Rngs | nnx.RngStream | None  # the type of `rngs` in calls
 
 
 def training_rngs(key: Array) -> nnx.Rngs:
-    """An `nnx.Rngs` with one stream for each use of randomness in training.
+    """A stream for each use of randomness in training.
 
-    Drawing from one stream does not advance the others, so a replica whose traced rate is 0 is
-    bit-identical to a single run without dropout, which draws nothing.
+    Drawing from one does not advance the others: a replica whose traced rate is 0 is bit-identical
+    to a single run without dropout, which draws nothing.
     """
     names = ("dropout", "attention", "positions", "layers")
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(names)})
@@ -79,10 +78,3 @@ class Dropout(Moded):
         if self.is_deterministic(deterministic):
             return inputs
         return dropout(inputs, self.rate, stream_of("dropout", rngs, self.rngs))
-
-
-def set_rate(module: nnx.Module, kind: type, **rates: Any) -> None:
-    """Sets rates of all submodules of a type to numbers or traced scalars."""
-    for name, rate in rates.items():
-        value: Any = nnx.data(rate) if isinstance(rate, jax.Array) else rate
-        module.set_attributes(kind, raise_if_not_found=False, **{name: value})

@@ -148,10 +148,8 @@ class Layer(nnx.Module):
             setattr(self, name, MultiHeadAttention(num_heads, d_model, **attention))
         self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **matrices)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
-        self.residuals = nnx.List(
-            Residual(d_model, placement=norm_placement, **common)
-            for _ in range(len(self.attentions) + 1)
-        )
+        residual = partial(Residual, d_model, placement=norm_placement, **common)
+        self.residuals = nnx.List(residual() for _ in (*self.attentions, "feed_forward"))
 
     def through(self, x: Stream, *attend: Sublayer, **mode: Any) -> Stream:
         """Attention, then feed-forward, each inside its residual connection."""
@@ -225,7 +223,7 @@ class DecoderLayer(Layer):
         index: Int[Array, ""],
         *,
         memory_mask: AttentionMask,
-        rotate: Rotate | None = None,
+        rotate: Rotate,
         **attention: Any,
     ) -> tuple[Stream, KeyValue]:
         """The output for the next target positions, and the cache with theirs from `index` on."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 
 from transformer.parallel.mesh import constrain
@@ -38,11 +39,6 @@ def linear_axes(*names: str) -> dict[str, Any]:
     return {"kernel_metadata": axis_names(*names), "bias_metadata": axis_names(*bias)}
 
 
-def compute_dtype(dtype: Any, *arrays: Array | None) -> Any:
-    """`dtype`, or if it is None the type that the arrays promote to, as in Flax."""
-    return dtype or jnp.result_type(*(each for each in arrays if each is not None))
-
-
 class Linear(nnx.LinearGeneral):
     """x W + b, with the arguments of `nnx.LinearGeneral` except `batch_axis` and `promote_dtype`.
 
@@ -61,10 +57,9 @@ class Linear(nnx.LinearGeneral):
         return out + jnp.broadcast_to(self.bias[...], out.shape).astype(out.dtype)
 
 
-def _without_bias(arrays: Any, dtype: Any = None, **unused: Any) -> Any:
+def _without_bias(arrays: Any, **options: Any) -> Any:
     """Inputs and kernel in the dtype of the computation; `Linear` adds the bias."""
-    dtype = compute_dtype(dtype, *arrays)
-    return arrays[0].astype(dtype), arrays[1].astype(dtype), None
+    return *promote_dtype(arrays, **options)[:2], None
 
 
 class Embed(nnx.Embed):
@@ -88,20 +83,3 @@ class Embed(nnx.Embed):
         """query Eᵀ in `dtype`; options are those of `jnp.einsum`."""
         arrays = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return jnp.einsum("...D,VD->...V", *arrays, out_sharding=out_sharding, **options)
-
-
-def scaled_embedding(size: int, d_model: int, dtype: Any, rngs: nnx.Rngs) -> Embed:
-    """An `Embed` of variance 1/D: embedded tokens times √D have variance 1, and logits about 1."""
-    init = nnx.initializers.normal(d_model**-0.5)
-    return Embed(size, d_model, dtype=dtype, embedding_init=init, rngs=rngs)
-
-
-def embed_scaled(embedding: Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The token embeddings times √D. (Vaswani et al. 2017, section 3.4.)"""
-    return constrain(embedding(tokens) * embedding.features**0.5, "batch", "length", "width")
-
-
-def logits_of(embedding: Embed, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """x Eᵀ, summed in float32."""
-    logits = embedding.attend(x, preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", "length", "vocab")

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
-from transformer.modules.linear import Initializer, axis_names, compute_dtype, zeros
+from transformer.modules.linear import Initializer, axis_names, zeros
 
 ones = nnx.initializers.ones_init()
 
@@ -49,7 +50,7 @@ class Norm(nnx.Module):
             normalised = normalised * scale.astype(jnp.float32)
         if bias is not None:
             normalised = normalised + bias.astype(jnp.float32)
-        return normalised.astype(compute_dtype(self.dtype, x, scale, bias))
+        return normalised.astype(canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
 class LayerNorm(Norm):

@@ -14,7 +14,7 @@ from transformer.modules.cells import CELLS, State, run
 from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import attention_weights
 from transformer.modules.dropout import Dropout
-from transformer.modules.linear import INITIALIZERS, Linear, embed_scaled, linear_axes
+from transformer.modules.linear import INITIALIZERS, Linear, linear_axes
 from transformer.modules.transformer import EncoderDecoder, Logits, Memory, Source, Target
 from transformer.parallel.mesh import constrain
 
@@ -84,7 +84,7 @@ class Recurrent(EncoderDecoder):
     def encode(self, source: Source, source_segments: Source | None = None, **mode: Any) -> Memory:
         """The encoder's memory of `source`; `mode` is `deterministic` and `rngs` of the call."""
         real = masking.segments_of(source, source_segments) > 0
-        x = self.dropout(embed_scaled(self.embedding, source), **mode)
+        x = self.dropout(self.embed(source), **mode)
         for forward, backward in zip(self.forward, self.backward, strict=True):
             halves = run(forward, x, real, reverse=False), run(backward, x, real, reverse=True)
             x = constrain(jnp.concatenate(halves, axis=-1), "batch", "length", "width")
@@ -116,7 +116,7 @@ class Recurrent(EncoderDecoder):
 
     def _advance(self, tokens: Target, cache: Cache, **mode: Any) -> tuple[Logits, Cache]:
         """Reads `tokens` one after another, in training and decoding alike."""
-        x = self.dropout(self.embed_target(tokens), **mode)
+        x = self.dropout(self.embed(tokens, self.target_embedding), **mode)
         # Dropout between layers, drawn ahead: a key drawn in the loop would be reused in all steps.
         between = jnp.ones((len(self.decoder) - 1, *x.shape), x.dtype)
         between = self.dropout(between, **mode)

@@ -1,6 +1,7 @@
 """The encoder and the decoder: stacks of layers, run one by one, scanned or rematerialised."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,9 +51,8 @@ class Stack(Moded):
     ):
         check_choice(REMATS, remat, "remat")
         self.scan_layers, self.remat = scan_layers, remat
-        self.layers: Any = nnx.List(
-            self.layer(d_model, num_heads, d_ff, **options) for _ in range(num_layers)
-        )
+        layer = partial(self.layer, d_model, num_heads, d_ff, **options)
+        self.layers: Any = nnx.List(layer() for _ in range(num_layers))
         names = ("norm", "norm_epsilon", "dtype", "param_dtype", "rngs")
         norm = {name: options[name] for name in names if name in options}
         last = options.get("norm_placement") != "post"  # or else layers end with a norm
@@ -137,10 +137,6 @@ class Decoder(Stack):
     """A stack of decoder layers, called with the residual stream and the memory; see `Stack`."""
 
     layer = layers.DecoderLayer
-
-    def project_memory(self, memory: Float[Array, "B S D"]) -> KeyValues:
-        """Each layer's cross-attention keys and values."""
-        return tuple(layer.cross_attention.project_kv(memory) for layer in self.layers)
 
     def decode_step(
         self, x: Stream, memory: KeyValues, cache: KeyValues, index: Array, **attention: Any

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.errors import UserError
+from transformer.errors import check_choice
 from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
 from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
-from transformer.modules.dropout import Dropout, Moded, set_rate, stream_of
-from transformer.modules.layers import AttentionMask
-from transformer.modules.linear import INITIALIZERS, embed_scaled, logits_of, scaled_embedding
+from transformer.modules.dropout import Dropout, Moded, stream_of
+from transformer.modules.linear import INITIALIZERS, Embed
 from transformer.modules.normalization import RMSNorm
 from transformer.modules.positions import POSITIONS, in_row
 from transformer.modules.stacks import Decoder, Encoder, KeyValues
+from transformer.parallel.mesh import constrain
 
 Source = Int[Array, "B S"]  # tokens, or their segments or positions
 Target = Int[Array, "B T"]
@@ -56,41 +56,43 @@ class EncoderDecoder(Moded):
         *,
         rngs: nnx.Rngs,
     ):
+        # Of variance 1/D: embedded tokens times √D have variance 1, and logits about 1.
+        init = nnx.initializers.normal(config.d_model**-0.5)
+        options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "rngs": rngs}
+        embed = partial(Embed, features=config.d_model, embedding_init=init, **options)
         tied, size = config.tie_embeddings, target_vocab_size or vocab_size
         self.config = config
-        options = config.d_model, DTYPES[config.dtype], rngs
-        self.embedding = scaled_embedding(vocab_size, *options)
-        self.target_embedding = nnx.data(None if tied else scaled_embedding(size, *options))
-        self.output_embedding = nnx.data(None if tied else scaled_embedding(size, *options))
+        self.embedding = embed(vocab_size)
+        self.target_embedding = nnx.data(None if tied else embed(size))
+        self.output_embedding = nnx.data(None if tied else embed(size))
         self._build(config, rngs)
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         raise NotImplementedError
 
-    def embed_target(self, tokens: Target) -> Float[Array, "B T D"]:
-        """The embedded target tokens."""
-        return embed_scaled(self.target_embedding or self.embedding, tokens)
+    def embed(self, tokens: Target, table: Embed | None = None) -> Float[Array, "B T D"]:
+        """The tokens' vectors in a table, by default the source's, times √D. (Section 3.4.)"""
+        table = table or self.embedding
+        return constrain(table(tokens) * table.features**0.5, "batch", "length", "width")
 
     def logits(self, x: Float[Array, "B T D"]) -> Logits:
-        """The logits of the next target token, float32."""
-        return logits_of(self.output_embedding or self.embedding, x)
+        """The logits of the next target token: x Eᵀ, summed in float32."""
+        table = self.output_embedding or self.embedding
+        logits = table.attend(x, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "length", "vocab")
 
 
 class Transformer(EncoderDecoder):
     """Vaswani et al. 2017, figure 1: tokens in, logits over the next target token out.
 
     Args:
-      config: the architecture.
       vocab_size: V of the source.
       target_vocab_size: V of the target and the logits; None: the same.
       rngs: random keys for the parameters and, with dropout, for calls without `rngs`.
     """
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        if config.architecture != "transformer":
-            raise UserError(
-                f"model.architecture={config.architecture} is no Transformer: Run builds it"
-            )
+        check_choice(("transformer",), config.architecture, "model.architecture")
         options = {"num_heads": config.num_heads, "rngs": rngs}
         length = config.random_positions or config.max_length
         position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
@@ -115,13 +117,10 @@ class Transformer(EncoderDecoder):
         """Logits for each target position, given the source and the target before it.
 
         Args:
-          source: tokens that the encoder reads.
           target_in: BOS and the target's tokens.
-          source_segments: 0 = padding; in packed rows, the number of a token's example in its
-            row, which attention does not leave. None: 1 where the token is not 0.
-          target_segments: likewise.
-          source_positions: position of each token in its segment; None: in its row.
-          target_positions: likewise.
+          source_segments, target_segments: 0 = padding; in packed rows, the number of a token's
+            example in its row, which attention does not leave. None: 1 where the token is not 0.
+          source_positions, target_positions: of each token in its segment; None: in its row.
           deterministic: whether to disable dropout; None: as set by `train()` and `eval()`.
           rngs: random keys for training; see `dropout.training_rngs`.
         """
@@ -133,7 +132,7 @@ class Transformer(EncoderDecoder):
         mask = self._mask(segments, segments, causal=True, window=self.config.window)
         masks = {"mask": mask, "memory_mask": self._mask(segments, source_segments)}
         encoding = _attention_positions(self.target_position, positions, positions)
-        x = self.target_position(self.embed_target(target_in), positions)
+        x = self.target_position(self.embed(target_in, self.target_embedding), positions)
         x, tokens = self.dropout(x, **mode), segments > 0
         x = self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
         return self.logits(x)
@@ -146,7 +145,7 @@ class Transformer(EncoderDecoder):
         index = self.positions(in_row(source, positions), **mode)
         mask = self._mask(segments, segments, window=self.config.window)
         encoding = _attention_positions(self.source_position, index, index)
-        x = self.source_position(embed_scaled(self.embedding, source), index)
+        x = self.source_position(self.embed(source), index)
         x, tokens = self.dropout(x, **mode), segments > 0
         return self.encoder(x, mask=mask, token_mask=tokens, **encoding, **mode)
 
@@ -172,7 +171,7 @@ class Transformer(EncoderDecoder):
         drawn = jax.random.choice(stream(), reach, (length,), replace=False)
         return jnp.sort(drawn)[index]
 
-    def _mask(self, queries: Target, keys: Source, **structure: Any) -> AttentionMask:
+    def _mask(self, queries: Target, keys: Source, **structure: Any) -> Any:
         """The mask between segments, as a `Mask` if the attention backend takes one."""
         mask = masking.Mask(queries, keys, **structure)
         short = self.config.attention_backend in SHORT_MASK_BACKENDS
@@ -190,7 +189,7 @@ class Transformer(EncoderDecoder):
             filled=jnp.zeros((), jnp.int32),
             decoded=(empty,) * config.num_layers,
             own=jnp.zeros((len(memory), hypotheses, entries), bool),
-            memory=self.decoder.project_memory(memory),
+            memory=tuple(each.cross_attention.project_kv(memory) for each in self.decoder.layers),
             source_segments=source_segments,
         )
 
@@ -217,7 +216,7 @@ class Transformer(EncoderDecoder):
         keys = self.positions(jnp.arange(entries)[None] // hypotheses, True)
         masks = {"mask": mask, "memory_mask": masking.padding(cache.source_segments > 0)}
         encoding = _attention_positions(self.target_position, positions, keys)
-        x = self.target_position(self.embed_target(tokens), positions)
+        x = self.target_position(self.embed(tokens, self.target_embedding), positions)
         caches = cache.memory, cache.decoded, filled * hypotheses
         x, decoded = self.decoder.decode_step(x, *caches, **masks, **encoding)
         logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
@@ -248,5 +247,8 @@ def _attention_positions(position: Any, queries: Array, keys: Array) -> dict[str
 
 def set_dropout_rates(module: nnx.Module, dropout_rate: Any, attention_dropout_rate: Any) -> None:
     """Sets the dropout rates of a model to numbers or traced scalars."""
-    set_rate(module, Dropout, rate=dropout_rate)
-    set_rate(module, MultiHeadAttention, dropout_rate=attention_dropout_rate)
+    modules = (Dropout, "rate"), (MultiHeadAttention, "dropout_rate")
+    rates = dropout_rate, attention_dropout_rate
+    for (kind, name), rate in zip(modules, rates, strict=True):
+        value: Any = nnx.data(rate) if isinstance(rate, jax.Array) else rate
+        module.set_attributes(kind, raise_if_not_found=False, **{name: value})

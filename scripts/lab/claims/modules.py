@@ -25,7 +25,6 @@ from transformer.metrics import finalize
 from transformer.modules import masking
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
-from transformer.modules.linear import embed_scaled
 from transformer.modules.model import Model, Params
 from transformer.modules.normalization import BatchNorm, LayerNorm
 from transformer.parallel.replicas import split_replicas
@@ -282,7 +281,7 @@ def scales_by_layer(model: Model, params: Params, tokens: Array) -> dict[str, li
         return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
     module = model.bind(params)
-    x = module.source_position(embed_scaled(module.embedding, tokens))
+    x = module.source_position(module.embed(tokens))
     found: dict[str, list[float]] = {"inputs": [], "stream": []}
     for layer in module.encoder.layers:
         attention = layer.residuals[0]
