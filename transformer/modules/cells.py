@@ -43,7 +43,7 @@ class Cell(nnx.Module):
 class LSTM(Cell):
     """c ← σ(f + 1) ⊙ c + σ(i) ⊙ tanh(g),  h ← σ(o) ⊙ tanh(c).
 
-    (Hochreiter and Schmidhuber 1997; gate f: Gers et al. 2000, its 1: Jozefowicz et al. 2015.)
+    (Hochreiter and Schmidhuber 1997; gate f: Gers et al. 2000; f + 1: Jozefowicz et al. 2015.)
     """
 
     gates, arrays = 4, 2
