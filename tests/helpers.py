@@ -103,12 +103,10 @@ def program(path: str, *words: str) -> Iterator[Any]:
     assert mine and mine.loader  # noqa: PT018
 
     def take() -> dict[str, flags.Flag]:
-        definer = {name: known.find_module_defining_flag(name) or "" for name in known}
-        # Overrides of a config, config.model.norm, are defined by absl itself.
-        stay = {
-            x for x in known if definer[x].startswith(LIBRARIES) and not x.startswith("config.")
-        }
-        taken = {name: known[name] for name in known if name not in stay}
+        # Overrides of a config, such as config.model.norm, count as defined by absl.
+        definer = {x: known.find_module_defining_flag(x) or "" for x in known}
+        mine = [x for x in known if x.startswith("config.") or not definer[x].startswith(LIBRARIES)]
+        taken = {name: known[name] for name in mine}
         for name in taken:
             delattr(known, name)
         return taken

@@ -89,7 +89,8 @@ def test_every_shipped_sweep_can_be_planned_and_says_how_it_is_run(name):
     ],
 )
 def test_a_sweep_that_cannot_be_run_is_explained(changes, message):
-    helpers.refused(message, plan, sweep_of(**{"variants": {"a": {}}} | changes), 8)
+    changes = {"variants": {"a": {}}} | changes
+    helpers.refused(message, lambda: plan(sweep_of(**changes), 8))
     message = r"small.py does not define a function get_sweep\(\)"
     helpers.refused(message, load_sweep, SMALL)
 
