@@ -129,6 +129,8 @@ class MultiHeadAttention(Moded):
         """
         if inputs_k is None and inputs_v is not None:
             raise ValueError("inputs_v without inputs_k: pass the one array as inputs_k alone")
+        if inputs_q.shape[-1] != self.in_features:
+            raise ValueError(f"inputs have {inputs_q.shape[-1]} features, not {self.in_features}")
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         *batch, length, _ = inputs_q.shape
