@@ -182,7 +182,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
     words = re.sub(r"(?m)^--?config\n", "--config=", "\n".join(argv)).split("\n")
     paths = [match[1] for word in words if (match := re.match(r"--?config=(.+)", word))]
-    config = load_config(paths[-1]) if paths else None  # explains what is wrong with the file
+    config = load_config(paths[-1]) if paths else None  # its errors name the fault
     try:
         rest = flags.FLAGS(argv)
     except SystemExit:  # absl exits with status 1 after --help

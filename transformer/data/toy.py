@@ -21,7 +21,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Task(NamedTuple):
-    """A function from source to target, an example, and their characters."""
+    """A function from source to target, an example of it, and the characters of both."""
 
     function: Callable[[str], str | None]  # None: the string is not a valid source
     example: str  # source → target

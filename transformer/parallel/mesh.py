@@ -65,7 +65,7 @@ def find_devices() -> list[Any]:
 
 
 def make_mesh(config: MeshConfig | None = None, replicas: int = 1, devices: Any = None) -> Mesh:
-    """Returns a mesh of the first `devices`; by default of all, over which the batch is sharded."""
+    """Returns the mesh of `config` over the first `devices`; by default all, data-parallel."""
     devices, sizes = devices or find_devices(), asdict(config or MeshConfig())
     if sizes["replica"] == -1:
         others = math.prod(size for size in sizes.values() if size > 0)

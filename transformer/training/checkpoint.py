@@ -219,7 +219,7 @@ def check(directory: Path, set_aside: bool) -> None:
             folder.replace(aside)
             console.print(f"{what}: moved to {aside}")
     if is_newest and folders:
-        fault = f"no checkpoint in {directory} is intact; they were moved to {directory / DAMAGED}"
+        fault = f"no checkpoint in {directory} is intact; all were moved to {directory / DAMAGED}"
         raise UserError(f"{fault}: put one back, or repeat the command to train from the start")
 
 

@@ -73,9 +73,9 @@ class TrainingLoop:
 
     def train(self) -> TrainState:
         """Trains to the last step, or until `Interrupted` or a `NonfiniteError`."""
-        none = self.run.feed.empty_window(), self.run.place(np.array(0, np.int32))
+        no_steps = self.run.feed.empty_window(), self.run.place(np.array(0, np.int32))
         with status("compiling", "compiled"):  # by a dispatch of 0 steps
-            self.state, self.sums = self.run.train_steps(self.state, self.sums, *none)
+            self.state, self.sums = self.run.train_steps(self.state, self.sums, *no_steps)
         self.bar = ProgressBar(self.step, self.config.steps)
         with contextlib.closing(self.run.feed), self.bar:
             self.requests.something_to_save = True

@@ -62,12 +62,12 @@ class TrainState(NamedTuple):
         return (self.ema_params or self.params) | self.batch_stats
 
 
-def init_state(model: Model, config: "RunConfig", seed: Array, hparams: Params) -> TrainState:
+def init_state(model: Model, config: "RunConfig", seed: Array, hparams: dict) -> TrainState:
     """The state before the first step."""
     params, batch_stats = model.split(model.init(stream(seed, "init")))
     opt_state = make_optimizer(config.optimizer, config.steps).init(params)
     ema_params = params if config.ema_decay else {}
-    counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1)
+    counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1)  # step, skipped, failed
     return TrainState(*counts, seed, hparams, params, batch_stats, opt_state, ema_params)
 
 

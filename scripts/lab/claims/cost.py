@@ -124,9 +124,9 @@ def growth(setting: Setting, *, rounds: int = 9) -> Claim:
         method="The attention core (scores, softmax, weighted sum; one head), its four "
         f"projections, and an LSTM layer, forward, float32, {ROWS} sequences: n from {LENGTHS[0]} "
         f"to {LENGTHS[-1]} at d = {WIDTH}, d from {WIDTHS[0]} to {WIDTHS[-1]} at n = {LENGTH}. "
-        "FLOPs and temporaries are the compiler's (of the LSTM, a loop, those of its products), "
-        f"times of rounds in which all sizes take turns. Exponents are fitted to the {FITTED} "
-        "largest sizes, for time in each round. True if within "
+        "FLOPs and temporary memory are from the compiler. It counts a loop once, so FLOPs of the "
+        "LSTM are of its matrix products. All sizes take turns in each round of timing. Exponents "
+        f"are fitted to the {FITTED} largest sizes, for time in each round. True if within "
         f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of the text's, "
         "not if beyond, undecided if the interval lies across. Bands show all rounds.",
         checks=checks,
