@@ -229,7 +229,8 @@ def test_init_follows_its_key_and_kernel_init_is_of_attention_and_feed_forward_a
 def test_attention_maps_have_each_layers_distributions_over_real_tokens(changes):
     model = small_model(num_layers=2, **changes)
     data = Dataset(np.asarray(BATCH.source), np.asarray(BATCH.target_out), 3)
-    maps = attention_maps(model, random_params(model, 0), data)
+    later = replace(data, target=np.asarray(BATCH.target_out.at[0, 1].set(9)))  # read from 2 on
+    maps, others = (attention_maps(model, random_params(model, 0), each) for each in (data, later))
     source, target = BATCH.source_segments, BATCH.target_segments
     sides = {"encoder": (source, source), "decoder": (target, target), "cross": (target, source)}
     layers = {"encoder": 0, "decoder": 0, "cross": 1} if changes == RECURRENT else {}
@@ -240,6 +241,10 @@ def test_attention_maps_have_each_layers_distributions_over_real_tokens(changes)
             np.testing.assert_array_equal(weights.swapaxes(1, 3)[key == 0], 0.0)
             totals = weights.sum(-1).swapaxes(1, 2)[query == 1]
             np.testing.assert_allclose(totals, 1.0, rtol=1e-5)
+    for one, other in zip(maps["cross"], others["cross"], strict=True):
+        changed = (one != other).any((1, 3))
+        np.testing.assert_array_equal(changed[0], np.arange(6) >= 2)
+        assert not changed[1:].any()
 
 
 PAPER = [(vaswani_base, 512, 2048, 63.0), (vaswani_big, 1024, 4096, 214.2)]

@@ -60,6 +60,7 @@ def test_windows_hold_the_batches_of_the_device_from_any_step_and_workers_end(co
                     one = jax.tree.map(itemgetter(k), window)
                     wanted = of_step(data, KEYS[k], jnp.int32(within))
                     assert_equal(wanted, of_step(one, KEYS[k], jnp.int32(within)))
+                    assert_equal(wanted, stream.batch(KEYS[k], jnp.int32(within)))  # by itself
                 step += min(left, 2)  # a dispatch may end before its window does
         assert 0.0 <= stream.wait_share() <= 1.0
     assert not multiprocessing.active_children()
