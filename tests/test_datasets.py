@@ -239,6 +239,7 @@ def test_each_word_is_in_one_split_with_its_pronunciations(name, monkeypatch, tm
     assert sum(len(set(each)) for each in words.values()) == len(together)
     assert together == ENTRIES.keys() - LEFT_OUT
     for split in SPLITS:
+        assert {pronunciations.split_of(x, 50, pronunciations.CUT) for x in words[split]} == {split}
         most = None if split == "train" else 1
         expected = [(x, text) for x in set(words[split]) for text in distinct(x, stressed)[:most]]
         assert sorted(zip(*corpus.texts(split), strict=True)) == sorted(expected)

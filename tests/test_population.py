@@ -93,6 +93,7 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
         knobs = vars(single) | vars(single.optimizer) | vars(single.model)
         assert {name: knobs[name] for name in own} == {name: own[name][k] for name in own}
     assert not equal(population[0][0].ema_params, population[0][0].params)
+    assert run_config(3, {"seed": 7}).seeds().tolist() == [7, 8, 9]  # without seeds of their own
 
 
 def test_each_replica_decodes_with_its_own_parameters():
