@@ -171,6 +171,8 @@ def test_arguments_are_flaxs_and_unknown_ones_a_type_error(name):
         for sizes in ((3, D), (4, D, 10)):
             with pytest.raises(ValueError, match="does not divide"):
                 MultiHeadAttention(*sizes, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=f"8 features, not {D}"):
+            MultiHeadAttention(4, D, rngs=nnx.Rngs(0))(inputs(B, T, 8))
 
 
 class Classifier(nnx.Module):
