@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests import helpers
 from tests.helpers import data_config, logits_of, program, random_params, small_model, strings
 from tests.test_average import files_of, make_run
 from transformer import cli
@@ -56,6 +57,12 @@ def evaluate(run, *words):
         patch.setattr(module.cli, "set_up_jax", lambda cfg: None)
         patch.setattr(jax, "set_mesh", lambda mesh: stack.enter_context(set_mesh(mesh)))
         module.main()
+
+
+def test_a_split_or_a_checkpoint_that_there_is_not_is_named(run):
+    message = "checkpoint=30: choose one of latest, best, 1$"
+    helpers.refused(message, evaluate, run, "--checkpoint=30")
+    helpers.refused("'tset' is not a split", evaluate, run, "--split=tset")
 
 
 def test_an_evaluation_needs_only_the_run_folder_and_does_not_change_it(run, tmp_path, capsys):
