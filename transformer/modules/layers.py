@@ -223,7 +223,7 @@ class DecoderLayer(Layer):
         index: Int[Array, ""],
         *,
         memory_mask: AttentionMask,
-        rotate: Rotate,
+        rotate: Rotate = None,
         **attention: Any,
     ) -> tuple[Stream, KeyValue]:
         """The output for the next target positions, and the cache with theirs from `index` on."""
