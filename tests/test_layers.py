@@ -143,7 +143,7 @@ def test_what_a_module_used_alone_does_not_know_is_named_with_its_choices():
         argument = {"feed_forward" if name == "activation" else name: wrong}
         refused(f"{name}={wrong}: choose", Encoder, 1, 8, 2, **argument, rngs=nnx.Rngs(0))
     config = small_model(architecture="recurrent").config
-    refused(r"model\.architecture=recurrent", Transformer, config, 9, rngs=nnx.Rngs(0))
+    refused(r"model\.architecture=recurrent .*use Run", Transformer, config, 9, rngs=nnx.Rngs(0))
 
 
 def test_dropout_drops_at_its_rate_keeps_the_mean_and_draws_another_mask_each_time():

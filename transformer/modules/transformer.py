@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.errors import check_choice
+from transformer.errors import UserError
 from transformer.modules import masking
 from transformer.modules.attention import KeyValue, MultiHeadAttention
 from transformer.modules.config import DTYPES, ModelConfig
@@ -92,7 +92,8 @@ class Transformer(EncoderDecoder):
     """
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        check_choice(("transformer",), config.architecture, "model.architecture")
+        if config.architecture != "transformer":
+            raise UserError(f"model.architecture={config.architecture} is no Transformer; use Run")
         options = {"num_heads": config.num_heads, "rngs": rngs}
         length = config.random_positions or config.max_length
         position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
