@@ -178,7 +178,7 @@ class Generator:
         own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
-    def _decode(self, sources: np.ndarray, streams: np.ndarray, decoding: DecodingConfig) -> Any:
+    def _decode(self, sources: Any, streams: Any, decoding: DecodingConfig) -> Hypotheses:
         rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
         sources, streams = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)

@@ -70,7 +70,7 @@ def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> 
 def draw_evaluation(
     folder: Path, name: str, rows: Rows, maps_of: Callable, data: Dataset, tokenizers: Tokenizers
 ) -> None:
-    """Draws accuracy by source length, from `rows`, and the attention maps of short examples.
+    """Draws accuracy by source length (`rows`) and the attention maps of the first short examples.
 
     `name` is part of the names of the files. Every host calls `maps_of(dataset)`.
     """

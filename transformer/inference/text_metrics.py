@@ -156,7 +156,7 @@ TEXT_METRICS: dict[str, Callable[[Texts], Score]] = {
     "bleu": bleu,
     "chrf": chrf,
     "exact_match": exact_match,
-    # Of pronunciations these are the word and the phoneme error rate of the literature.
+    # Of pronunciations, the next two are the word and the phoneme error rate of the literature.
     "sequence_error_rate": sequence_error_rate,
     "unit_error_rate": partial(error_rate, str.split),
     "character_error_rate": partial(error_rate, list),

@@ -56,7 +56,7 @@ class LSTM(Cell):
 
 
 class GRU(Cell):
-    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)); Cho et al. 2014 have (r ⊙ h) U: two products."""
+    """h ← z ⊙ h + (1 - z) ⊙ tanh(x W + r ⊙ (h U)), where Cho et al. 2014 have (r ⊙ h) U."""
 
     gates = 3
 
