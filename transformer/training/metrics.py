@@ -4,6 +4,7 @@ The step accumulates sums on the device; the host divides them once per interval
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -139,7 +140,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if not self.writes:
             return
         # Imports PyTorch if that is installed, in 2 s.
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX import RecordWriter
         from tensorboardX.proto import event_pb2
 
         path = workdir / "metrics.jsonl"
@@ -152,7 +153,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self.events, self.flushed = [], time.monotonic()
         for folder in folders:
             folder.mkdir(exist_ok=True)
-            self.events.append(EventsWriter(str(folder / "events"), f".{time.time_ns()}"))
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+            self.events.append(RecordWriter(str(folder / name)))
+            self._add_event(self.events[-1], resume_from + 1, file_version="brain.Event:2")
             self._add_event(self.events[-1], resume_from + 1, session_log=start)
 
     @_explained
@@ -176,7 +179,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             self.flushed = time.monotonic()
 
     def _add_event(self, events: Any, step: int, **content: Any) -> None:
-        events.write_event(self.proto.Event(wall_time=time.time(), step=step, **content))
+        event = self.proto.Event(wall_time=time.time(), step=step, **content)
+        events.write(event.SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
