@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from collections import defaultdict
 from functools import partial
 
 import jax
@@ -62,22 +63,27 @@ def test_segments_positions_and_shifted_targets_start_anew_in_each_example():
     }
 
 
-def test_every_example_is_packed_once_and_with_its_target(rng):
+def test_every_example_is_packed_once_and_one_that_is_too_long_is_named(rng):
     data = dataset(rng, 500)
     packed, again = pack_rows(data, 40), pack_rows(data, 40)
     assert packed.packed
     assert packed.widths == (40, 40)
-    assert sorted(examples(packed)) == sorted(examples(data))
+    assert sorted(examples(packed)) == sorted(examples(data))  # each with its target
     assert examples(packed) == examples(again)
-
-
-def test_rows_are_filled_and_an_example_that_is_too_long_is_named(rng):
-    """The bounds are those of first fit; one row for each example gives half or less."""
-    data = dataset(rng, 2_000)
-    for length, bound in {16: 0.6, 32: 0.75, 64: 0.85}.items():
-        packed = pack_rows(data, length)
-        assert max((side != PAD).mean() for side in packed.take(np.arange(len(packed)))) > bound
     refused("data.pack_length=12: the longest example has 16 tokens", pack_rows, data, 12)
+
+
+@pytest.mark.parametrize(("longest", "length"), [(5, 5), (16, 40), (15, 63), (40, 64), (90, 256)])
+def test_an_example_is_in_the_first_of_the_newest_64_rows_with_room(longest, length, rng):
+    """Saved runs resume with the rows they began with."""
+    data = dataset(rng, 1_500, longest)
+    lengths, room, rows = data.pairs.lengths(), np.full((1_500, 2), length), defaultdict(list)
+    for pair in np.random.default_rng(1_500).permutation(1_500):
+        fits = (row for row in range(len(rows))[-64:] if (room[row] >= lengths[pair]).all())
+        row = next(fits, len(rows))
+        room[row] -= lengths[pair]
+        rows[row].append(pair)
+    assert lists([pack_rows(data, length).members]) == [list(rows.values())]
 
 
 BACKENDS = {"einsum": "relative", "xla": "rotary", "chunked": "sinusoidal", "splash": "rotary"}

@@ -42,16 +42,10 @@ class RaggedArray:
         values, lengths = zip(*((part.values, part.lengths()) for part in parts), strict=True)
         return cls(np.concatenate(values), np.concatenate(lengths))
 
-    @classmethod
-    def map_files(cls, path: str) -> "RaggedArray":
-        """A side of `cached_pairs`; only the values that are accessed are read."""
-        values = np.memmap(f"{path}.values", np.int32, "r")
-        return cls(values, np.fromfile(f"{path}.lengths", np.int32))
-
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         """Pickles mapped files by name: worker processes map them again."""
         if isinstance(self.values, np.memmap):
-            return RaggedArray.map_files, (str(self.values.filename).removesuffix(".values"),)
+            return map_files, (str(self.values.filename).removesuffix(".values"),)
         return RaggedArray, (self.values, self.lengths())
 
     def __len__(self) -> int:
@@ -71,6 +65,12 @@ class RaggedArray:
         tokens = np.full((len(self), width), PAD, np.int32)
         tokens[np.arange(width) < self.lengths()[:, None]] = self.values
         return tokens
+
+
+def map_files(path: str) -> RaggedArray:
+    """A side of `cached_pairs`; only the values that are accessed are read."""
+    values = np.memmap(f"{path}.values", np.int32, "r")
+    return RaggedArray(values, np.fromfile(f"{path}.lengths", np.int32))
 
 
 class TokenPairs(NamedTuple):
@@ -116,7 +116,7 @@ def cached_pairs(folder: Path, tokenize: Callable[[], Iterable[TokenPairs]]) -> 
 
 
 def _map_pairs(folder: Path) -> TokenPairs:
-    return TokenPairs(*(RaggedArray.map_files(str(folder / side)) for side in TokenPairs._fields))
+    return TokenPairs(*(map_files(str(folder / side)) for side in TokenPairs._fields))
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
@@ -177,19 +177,30 @@ def pack_rows(rows: TokenRows, length: int) -> TokenRows:
 
 
 def _first_fit(lengths: Int[np.ndarray, "pairs 2"], capacity: int) -> Int[np.ndarray, "pairs"]:
-    """The row of each pair: the first of the newest `OPEN_ROWS` with room for source and target."""
-    row_of = np.empty(len(lengths), np.int64)
-    room = np.zeros((0, 2), int)  # in the open rows
-    opened = 0
-    for pair, size in enumerate(lengths):
-        fits = np.flatnonzero((room >= size).all(1))
-        if not fits.size:
-            room = np.concatenate([room, [[capacity, capacity]]])[-OPEN_ROWS:]
+    """The row of each pair: the first of the newest `OPEN_ROWS` with room for source and target.
+
+    One integer holds the room in all open rows, the oldest in its lowest bits, so that a single
+    subtraction compares a pair with all of them. A row has a field for the source and one for the
+    target; a field's highest bit is set, and subtracting more than the room below it clears it.
+    """
+    field = capacity.bit_length() + 1  # in bits
+    width = 2 * field
+    every_row = sum(1 << width * row for row in range(OPEN_ROWS))
+    flags = every_row << field - 1  # the highest bits of the source fields
+    room = flags | flags << field  # rows not yet opened are full
+    newest = width * (OPEN_ROWS - 1)
+    empty_row = (capacity | 1 << field - 1) * (1 | 1 << field) << newest
+    row_of, opened = [], 0
+    for size in (lengths @ [1, 1 << field]).tolist():
+        left = room - size * every_row
+        if fits := left & left >> field & flags:
+            place = (fits & -fits).bit_length() - field  # of the lowest bit set
+        else:
+            room, place = room >> width | empty_row, newest
             opened += 1
-        which = fits[0] if fits.size else len(room) - 1
-        room[which] -= size
-        row_of[pair] = opened - len(room) + which
-    return row_of
+        room -= size << place
+        row_of.append(opened - OPEN_ROWS + place // width)
+    return np.array(row_of, np.int64)
 
 
 def filter_by_length(pairs: TokenPairs, max_length: int) -> tuple[Int[np.ndarray, "kept"], str]:
