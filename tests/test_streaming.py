@@ -68,11 +68,11 @@ def test_windows_hold_the_batches_of_the_device_from_any_step_and_workers_end(co
 
 @pytest.mark.slow
 def test_the_end_of_a_worker_is_explained():
-    with contextlib.closing(streamed(rows_of(100, packed=True), 4, 40)) as stream:
+    with contextlib.closing(streamed(rows_of(100, packed=True), 4, 1_000)) as stream:
         stream.window(0)
         multiprocessing.active_children()[0].kill()
         with pytest.raises(UserError, match=r"worker process that makes .* has ended: .*data\.num"):
-            all(stream.window(3 * k) for k in range(13))
+            all(stream.window(3 * k) for k in range(300))  # more than are made ahead
 
 
 ORPHANS = """import sys

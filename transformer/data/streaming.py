@@ -56,7 +56,7 @@ class StreamedDataset:
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
         begin = int(step)
         drawn = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)
-        source, target = drawn.of_step(begin)
+        source, target = drawn(begin)
         return make_batch(jnp.asarray(source), jnp.asarray(target), self.rows.packed)
 
     def empty_window(self) -> BatchWindow:
@@ -94,7 +94,7 @@ class StreamedDataset:
             flags.FLAGS.mark_as_parsed()
         grain = self.grain
         drawn = HostBatches(self.rows, self.batch_size, self.keys, begin, self.num_steps)
-        batches = grain.MapDataset.range(begin, self.num_steps).map(drawn.of_step)
+        batches = grain.MapDataset.range(begin, self.num_steps).map(drawn)
         workers = grain.MultiprocessingOptions(
             num_workers=self.num_workers, per_worker_buffer_size=BATCHES_AHEAD
         )
@@ -138,7 +138,7 @@ class HostBatches:
         drawn = jax.jit(jax.vmap(each_epoch, (0, None)))(jnp.atleast_1d(keys), epochs)
         self.round_keys, self.shape = np.asarray(drawn), (*keys.shape, batch_size, -1)
 
-    def of_step(self, step: int) -> Sides:
+    def __call__(self, step: int) -> Sides:
         size = len(self.rows)
         epoch, within = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
         found = [
