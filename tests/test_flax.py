@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import transformer
 from transformer import DecoderLayer, EncoderLayer, FeedForward, LayerNorm, MultiHeadAttention
@@ -122,7 +123,7 @@ OTHERS = [
     ("BatchNorm", {"use_bias": False, "momentum": 0.5}),
     ("Linear", {}),
     ("Linear", {"use_bias": False, "kernel_init": TOOLS["constant"]}),
-    ("Linear", {"dtype": jnp.bfloat16}),
+    ("Linear", {"dtype": jnp.bfloat16, "dot_general": jax.lax.dot_general}),
     ("Linear", {"precision": "highest", "param_dtype": jnp.bfloat16}),
 ]
 
@@ -173,6 +174,19 @@ def test_arguments_are_flaxs_and_unknown_ones_a_type_error(name):
                 MultiHeadAttention(*sizes, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=f"8 features, not {D}"):
             MultiHeadAttention(4, D, rngs=nnx.Rngs(0))(inputs(B, T, 8))
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "Linear"])
+def test_a_module_works_under_a_users_own_mesh(name):
+    module = getattr(transformer, name)(
+        4 if name == "MultiHeadAttention" else D, D, rngs=nnx.Rngs(0)
+    )
+    x = inputs(4, T, D)
+    expected, auto = module(x), (AxisType.Auto, AxisType.Auto)
+    own = jax.make_mesh((2, 2), ("data", "model"), auto, devices=jax.devices()[:4])
+    with jax.set_mesh(own):
+        sharded = jax.device_put(x, NamedSharding(own, PartitionSpec("data", None, "model")))
+        np.testing.assert_allclose(jax.jit(lambda x: module(x))(sharded), expected, **NEAR)
 
 
 class Classifier(nnx.Module):

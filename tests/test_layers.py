@@ -1,6 +1,7 @@
 """The parts of a layer: embedding, feed-forward, residual connection, dropout and norms."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -257,3 +258,21 @@ def test_batch_norm_evaluates_with_running_averages(rng):
     norm.eval()
     for _ in range(2):  # it leaves them as they are
         np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_dense_layers_need_no_transposes(monkeypatch):
+    def transposes():
+        stack = nnx.List(FeedForward(32, 64, rngs=nnx.Rngs(k)) for k in range(8))
+        structure, state = nnx.split(stack)
+
+        def loss(state, x):
+            for each in nnx.merge(structure, state):
+                x = each(x)
+            return jnp.tanh(x).sum()
+
+        gradient = jax.jit(jax.grad(loss)).lower(state, jnp.ones((8, 16, 32)))
+        return len(re.findall(r" transpose\(", gradient.compile().as_text()))
+
+    assert transposes() == 0
+    monkeypatch.setattr("transformer.modules.linear.dot_general", jax.lax.dot_general)
+    assert transposes() == 16

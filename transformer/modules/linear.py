@@ -1,14 +1,16 @@
 """Linear transformations and embeddings, with `nnx`'s arguments and parameter layouts."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 
-from transformer.parallel.mesh import constrain
+from transformer.parallel.mesh import RULES, constrain
 
 Initializer = Callable[..., Any]
 
@@ -39,6 +41,26 @@ def linear_axes(*names: str) -> dict[str, Any]:
     return {"kernel_metadata": axis_names(*names), "bias_metadata": axis_names(*bias)}
 
 
+def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` as a product of two matrices, if it contracts the last axes of x.
+
+    Of a product that contracts one axis and keeps several, the gradient of the kernel contracts
+    several, and XLA's CPU backend transposes both of its factors element by element.
+    """
+    (axes, others), batch = dimension_numbers
+    first, mesh = x.ndim - len(axes), jax.sharding.get_abstract_mesh()
+    trailing = tuple(axes) == tuple(range(first, x.ndim)) and not any(batch)
+    # Merging a sharded length with the batch would gather it; a mesh not ours may shard any axis.
+    split = not mesh.empty and mesh.shape.get(RULES["length"], mesh.size) > 1
+    if split or not trailing or tuple(others) != tuple(range(len(axes))):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    rows = x.reshape(-1, math.prod(x.shape[first:]))
+    out = jax.lax.dot_general(
+        rows, kernel.reshape(rows.shape[1], -1), (((1,), (0,)), ((), ())), **options
+    )
+    return out.reshape(*x.shape[:first], *kernel.shape[len(axes) :])
+
+
 class Linear(nnx.LinearGeneral):
     """x W + b, with the arguments of `nnx.LinearGeneral` except `batch_axis` and `promote_dtype`.
 
@@ -47,6 +69,7 @@ class Linear(nnx.LinearGeneral):
 
     def __init__(self, in_features: Any, out_features: Any, **options: Any):
         own: dict[str, Any] = {"batch_axis": {}, "promote_dtype": _without_bias}
+        options = {"dot_general": dot_general} | options
         super().__init__(in_features, out_features, **own, **options)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:

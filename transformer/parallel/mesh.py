@@ -163,12 +163,13 @@ def axis_shards(axis: str, mesh: Any = None) -> int:
     """Returns over how many devices a logical axis is sharded; by default on the current mesh."""
     mesh, rule = mesh or jax.sharding.get_abstract_mesh(), RULES[axis]
     names = (rule,) if isinstance(rule, str) else rule or ()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def is_unsharded(mesh: Any) -> bool:
-    """Whether there is no mesh, or no axis of it is left to shard over."""
-    return mesh.empty or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1
+    """Whether there is no mesh of `make_mesh`, or no axis of it is left to shard over."""
+    ours = "context" in mesh.shape
+    return not ours or math.prod(mesh.shape[name] for name in mesh.auto_axes) == 1
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
