@@ -50,3 +50,5 @@ def test_boolean_mask_equals_the_additive_matrix_of_the_paper_which_fails_withou
     nothing = jnp.zeros_like(mask)
     assert jnp.isnan(jax.nn.softmax(scores + jnp.where(nothing, 0.0, -jnp.inf))).all()
     np.testing.assert_array_equal(masked_softmax(scores, nothing), 0.0)
+    hidden = scores.at[..., 0, 0].set(-jnp.inf)  # by a bias: the only key of query 0
+    np.testing.assert_array_equal(masked_softmax(hidden, mask)[..., 0, :], 0.0)

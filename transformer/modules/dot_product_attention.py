@@ -46,9 +46,9 @@ def masked_softmax(scores: Weights, mask: Allowed) -> Weights:
     """Softmax over the keys that `mask` allows; others get exactly 0 and exactly zero gradient."""
     if mask is None:
         return jax.nn.softmax(scores, axis=-1)
-    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(mask, scores, -jnp.inf)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+    weights = jnp.exp(scores - jnp.maximum(peak, jnp.finfo(scores.dtype).min))
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0.0, 1.0, total)
 
