@@ -163,6 +163,7 @@ class Run:
     def _jit(self, function: Callable, *axes: int | None, where: Any = None, **options) -> Any:
         """Compiles `function` of a single run for all replicas; results are sharded `where`."""
         function = replicas.vmap_replicas(function, self.config.replicas, axes)
+        options["compiler_options"] = evaluation.compiler_options()
         return jax.jit(function, out_shardings=where or replicated(self.mesh), **options)
 
     @cached_property
@@ -257,8 +258,7 @@ class Run:
         """Decodes every source in `data` with every replica."""
         margin = self.config.decode_margin
         decode = partial(evaluation.decode, self.model, decoding=decoding, margin=margin)
-        options: Any = {"compiler_options": evaluation.compiler_options()}
-        return self._jit(decode, 0, None, **options)(variables, data)
+        return self._jit(decode, 0, None)(variables, data)
 
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
