@@ -21,7 +21,7 @@ from transformer.data.tokenizer import EOS, PAD
 from transformer.inference import evaluation, plots
 from transformer.inference.decoding import DecodingConfig, Hypotheses, Sources
 from transformer.loss import cross_entropy
-from transformer.metrics import METRICS, Predictions, finalize, token_sums
+from transformer.metrics import METRICS, finalize, token_sums
 from transformer.modules.model import Model
 
 # A formula that is none, too much to draw, fields of a TSV file, characters that the font lacks.
@@ -162,11 +162,11 @@ score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
 decode = partial(evaluation.decode, MODEL, PARAMS, max_length=9)
 dataset = partial(Dataset, BATCH.source, BATCH.target_out)
 LOGITS = logits_of(MODEL, PARAMS, BATCH)
-PREDICTIONS = Predictions(LOGITS, BATCH.target_out, cross_entropy(LOGITS, BATCH.target_out))
+PREDICTIONS = cross_entropy(LOGITS, BATCH.target_out)
 
 
 def test_scores_do_not_depend_on_the_batch_size_nor_on_dispatches():
-    losses, asked = PREDICTIONS.losses.nll * BATCH.weights, []
+    losses, asked = PREDICTIONS.nll * BATCH.weights, []
     data, place = jax.tree.map(np.asarray, dataset(3)), partial(jax.tree.map, jnp.asarray)
     parts = evaluation.score_in_batches(score, data, place, lambda: asked.append(1))
     assert len(asked) == 3  # of 7 examples

@@ -11,6 +11,8 @@ from tests.helpers import refused
 from tests.test_training import pieces, runner
 from transformer.console import console
 from transformer.files import to_json
+from transformer.loss import cross_entropy
+from transformer.metrics import is_predicted
 from transformer.parallel.replicas import mean_over_replicas, split_replicas
 from transformer.training import metrics as train_metrics
 from transformer.training.loop import ProgressBar
@@ -37,7 +39,7 @@ def test_a_populations_sums_make_the_metrics_of_each_replica_which_are_ratios_ma
 
 def test_a_metric_is_one_declaration(monkeypatch, tmp_path):
     new = {
-        "entropy": TrainMetric(token=lambda predictions, _: -predictions.logits.max(-1)),
+        "entropy": TrainMetric(token=lambda predictions: -predictions.logits.max(-1)),
         "parameter_norm": TrainMetric(update=lambda update: optax.tree.norm(update.params)),
         "minutes": TrainMetric(host=lambda interval: interval.seconds / 60, bar="{:.0f} min"),
     }
@@ -121,3 +123,13 @@ def test_resuming_drops_later_steps_and_a_line_that_was_cut_off(tmp_path, cut):
         file.write(cut)
     write(tmp_path, {30: [{}]}, resume_from=20)
     assert [row["step"] for row in read_metrics(path)] == [10, 20, 30]
+
+
+def test_a_token_is_predicted_where_argmax_selects_it():
+    rows = [[1.0, 3.0, 2.0], [3.0, 1.0, 3.0], [0.0, 0.0, 0.0], [1.0, np.nan, 2.0]]
+    logits = jnp.repeat(jnp.array(rows), 4, axis=0)
+    targets = jnp.tile(jnp.arange(4), len(rows))  # 3 is outside the vocabulary
+    found = is_predicted(cross_entropy(logits, targets)).reshape(-1, 4)
+    expected = (logits.argmax(-1) == targets).reshape(-1, 4)
+    np.testing.assert_array_equal(found[:3], expected[:3])
+    np.testing.assert_array_equal(found[3], 0.0)  # where a logit is NaN

@@ -116,7 +116,8 @@ class Dataset:
         epoch, within = place // np.uint32(len(self)), place % np.uint32(len(self))
         keys = jax.vmap(round_keys, (None, 0))(key, epoch)
         rows = jax.vmap(lambda index, k: permute(index, len(self), k))(within, keys)
-        return _placed(self, rows)
+        # Replicated: devices that shared the draws would communicate in each round of its loop.
+        return _placed(self, constrain(rows, None))
 
     def window(self, step: int) -> tuple["Dataset", int]:
         """The data to pass to jitted steps from `step` on, and the number of steps it is for."""

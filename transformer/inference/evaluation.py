@@ -14,8 +14,8 @@ from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
 from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources
-from transformer.loss import cross_entropy
-from transformer.metrics import PRINTED, Predictions, Totals, finalize, token_sums
+from transformer.loss import linear_cross_entropy
+from transformer.metrics import PRINTED, Totals, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Stack
@@ -48,9 +48,8 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
 
     def score_batch(source, target):
         batch = make_batch(source, target)
-        logits = module(**batch.inputs())
-        losses = cross_entropy(logits, batch.target_out)
-        sums = token_sums(Predictions(logits, batch.target_out, losses))
+        inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
+        _, sums = linear_cross_entropy(*inputs, batch.weights, measure=token_sums)
         totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
         return totals | {"tokens": batch.weights.sum(-1)}
 
@@ -119,10 +118,10 @@ def decode(
 
 
 def compiler_options() -> dict[str, str]:
-    """The `compiler_options` of `jax.jit` for decoding.
+    """The `compiler_options` of `jax.jit`.
 
     XLA's CPU backend rewrites each sum over more than 32 elements as two operations. Without it a
-    decoding step is 5% faster for one source, and 10% faster with four beams.
+    decoding step is 5% faster for one source, and 10% faster with four beams; a train step 2%.
     """
     cpu = jax.default_backend() == "cpu"
     return {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if cpu else {}

@@ -15,7 +15,7 @@ from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import attention_weights
 from transformer.modules.dropout import Dropout
 from transformer.modules.linear import INITIALIZERS, Linear, linear_axes
-from transformer.modules.transformer import EncoderDecoder, Logits, Memory, Source, Target
+from transformer.modules.transformer import EncoderDecoder, Hidden, Logits, Memory, Source, Target
 from transformer.parallel.mesh import constrain
 
 
@@ -64,17 +64,16 @@ class Recurrent(EncoderDecoder):
         self.combine = linear(2 * width)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
 
-    def __call__(
+    def hidden(
         self,
         source: Source,
         target_in: Target,
-        *,
         source_segments: Source | None = None,
         target_segments: Target | None = None,
         source_positions: None = None,
         target_positions: None = None,
         **mode: Any,
-    ) -> Logits:
+    ) -> Hidden:
         """As `Transformer`; rows hold one example each, and positions are not used."""
         source_segments = masking.segments_of(source, source_segments)
         memory = self.encode(source, source_segments, **mode)
@@ -111,10 +110,10 @@ class Recurrent(EncoderDecoder):
     def decode_step(self, tokens: Target, cache: Cache) -> tuple[Logits, Cache]:
         """As `Transformer.decode_step`; with several hypotheses, the next token of each."""
         rows = tokens.reshape(len(cache.attended), -1)
-        logits, cache = self._advance(rows, cache, deterministic=True)
-        return logits.reshape(*tokens.shape, -1), cache
+        hidden, cache = self._advance(rows, cache, deterministic=True)
+        return self.logits(hidden).reshape(*tokens.shape, -1), cache
 
-    def _advance(self, tokens: Target, cache: Cache, **mode: Any) -> tuple[Logits, Cache]:
+    def _advance(self, tokens: Target, cache: Cache, **mode: Any) -> tuple[Hidden, Cache]:
         """Reads `tokens` one after another, in training and decoding alike."""
         x = self.dropout(self.embed(tokens, self.target_embedding), **mode)
         # Dropout between layers, drawn ahead: a key drawn in the loop would be reused in all steps.
@@ -146,6 +145,6 @@ class Recurrent(EncoderDecoder):
             weights = jnp.moveaxis(weights[:, :, :, 0], 0, 2)
             attention.sow(nnx.Intermediate, "attention_weights", weights)
         x = constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width")
-        logits = self.logits(self.dropout(x, **mode))
+        hidden = self.dropout(x, **mode)
         filled = cache.filled + tokens.shape[1]
-        return logits, cache._replace(filled=filled, states=carry[0], attended=carry[1])
+        return hidden, cache._replace(filled=filled, states=carry[0], attended=carry[1])

@@ -24,6 +24,7 @@ Source = Int[Array, "B S"]  # tokens, or their segments or positions
 Target = Int[Array, "B T"]
 Positions = Int[Array, "#B T"]
 Memory = Float[Array, "B S D"]
+Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
 
 
@@ -70,16 +71,51 @@ class EncoderDecoder(Moded):
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         raise NotImplementedError
 
+    def __call__(
+        self,
+        source: Source,
+        target_in: Target,
+        *,
+        source_segments: Source | None = None,
+        target_segments: Target | None = None,
+        source_positions: Source | None = None,
+        target_positions: Target | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Logits:
+        """Logits for each target position, given the source and the target before it.
+
+        Args:
+          target_in: BOS and the target's tokens.
+          source_segments, target_segments: 0 = padding; in packed rows, the number of a token's
+            example in its row, which attention does not leave. None: 1 where the token is not 0.
+          source_positions, target_positions: of each token in its segment; None: in its row.
+          deterministic: whether to disable dropout; None: as set by `train()` and `eval()`.
+          rngs: random keys for training; see `dropout.training_rngs`.
+        """
+        segments = {"source_segments": source_segments, "target_segments": target_segments}
+        positions = {"source_positions": source_positions, "target_positions": target_positions}
+        mode: Any = {"deterministic": deterministic, "rngs": rngs}
+        return self.logits(self.hidden(source, target_in, **segments, **positions, **mode))
+
+    def hidden(self, source: Source, target_in: Target, **options: Any) -> Hidden:
+        """The decoder's output, which `logits` takes; arguments are those of a call."""
+        raise NotImplementedError
+
     def embed(self, tokens: Target, table: Embed | None = None) -> Float[Array, "B T D"]:
         """The tokens' vectors in a table, by default the source's, times √D. (Section 3.4.)"""
         table = table or self.embedding
         return constrain(table(tokens) * table.features**0.5, "batch", "length", "width")
 
-    def logits(self, x: Float[Array, "B T D"]) -> Logits:
-        """The logits of the next target token: x Eᵀ, summed in float32."""
+    def logits(self, hidden: Hidden) -> Logits:
+        """The logits of the next target token: hidden Eᵀ, summed in float32."""
         table = self.output_embedding or self.embedding
-        logits = table.attend(x, preferred_element_type=jnp.float32)
+        logits = table.attend(hidden, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "length", "vocab")
+
+    def output_table(self) -> Float[Array, "V D"]:
+        """The vectors E of the target tokens in `logits`."""
+        return (self.output_embedding or self.embedding).embedding[...]
 
 
 class Transformer(EncoderDecoder):
@@ -103,29 +139,16 @@ class Transformer(EncoderDecoder):
         self.encoder = Encoder(**stack_arguments(config), rngs=rngs)
         self.decoder = Decoder(**stack_arguments(config), rngs=rngs)
 
-    def __call__(
+    def hidden(
         self,
         source: Source,
         target_in: Target,
-        *,
         source_segments: Source | None = None,
         target_segments: Target | None = None,
         source_positions: Source | None = None,
         target_positions: Target | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Logits:
-        """Logits for each target position, given the source and the target before it.
-
-        Args:
-          target_in: BOS and the target's tokens.
-          source_segments, target_segments: 0 = padding; in packed rows, the number of a token's
-            example in its row, which attention does not leave. None: 1 where the token is not 0.
-          source_positions, target_positions: of each token in its segment; None: in its row.
-          deterministic: whether to disable dropout; None: as set by `train()` and `eval()`.
-          rngs: random keys for training; see `dropout.training_rngs`.
-        """
-        mode = {"deterministic": deterministic, "rngs": rngs}
+        **mode: Any,
+    ) -> Hidden:
         source_segments = masking.segments_of(source, source_segments)
         segments = masking.segments_of(target_in, target_segments)
         memory = self.encode(source, source_segments, source_positions, **mode)
@@ -135,8 +158,7 @@ class Transformer(EncoderDecoder):
         encoding = _attention_positions(self.target_position, positions, positions)
         x = self.target_position(self.embed(target_in, self.target_embedding), positions)
         x, tokens = self.dropout(x, **mode), segments > 0
-        x = self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
-        return self.logits(x)
+        return self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
 
     def encode(
         self, source: Source, source_segments: Any = None, positions: Any = None, **mode: Any

@@ -53,8 +53,8 @@ class Interval(NamedTuple):
 class TrainMetric:
     """A training metric over an interval; exactly one of `token`, `update` and `host` is set."""
 
-    # (predictions, cross-entropy with label smoothing) → [B, T]; averaged over target tokens.
-    token: Callable[[Predictions, Array], Array] | None = None
+    # Predictions → a number for each of their tokens; averaged over target tokens.
+    token: Callable[[Predictions], Array] | None = None
     # Update → scalar; averaged over the updates that were not skipped.
     update: Callable[[Update], Array] | None = None
     # Interval → the metric; None: it is omitted.
@@ -65,10 +65,10 @@ class TrainMetric:
 
 TRAIN_METRICS: dict[str, TrainMetric] = {
     # Nats per target token, without label smoothing: comparable with validation/loss.
-    "loss": TrainMetric(token=lambda predictions, _: NLL["nll"](predictions), bar="loss {:.4f}"),
+    "loss": TrainMetric(token=NLL["nll"], bar="loss {:.4f}"),
     # The minimised objective, with label smoothing.
-    "objective": TrainMetric(token=lambda _, objective: objective),
-    "accuracy": TrainMetric(token=lambda predictions, _: CORRECT["correct"](predictions)),
+    "objective": TrainMetric(token=lambda predictions: predictions.objective),
+    "accuracy": TrainMetric(token=CORRECT["correct"]),
     "gradient_norm": TrainMetric(update=lambda update: optax.tree.norm(update.gradients)),
     "learning_rate": TrainMetric(update=lambda update: update.learning_rate),
     "steps_per_second": TrainMetric(host=lambda span: span.rate("steps"), bar="{:.1f} steps/s"),
@@ -81,14 +81,10 @@ TRAIN_METRICS: dict[str, TrainMetric] = {
 }
 
 
-def sum_over_tokens(predictions: Predictions, objective: Array, weights: Array) -> Sums:
-    """The sums of the per-token metrics, and the number of tokens; arrays are [B, T]."""
-    sums = {
-        f"train/{name}": (metric.token(predictions, objective) * weights).sum()
-        for name, metric in TRAIN_METRICS.items()
-        if metric.token
-    }
-    return sums | {"tokens": weights.sum()}
+def token_metrics(predictions: Predictions) -> dict[str, Array]:
+    """The per-token metrics of each token."""
+    metrics = TRAIN_METRICS.items()
+    return {f"train/{name}": metric.token(predictions) for name, metric in metrics if metric.token}
 
 
 def sum_over_updates(update: Update) -> Sums:

@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from transformer.data.batches import Batch
-from transformer.loss import cross_entropy
-from transformer.metrics import Predictions
+from transformer.loss import linear_cross_entropy
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params, flatten
 from transformer.modules.transformer import set_dropout_rates
 from transformer.parallel.mesh import parameter_shardings, replicated
-from transformer.training.metrics import Sums, Update, sum_over_tokens, sum_over_updates
+from transformer.training.metrics import Sums, Update, sum_over_updates, token_metrics
 from transformer.training.optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
@@ -103,22 +102,24 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
         label_smoothing = own.get("label_smoothing", config.label_smoothing)
         hparams = SimpleNamespace(**vars(config.optimizer) | own)  # of the optimizer
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
-        num_tokens = jnp.maximum(batch.weights.sum(), 1.0)
 
         def loss_fn(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
             module = model.bind(params | state.batch_stats)
             set_dropout_rates(module, *dropout_rates)
-            logits = module(**part.inputs(), deterministic=False, rngs=training_rngs(key))
-            losses = cross_entropy(logits, part.target_out)
-            predictions = Predictions(logits, part.target_out, losses)
-            objective = losses.smoothed(label_smoothing)
-            sums = sum_over_tokens(predictions, objective, part.weights)
+            hidden = module.hidden(**part.inputs(), deterministic=False, rngs=training_rngs(key))
+            labels = part.target_out, part.weights, label_smoothing
+            table = module.output_table()
+            loss, measured = linear_cross_entropy(hidden, table, *labels, measure=token_metrics)
+            sums = {name: (each * part.weights).sum() for name, each in measured.items()}
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
-            return sums["train/objective"] / num_tokens, (sums, batch_stats)
+            return loss, (sums | {"tokens": part.weights.sum()}, batch_stats)
 
         grad_fn = partial(jax.grad(loss_fn, has_aux=True), state.params)
         # With gradient accumulation there are no batch statistics (`RunConfig` checks that).
         gradients, (sums, batch_stats) = accumulate(grad_fn, config.accumulation_steps, batch, key)
+        # Divided only now: devices then communicate once, with the gradients.
+        num_tokens = jnp.maximum(sums["tokens"], 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
         optimizer = make_optimizer(config.optimizer, config.steps, hparams)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
