@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import train
 from tests.helpers import TOKENIZER, refused, strings
@@ -363,6 +364,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     config.model.nrm = "rms"
     unknown = r"model.nrm: unknown option \(did you mean model.norm\?\)"
     refused(unknown, RunConfig.from_config_dict, config)
+    refused(r"^wxyz: unknown option$", RunConfig.from_config_dict, ConfigDict({"wxyz": 1}))
     construct = Run.__init__.__wrapped__  # without the type checks of the tests
     refused(r"RunConfig\.from_config_dict", construct, None, config)
     message = r"helpers.py does not define a function get_config\(\)"

@@ -193,6 +193,10 @@ def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named
     for changes in ({"overrides": {"steps": 60}}, {"splits": ("test_longer",)}):
         (other,) = plan(sweep_of({"plain": {}}, **changes), 4)
         assert not runner.is_done(other, folder)
+    results = (folder / "results.json").read_text()
+    (folder / "results.json").unlink()
+    assert not runner.is_done(plain, folder)
+    (folder / "results.json").write_text(results)
     record = (folder / "config.json").read_text()
     (folder / "config.json").write_text(record[:-9])  # its own program will say so
     assert not runner.is_done(plain, folder)
