@@ -27,7 +27,7 @@ from transformer.parallel.mesh import cpu_cores, cpu_name
 from transformer.workdir import commit, versions
 
 DEVICE = flags.DEFINE_enum("device", "cpu", list(task.SIZES), "What all contenders run on.")
-SIZES = flags.DEFINE_list("sizes", ["tiny", "base"], "Sizes; see task.SIZES.")
+SIZES = flags.DEFINE_list("sizes", ["tiny", "base", "text"], "Sizes; see task.SIZES.")
 WHAT = flags.DEFINE_list("what", list(measure.PARTS), "Parts; see measure.PARTS.")
 ONLY = flags.DEFINE_list("contenders", list(CONTENDERS), "Contenders; see contender.CONTENDERS.")
 THREADS = flags.DEFINE_integer("threads", cpu_cores(), "Threads, on a CPU.", lower_bound=1)
@@ -53,7 +53,7 @@ def main() -> None:
         bench = prepare(name)
         for part in WHAT.value:
             if part != "training" and not bench.setting.size.steps:
-                console.print(f"{name} on a {DEVICE.value} is too large for {part}")
+                console.print(f"{name} on a {DEVICE.value} is not trained to a target for {part}")
                 continue
             console.print(f"{name}: {part}")
             load, log = os.getloadavg()[0], bench.setting.folder / f"{OURS}.log"
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def prepare(name: str) -> measure.Bench:
-    """Draws the strings of a size, and finds the contenders that are installed."""
+    """Draws the pairs of a size, and finds the contenders that are installed."""
     size, folder = task.SIZES[DEVICE.value][name], Path(WORKDIR.value, f"{name}_{DEVICE.value}")
     task.save(size, folder)
     setting = Setting(size, folder, DEVICE.value, THREADS.value)

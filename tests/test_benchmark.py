@@ -1,6 +1,7 @@
 """The benchmark: what all contenders share, the arithmetic of its tables, installed peers."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from transformer.data import tokenizer
 from transformer.training.optimizer import make_schedule
 
 TRIAL = task.SIZES["cpu"]["trial"]
+TEXT = dataclasses.replace(TRIAL, longest=51, examples=2_000, pack=64, **task.TEXT)
 SCHEDULE = {"learning_rate": 4e-3, "warmup_steps": 20, "steps": 1_000}
 OUR_TITLE, MARIAN = CONTENDERS[OURS].title, CONTENDERS["marian"].title
 
@@ -45,7 +47,7 @@ def test_strings_are_reversed_deterministic_and_not_held_out(setting):
     train, held_out = (task.load(setting.folder, split) for split in ("train", "test"))
     assert (len(train.source), len(held_out.source)) == (TRIAL.examples, task.HELD_OUT)
     assert not {*map(bytes, train.source)} & {*map(bytes, held_out.source)}
-    assert set(train.lengths) == set(range(2, TRIAL.longest + 2))
+    assert set(train.lengths.flat) == set(range(2, TRIAL.longest + 2))
     for source, target in zip(*train, strict=True):
         symbols = source[source != PAD][:-1].tolist()
         ends = [EOS] + [PAD] * (TRIAL.longest - len(symbols))
@@ -53,12 +55,33 @@ def test_strings_are_reversed_deterministic_and_not_held_out(setting):
         assert target.tolist() == [*symbols[::-1], *ends]
 
 
-def test_this_library_reads_the_tokens_of_the_peers(setting):
+def test_text_has_the_statistics_of_multi30k(tmp_path):
+    size = task.SIZES["cpu"]["text"]
+    task.save(size, tmp_path)
+    train, again = task.load(tmp_path, "train"), task.draw_text(size, size.examples, held_out=False)
+    assert again == task.draw_text(size, size.examples, held_out=False)
+    lengths = train.lengths - 1
+    assert lengths.mean(0) == pytest.approx([13.72, 13.81], rel=0.01)  # of the corpus, as below
+    assert lengths.std(0) == pytest.approx([4.41, 4.88], rel=0.03)
+    assert np.corrcoef(lengths.T)[0, 1] == pytest.approx(0.865, abs=0.03)
+    assert 1 <= lengths.min() < lengths.max() <= size.longest
+    _, counts = np.unique(np.concatenate([x[x > EOS] for x in train]), return_counts=True)
+    assert len(counts) == size.symbols
+    shares = np.cumsum(np.sort(counts)[::-1]) / counts.sum()
+    assert shares[[9, 99, 999]] == pytest.approx([0.272, 0.545, 0.8], abs=0.02)
+
+
+@pytest.mark.parametrize("size", [TRIAL, TEXT])
+def test_this_library_reads_the_tokens_of_the_peers(size, tmp_path):
     assert (task.PAD, task.BOS, task.EOS) == (tokenizer.PAD, tokenizer.BOS, tokenizer.EOS)
+    task.save(size, tmp_path)
+    setting = contender.Setting(size, tmp_path, "cpu", 1)
     config = ours.run_config(setting, Schedule(1e-3, 1, 2), rows=1)
-    run = Run(config, data_dir=str(setting.folder / "datasets"))
-    assert run.tokenizers.source.vocab_size == task.VOCABULARY
-    pairs, strings = run.corpus.tokens(config.data.train), task.load(setting.folder, "train")
+    assert (config.model.dropout_rate, config.model.attention_dropout_rate) == (size.dropout, 0.0)
+    assert config.label_smoothing == size.label_smoothing
+    run = Run(config, data_dir=str(tmp_path / "datasets"))
+    assert run.tokenizers.source.vocab_size == size.vocabulary
+    pairs, strings = run.corpus.tokens(config.data.train), task.load(tmp_path, "train")
     for side, wanted in zip(pairs, strings, strict=True):
         assert sorted(side.to_padded(wanted.shape[1]).tolist()) == sorted(wanted.tolist())
 
@@ -100,10 +123,9 @@ def test_training_to_the_target_ends_with_the_schedule(bench, monkeypatch):
     monkeypatch.setattr(worker.Worker, "save", peer.save, raising=False)
     remote = Mock(ask=lambda method, **arguments: getattr(own, method)(**arguments))
     training = SCHEDULE | {"steps": 10}, "x"
-    monkeypatch.setattr(measure, "EVERY", 4)
     monkeypatch.setattr(measure.Bench, "training_of", lambda *_: training)
     remote.contender = "marian"
-    learned = bench.learn(remote, 0)
+    learned = bench.learn(remote, 0, every=4)
     assert [step for step, *_ in learned["curve"]] == [4, 8, 10]
     assert (learned["steps"], learned["reached"]) == (10, False)
     # The first step compiles; training then starts again.
@@ -214,7 +236,7 @@ def test_a_contender_learns_and_decodes(name, decoders, bench, setting, tmp_path
         for batching in batchings:
             remote.ask("start", seed=0, schedule=SCHEDULE)
             first, second = (remote.ask("train", steps=10, batching=batching) for _ in range(2))
-            assert second["loss"] < first["loss"] < 1.2 * np.log(task.VOCABULARY)
+            assert second["loss"] < first["loss"] < 1.2 * np.log(TRIAL.vocabulary)
             # 20 steps; strings of 1 to 4 symbols have 3.5 tokens on average, EOS included.
             assert first["tokens"] + second["tokens"] == pytest.approx(70 * TRIAL.batch, rel=0.1)
         learned = dataclasses.replace(bench, target=0.97).learn(remote, 0)
@@ -230,6 +252,58 @@ def test_a_contender_learns_and_decodes(name, decoders, bench, setting, tmp_path
         with worker.Remote(decoder, setting, tmp_path / "log") as remote:
             remote.ask("load", path=file)
             check_decoding(bench, remote)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [case.values[0] for case in LEARNERS])
+def test_a_contender_trains_on_text(name, tmp_path):
+    if CONTENDERS[name].missing() or (name.endswith("compiled") and not shutil.which("g++")):
+        pytest.skip("not installed")
+    task.save(TEXT, tmp_path)
+    setting = contender.Setting(TEXT, tmp_path, "cpu", CONTENDERS[name].threads or 1)
+    with worker.Remote(name, setting, tmp_path / "log") as remote:
+        remote.ask("start", seed=0, schedule=SCHEDULE)
+        batching = CONTENDERS[name].batchings[-1]
+        first, second = (remote.ask("train", steps=20, batching=batching) for _ in range(2))
+    assert second["loss"] < first["loss"] < 1.2 * np.log(TEXT.vocabulary)
+    assert second["loss"] > 0.7 * np.log(TEXT.vocabulary)  # nothing but frequencies to learn
+    for done in (first, second):
+        assert done["tokens"] == pytest.approx(20 * 14.8 * TEXT.batch, rel=0.1)
+        assert done["cpu_ms"] > 0.0
+        assert 0.1 < done["gib"] < 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", ["TransformerNetwork", "MarianNetwork", "XNetwork"])
+def test_the_peers_drop_what_this_library_drops(name, monkeypatch):
+    """Embedded tokens and the outputs of the sublayers; neither attention weights nor others."""
+    torch = pytest.importorskip("torch", reason="pip install '.[oracle]' to run these")
+    if name in ("MarianNetwork", "XNetwork"):
+        pytest.importorskip({"M": "transformers", "X": "x_transformers"}[name[0]])
+    torch_peers = importlib.import_module("lab.benchmark.torch_peers")
+    size = dataclasses.replace(TEXT, num_layers=2)
+    module = getattr(torch_peers, name)(size).train()
+    functional, dropped = torch.nn.functional, []
+    drop, attend = functional.dropout, functional.scaled_dot_product_attention
+
+    def record(x, p=0.5, training=True, inplace=False):
+        dropped.extend([(p, tuple(x.shape))] * (p > 0.0))
+        return drop(x, p, training, inplace)
+
+    def check(*args, dropout_p=0.0, **options):
+        assert not dropout_p
+        return attend(*args, **options)
+
+    monkeypatch.setattr(functional, "dropout", record)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", check)
+    source, target = torch.full((3, 7), 5), torch.full((3, 6), 5)
+    module(source, target)
+    sides = [[(0.3, (3, n, size.d_model))] * (1 + each * 2) for n, each in ((7, 2), (6, 3))]
+    assert sorted(dropped) == sorted(itertools.chain(*sides))
+    module.eval()
+    assert torch.equal(module(source, target), module(source, target))
 
 
 @pytest.mark.slow

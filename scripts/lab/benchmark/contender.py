@@ -15,7 +15,7 @@ class Setting:
     """What the process of a contender is started with."""
 
     size: Size
-    folder: Path  # of the strings (`task.save`), logs and parameters
+    folder: Path  # of the pairs (`task.save`), logs and parameters
     device: str  # cpu: everything is float32; gpu: matrix products are bfloat16
     threads: int  # of a CPU
 
@@ -65,18 +65,21 @@ class Entry:
     batchings: tuple[str, ...] = ("padded", "bucketed")  # how batches are made; (): not trained
     beams: tuple[int, ...] = ()  # beam sizes of decoding; 1: greedy
     weights: str = ""  # the contender whose parameters it decodes with, if not its own
+    threads: int | None = None  # of a CPU, if not the benchmark's
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 OURS = "ours"
-MARIAN, X = ("torch", "transformers"), ("torch", "x_transformers")
+MARIAN, X, SORTED = ("torch", "transformers"), ("torch", "x_transformers"), ("bucketed",)
 CONTENDERS = {
     OURS: Entry("this library", "ours:Ours", (), ("packed",), (1, 4)),
     "pytorch": Entry("PyTorch", "torch_peers:PyTorch", ("torch",), beams=(1,)),
     "pytorch_compiled": Entry("PyTorch, compiled", "torch_peers:Compiled", ("torch",)),
     "marian": Entry("Hugging Face Marian", "torch_peers:Marian", MARIAN, beams=(1, 4)),
+    "marian_compiled": Entry("Marian, compiled", "torch_peers:CompiledMarian", MARIAN, SORTED),
+    "marian_one_thread": Entry("Marian, 1 thread", "torch_peers:Marian", MARIAN, SORTED, threads=1),
     "x_transformers": Entry("x-transformers", "torch_peers:XTransformers", X, beams=(1,)),
     "ctranslate2": Entry(
         "CTranslate2", "ctranslate2:CTranslate2", (*MARIAN, "ctranslate2"), (), (1, 4), "marian"

@@ -82,7 +82,7 @@ class Bench:
         schedule = {"learning_rate": rate, "warmup_steps": size.warmup_steps}
         return schedule | {"steps": size.steps or 100_000}, batching
 
-    def learn(self, remote: Remote, seed: int) -> Any:
+    def learn(self, remote: Remote, seed: int, every: int = EVERY) -> Any:
         """Trains until greedy decoding reaches the target, or to the schedule's end or `limit`."""
         name = remote.contender
         schedule, batching = self.training_of(name)
@@ -92,7 +92,7 @@ class Bench:
         self.ask(remote, "train", steps=1, batching=batching)  # compiles
         self.ask(remote, "start", seed=seed, schedule=schedule)
         while step < schedule["steps"] and exact < self.target and seconds < self.limit:
-            steps = min(EVERY, schedule["steps"] - step)
+            steps = min(every, schedule["steps"] - step)
             done = self.ask(remote, "train", steps=steps, batching=batching)
             found = self.ask(remote, "decode", **held_out)
             if not found:
@@ -113,13 +113,13 @@ def label(name: str, batching: str = "") -> str:
     return ", ".join(filter(None, (CONTENDERS[name].title, batching)))
 
 
-def rates(found: Found, what: str) -> dict[str, list[float]]:
-    """What each turn has done per second."""
-    return {key: [done[what] / done["seconds"] for done in each] for key, each in found.items()}
+def rates(found: Found, what: str, per: str = "seconds") -> dict[str, list[float]]:
+    """What each turn has done or used per second, or per another quantity."""
+    return {key: [done[what] / done[per] for done in each] for key, each in found.items()}
 
 
 def training(bench: Bench) -> Part:
-    """Steps and useful target tokens per second."""
+    """Useful target tokens per second, what they cost, and the use of the device."""
     names, steps = bench.able("batchings"), bench.setting.size.round
     turns: Turns = {
         (name, batching): ("train", {"steps": steps, "batching": batching})
@@ -129,10 +129,22 @@ def training(bench: Bench) -> Part:
     with bench.processes(names) as remotes:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)[0])
+        step_flops, peak = bench.ask(remotes[OURS], "flops")
         found = bench.rotate(remotes, turns)
-    speeds = {key: spread(each, "{:.2f}".format) for key, each in rates(found, "steps").items()}
-    title = "useful target tokens/s"
-    return [comparison(title, rates(found, "tokens"), {"steps/s": speeds})], found
+    speeds, ours = rates(found, "tokens"), found[label(OURS, "packed")]
+    flops = step_flops * sum(each["steps"] for each in ours) / sum(each["tokens"] for each in ours)
+    used = {key: [flops * speed / peak for speed in each] for key, each in speeds.items()}
+    columns = {
+        "steps/s": (rates(found, "steps"), "{:.2f}"),
+        "CPU ms/token": (rates(found, "cpu_ms", "tokens"), "{:.3f}"),
+        f"of {peak / 1e9:,.0f} GFLOP/s": (used, "{:.1%}"),
+    }
+    extra = {
+        title: {key: spread(each, write.format) for key, each in values.items()}
+        for title, (values, write) in columns.items()
+    }
+    extra["memory"] = {k: f"{max(x['gib'] for x in each):.2f} GiB" for k, each in found.items()}
+    return [comparison("useful target tokens/s", speeds, extra)], found
 
 
 def time_to_accuracy(bench: Bench) -> Part:
@@ -166,7 +178,7 @@ def decoding(bench: Bench) -> Part:
     untrained = {name for name in sources.values() if not bench.weights(name).exists()}
     with bench.processes(sorted(untrained)) as remotes:
         for remote in remotes.values():
-            bench.learn(remote, 0)
+            bench.learn(remote, 0, every=bench.setting.size.steps)
     tables, rounds = [], {}
     with bench.processes(names) as remotes:
         for name, remote in remotes.items():

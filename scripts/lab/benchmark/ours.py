@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lab.benchmark.contender import Contender, Schedule, Setting
+from lab.timing import interleaved
 from transformer import Run, cli
 from transformer.config import RunConfig, default_config
 from transformer.data.batches import Dataset
@@ -19,7 +20,7 @@ from transformer.parallel.mesh import cpu_cores, one_device_mesh, replicated
 
 
 def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:
-    """The default config with the size, the strings and the schedule of the benchmark."""
+    """The default config with the size, the pairs and the schedule of the benchmark."""
     size, config = setting.size, default_config()
     sizes = ("num_layers", "d_model", "num_heads", "d_ff")
     files = {name: str(setting.folder / f"{name}.tsv") for name in ("train", "validation", "test")}
@@ -27,6 +28,7 @@ def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:
     config.data.update({"dataset": "files", "pack_length": size.pack, **files})
     config.model.update({name: getattr(size, name) for name in sizes})
     config.model.dtype = "float32" if setting.device == "cpu" else "bfloat16"
+    config.model.dropout_rate, config.label_smoothing = size.dropout, size.label_smoothing
     rate, warmup = schedule.learning_rate, schedule.warmup_steps
     config.optimizer.update(schedule="linear", learning_rate=rate, warmup_steps=warmup)
     return RunConfig.from_config_dict(config)
@@ -42,7 +44,7 @@ class Ours(Contender):
         cli.set_up_jax(first)
         if jax.default_backend() != setting.device:
             raise UserError(f"--device={setting.device}: JAX runs on {jax.default_backend()}")
-        # As many rows per step as hold on average the strings of a step of the peers, in a number
+        # As many rows per step as hold on average the pairs of a step of the peers, in a number
         # that the devices divide.
         packed = len(self.make_run(first).rows)
         rows = round(setting.size.batch * packed / setting.size.examples)
@@ -71,6 +73,14 @@ class Ours(Contender):
         self.variables, self.placed = self.state.variables(), {}
         tokens = int(sums["tokens"])  # waits
         return tokens, float(sums["train/objective"]) / tokens
+
+    def flops(self) -> tuple[int, float]:
+        """The FLOPs of the matrix products of a step, and per second of products of two squares."""
+        size, times = (2_048, 4) if self.setting.device == "cpu" else (8_192, 16)
+        x = jax.random.normal(jax.random.key(0), (size, size), self.run.config.model.dtype) / size
+        products = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: x @ y, x))
+        fastest = min(interleaved({"": partial(products, x)}, rounds=5)[""])
+        return self.run.step_flops, times * 2 * size**3 / fastest
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
         decoding = DecodingConfig(beam_size=beams, length_penalty=0.0)

@@ -38,7 +38,7 @@ class TorchPeer(Contender):
         parameters, rate = self.module.parameters(), schedule.learning_rate
         self.optimizer = torch.optim.Adam(parameters, rate, (0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule.factor)
-        batches = partial(task.batches, self.lengths, self.size.batch, seed)
+        batches = partial(task.batches, self.lengths.max(1), self.size.batch, seed)
         self.batches = {name: batches(name) for name in ("padded", "bucketed")}
 
     def train(self, steps: int, batching: str) -> tuple[int, float]:
@@ -46,19 +46,19 @@ class TorchPeer(Contender):
         total, tokens = torch.zeros((), device=self.device), 0
         for _ in range(steps):
             rows = next(self.batches[batching])
-            tokens += int(self.lengths[rows].sum())
+            tokens += int(self.lengths[rows, 1].sum())
             total += self.train_step(rows)
         return tokens, float(total) / steps  # waits for the device
 
     def train_step(self, rows: np.ndarray) -> Any:
-        """One update from these strings, padded to the longest of them; returns the loss."""
-        longest = int(self.lengths[rows].max())
-        index = torch.from_numpy(rows).to(self.device)
-        source, target = self.source[index, :longest], self.target[index, :longest]
+        """One update from these pairs, padded to the longest of each side; returns the loss."""
+        longest, index = self.lengths[rows].max(0), torch.from_numpy(rows).to(self.device)
+        source, target = self.source[index, : longest[0]], self.target[index, : longest[1]]
         target_in = functional.pad(target[:, :-1], (1, 0), value=BOS)
         with self.precision():
             logits = self.forward(source, target_in).flatten(0, 1)
-            loss = functional.cross_entropy(logits, target.flatten(), ignore_index=PAD)
+            options = {"ignore_index": PAD, "label_smoothing": self.size.label_smoothing}
+            loss = functional.cross_entropy(logits, target.flatten(), **options)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
@@ -99,7 +99,11 @@ class TransformerNetwork(nn.Module):
         super().__init__()
         sizes = size.d_model, size.num_heads, size.num_layers, size.num_layers, size.d_ff
         self.model = nn.Transformer(*sizes, dropout=0.0, batch_first=True, norm_first=True)
-        self.embedding = nn.Embedding(task.VOCABULARY, size.d_model, padding_idx=PAD)
+        for name, module in self.model.named_modules():
+            if name.endswith(("dropout1", "dropout2", "dropout3")):  # of sublayer outputs
+                module.p = size.dropout
+        self.dropout = nn.Dropout(size.dropout)
+        self.embedding = nn.Embedding(size.vocabulary, size.d_model, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=size.d_model**-0.5)
         rates = 10_000.0 ** -(torch.arange(0, size.d_model, 2) / size.d_model)
         angles = torch.arange(size.room + 1)[:, None] * rates
@@ -107,7 +111,7 @@ class TransformerNetwork(nn.Module):
 
     def embed(self, tokens: Any) -> Any:
         scaled = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
-        return scaled + self.positions[: tokens.shape[1]]
+        return self.dropout(scaled + self.positions[: tokens.shape[1]])
 
     def encode(self, source: Any) -> Any:
         return self.model.encoder(self.embed(source), src_key_padding_mask=source == PAD)
@@ -143,11 +147,11 @@ class MarianNetwork(nn.Module):
         side = {"layers": size.num_layers, "attention_heads": size.num_heads, "ffn_dim": size.d_ff}
         config = transformers.MarianConfig(
             **{f"{name}_{key}": side[key] for name in ("encoder", "decoder") for key in side},
-            vocab_size=task.VOCABULARY,
+            vocab_size=size.vocabulary,
             d_model=size.d_model,
             max_position_embeddings=size.room + 1,
             activation_function="relu",
-            dropout=0.0,
+            dropout=size.dropout,  # of the attention weights and inside of feed-forward: 0
             scale_embedding=True,
             init_std=size.d_model**-0.5,
             **{"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS},
@@ -172,13 +176,14 @@ class XNetwork(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         side = {
-            "num_tokens": task.VOCABULARY,
+            "num_tokens": size.vocabulary,
             "max_seq_len": size.room + 1,
             "depth": size.num_layers,
             "heads": size.num_heads,
             "attn_dim_head": size.d_model // size.num_heads,
             "ff_mult": size.d_ff // size.d_model,
             "attn_flash": True,
+            **{f"{name}_dropout": size.dropout for name in ("emb", "attn_sublayer", "ff_sublayer")},
         }
         sides = {f"{name}_{key}": side[key] for name in ("enc", "dec") for key in side}
         make: Any = importlib.import_module("x_transformers").XTransformer
@@ -200,4 +205,5 @@ class XNetwork(nn.Module):
 PyTorch = partial(TorchPeer, TransformerNetwork)
 Compiled = partial(TorchPeer, TransformerNetwork, compiled=True)
 Marian = partial(TorchPeer, MarianNetwork)
+CompiledMarian = partial(TorchPeer, MarianNetwork, compiled=True)
 XTransformers = partial(TorchPeer, XNetwork)

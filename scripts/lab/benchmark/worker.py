@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -40,10 +41,12 @@ class Worker:
         self.contender.start(seed, Schedule(**schedule))
 
     def train(self, steps: int, batching: str) -> dict[str, Any]:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         tokens, loss = self.contender.train(steps, batching)
-        seconds = time.perf_counter() - started
-        return {"steps": steps, "tokens": tokens, "loss": loss, "seconds": seconds}
+        seconds, cpu = time.perf_counter() - started, time.process_time() - used
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB, on Linux
+        done = {"steps": steps, "tokens": tokens, "loss": loss, "seconds": seconds}
+        return done | {"cpu_ms": 1e3 * cpu, "gib": gib}
 
     def decode(self, strings: int, batch: int, beams: int, shortest: float = SHORTEST) -> Any:
         """Decodes the first held-out strings: seconds, exact match, and tokens per output."""
@@ -65,10 +68,12 @@ class Remote:
     def __init__(self, contender: str, setting: Setting, log: Path):
         self.contender, self.log = contender, log
         folder = str(setting.folder.resolve())
-        words = dataclasses.asdict(setting) | {"folder": folder, "contender": contender}
+        threads = CONTENDERS[contender].threads or setting.threads
+        own = {"folder": folder, "contender": contender, "threads": threads}
+        words = dataclasses.asdict(setting) | own
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT), *sys.path]),
-            "OMP_NUM_THREADS": str(setting.threads),
+            "OMP_NUM_THREADS": str(threads),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other processes need memory too
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
