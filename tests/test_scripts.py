@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,15 +58,25 @@ def test_each_core_is_a_device_where_that_is_faster(devices, changes, monkeypatc
 def test_a_wrong_backend_is_shown(monkeypatch, capsys):
     with program("scripts/check_attention.py", "--backends=xla", "--length=16") as script:
         causal = script.masks(16)["causal"]
-        assert max(script.errors("xla", "float32", 2, causal)) < 1e-5
+        assert max(script.errors("xla", "float32", 2, causal)[0]) < 1e-5
         with jax.numpy_dtype_promotion("standard"):  # jax.nn's own attention relies on it
-            assert 1e-3 < max(script.errors("xla", "bfloat16", 2, causal)) < 3e-2
+            assert 1e-3 < max(script.errors("xla", "bfloat16", 2, causal)[0]) < 3e-2
         for error, status in ((1e-4, 0), (float("nan"), 1)):
-            monkeypatch.setattr(script, "errors", lambda *_, error=error: [0.0, error])
+            monkeypatch.setattr(script, "errors", lambda *_, error=error: ([error], 1.0))
             with pytest.raises(SystemExit) as end:
                 script.main()
             assert end.value.code == status
             assert capsys.readouterr().out.count("WRONG") == 12 * status
+
+
+@pytest.mark.slow
+def test_the_measurement_of_a_gpu_runs_on_a_cpu():
+    command = ["bash", "scripts/measure_gpu.sh", "--device=cpu", "--parts=attention"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert re.search(r"chunked .* \d+\.\d+ \W+ ok", done.stdout)
+    assert "ended with" not in done.stdout
+    refused = subprocess.run([*command, "--sizes"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_a_silenced_head_is_the_one_that_is_meant():
