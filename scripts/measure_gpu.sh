@@ -28,7 +28,7 @@ benchmark() {
   limited "$1" "$root/scripts/benchmark.py" --device="$device" --workdir="$folder" --rounds=$rounds \
     --output="$folder/benchmark.md" "${@:2}"
 }
-training() {  # the last column but two: the fraction of the measured rate of matrix products
+training() {  # its column `of … GFLOP/s`: the fraction of the measured rate of matrix products
   for size in ${sizes//,/ }; do
     benchmark 150 --sizes="$size" --what=training --contenders=ours,pytorch_compiled
   done
