@@ -129,8 +129,8 @@ def training(bench: Bench) -> Part:
     with bench.processes(names) as remotes:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(name)[0])
-        step_flops, peak = bench.ask(remotes[OURS], "flops")
         found = bench.rotate(remotes, turns)
+        step_flops, peak = bench.ask(remotes[OURS], "flops")  # afterwards: it takes memory
     speeds, ours = rates(found, "tokens"), found[label(OURS, "packed")]
     flops = step_flops * sum(each["steps"] for each in ours) / sum(each["tokens"] for each in ours)
     used = {key: [flops * speed / peak for speed in each] for key, each in speeds.items()}

@@ -34,7 +34,7 @@ NOTES = {
     "batches are in random order, *bucketed* ones hold pairs of similar length (of the longer "
     "side), *packed* rows several pairs; a step trains on as many pairs in each case. CPU time is "
     "that of all threads per useful token, memory the peak of the process. The GFLOP/s are those "
-    "of products of square matrices, measured before; their fraction counts for each useful token "
+    "of products of square matrices, measured after; their fraction counts for each useful token "
     "the products of this library's step. Marian on 1 thread is not compiled: that was slower.",
     "time_to_accuracy": "Seconds of training until greedy decoding reaches the target exact "
     "match on 1,000 held-out strings; neither compilation nor evaluation counts.",
