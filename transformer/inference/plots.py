@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from transformer.console import facts
@@ -132,34 +133,44 @@ def attention(
     `queries` and `keys` label the positions that are shown; T and S may be larger.
     """
     layers, heads = min(len(maps), PANELS), min(maps[0].shape[0], PANELS)
-    title = _shortened(title, 100)
+    queries, keys = ([_shortened(label, 20) for label in labels] for labels in (queries, keys))
+    cell = 0.19 + 0.7 / max(len(queries), len(keys))  # inches, of a weight
+    across, down = cell * len(keys), cell * len(queries)  # of a panel
+    left, below = (0.5 + 0.07 * max(map(len, labels)) for labels in (queries, keys))
+    turned = max(map(len, keys)) > 2
+    below = below if turned else 0.5
+    pitch = max(across, 1.0) + 0.3  # from panel to panel, wide enough for their titles
+    wide, high = left + pitch * heads + 0.8, 0.4 + (down + 0.35) * layers + below
+    title = _shortened(title, int(11 * wide))
     if (layers, heads) != (len(maps), len(maps[0])):
         title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
-    queries, keys = ([_shortened(label, 20) for label in labels] for labels in (queries, keys))
-    side = 0.7 + 0.19 * max(len(queries), len(keys))
-    letters = max(map(len, (*queries, *keys)))  # in the longest label
-    edge = 0.5 + 0.08 * letters  # inches to the left of the panels and below them
-    wide, high = edge + side * heads + 1.2, edge + side * layers + 0.6
     figure = Figure(figsize=(wide, high))
-    panels = figure.subplots(layers, heads, squeeze=False)
-    # Matplotlib's layout engines would measure every label several times.
-    figure.subplots_adjust(edge / wide, edge / high, 1 - 1.2 / wide, 1 - 0.6 / high, 0.1, 0.1)
+    # One Axes, in inches from the top left: panels with their own ticks take twice as long.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(high, 0))
+    axes.set_axis_off()
+    image: Any = partial(axes.imshow, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     literal = {"fontsize": 8, "parse_math": False}  # "$" does not start mathtext
-    for (layer, head), panel in np.ndenumerate(panels):
+    label: Any = partial(axes.text, **literal)
+    center: Any = partial(axes.text, ha="center")
+    for layer, head in np.ndindex(layers, heads):
+        x, y = left + pitch * head, 0.75 + (down + 0.35) * layer
         weights = maps[layer][head, : len(queries), : len(keys)]
-        panel.imshow(weights, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-        panel.set(xticks=[], yticks=[])
-        panel.tick_params(length=0)
-        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
-    for panel in panels[-1]:
-        panel.set_xticks(range(len(keys)), keys, rotation=90 * (letters > 2), **literal)
-    for panel in panels[:, 0]:
-        panel.set_yticks(range(len(queries)), queries, **literal)
-    panels[-1, 0].set(xlabel="key (⊣ end)", ylabel="query (⊢ begin)")
-    bar = figure.add_axes((1 - 0.9 / wide, 0.15, 0.2 / wide, 0.7))
-    figure.colorbar(panels[0, 0].images[0], cax=bar, label="attention weight")
-    figure.suptitle(title, y=1 - 0.15 / high, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=min(150, (PIXELS / (wide * high)) ** 0.5))
+        image(weights, extent=(x, x + across, y + down, y), interpolation_stage="rgba")
+        axes.add_patch(Rectangle((x, y), across, down, fill=False, linewidth=0.8))
+        axes.text(x, y - 0.06, f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        for k, text in enumerate(queries if head == 0 else ()):
+            label(x - 0.05, y + cell * (k + 0.5), text, ha="right", va="center_baseline")
+        for k, text in enumerate(keys if layer == layers - 1 else ()):
+            turn = {"ha": "center", "va": "top", "rotation": 90 * turned}
+            label(x + cell * (k + 0.5), y + down + 0.05, text, **turn)
+    x, y = left + (wide - left - 1.1) / 2, 0.75 + (high - below - 0.75) / 2
+    axes.text(0.1, y, "query (⊢ begin)", rotation=90, va="center")
+    center(x, high - 0.1, "key (⊣ end)")
+    center(x, 0.3, title, fontsize=10, parse_math=False)
+    bar = figure.add_axes((1 - 0.8 / wide, below / high, 0.2 / wide, 1 - (0.75 + below) / high))
+    figure.colorbar(axes.images[0], cax=bar, label="attention weight")
+    dpi = min(150, (PIXELS / (wide * high)) ** 0.5)
+    figure.savefig(path, dpi=dpi, pil_kwargs={"compress_level": 1})
 
 
 def _shortened(text: str, most: int) -> str:
