@@ -68,10 +68,9 @@ def main() -> None:
     facts({"data": f"{corpus.dataset.name}, {split}: {len(data):,} examples"})
     facts({"filtered": corpus.left_out(), "unknown": corpus.unknown(split)})
 
-    variables, placed = state.variables(), run.place(data)
-    found = run.decode(variables, placed, decoding)
-    arrays = split_replicas((run.score(variables, placed), found), config.replicas)
-    arrays = [jax.tree.map(np.asarray, each) for each in arrays]
+    variables = state.variables()
+    found = run.decode(variables, data, decoding)
+    arrays = split_replicas((run.totals(variables, data), found), config.replicas)
     replicas: list[dict[str, Any]] = [
         {"seed": seed}
         | evaluation.summarize(split, data, totals, found)

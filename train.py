@@ -5,7 +5,6 @@ python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--wor
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from ml_collections import config_flags
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
-from transformer.inference import evaluation
+from transformer.inference.decoding import GREEDY
 from transformer.metrics import PRINTED
-from transformer.parallel import hosts
 from transformer.parallel.replicas import split_replicas
 from transformer.run import Run
 
@@ -69,16 +67,14 @@ def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
 def show_samples(run: Run, count: int = 3) -> None:
     """Prints what the model, or the first replica, outputs for a few sources."""
     assert run.state is not None
-    samples = run.data["validation"].head(count)
-    length = run.config.model.reach(samples.source.shape[1] + run.config.decode_margin)
-    variables = split_replicas(run.state.variables(), run.config.replicas)[0]
-    decode = partial(evaluation.decode, run.model, max_length=length)
-    decode = jax.jit(decode, compiler_options=evaluation.compiler_options())
+    # A whole batch: `eval.py` decodes by the same program, which is then compiled.
+    samples = run.data["validation"].head(max(count, run.config.batch_size))
     with jax.set_mesh(run.mesh):
-        decoded = hosts.fetch(decode(variables, samples))
+        found = run.decode(run.state.variables(), samples, GREEDY)
+    decoded = split_replicas(found, run.config.replicas)[0].tokens[:count, 0]
     source, target = run.tokenizers
-    columns = [map(source.decode, samples.source.tolist())]
-    columns += [map(target.decode, x.tolist()) for x in (samples.target, decoded.tokens[:, 0])]
+    columns = [map(source.decode, samples.source[:count].tolist())]
+    columns += [map(target.decode, x.tolist()) for x in (samples.target[:count], decoded)]
     table("samples", ("source", "target", "output"), list(zip(*columns, strict=True)))
 
 

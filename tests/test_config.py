@@ -184,8 +184,8 @@ class Dispatches:
         names = ("uniform", "correct", "tokens")
         return {"nll": (20.0 - self.step) * ones} | dict.fromkeys(names, ones)
 
-    def decode(self, model, variables, samples, *, max_length):
-        self.calls.append(("decode", samples.source.shape, max_length))
+    def decode(self, model, variables, samples, decoding, *, margin, streams):
+        self.calls.append(("decode", samples.source.shape, decoding, margin))
         return Hypotheses(samples.target[:, None], jnp.zeros((len(samples), 1)))
 
 

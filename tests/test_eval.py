@@ -172,8 +172,8 @@ PREDICTIONS = cross_entropy(LOGITS, BATCH.target_out)
 
 def test_scores_do_not_depend_on_the_batch_size_nor_on_dispatches():
     losses, asked = PREDICTIONS.nll * BATCH.weights, []
-    data, place = jax.tree.map(np.asarray, dataset(3)), partial(jax.tree.map, jnp.asarray)
-    parts = evaluation.score_in_batches(score, data, place, lambda: asked.append(1))
+    data = jax.tree.map(np.asarray, dataset(3))
+    parts = evaluation.in_batches(score, data, 3, between=lambda: asked.append(1))
     assert len(asked) == 3  # of 7 examples
     for scores in (parts, *map(score, map(dataset, (1, 3, 100)))):
         np.testing.assert_allclose(scores["nll"], losses.sum(-1), rtol=1e-4)
@@ -212,9 +212,12 @@ def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(settings):
     keys = jax.vmap(lambda index: fold(fold(jax.random.key(0), index), 0))(jnp.arange(7))
     method, sources = decoding.method(), Sources(BATCH.source, 9, keys)
     expected = jax.jit(lambda params: method(MODEL.bind(params), sources))(PARAMS)
-    found = jax.jit(partial(decode, decoding=decoding))(dataset(3))
-    assert len(np.unique(found.tokens, axis=0)) > 3
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    jitted = jax.jit(partial(decode, decoding=decoding))
+    data = jax.tree.map(np.asarray, dataset(3))
+    batched = evaluation.decode_in_batches(lambda *x: jitted(x[0], streams=x[1]), data)
+    for found in (jitted(data), batched):
+        assert len(np.unique(found.tokens, axis=0)) > 3
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 

@@ -255,10 +255,26 @@ class Run:
         return Generator(self.model, variables, self.tokenizers, config.decode_margin, self.mesh)
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
-        """Decodes every source in `data` with every replica."""
+        """Decodes every source in `data`, which is on the host, with every replica."""
         margin = self.config.decode_margin
-        decode = partial(evaluation.decode, self.model, decoding=decoding, margin=margin)
-        return self._jit(decode, 0, None)(variables, data)
+
+        def decode(variables: Any, batch: Dataset, streams: Any) -> Hypotheses:
+            options = {"margin": margin, "streams": streams}
+            return evaluation.decode(self.model, variables, batch, decoding, **options)
+
+        decode = self._jit(decode, 0, None, None)
+        place, axis = self.place, int(self.config.replicas > 1)
+        return evaluation.decode_in_batches(lambda *x: decode(variables, *place(x)), data, axis)
+
+    def totals(
+        self, variables: Any, data: Dataset, between: Callable = lambda: None
+    ) -> dict[str, Any]:
+        """The totals of each example in `data`, which is on the host, for every replica.
+
+        `between` is called before each batch; an exception ends it all.
+        """
+        score, axis = lambda x: self.score(variables, self.place(x)), int(self.config.replicas > 1)
+        return evaluation.in_batches(score, data, data.batch_size, axis, between)
 
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.
@@ -272,13 +288,12 @@ class Run:
     ) -> list[dict[str, float]]:
         """`evaluate` for each replica; NaN for one that a NaN or Inf has stopped.
 
-        `state` is on the mesh. `between` is called before each batch; an exception ends it all.
+        `state` is on the mesh; see `totals` for `between`.
         """
         config, data = self.config, choose(self.data, split, "split")
         state = state or self.state or self.restore()
         with jax.set_mesh(self.mesh):
-            score = partial(self.score, state.variables())
-            totals = evaluation.score_in_batches(score, data, self.place, between)
+            totals = self.totals(state.variables(), data, between)
         split_totals = replicas.split_replicas(totals, config.replicas)
         each = zip(split_totals, config.single_runs(), strict=True)
         metrics = [finalize(sums, split, single.label_smoothing) for sums, single in each]

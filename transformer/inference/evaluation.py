@@ -56,25 +56,41 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
     return map_batches(score_batch, data)
 
 
-def score_in_batches(
-    score: Callable[[Dataset], Totals], data: Dataset, place: Callable, between: Callable
-) -> Totals:
-    """The totals of each example as NumPy arrays, from one call of the jitted `score` per batch.
+def in_batches(
+    function: Callable, rows: Any, size: int, axis: int = 0, between: Callable = lambda: None
+) -> Any:
+    """The results of `function(batch)` for all `rows`, NumPy arrays of examples; as NumPy arrays.
 
-    `place` puts a batch on the devices. `between` is called before each; an exception that it
-    raises ends the evaluation.
+    Examples are on `axis` of the results. `between` is called before each batch; an exception that
+    it raises ends the evaluation. Splits of equal width share a program, that of a batch.
     """
-    size, parts = min(data.batch_size, len(data)), []
-    for first in range(0, len(data), size):
+    count, parts = len(jax.tree.leaves(rows)[0]), []
+    size = min(size, count)
+    for first in range(0, count, size):
         between()
-        start = min(first, len(data) - size)  # the last batch overlaps: all have one shape
-        rows = slice(start, start + size)
-        batch = Dataset(data.source[rows], data.target[rows], data.batch_size, data.packed)
-        parts.append((first - start, score(place(batch))))
+        start = min(first, count - size)  # the last batch overlaps: all have one shape
+        parts.append(function(jax.tree.map(lambda x, k=start: x[k : k + size], rows)))
         if len(parts) > 1:  # one dispatch computes, one waits
-            jax.block_until_ready(parts[-2])
-    whole = [jax.tree.map(lambda x, k=k: np.asarray(x)[..., k:], part) for k, part in parts]
-    return jax.tree.map(lambda *each: np.concatenate(each, axis=-1), *whole)
+            parts[-2] = jax.tree.map(np.asarray, parts[-2])
+
+    def whole(*results: Any) -> np.ndarray:
+        *others, last = (np.moveaxis(np.asarray(x), axis, 0) for x in results)
+        last = last[len(results) * size - count :]
+        return np.moveaxis(np.concatenate([*others, last]), 0, axis)
+
+    return jax.tree.map(whole, *parts)
+
+
+def decode_in_batches(decode: Callable, data: Dataset, axis: int = 0) -> Hypotheses:
+    """The hypotheses for all of `data`, from a call of `decode(batch, streams)` per batch.
+
+    Sources of similar length are decoded together, as in `decode`.
+    """
+    order = np.argsort((data.source != PAD).sum(1), kind="stable")
+    streams = np.stack([order, np.zeros_like(order)], axis=1).astype(np.int32)
+    rows = jax.tree.map(lambda x: x[order], data), streams
+    found = in_batches(lambda rows: decode(*rows), rows, data.batch_size, axis)
+    return jax.tree.map(lambda x: x.take(np.argsort(order), axis), found)
 
 
 def decode(
