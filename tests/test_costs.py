@@ -11,7 +11,7 @@ from tests.test_training import small_config
 from transformer.data.batches import Dataset
 from transformer.modules.config import ARCHITECTURES
 from transformer.parallel.mesh import MeshConfig, make_mesh, one_device_mesh
-from transformer.training.costs import PEAK_FLOPS, matmul_flops, share_of_peak, step_flops
+from transformer.training.costs import PEAK_FLOPS, matmul_flops, peak_flops, step_flops
 from transformer.training.metrics import Interval, finalize, zero_sums
 from transformer.training.step import init_state, make_train_step
 
@@ -97,11 +97,11 @@ def test_a_step_of_the_transformer_is_three_times_its_forward_products(changes, 
 
 def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
     sums = zero_sums() | {"steps": 10.0}
-    assert share_of_peak(1, one_device_mesh()) is None  # nobody says what a CPU's is
+    assert peak_flops(one_device_mesh()) is None  # nobody says what a CPU's is
     assert "train/mfu" not in finalize(Interval(sums, 5.0))
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 100.0)
     mesh = make_mesh(MeshConfig(replica=1, data=4, fsdp=1, tensor=2, context=1))
-    assert share_of_peak(200, mesh) == pytest.approx(200 / 800)
+    assert peak_flops(mesh) == 800
     assert finalize(Interval(sums, 5.0, peak_share=0.1))["train/mfu"] == pytest.approx(0.2)
 
 

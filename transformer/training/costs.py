@@ -27,16 +27,17 @@ PEAK_FLOPS |= {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12}
 PEAK_FLOPS |= {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
-def share_of_peak(flops: int, mesh: Mesh) -> float | None:
-    """`flops` per second as a fraction of the devices' peak; None if that is not published."""
+def peak_flops(mesh: Mesh) -> float | None:
+    """The devices' FLOPs per second, all of them together; None if that is not published."""
     peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return None if peak is None else flops / (peak * mesh.size)
+    return peak and peak * mesh.size
 
 
 def step_flops(model: Model, config: "RunConfig", data: Dataset) -> int:
     """The FLOPs of the matrix products in one step of one run, without any recomputation."""
     plain = replace(model.config, attention_backend="einsum", remat="none")
-    model = Model(plain, model.vocab_size, model.target_vocab_size)
+    if plain != model.config:
+        model = Model(plain, model.vocab_size, model.target_vocab_size)
     state = jax.eval_shape(partial(init_state, model, config), np.uint32(0), {})
     batch = jax.eval_shape(Dataset.batch, data, jax.random.key(0), np.int32(0))
     return matmul_flops(make_train_step(model, config), state, batch)

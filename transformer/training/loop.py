@@ -21,7 +21,7 @@ from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.replicas import format_replicas, mean_over_replicas, split_replicas
 from transformer.training.checkpoint import Checkpoints
-from transformer.training.costs import share_of_peak
+from transformer.training.costs import peak_flops
 from transformer.training.health import HealthMonitor
 from transformer.training.interruption import Interrupted, StopRequests
 from transformer.training.metrics import TRAIN_METRICS, Interval, MetricsWriter, finalize
@@ -57,8 +57,9 @@ class TrainingLoop:
     def __post_init__(self):
         self.config, interval = self.run.config, self.interval
         self.monitor = HealthMonitor(self.state, self.config.max_skipped_steps)
-        flops = self.run.step_flops * self.config.replicas
-        self.peak_share = share_of_peak(flops, self.run.mesh)
+        self.peak_share = None
+        if peak := peak_flops(self.run.mesh):
+            self.peak_share = self.run.step_flops * self.config.replicas / peak
         self.step = self.saved = self.state.taken()
         self.unvalidated = interval.get("unvalidated", False)
         self.seconds = interval.get("seconds", 0.0)  # of the interval, up to the last pause
