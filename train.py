@@ -3,6 +3,11 @@
 python train.py --config=configs/toy_reverse.py [--config.model.norm=rms] [--workdir=runs/NAME]
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `cli.run`: a quarter of the time of the imports
+
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

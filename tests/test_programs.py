@@ -147,7 +147,8 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     """Strings of up to 5 letters, 800 steps: at least 95 in 100 unseen ones are reversed."""
     places = (f"--workdir={tmp_path}", f"--data_dir={data_dir}")
     flags = ("--config=configs/toy_reverse.py", "--config.data.size=tiny", "--config.steps=800")
-    out = finish(start("train.py", *flags, *places, **AS_USERS))
+    own = AS_USERS | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    out = finish(start("train.py", *flags, *places, **own))
     words = {"config", "data", "devices", "parameters", "workdir", "samples", "perplexity"}
     assert words <= set(out.split())
     assert re.search(r"step 100/800  loss .* steps/s .* target tokens/s .* s left", out)
@@ -156,7 +157,8 @@ def test_the_smallest_real_training_run_reaches_its_accuracy(tmp_path, data_dir)
     assert {"jax", "flax", "python"} <= config["versions"].keys()
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
-    finish(start("eval.py", *places, **AS_USERS))
+    _, said = start("eval.py", *places, "--verbosity=1", **own).communicate(timeout=300)
+    assert "programs: 2 from the compilation cache, 1 compiled" in said  # attention for the plots
     record = json.loads((tmp_path / "eval_test.json").read_text())
     assert record["replicas"][0]["metrics"]["test/sequence_accuracy"] >= 0.95
     assert [row["length"] for row in record["replicas"][0]["by_source_length"]] == [1, 2, 3, 4, 5]

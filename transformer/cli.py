@@ -1,5 +1,6 @@
 """Flags, JAX configuration and one-line error messages, shared by the programs."""
 
+import gc
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -43,6 +45,8 @@ flags.disclaim_key_flags()  # --help lists the flags that are defined here with 
 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`)."""
+    gc.freeze()  # modules stay: no collection needs to look at them
+    gc.enable()
     if outlives_readers:
         tolerate_closed_output()
     if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers
@@ -56,8 +60,13 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     sys.unraisablehook = lambda raised: "loop is closed" in str(raised.exc_value) or show(raised)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited")
 
+    programs = Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: programs.update([event]))
+
     def program() -> None:
         main()
+        hits, misses = (programs[f"/jax/compilation_cache/cache_{x}"] for x in ("hits", "misses"))
+        logging.debug("programs: %d from the compilation cache, %d compiled", hits, misses)
         if hosts.several():  # no process exits before all have finished
             multihost_utils.sync_global_devices("end")
             jax.distributed.shutdown()
@@ -119,7 +128,7 @@ def set_up_jax(config: RunConfig | None = None) -> None:
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{cache}/transformer-jax/xla")
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def define_plugins_flag() -> None:
