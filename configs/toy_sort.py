@@ -10,4 +10,6 @@ from transformer.config import default_config
 def get_config():
     config = default_config()
     config.data.task = "sort"
+    config.data.pack_length = 32  # three strings a row
+    config.batch_size = 16
     return config
