@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -71,8 +72,10 @@ class Sinusoidal(Position):
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
         positions = in_row(x, positions)
         angles = _angles(positions, x.shape[-1])
-        encoding = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return x + encoding.reshape(*positions.shape, x.shape[-1]).astype(x.dtype)
+        # Fused with the sum, sines of positions that rows share are computed again for each row.
+        waves = jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
+        encoding = jnp.stack(waves, axis=-1).reshape(*positions.shape, x.shape[-1])
+        return x + encoding.astype(x.dtype)
 
 
 class Learned(Position):
