@@ -10,6 +10,7 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.inference import decoding
 from transformer.inference.decoding import GREEDY, Sources, beam_search, sample, truncate
 from transformer.modules.model import Model
 
@@ -78,6 +79,23 @@ def test_outputs_end_with_eos_and_the_loop_with_the_last_of_them(method, monkeyp
     jax.effects_barrier()
     assert steps == [0]
     np.testing.assert_array_equal(found.tokens[:, 0], [[EOS] + [PAD] * 49] * 3)
+
+
+def test_greedy_decoding_takes_the_first_of_equally_likely_tokens():
+    found = greedy(steady({7: 16.0, 9: 16.0}), Sources(BATCH.source, 3))
+    np.testing.assert_array_equal(found.tokens[:, 0], [[7] * 3] * 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"architecture": "recurrent"}], ids=str)
+def test_outputs_do_not_depend_on_when_the_cache_grows(changes, monkeypatch):
+    model, params = tiny_tokens(**changes)
+    found = []
+    for entries in (1, 4 * 40):
+        monkeypatch.setattr(decoding, "SMALL_CACHE", entries)
+        found.append(search(model, params, 4, 9.0, length=40))  # α prefers long outputs
+    assert (found[0].tokens != PAD).sum(-1).max() > SOURCE.shape[1] + 8
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-4)
 
 
 def padded(tokens, length):

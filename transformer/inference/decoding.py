@@ -5,7 +5,7 @@ cross-attention's keys and values are projected once, and each step computes one
 hypothesis. A row's output does not depend on the rest of its batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -22,6 +22,8 @@ from transformer.modules.transformer import Transformer
 
 Module = Transformer | Recurrent
 
+SMALL_CACHE = 128  # entries of a source, below which growing does not save its compilation
+
 
 class Sources(NamedTuple):
     """The sources to decode, and the limits of their outputs."""
@@ -32,11 +34,18 @@ class Sources(NamedTuple):
     num_tokens: int | None = None  # the vocabulary's size without its padding; None: V
     margin: int | None = None  # tokens by which an output may exceed its source; None: any
 
+    def rooms(self, hypotheses: int) -> tuple[int, ...]:
+        """The lengths of the cache: at first that of the source, which most outputs resemble."""
+        first = self.tokens.shape[1] + 8
+        if first < self.max_length and hypotheses * self.max_length > SMALL_CACHE:
+            return first, self.max_length
+        return (self.max_length,)
+
     def start(self, model: Module, hypotheses: int = 1) -> tuple[Any, Array, Array]:
         """The cache, which rows have a source, and the length limits of their outputs."""
         segments = (self.tokens != PAD).astype(jnp.int32)
         memory = model.encode(self.tokens, segments)
-        cache = model.start_cache(memory, segments, self.max_length, hypotheses)
+        cache = model.start_cache(memory, segments, self.rooms(hypotheses)[0], hypotheses)
         lengths = segments.sum(-1)
         limits = jnp.full_like(lengths, self.max_length)
         if self.margin is not None:  # Vaswani et al. 2017: 50
@@ -75,8 +84,8 @@ def sample(
     rows = len(sources.tokens)
     cache, has_source, limits = sources.start(model)
 
-    def step(carry):
-        cache, tokens, total, last, done = carry
+    def step(cache, state):
+        tokens, total, last, done = state
         logits, advanced = model.decode_step(last, cache)
         log_p = next_log_p(logits[:, 0], sources.num_tokens)
         if temperature:
@@ -84,7 +93,9 @@ def sample(
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, cache.filled)
             selected = jax.vmap(jax.random.categorical)(step_keys, likely)
         else:
-            selected = log_p.argmax(-1)
+            # The first of the largest: XLA's argmax is 8 times as slow on a CPU.
+            index, largest = jnp.arange(log_p.shape[1]), log_p.max(1, keepdims=True)
+            selected = jnp.where(log_p == largest, index, index[-1]).min(1)
         selected = selected.astype(jnp.int32)[:, None]
         # Summed here: scoring whole outputs afterwards takes longer than decoding them.
         log_p = jnp.take_along_axis(log_p, selected, axis=1)[:, 0]
@@ -92,11 +103,14 @@ def sample(
         tokens = jax.lax.dynamic_update_slice(tokens, token, (0, cache.filled))
         total = total + jnp.where(done, 0.0, log_p)
         done = done | (token[:, 0] == EOS) | (advanced.filled >= limits)
-        return advanced, tokens, total, token, done
+        return advanced, (tokens, total, token, done)
+
+    def is_live(cache, state):
+        return ~state[-1].all()
 
     tokens = jnp.full((rows, sources.max_length), PAD, jnp.int32)
-    carry = (cache, tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source)
-    _, tokens, total, *_ = _while_loop(lambda carry: ~carry[-1].all(), step, carry)
+    state = tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source
+    tokens, total, *_ = _loop(is_live, step, cache, state, sources.rooms(1))
     return Hypotheses(tokens[:, None], total[:, None])
 
 
@@ -118,8 +132,22 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
-def _while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:
-    """`jax.lax.while_loop` that drops the batch axis of a batch of one from the carry.
+def _loop(cond: Callable, step: Callable, cache: Any, state: Any, rooms: Sequence[int]) -> Any:
+    """The state after repeating `step` while `cond` holds, both functions of cache and state.
+
+    A cache that is full grows to the next of `rooms`: attention computes all that is allocated.
+    """
+    for room in rooms:
+
+        def has_room(cache: Any, state: Any, room: int = room) -> Array:
+            return cond(cache, state) & (cache.filled < room)
+
+        cache, state = _while_loop(has_room, step, (cache.grow(room), state))
+    return state
+
+
+def _while_loop(cond: Callable, step: Callable, carry: tuple[Any, ...]) -> Any:
+    """`jax.lax.while_loop` without the batch axis of a batch of one; `carry` has the arguments.
 
     XLA removes dimensions of size 1 from matrix products. If the cache kept the axis, it would be
     copied for each token, which takes a fifth of a step for one source on a CPU.
@@ -132,16 +160,18 @@ def _while_loop(cond: Callable[[Any], Array], body: Callable[[Any], Any], carry:
     def restore(leaves):
         return structure.unflatten(x.reshape(y.shape) for x, y in zip(leaves, like, strict=True))
 
-    def step(leaves):
-        return squeeze(body(restore(leaves)))
+    def holds(leaves):
+        return cond(*restore(leaves))
 
-    return restore(jax.lax.while_loop(lambda leaves: cond(restore(leaves)), step, squeeze(carry)))
+    def body(leaves):
+        return squeeze(step(*restore(leaves)))
+
+    return restore(jax.lax.while_loop(holds, body, squeeze(carry)))
 
 
 class _Beams(NamedTuple):
-    """The carry of beam search."""
+    """The state of beam search."""
 
-    cache: Any
     live: Int[Array, "B J T"]  # the J most likely hypotheses without EOS
     log_p: Float[Array, "B J"]  # of the live hypotheses; -inf for missing ones
     finished: Hypotheses  # the J best with EOS
@@ -167,22 +197,23 @@ def beam_search(
     log_p = missing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf))
     longest_penalty = penalty(limits, length_penalty)
 
-    def can_improve(state: _Beams) -> Bool[Array, ""]:
+    def can_improve(cache: Any, state: _Beams) -> Bool[Array, ""]:
         bound = state.log_p[:, 0] / longest_penalty
-        return ((bound > state.finished.scores[:, -1]) & (state.cache.filled < limits)).any()
+        return ((bound > state.finished.scores[:, -1]) & (cache.filled < limits)).any()
 
-    def step(state: _Beams) -> _Beams:
-        index = state.cache.filled
+    def step(cache: Any, state: _Beams) -> tuple[Any, _Beams]:
+        index = cache.filled
         last = jax.lax.dynamic_index_in_dim(state.live, jnp.maximum(index - 1, 0), 2, False)
-        logits, cache = model.decode_step(jnp.where(index == 0, BOS, last), state.cache)
-        parents, grown = _expand(state, next_log_p(logits, sources.num_tokens), length_penalty)
+        logits, cache = model.decode_step(jnp.where(index == 0, BOS, last), cache)
+        log_p = next_log_p(logits, sources.num_tokens)
+        parents, grown = _expand(state, index, log_p, length_penalty)
         if sources.margin is not None:  # a row at its limit waits for the others
             select = partial(jax.vmap(jnp.where), index < limits)
-            grown = jax.tree.map(select, grown, (state.live, state.log_p, state.finished))
-        return _Beams(cache.pick(parents), *grown)
+            grown = jax.tree.map(select, grown, state)
+        return cache.pick(parents), grown
 
-    state = _Beams(cache, blank, log_p, Hypotheses(blank, missing))
-    state = _while_loop(can_improve, step, state)
+    state = _Beams(blank, log_p, Hypotheses(blank, missing))
+    state = _loop(can_improve, step, cache, state, sources.rooms(beam_size))
     # Live hypotheses take the places of missing finished ones.
     rank = jnp.where(jnp.isfinite(state.finished.scores), 0, 2)
     place = jnp.concatenate([rank, jnp.ones_like(rank)], axis=1).argsort(axis=1)[:, :beam_size]
@@ -193,14 +224,15 @@ def beam_search(
     return Hypotheses(jnp.where(jnp.isfinite(scores)[..., None], _take(tokens, place), PAD), scores)
 
 
-def _expand(state: _Beams, log_p: Float[Array, "B J V"], alpha: float) -> tuple[Array, Any]:
-    """The parents [B, J] of the next live hypotheses, and the next (live, log_p, finished).
+def _expand(
+    state: _Beams, index: Int[Array, ""], log_p: Float[Array, "B J V"], alpha: float
+) -> tuple[Int[Array, "B J"], _Beams]:
+    """The parents of the next live hypotheses, which have `index` tokens, and the next state.
 
     Of the 2J most likely extensions, those among the first J that end compete with the finished
     hypotheses by their score; the J most likely of the others stay live.
     """
     rows, width, vocab_size = log_p.shape
-    index = state.cache.filled
     total = (state.log_p[..., None] + log_p).reshape(rows, -1)
     total, place = jax.lax.top_k(total, 2 * width)
     parent, token = place // vocab_size, (place % vocab_size).astype(jnp.int32)
@@ -215,7 +247,8 @@ def _expand(state: _Beams, log_p: Float[Array, "B J V"], alpha: float) -> tuple[
     tokens = jnp.concatenate([state.finished.tokens, longer], axis=1)
     finished = Hypotheses(_take(tokens, best), scores)
     total, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), width)
-    return jnp.take_along_axis(parent, chosen, axis=1), (_take(longer, chosen), total, finished)
+    beams = _Beams(_take(longer, chosen), total, finished)
+    return jnp.take_along_axis(parent, chosen, axis=1), beams
 
 
 def _take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "B I T"]:

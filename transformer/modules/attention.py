@@ -22,15 +22,37 @@ Rotate = Callable[[Array], Array] | None
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of S positions, or a cache with room for S."""
+    """Projected keys and values of S positions."""
 
-    key: Float[Array, "B K S H"]  # heads first: a decoding step reads those of a head contiguously
+    key: Float[Array, "B K S H"]
     value: Float[Array, "B K S E"]
 
-    def write(self, new: "KeyValue", index: int | Int[Array, ""]) -> "KeyValue":
+
+class KeyValueCache(NamedTuple):
+    """Keys and values with room for S positions, in the order in which a decoding step reads them.
+
+    Those of a head are contiguous, and keys are transposed.
+    """
+
+    key: Float[Array, "B K H S"]
+    value: Float[Array, "B K S E"]
+
+    @classmethod
+    def of(cls, key_value: KeyValue) -> "KeyValueCache":
+        """A cache that holds these."""
+        return cls(key_value.key.swapaxes(2, 3), key_value.value)
+
+    def write(self, new: KeyValue, index: int | Int[Array, ""]) -> "KeyValueCache":
         """This cache with `new` from position `index` on, where the caller ensures that it fits."""
-        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
-        return jax.tree.map(lambda old, new: update(old, new.astype(old.dtype)), self, new)
+        key, value = (x.astype(self.key.dtype) for x in KeyValueCache.of(new))
+        update = jax.lax.dynamic_update_slice_in_dim
+        return KeyValueCache(update(self.key, key, index, 3), update(self.value, value, index, 2))
+
+    def grow(self, length: int) -> "KeyValueCache":
+        """This cache with room for `length` positions."""
+        more = (0, length - self.key.shape[3])
+        key = jnp.pad(self.key, ((0, 0), (0, 0), (0, 0), more))
+        return KeyValueCache(key, jnp.pad(self.value, ((0, 0), (0, 0), more, (0, 0))))
 
 
 class MultiHeadAttention(Moded):
@@ -181,6 +203,13 @@ class MultiHeadAttention(Moded):
             stream = stream_of("attention", rngs, self.rngs)
             drop = {"drop": partial(dropout, rate=rate, stream=stream)}
         heads = self.backend(query, key_value.key, key_value.value, mask, bias, **drop)
+        return self.out(heads.swapaxes(1, 2))
+
+    def attend_cached(
+        self, query: Float[Array, "B N T H"], cache: KeyValueCache, mask: Any, bias: Any = None
+    ) -> Float[Array, "B T out"]:
+        """The output for a few queries and a cache, without dropout, for any backend."""
+        heads = core.from_cache(query, *cache, mask, bias)
         return self.out(heads.swapaxes(1, 2))
 
 

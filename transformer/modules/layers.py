@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import check_choice, choose
-from transformer.modules.attention import KeyValue, MultiHeadAttention, Rotate
+from transformer.modules.attention import KeyValueCache, MultiHeadAttention, Rotate
 from transformer.modules.dropout import CallRngs, Dropout
 from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes
 from transformer.modules.normalization import NORMS, BatchNorm
@@ -218,24 +218,25 @@ class DecoderLayer(Layer):
     def decode_step(
         self,
         x: Stream,
-        memory: KeyValue,
-        cache: KeyValue,
+        memory: KeyValueCache,
+        cache: KeyValueCache,
         index: Int[Array, ""],
         *,
+        mask: AttentionMask,
         memory_mask: AttentionMask,
         rotate: Rotate = None,
-        **attention: Any,
-    ) -> tuple[Stream, KeyValue]:
+        bias: Any = None,
+    ) -> tuple[Stream, KeyValueCache]:
         """The output for the next target positions, and the cache with theirs from `index` on."""
 
         def attend(h: Array) -> Array:
             nonlocal cache
             query = self.self_attention.project_query(h, rotate)
             cache = cache.write(self.self_attention.project_kv(h, rotate=rotate), index)
-            return self.self_attention.attend(query, cache, deterministic=True, **attention)
+            return self.self_attention.attend_cached(query, cache, mask, bias)
 
         def attend_memory(h: Array) -> Array:
             query = self.cross_attention.project_query(h)
-            return self.cross_attention.attend(query, memory, mask=memory_mask, deterministic=True)
+            return self.cross_attention.attend_cached(query, memory, memory_mask)
 
         return self.through(x, attend, attend_memory, deterministic=True), cache

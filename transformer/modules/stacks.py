@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from transformer.errors import UserError, check_choice
 from transformer.modules import layers
-from transformer.modules.attention import KeyValue
+from transformer.modules.attention import KeyValueCache
 from transformer.modules.dropout import Moded, stream_of, training_rngs
 from transformer.modules.layers import Stream, apply_norm
 
@@ -22,7 +22,7 @@ REMATS: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-KeyValues = tuple[KeyValue, ...]  # of each layer
+Caches = tuple[KeyValueCache, ...]  # of each layer
 
 
 class Stack(Moded):
@@ -139,8 +139,8 @@ class Decoder(Stack):
     layer = layers.DecoderLayer
 
     def decode_step(
-        self, x: Stream, memory: KeyValues, cache: KeyValues, index: Array, **attention: Any
-    ) -> tuple[Stream, KeyValues]:
+        self, x: Stream, memory: Caches, cache: Caches, index: Array, **attention: Any
+    ) -> tuple[Stream, Caches]:
         """`DecoderLayer.decode_step` of each layer, with the keys and values of each."""
         decoded = []
         for layer, read, earlier in zip(self.layers, memory, cache, strict=True):

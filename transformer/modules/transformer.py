@@ -10,14 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import UserError
 from transformer.modules import masking
-from transformer.modules.attention import KeyValue, MultiHeadAttention
+from transformer.modules.attention import KeyValueCache, MultiHeadAttention
 from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.dropout import Dropout, Moded, stream_of
 from transformer.modules.linear import INITIALIZERS, Embed
 from transformer.modules.normalization import RMSNorm
 from transformer.modules.positions import POSITIONS, in_row
-from transformer.modules.stacks import Decoder, Encoder, KeyValues
+from transformer.modules.stacks import Caches, Decoder, Encoder
 from transformer.parallel.mesh import constrain
 
 Source = Int[Array, "B S"]  # tokens, or their segments or positions
@@ -36,14 +36,21 @@ class Cache(NamedTuple):
     """
 
     filled: Int[Array, ""]  # the number of decoded target positions
-    decoded: KeyValues  # each layer's self-attention, with room for the whole target
+    decoded: Caches  # each layer's self-attention, with room for the whole target
     own: Bool[Array, "B J entries"]  # which entries belong to the past of each hypothesis
-    memory: KeyValues  # each layer's cross-attention
+    memory: Caches  # each layer's cross-attention
     source_segments: Source
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
         """The cache in which hypothesis j continues hypothesis parents[:, j]."""
         return self._replace(own=jnp.take_along_axis(self.own, parents[..., None], axis=1))
+
+    def grow(self, length: int) -> "Cache":
+        """The cache with room for `length` target positions."""
+        entries = length * self.own.shape[1]
+        own = jnp.pad(self.own, ((0, 0), (0, 0), (0, entries - self.own.shape[2])))
+        decoded = tuple(each.grow(entries) for each in self.decoded)
+        return self._replace(decoded=decoded, own=own)
 
 
 class EncoderDecoder(Moded):
@@ -205,14 +212,15 @@ class Transformer(EncoderDecoder):
     ) -> Cache:
         """An empty cache for up to `length` target positions per hypothesis."""
         config, entries = self.config, length * hypotheses
-        shape = len(memory), config.num_kv_heads or config.num_heads, entries
-        widths = config.attention_width(), config.values_width()
-        empty = KeyValue(*(jnp.zeros((*shape, width), memory.dtype) for width in widths))
+        shape = len(memory), config.num_kv_heads or config.num_heads
+        key = jnp.zeros((*shape, config.attention_width(), entries), memory.dtype)
+        value = jnp.zeros((*shape, entries, config.values_width()), memory.dtype)
+        read = (layer.cross_attention.project_kv(memory) for layer in self.decoder.layers)
         return Cache(
             filled=jnp.zeros((), jnp.int32),
-            decoded=(empty,) * config.num_layers,
+            decoded=(KeyValueCache(key, value),) * config.num_layers,
             own=jnp.zeros((len(memory), hypotheses, entries), bool),
-            memory=tuple(each.cross_attention.project_kv(memory) for each in self.decoder.layers),
+            memory=tuple(map(KeyValueCache.of, read)),
             source_segments=source_segments,
         )
 
@@ -224,7 +232,7 @@ class Transformer(EncoderDecoder):
         """
         filled, (hypotheses, entries) = cache.filled, cache.own.shape[1:]
         steps, room = tokens.shape[1] // hypotheses, entries // hypotheses
-        index = jnp.full(tokens.shape, filled)
+        index = jnp.full((1, hypotheses), filled)
         if hypotheses == 1:
             index = filled + jnp.arange(steps)[None]
             mask = masking.causal(steps, room, filled)
