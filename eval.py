@@ -2,7 +2,7 @@
 
     python eval.py --workdir=runs/toy_reverse [--split=test_longer] [--checkpoint=best]
     python eval.py --workdir=runs/toy_reverse --beam_size=4 [--length_penalty=0.6]
-    python eval.py --workdir=runs/translate --data=other.tsv [--out=results]
+    python eval.py --workdir=runs/translate --data=other.tsv [--out=results] [--plots=none]
 
 Writes `eval_<split>.json`, `samples_<split>.tsv` and `plots/` to the run's folder or to `--out`.
 File names contain the settings that differ from the defaults: `eval_test_beam_size=4.json`.
@@ -29,7 +29,7 @@ from transformer.config import RunConfig
 from transformer.console import facts, table
 from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
-from transformer.inference import evaluation, plots
+from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts
 from transformer.metrics import PRINTED
@@ -47,6 +47,9 @@ DATA = flags.DEFINE_string(
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 OUT = flags.DEFINE_string("out", None, "The folder of the results; default the run's.")
+PLOTS = flags.DEFINE_enum(
+    "plots", "summary", ["none", "summary", "all"], "summary: attention of one example; all: three."
+)
 BLEU_TOKENIZER = flags.DEFINE_enum("bleu_tokenizer", None, BLEU_TOKENIZERS, "Default the run's.")
 cli.define_decoding_flags()
 cli.define_plugins_flag()
@@ -101,10 +104,14 @@ def main() -> None:
     show_texts([each["text"] for each in replicas])
     show_limit(margin, beyond, needed, [each["outputs_cut"] for each in replicas])
 
-    options = evaluation.compiler_options(once=True)
-    maps = jax.jit(partial(evaluation.attention_maps, run.model), compiler_options=options)
-    maps = partial(maps, split_replicas(variables, config.replicas)[0])
-    plots.draw_evaluation(out / "plots", name, by_length, maps, data, run.tokenizers)
+    if PLOTS.value != "none":
+        from transformer.inference import plots  # imports Matplotlib
+
+        options = evaluation.compiler_options(once=True)
+        maps = jax.jit(partial(evaluation.attention_maps, run.model), compiler_options=options)
+        maps = partial(maps, split_replicas(variables, config.replicas)[0])
+        examples = 3 if PLOTS.value == "all" else 1
+        plots.draw_evaluation(out / "plots", name, by_length, maps, data, run.tokenizers, examples)
 
 
 def evaluation_mesh(config: RunConfig) -> Mesh:

@@ -21,7 +21,6 @@ from transformer.metrics import METRICS, percent
 from transformer.parallel import hosts
 
 INK, SECOND, GRID = "#1f4e79", "#c8553d", "#d9d9d9"
-EXAMPLES = 3  # number of examples whose attention is drawn
 MAX_TOKENS = 64  # the longest text whose attention is drawn
 PANELS = 8  # the maximum number of layers, and of heads, in an attention plot
 PIXELS = 16e6  # the maximum number of pixels of an attention plot
@@ -69,15 +68,21 @@ def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> 
 
 
 def draw_evaluation(
-    folder: Path, name: str, rows: Rows, maps_of: Callable, data: Dataset, tokenizers: Tokenizers
+    folder: Path,
+    name: str,
+    rows: Rows,
+    maps_of: Callable,
+    data: Dataset,
+    tokenizers: Tokenizers,
+    examples: int,
 ) -> None:
     """Draws accuracy by source length (`rows`) and the attention maps of the first short examples.
 
     `name` is part of the names of the files. Every host calls `maps_of(dataset)`.
     """
     lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
-    shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:EXAMPLES].tolist()
-    if shown != [*range(min(EXAMPLES, len(data)))]:
+    shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:examples].tolist()
+    if shown != [*range(min(examples, len(data)))]:
         say = f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens"
         facts({"plots": say})
     source, target = (np.asarray(side)[shown, :MAX_TOKENS] for side in (data.source, data.target))
