@@ -69,7 +69,7 @@ def test_an_evaluation_needs_only_the_run_folder_and_does_not_change_it(run, tmp
     """Its files may be gone and its folder read-only; a text that a picture lacks is a line."""
     (run[1] / "pairs.jsonl").rename(run[1] / "moved.jsonl")
     before = files_of(run[0].path)
-    evaluate(run, f"--out={tmp_path}")
+    evaluate(run, f"--out={tmp_path}", "--plots=all")
     assert files_of(run[0].path) == before
     record = json.loads((tmp_path / "eval_train.json").read_text())
     assert (record["examples"], record["references_beyond_margin"]) == (4, 1)
@@ -98,8 +98,10 @@ def test_another_file_is_evaluated_and_a_failing_plot_is_reported(run, capsys, m
     assert "|tok:none|" in record["replicas"][0]["text"]["bleu"]["signature"]
     assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
     said = capsys.readouterr().out
-    assert said.count("is not drawn (ZeroDivisionError") == 1 + 3 * 3
+    assert said.count("is not drawn (ZeroDivisionError") == 1 + 3  # of one example
     assert "no reference has 4 tokens" in said
+    evaluate(run, "--split=train", "--plots=none")
+    assert "is not drawn" not in capsys.readouterr().out
 
 
 def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
@@ -165,17 +167,16 @@ MODEL = small_model(tie_embeddings=False)
 PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
 decode = partial(evaluation.decode, MODEL, PARAMS, max_length=9)
-dataset = partial(Dataset, BATCH.source, BATCH.target_out)
 LOGITS = logits_of(MODEL, PARAMS, BATCH)
 PREDICTIONS = cross_entropy(LOGITS, BATCH.target_out)
 
 
-def test_scores_do_not_depend_on_the_batch_size_nor_on_dispatches():
+def test_scores_do_not_depend_on_batches():
     losses, asked = PREDICTIONS.nll * BATCH.weights, []
-    data = jax.tree.map(np.asarray, dataset(3))
+    data = jax.tree.map(np.asarray, Dataset(BATCH.source, BATCH.target_out, 3))
     parts = evaluation.in_batches(score, data, 3, between=lambda: asked.append(1))
     assert len(asked) == 3  # of 7 examples
-    for scores in (parts, *map(score, map(dataset, (1, 3, 100)))):
+    for scores in (parts, score(data)):
         np.testing.assert_allclose(scores["nll"], losses.sum(-1), rtol=1e-4)
         np.testing.assert_array_equal(scores["tokens"], [len(text) + 1 for text in TEXTS])
 
@@ -195,7 +196,7 @@ def test_metrics_are_ratios_of_totals():
 
 def test_a_sequence_right_by_teacher_forcing_is_an_exact_match_by_greedy_decoding():
     """Targets are what the model says, of which every other one is changed at some place."""
-    outputs = np.asarray(jax.jit(decode)(dataset(2)).tokens)[:, 0]
+    outputs = np.asarray(jax.jit(decode)(BATCH.source).tokens)[:, 0]
     target = outputs.copy()
     for row in range(1, len(target), 2):
         place = row % (target[row] != PAD).sum()
@@ -213,25 +214,55 @@ def test_outputs_of_a_split_are_those_of_its_sources_in_their_order(settings):
     method, sources = decoding.method(), Sources(BATCH.source, 9, keys)
     expected = jax.jit(lambda params: method(MODEL.bind(params), sources))(PARAMS)
     jitted = jax.jit(partial(decode, decoding=decoding))
-    data = jax.tree.map(np.asarray, dataset(3))
-    batched = evaluation.decode_in_batches(lambda *x: jitted(x[0], streams=x[1]), data)
-    for found in (jitted(data), batched):
+    batched = evaluation.decode_in_batches(jitted, np.asarray(BATCH.source), 3)
+    for found in (jitted(BATCH.source), batched):
         assert len(np.unique(found.tokens, axis=0)) > 3
         np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
-def test_sources_of_like_length_are_decoded_together(monkeypatch):
-    def longest(module, sources):
-        assert (sources.num_tokens, sources.max_length, sources.margin) == (30, 6 + 3, 3)
-        shape, length = (len(sources.tokens), 1), (sources.tokens != PAD).sum(1).max()
-        return Hypotheses(jnp.zeros((*shape, 9), jnp.int32), jnp.full(shape, length, jnp.float32))
+def test_sources_of_like_length_are_decoded_together():
+    """Devices, which have adjacent rows of a batch, take turns with the longer ones."""
+    lengths = []
 
-    monkeypatch.setattr(DecodingConfig, "method", lambda self: longest)
-    model = Model(MODEL.config, MODEL.vocab_size, tokens=30)
-    found = evaluation.decode(model, PARAMS, dataset(3), margin=3)
-    # Tokens with EOS: 2 3 3 | 4 4 5 | 6; each source says how long the longest of its batch is.
+    def longest(source, streams):
+        lengths.append((source != PAD).sum(1).tolist())
+        shape = len(source), 1
+        return Hypotheses(np.zeros((*shape, 9), int), np.full(shape, max(lengths[-1])))
+
+    found = evaluation.decode_in_batches(longest, np.asarray(BATCH.source), 3)
+    assert lengths[:2] == [[2, 3, 3], [5, 4, 4]]
+    # Each source says how long the longest of its batch is.
     np.testing.assert_array_equal(found.scores[:, 0], [5, 3, 5, 3, 6, 3, 5])
+
+
+def test_a_batch_of_short_sources_is_decoded_in_half_the_width():
+    """The last batch has a source of 17 tokens, one more than half of the 33."""
+    texts, widths = ["abc", "defgh" * 3, "ijklm" * 6, "q", "rs", "abcdefghijklmnop"], []
+    source = strings(*zip(texts, texts, strict=True)).source
+    source = np.pad(source, ((0, 0), (0, 33 - source.shape[1])))
+    assert (source != PAD).sum(1).tolist() == [4, 16, 31, 2, 3, 17]
+
+    def recorded(source, streams):
+        widths.append(source.shape[1])
+        return decode(*map(jnp.asarray, (source, streams)))
+
+    found = evaluation.decode_in_batches(recorded, source, 2)
+    assert widths == [16, 16, 33]  # 2 3 | 16 4 | 17 31
+    whole = jax.jit(decode)(jnp.asarray(source))
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-5)
+
+
+def test_the_model_names_the_tokens_that_pad_its_vocabulary(monkeypatch):
+    def given(module, sources):
+        assert (sources.num_tokens, sources.max_length, sources.margin) == (30, 6 + 3, 3)
+        return Hypotheses(sources.tokens[:, None], jnp.zeros((len(sources.tokens), 1)))
+
+    monkeypatch.setattr(DecodingConfig, "method", lambda self: given)
+    model = Model(MODEL.config, MODEL.vocab_size, tokens=30)
+    found = evaluation.decode(model, PARAMS, BATCH.source, margin=3)
+    np.testing.assert_array_equal(found.tokens[:, 0], BATCH.source)
 
 
 def test_exact_match_does_not_mind_the_width_of_the_padding():

@@ -103,9 +103,9 @@ def test_each_replica_decodes_with_its_own_parameters():
     variables = [model.init(jax.random.key(seed)) for seed in range(4)]
     with jax.set_mesh(mesh_of(*APART, 4)):
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
-        outputs = jax.jit(vmap_replicas(decode, 4, in_axes=(0, None)))(together, DATA).tokens
+        outputs = jax.jit(vmap_replicas(decode, 4, in_axes=(0, None)))(together, DATA.source).tokens
     for output, own in zip(outputs, variables, strict=True):
-        np.testing.assert_array_equal(output, jax.jit(decode)(own, DATA).tokens)
+        np.testing.assert_array_equal(output, jax.jit(decode)(own, DATA.source).tokens)
     assert len(np.unique(outputs, axis=0)) == 4
 
 

@@ -83,13 +83,13 @@ def train(run, sizes=(1, 1, 1), context=1):
             losses.append(sums["train/objective"] / sums["tokens"])
         scores = jax.jit(partial(evaluation.score, model))(state.variables(), data)
         if sizes[1] == 1 or run == "plain":
-            data = jax.device_put(DATA, replicated(mesh))  # one example a row, in any case
-            outputs = jax.jit(partial(decode, model))(state.variables(), data)
+            source = jax.device_put(DATA.source, replicated(mesh))  # one example a row, in any case
+            outputs = jax.jit(partial(decode, model))(state.variables(), source)
     return losses, state, float(scores["nll"].sum()), outputs
 
 
-def decode(model, *variables_and_data):  # greedily, and by beam search
-    run = partial(evaluation.decode, model, *variables_and_data, max_length=6)
+def decode(model, *variables_and_source):  # greedily, and by beam search
+    run = partial(evaluation.decode, model, *variables_and_source, max_length=6)
     return run().tokens, run(decoding=DecodingConfig(beam_size=3)).tokens
 
 

@@ -160,17 +160,17 @@ class Run:
         state = step.abstract_state(self.model, self.config, self.mesh)
         return replicas.add_replica_axis(state, self.config.replicas)
 
-    def _jit(self, function: Callable, *axes: int | None, where: Any = None, **options) -> Any:
-        """Compiles `function` of a single run for all replicas; results are sharded `where`."""
+    def _jit(self, function: Callable, *axes: int | None, **options: Any) -> Any:
+        """Compiles `function` of a single run for all replicas; its results are replicated."""
         function = replicas.vmap_replicas(function, self.config.replicas, axes)
-        options["compiler_options"] = evaluation.compiler_options()
-        return jax.jit(function, out_shardings=where or replicated(self.mesh), **options)
+        options = {"out_shardings": replicated(self.mesh)} | options
+        return jax.jit(function, compiler_options=evaluation.compiler_options(), **options)
 
     @cached_property
     def init(self) -> Any:
         """jit-compiled (seeds, hparams) → state before the first step; see `init_state`."""
         init = partial(step.init_state, self.model, self.config)
-        return self._jit(init, 0, 0, where=self._state_shardings)
+        return self._jit(init, 0, 0, out_shardings=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Any:
@@ -178,7 +178,8 @@ class Run:
         train_step = step.make_train_step(self.model, self.config)
         axes = 0, 0, 0 if self.config.data.num_workers else None, None  # streamed: a batch for each
         where = self._state_shardings, replicated(self.mesh)
-        return self._jit(step.make_train_steps(train_step), *axes, where=where, donate_argnums=0)
+        options = {"out_shardings": where, "donate_argnums": 0}
+        return self._jit(step.make_train_steps(train_step), *axes, **options)
 
     @cached_property
     def score(self) -> Any:
@@ -256,15 +257,18 @@ class Run:
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data`, which is on the host, with every replica."""
-        margin = self.config.decode_margin
+        config, own = self.config, decoding.decode_margin
+        margin = config.decode_margin if own is None else own
+        options = {"margin": margin, "decoding": decoding}
+        options["max_length"] = config.model.reach(data.source.shape[1] + margin)
+        decode = partial(evaluation.decode, self.model, **options)
+        decode = self._jit(decode, 0, None, None, out_shardings=None)  # to be read, not used there
 
-        def decode(variables: Any, batch: Dataset, streams: Any) -> Hypotheses:
-            options = {"margin": margin, "streams": streams}
-            return evaluation.decode(self.model, variables, batch, decoding, **options)
+        def decode_batch(*batch: np.ndarray) -> Hypotheses:
+            return decode(variables, *self.place(batch))
 
-        decode = self._jit(decode, 0, None, None)
-        place, axis = self.place, int(self.config.replicas > 1)
-        return evaluation.decode_in_batches(lambda *x: decode(variables, *place(x)), data, axis)
+        source, axis = np.asarray(data.source), int(config.replicas > 1)
+        return evaluation.decode_in_batches(decode_batch, source, data.batch_size, axis)
 
     def totals(
         self, variables: Any, data: Dataset, between: Callable = lambda: None

@@ -19,41 +19,24 @@ from transformer.metrics import PRINTED, Totals, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention
 from transformer.modules.model import Model, Params
 from transformer.modules.stacks import Stack
+from transformer.parallel import hosts
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
+NARROW = 32  # tokens of a source, up to which a second program does not pay
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # the maximum number of rows by source length
 GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a row
 
 
-def map_batches(function: Callable, data: Dataset) -> Any:
-    """Maps `function(source, target)` over batches, sharded as in training."""
-    rows, size = len(data), data.batch_size
-    batches = -(-rows // size)
-
-    def fold(tokens):
-        padded = jnp.pad(tokens, ((0, batches * size - rows), (0, 0)), constant_values=PAD)
-        return padded.reshape(batches, size, -1)
-
-    def of_batch(pair):
-        return function(*(constrain(tokens, "batch", "length") for tokens in pair))
-
-    results = jax.lax.map(of_batch, (fold(data.source), fold(data.target)))
-    return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:rows], results)
-
-
 def score(model: Model, variables: Params, data: Dataset) -> Totals:
     """The totals of each example under teacher forcing, [examples] float32, for `finalize`."""
-    module = model.bind(variables)
-
-    def score_batch(source, target):
-        batch = make_batch(source, target)
-        inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
-        _, sums = linear_cross_entropy(*inputs, batch.weights, measure=token_sums)
-        totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
-        return totals | {"tokens": batch.weights.sum(-1)}
-
-    return map_batches(score_batch, data)
+    sides = jnp.asarray(data.source), jnp.asarray(data.target)
+    source, target = (constrain(side, "batch", "length") for side in sides)
+    module, batch = model.bind(variables), make_batch(source, target)
+    inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
+    _, sums = linear_cross_entropy(*inputs, batch.weights, measure=token_sums)
+    totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
+    return totals | {"tokens": batch.weights.sum(-1)}
 
 
 def in_batches(
@@ -71,66 +54,66 @@ def in_batches(
         start = min(first, count - size)  # the last batch overlaps: all have one shape
         parts.append(function(jax.tree.map(lambda x, k=start: x[k : k + size], rows)))
         if len(parts) > 1:  # one dispatch computes, one waits
-            parts[-2] = jax.tree.map(np.asarray, parts[-2])
+            parts[-2] = hosts.fetch(parts[-2])
 
     def whole(*results: Any) -> np.ndarray:
-        *others, last = (np.moveaxis(np.asarray(x), axis, 0) for x in results)
+        *others, last = (np.moveaxis(x, axis, 0) for x in results)
         last = last[len(results) * size - count :]
         return np.moveaxis(np.concatenate([*others, last]), 0, axis)
 
-    return jax.tree.map(whole, *parts)
+    return jax.tree.map(whole, *parts[:-1], hosts.fetch(parts[-1]))
 
 
-def decode_in_batches(decode: Callable, data: Dataset, axis: int = 0) -> Hypotheses:
-    """The hypotheses for all of `data`, from a call of `decode(batch, streams)` per batch.
+def decode_in_batches(
+    decode: Callable, source: Int[np.ndarray, "examples S"], size: int, axis: int = 0
+) -> Hypotheses:
+    """The hypotheses for all sources, from a call of `decode(sources, streams)` per batch.
 
-    Sources of similar length are decoded together, as in `decode`.
+    A batch takes as many steps as its longest output, so sources of similar length are decoded
+    together. Short ones are cut to half the width, for which there is a second program.
     """
-    order = np.argsort((data.source != PAD).sum(1), kind="stable")
-    streams = np.stack([order, np.zeros_like(order)], axis=1).astype(np.int32)
-    rows = jax.tree.map(lambda x: x[order], data), streams
-    found = in_batches(lambda rows: decode(*rows), rows, data.batch_size, axis)
+    lengths, width = (source != PAD).sum(1), source.shape[1]
+    order = np.argsort(lengths, kind="stable")
+    for k in range(size, len(order) - size + 1, 2 * size):
+        order[k : k + size] = order[k : k + size][::-1]  # devices take turns with the longest
+
+    def decode_rows(rows: np.ndarray) -> Any:
+        short = width > NARROW and lengths[rows].max() <= width // 2
+        streams = np.stack([rows, np.zeros_like(rows)], axis=1).astype(np.int32)
+        return decode(source[rows, : width // 2 if short else width], streams)
+
+    found = in_batches(decode_rows, order, size, axis)
     return jax.tree.map(lambda x: x.take(np.argsort(order), axis), found)
 
 
 def decode(
     model: Model,
     variables: Params,
-    data: Dataset,
+    source: Int[Array, "B S"],
+    streams: Int[Array, "B 2"] | None = None,  # of random numbers; None: the rows' indices, and 0
     decoding: DecodingConfig = GREEDY,
     *,
     margin: int | None = None,  # the run's, used if `decoding` has none
     max_length: int | None = None,  # of outputs; None: that of the longest source and the margin
-    streams: Int[Array, "examples 2"] | None = None,  # None: the examples' indices, and 0
 ) -> Hypotheses:
-    """Decodes every source in `data`; samples depend on the seed and `streams`.
-
-    A batch takes as many steps as its longest output, so sources of similar length are decoded
-    together, and each length is distributed over all devices.
-    """
-    source, shards = jnp.asarray(data.source), row_shards()
+    """Decodes a batch, of which each device has adjacent rows and stops when these have ended."""
+    (rows, width), shards = source.shape, row_shards()
     margin = margin if decoding.decode_margin is None else decoding.decode_margin
-    length = max_length or model.config.reach(source.shape[1] + (margin or 0))
-    order = jnp.argsort((source != PAD).sum(1))
-    order = jnp.pad(order, (0, -len(data) % shards), constant_values=len(data))
-    order = order.reshape(-1, shards).T.reshape(-1)
+    length = max_length or model.config.reach(width + (margin or 0))
     if streams is None:
-        streams = jnp.stack([jnp.arange(len(data)), jnp.zeros(len(data), jnp.int32)], axis=1)
+        streams = jnp.stack([jnp.arange(rows), jnp.zeros(rows, jnp.int32)], axis=1)
 
-    def decode_shard(variables, rows):
-        module, (source, streams) = model.bind(variables), rows
+    def decode_shard(variables, inputs):
+        source, streams = inputs
+        fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
+        keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
+        sources = Sources(source, length, keys, model.tokens, margin)
+        return decoding.method()(model.bind(variables), sources)
 
-        def decode_batch(source, streams):
-            fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
-            keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
-            return decoding.method()(module, Sources(source, length, keys, model.tokens, margin))
-
-        batch_size = max(data.batch_size // shards, 1)
-        return map_batches(decode_batch, Dataset(source, streams, batch_size))
-
-    rows = tuple(x.at[order].get(mode="fill", fill_value=PAD) for x in (source, streams))
-    found = shard_rows(decode_shard, shards)(variables, rows)
-    return jax.tree.map(lambda rows: jnp.zeros_like(rows[: len(data)]).at[order].set(rows), found)
+    padding = ((0, -rows % shards), (0, 0))
+    inputs = tuple(jnp.pad(x, padding, constant_values=PAD) for x in (source, streams))
+    found = shard_rows(decode_shard, shards)(variables, inputs)
+    return jax.tree.map(lambda x: x[:rows], found)
 
 
 def compiler_options(*, once: bool = False) -> dict[str, str]:

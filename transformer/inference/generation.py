@@ -157,7 +157,8 @@ class Generator:
         lengths = prepared.tokens.lengths()
         widths = np.minimum(bucket(lengths), self.positions)
         for width in np.unique(widths[lengths > 1])[::-1].tolist():
-            rows = np.repeat(np.flatnonzero((lengths > 1) & (widths == width)), samples)
+            rows = np.flatnonzero((lengths > 1) & (widths == width))
+            rows = np.repeat(rows[np.argsort(lengths[rows], kind="stable")], samples)
             streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
             parts = np.split(np.arange(len(rows)), range(size, len(rows), size))
             while parts:
@@ -182,9 +183,8 @@ class Generator:
         rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
         sources, streams = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
-        data = Dataset(sources, sources, len(sources))
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
-            found = self._program(self.variables, data, decoding=decoding, streams=streams)
+            found = self._program(self.variables, sources, streams, decoding=decoding)
             return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:

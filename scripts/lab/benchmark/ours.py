@@ -11,7 +11,6 @@ from lab.benchmark.contender import Contender, Schedule, Setting
 from lab.timing import interleaved
 from transformer import Run, cli
 from transformer.config import RunConfig, default_config
-from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import evaluation
@@ -91,14 +90,15 @@ class Ours(Contender):
             decode = partial(evaluation.decode, self.run.model, decoding=decoding)
             decode = partial(decode, max_length=length)
             self.decoders[key] = jax.jit(decode, compiler_options=evaluation.compiler_options())
-        parts, widths = [source], -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
-        if batch == 1:
-            parts = [row[None, :width] for row, width in zip(source, widths, strict=True)]
         with jax.set_mesh(mesh):
             if mesh not in self.placed:
                 self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))
             call = partial(self.decoders[key], self.placed[mesh])
-            found = [jax.block_until_ready(call(Dataset(part, part, batch))) for part in parts]
+            if batch > 1:
+                return np.asarray(evaluation.decode_in_batches(call, source, batch).tokens[:, 0])
+            widths = -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
+            rows = zip(source, widths, strict=True)
+            found = [jax.block_until_ready(call(row[None, :width])) for row, width in rows]
         return np.concatenate([np.asarray(each.tokens) for each in found])[:, 0]
 
     def save(self, path: str) -> None:
