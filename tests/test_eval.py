@@ -236,22 +236,32 @@ def test_sources_of_like_length_are_decoded_together():
     np.testing.assert_array_equal(found.scores[:, 0], [5, 3, 5, 3, 6, 3, 5])
 
 
-def test_a_batch_of_short_sources_is_decoded_in_half_the_width():
-    """The last batch has a source of 17 tokens, one more than half of the 33."""
-    texts, widths = ["abc", "defgh" * 3, "ijklm" * 6, "q", "rs", "abcdefghijklmnop"], []
+def test_a_batch_of_short_sources_is_decoded_in_narrow_arrays():
+    """In arrays of 9, 18, 27 or 33 tokens: quarters of 33, rounded up."""
+    texts, widths = ["abc", "defgh" * 3, "ijklm" * 6, "q", "rs", "abcdefghi"], []
     source = strings(*zip(texts, texts, strict=True)).source
     source = np.pad(source, ((0, 0), (0, 33 - source.shape[1])))
-    assert (source != PAD).sum(1).tolist() == [4, 16, 31, 2, 3, 17]
+    assert (source != PAD).sum(1).tolist() == [4, 16, 31, 2, 3, 10]
 
     def recorded(source, streams):
         widths.append(source.shape[1])
         return decode(*map(jnp.asarray, (source, streams)))
 
     found = evaluation.decode_in_batches(recorded, source, 2)
-    assert widths == [16, 16, 33]  # 2 3 | 16 4 | 17 31
+    assert widths == [9, 18, 33]  # 2 3 | 10 4 | 16 31
     whole = jax.jit(decode)(jnp.asarray(source))
     np.testing.assert_array_equal(found.tokens, whole.tokens)
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-5)
+
+
+def test_a_cpu_decodes_a_few_hypotheses_of_a_batch_at_once(monkeypatch):
+    monkeypatch.setattr(evaluation, "row_shards", lambda: 2)
+    assert evaluation.rows_at_once(500, 1) == 2 * evaluation.HYPOTHESES
+    assert evaluation.rows_at_once(500, evaluation.HYPOTHESES // 4) == 2 * 4
+    assert evaluation.rows_at_once(500, 2 * evaluation.HYPOTHESES) == 2
+    assert evaluation.rows_at_once(7, 1) == 7
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert evaluation.rows_at_once(500, 4) == 500
 
 
 def test_the_model_names_the_tokens_that_pad_its_vocabulary(monkeypatch):

@@ -267,8 +267,9 @@ class Run:
         def decode_batch(*batch: np.ndarray) -> Hypotheses:
             return decode(variables, *self.place(batch))
 
+        size = evaluation.rows_at_once(data.batch_size, decoding.beam_size)
         source, axis = np.asarray(data.source), int(config.replicas > 1)
-        return evaluation.decode_in_batches(decode_batch, source, data.batch_size, axis)
+        return evaluation.decode_in_batches(decode_batch, source, size, axis)
 
     def totals(
         self, variables: Any, data: Dataset, between: Callable = lambda: None

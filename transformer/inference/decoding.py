@@ -35,11 +35,11 @@ class Sources(NamedTuple):
     margin: int | None = None  # tokens by which an output may exceed its source; None: any
 
     def rooms(self, hypotheses: int) -> tuple[int, ...]:
-        """The lengths of the cache: at first that of the source, which most outputs resemble."""
-        first = self.tokens.shape[1] + 8
-        if first < self.max_length and hypotheses * self.max_length > SMALL_CACHE:
-            return first, self.max_length
-        return (self.max_length,)
+        """The lengths that the cache has in turn; few outputs are much longer than their source."""
+        likely = self.tokens.shape[1] + 8
+        if hypotheses * self.max_length <= SMALL_CACHE:
+            return (self.max_length,)
+        return *(n for n in (likely // 2, likely) if n < self.max_length), self.max_length
 
     def start(self, model: Module, hypotheses: int = 1) -> tuple[Any, Array, Array]:
         """The cache, which rows have a source, and the length limits of their outputs."""

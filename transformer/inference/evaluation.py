@@ -22,7 +22,8 @@ from transformer.modules.stacks import Stack
 from transformer.parallel import hosts
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
-NARROW = 32  # tokens of a source, up to which a second program does not pay
+NARROW = 32  # tokens of a source, up to which decoding has one program
+HYPOTHESES = 64  # that a device decodes at once on a CPU, whose caches hold little more
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # the maximum number of rows by source length
 GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a row
@@ -64,23 +65,31 @@ def in_batches(
     return jax.tree.map(whole, *parts[:-1], hosts.fetch(parts[-1]))
 
 
+def rows_at_once(batch_size: int, beam_size: int) -> int:
+    """The number of sources in a batch of decoding."""
+    if jax.default_backend() != "cpu":
+        return batch_size
+    return min(batch_size, max(HYPOTHESES // beam_size, 1) * row_shards())
+
+
 def decode_in_batches(
     decode: Callable, source: Int[np.ndarray, "examples S"], size: int, axis: int = 0
 ) -> Hypotheses:
     """The hypotheses for all sources, from a call of `decode(sources, streams)` per batch.
 
     A batch takes as many steps as its longest output, so sources of similar length are decoded
-    together. Short ones are cut to half the width, for which there is a second program.
+    together, in arrays of a quarter of the width, or two, or three: there are four programs.
     """
     lengths, width = (source != PAD).sum(1), source.shape[1]
     order = np.argsort(lengths, kind="stable")
     for k in range(size, len(order) - size + 1, 2 * size):
         order[k : k + size] = order[k : k + size][::-1]  # devices take turns with the longest
+    quarter = width if width <= NARROW else -(-width // 4)
 
     def decode_rows(rows: np.ndarray) -> Any:
-        short = width > NARROW and lengths[rows].max() <= width // 2
+        needed = -(-lengths[rows].max() // quarter) * quarter
         streams = np.stack([rows, np.zeros_like(rows)], axis=1).astype(np.int32)
-        return decode(source[rows, : width // 2 if short else width], streams)
+        return decode(source[rows, :needed], streams)
 
     found = in_batches(decode_rows, order, size, axis)
     return jax.tree.map(lambda x: x.take(np.argsort(order), axis), found)
