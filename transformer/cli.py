@@ -38,6 +38,7 @@ REQUIRED: dict[str, Any] = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": None,
 }
+FEW_TOKENS = 1_024  # in a device's rows, below which the devices wait more than they save
 SMALL_WIDTH = 256  # up to which operations are too small for several cores: one device per core
 
 flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
@@ -112,7 +113,8 @@ def set_up_jax(config: RunConfig | None = None) -> None:
     """Sets the compilation cache and, on a CPU, the number of devices.
 
     A population, or a model up to `SMALL_WIDTH`, gets one per core, or the largest smaller number
-    that divides its replicas or batch; a wider model one device, which uses all cores.
+    that divides its replicas or batch; a wider model one device, which uses all cores. The packed
+    rows of a device have `FEW_TOKENS` at least.
     """
     for name, value in REQUIRED.items():
         if (asked := getattr(jax.config, name)) != value:
@@ -120,10 +122,12 @@ def set_up_jax(config: RunConfig | None = None) -> None:
             jax.config.update(name, value)
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if config is not None and not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        shards = config.replicas
+        shards, most = config.replicas, cpu_cores()
         if shards == 1 and config.model.d_model <= SMALL_WIDTH:
             shards = config.batch_size // config.accumulation_steps
-        number = max(n for n in range(1, cpu_cores() + 1) if shards % n == 0)
+            if tokens := shards * config.data.pack_length:
+                most = min(most, max(tokens // FEW_TOKENS, 1))
+        number = max(n for n in range(1, most + 1) if shards % n == 0)
         jax.config.update("jax_num_cpu_devices", number)
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{cache}/transformer-jax/xla")

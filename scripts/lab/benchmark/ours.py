@@ -40,7 +40,7 @@ class Ours(Contender):
         self.setting, self.schedule = setting, Schedule(1e-3, 1, 2)
         parts = cpu_cores() if setting.device == "cpu" else 1
         first = run_config(setting, self.schedule, parts)
-        cli.set_up_jax(first)
+        cli.set_up_jax(run_config(setting, self.schedule, setting.size.batch))
         if jax.default_backend() != setting.device:
             raise UserError(f"--device={setting.device}: JAX runs on {jax.default_backend()}")
         # As many rows per step as hold on average the pairs of a step of the peers, in a number
