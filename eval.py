@@ -48,7 +48,7 @@ DATA = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 OUT = flags.DEFINE_string("out", None, "The folder of the results; default the run's.")
 PLOTS = flags.DEFINE_enum(
-    "plots", "summary", ["none", "summary", "all"], "summary: attention of one example; all: three."
+    "plots", "summary", ["none", "summary", "all"], "all: attention of all kinds."
 )
 BLEU_TOKENIZER = flags.DEFINE_enum("bleu_tokenizer", None, BLEU_TOKENIZERS, "Default the run's.")
 cli.define_decoding_flags()
@@ -89,7 +89,7 @@ def main() -> None:
     for k in np.flatnonzero(stopped):  # only the counts are valid
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
 
-    margin = config.decode_margin if decoding.decode_margin is None else decoding.decode_margin
+    margin = decoding.margin(config.decode_margin)
     target, source = ((np.asarray(x) != PAD).sum(1) for x in (data.target, data.source))
     beyond, needed = int((target - source > margin).sum()), int((target - source).max())
     record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.dataset.name}
@@ -110,8 +110,8 @@ def main() -> None:
         options = evaluation.compiler_options(once=True)
         maps = jax.jit(partial(evaluation.attention_maps, run.model), compiler_options=options)
         maps = partial(maps, split_replicas(variables, config.replicas)[0])
-        examples = 3 if PLOTS.value == "all" else 1
-        plots.draw_evaluation(out / "plots", name, by_length, maps, data, run.tokenizers, examples)
+        shown = out / "plots", name, by_length, maps, data, run.tokenizers
+        plots.draw_evaluation(*shown, everything=PLOTS.value == "all")
 
 
 def evaluation_mesh(config: RunConfig) -> Mesh:

@@ -54,5 +54,8 @@ attention() {
   limited 90 "$root/scripts/check_attention.py" "${shape[@]}"
 }
 for part in ${parts//,/ }; do
-  "$part"
+  case $part in
+    training | decoding | seeds | attention) "$part" ;;
+    *) echo "--parts=$part: choose of training, decoding, seeds and attention" >&2; exit 2 ;;
+  esac
 done

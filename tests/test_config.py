@@ -184,9 +184,12 @@ class Dispatches:
         names = ("uniform", "correct", "tokens")
         return {"nll": (20.0 - self.step) * ones} | dict.fromkeys(names, ones)
 
-    def decode(self, model, variables, samples, decoding, *, margin, streams):
-        self.calls.append(("decode", samples.source.shape, decoding, margin))
-        return Hypotheses(samples.target[:, None], jnp.zeros((len(samples), 1)))
+    def decode(self, model, variables, source, streams, decoding, *, margin, max_length):
+        self.calls.append(("decode", source.shape, decoding, margin))
+        tokens = jnp.zeros((len(source), 1, max_length), jnp.int32)
+        return Hypotheses(
+            tokens.at[:, 0, : source.shape[1]].set(source), jnp.zeros((len(source), 1))
+        )
 
 
 def digest(data):

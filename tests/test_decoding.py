@@ -86,6 +86,12 @@ def test_greedy_decoding_takes_the_first_of_equally_likely_tokens():
     np.testing.assert_array_equal(found.tokens[:, 0], [[7] * 3] * 3)
 
 
+def test_greedy_decoding_ends_where_logits_are_nan():
+    module = steady({7: 16.0})
+    module.output_embedding.embedding[...] *= jnp.nan
+    np.testing.assert_array_equal(greedy(module, Sources(BATCH.source, 2)).tokens[:, 0, 0], EOS)
+
+
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, {"architecture": "recurrent"}], ids=str)
 def test_outputs_do_not_depend_on_when_the_cache_grows(changes, monkeypatch):
     model, params = tiny_tokens(**changes)

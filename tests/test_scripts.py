@@ -31,8 +31,7 @@ def test_a_script_finds_what_it_imports(path):
 
 DEVICES = [(4, {}), (3, {"batch_size": 33}), (1, {"batch_size": 7}), (1, {"model.d_model": 512})]
 DEVICES += [(2, {"batch_size": 16, "accumulation_steps": 8})]
-DEVICES += [(n, {"batch_size": 16, "data.pack_length": 128 * n}) for n in (1, 2, 4)]
-DEVICES += [(1, {"batch_size": 16, "data.pack_length": 32})]
+DEVICES += [(n, {"batch_size": 16, "data.pack_length": 64 * n}) for n in (1, 2, 4)]
 DEVICES += [(3, {"replicas": 3, "model.d_model": 512})]
 
 

@@ -46,8 +46,9 @@ flags.disclaim_key_flags()  # --help lists the flags that are defined here with 
 
 def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`)."""
-    gc.freeze()  # modules stay: no collection needs to look at them
-    gc.enable()
+    if not gc.isenabled():  # a program, which has just imported its modules: they stay
+        gc.freeze()
+        gc.enable()
     if outlives_readers:
         tolerate_closed_output()
     if os.path.expanduser("~") == "~":  # a user without a home folder, as in some containers

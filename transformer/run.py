@@ -184,7 +184,12 @@ class Run:
     @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
-        return self._jit(partial(evaluation.score, self.model), 0, None)
+        return self._jit(partial(evaluation.score, self.model), 0, None, **self._to_read)
+
+    @property
+    def _to_read(self) -> dict[str, Any]:
+        """The options of `_jit` for results that hosts read: one host gathers them by itself."""
+        return {} if hosts.several() else {"out_shardings": None}
 
     @property
     def _state_shardings(self) -> TrainState:
@@ -257,17 +262,16 @@ class Run:
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data`, which is on the host, with every replica."""
-        config, own = self.config, decoding.decode_margin
-        margin = config.decode_margin if own is None else own
+        config, margin = self.config, decoding.margin(self.config.decode_margin)
         options = {"margin": margin, "decoding": decoding}
         options["max_length"] = config.model.reach(data.source.shape[1] + margin)
         decode = partial(evaluation.decode, self.model, **options)
-        decode = self._jit(decode, 0, None, None, out_shardings=None)  # to be read, not used there
+        decode = self._jit(decode, 0, None, None, **self._to_read)
 
         def decode_batch(*batch: np.ndarray) -> Hypotheses:
             return decode(variables, *self.place(batch))
 
-        size = evaluation.rows_at_once(data.batch_size, decoding.beam_size)
+        size = evaluation.rows_at_once(self.model, self._examples(data), decoding.beam_size)
         source, axis = np.asarray(data.source), int(config.replicas > 1)
         return evaluation.decode_in_batches(decode_batch, source, size, axis)
 
@@ -279,7 +283,12 @@ class Run:
         `between` is called before each batch; an exception ends it all.
         """
         score, axis = lambda x: self.score(variables, self.place(x)), int(self.config.replicas > 1)
-        return evaluation.in_batches(score, data, data.batch_size, axis, between)
+        return evaluation.in_batches(score, data, self._examples(data), axis, between)
+
+    def _examples(self, data: Dataset) -> int:
+        """How many examples, one a row, have as many tokens as a batch of training."""
+        packed = data.batch_size * self.config.data.pack_length // data.source.shape[1]
+        return max(packed, data.batch_size)
 
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """Metrics of `validation` or `test` under teacher forcing; of a population, the means.

@@ -34,10 +34,10 @@ class Sources(NamedTuple):
     num_tokens: int | None = None  # the vocabulary's size without its padding; None: V
     margin: int | None = None  # tokens by which an output may exceed its source; None: any
 
-    def rooms(self, hypotheses: int) -> tuple[int, ...]:
+    def rooms(self, model: Module, hypotheses: int = 1) -> tuple[int, ...]:
         """The lengths that the cache has in turn; few outputs are much longer than their source."""
         likely = self.tokens.shape[1] + 8
-        if hypotheses * self.max_length <= SMALL_CACHE:
+        if isinstance(model, Recurrent) or hypotheses * self.max_length <= SMALL_CACHE:
             return (self.max_length,)
         return *(n for n in (likely // 2, likely) if n < self.max_length), self.max_length
 
@@ -45,7 +45,7 @@ class Sources(NamedTuple):
         """The cache, which rows have a source, and the length limits of their outputs."""
         segments = (self.tokens != PAD).astype(jnp.int32)
         memory = model.encode(self.tokens, segments)
-        cache = model.start_cache(memory, segments, self.rooms(hypotheses)[0], hypotheses)
+        cache = model.start_cache(memory, segments, self.rooms(model, hypotheses)[0], hypotheses)
         lengths = segments.sum(-1)
         limits = jnp.full_like(lengths, self.max_length)
         if self.margin is not None:  # Vaswani et al. 2017: 50
@@ -93,9 +93,11 @@ def sample(
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, cache.filled)
             selected = jax.vmap(jax.random.categorical)(step_keys, likely)
         else:
-            # The first of the largest: XLA's argmax is 8 times as slow on a CPU.
-            index, largest = jnp.arange(log_p.shape[1]), log_p.max(1, keepdims=True)
-            selected = jnp.where(log_p == largest, index, index[-1]).min(1)
+            # The first of the largest: XLA's argmax is 8 times as slow on a CPU. NaN logits end.
+            size, largest = log_p.shape[1], log_p.max(1, keepdims=True)
+            index = jnp.arange(size)
+            selected = jnp.where(log_p == largest, index, size).min(1)
+            selected = jnp.where(selected == size, EOS, selected)
         selected = selected.astype(jnp.int32)[:, None]
         # Summed here: scoring whole outputs afterwards takes longer than decoding them.
         log_p = jnp.take_along_axis(log_p, selected, axis=1)[:, 0]
@@ -110,7 +112,7 @@ def sample(
 
     tokens = jnp.full((rows, sources.max_length), PAD, jnp.int32)
     state = tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source
-    tokens, total, *_ = _loop(is_live, step, cache, state, sources.rooms(1))
+    tokens, total, *_ = _loop(is_live, step, cache, state, sources.rooms(model))
     return Hypotheses(tokens[:, None], total[:, None])
 
 
@@ -137,12 +139,13 @@ def _loop(cond: Callable, step: Callable, cache: Any, state: Any, rooms: Sequenc
 
     A cache that is full grows to the next of `rooms`: attention computes all that is allocated.
     """
-    for room in rooms:
+    for k, room in enumerate(rooms):
+        cache = cache.grow(room) if k else cache
 
         def has_room(cache: Any, state: Any, room: int = room) -> Array:
             return cond(cache, state) & (cache.filled < room)
 
-        cache, state = _while_loop(has_room, step, (cache.grow(room), state))
+        cache, state = _while_loop(has_room, step, (cache, state))
     return state
 
 
@@ -213,7 +216,7 @@ def beam_search(
         return cache.pick(parents), grown
 
     state = _Beams(blank, log_p, Hypotheses(blank, missing))
-    state = _loop(can_improve, step, cache, state, sources.rooms(beam_size))
+    state = _loop(can_improve, step, cache, state, sources.rooms(model, beam_size))
     # Live hypotheses take the places of missing finished ones.
     rank = jnp.where(jnp.isfinite(state.finished.scores), 0, 2)
     place = jnp.concatenate([rank, jnp.ones_like(rank)], axis=1).argsort(axis=1)[:, :beam_size]
@@ -280,6 +283,10 @@ class DecodingConfig:
             raise UserError("sampling excludes beam search: set temperature=0 or beam_size=1")
         if not self.temperature and (self.top_k, self.top_p) != (0, 1.0):
             raise UserError("only sampling uses top_k and top_p: set temperature=1, for example")
+
+    def margin(self, default: Any) -> Any:
+        """The tokens by which an output may exceed its source; `default` is the run's."""
+        return default if self.decode_margin is None else self.decode_margin
 
     def describe(self) -> dict[str, int | float]:
         """The settings that the decoding method uses."""

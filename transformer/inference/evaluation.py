@@ -23,7 +23,8 @@ from transformer.parallel import hosts
 from transformer.parallel.mesh import constrain, row_shards, shard_rows
 
 NARROW = 32  # tokens of a source, up to which decoding has one program
-HYPOTHESES = 64  # that a device decodes at once on a CPU, whose caches hold little more
+SMALL_WIDTH = 128  # of a model of which a CPU device decodes `HYPOTHESES` at once
+HYPOTHESES = 64
 SAMPLES = 50  # examples in the samples file
 BUCKETS = 24  # the maximum number of rows by source length
 GROUPS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # lengths in a row
@@ -65,11 +66,16 @@ def in_batches(
     return jax.tree.map(whole, *parts[:-1], hosts.fetch(parts[-1]))
 
 
-def rows_at_once(batch_size: int, beam_size: int) -> int:
-    """The number of sources in a batch of decoding."""
-    if jax.default_backend() != "cpu":
+def rows_at_once(model: Model, batch_size: int, beam_size: int) -> int:
+    """The number of sources that are decoded at once.
+
+    On a CPU the caches of a small model stay in the processor's if they are few; the matrices of a
+    large one take longer to read.
+    """
+    if jax.default_backend() != "cpu" or model.config.d_model > SMALL_WIDTH:
         return batch_size
-    return min(batch_size, max(HYPOTHESES // beam_size, 1) * row_shards())
+    most = max(HYPOTHESES // beam_size, 1)
+    return min(batch_size, (1 << (most.bit_length() - 1)) * row_shards())
 
 
 def decode_in_batches(
@@ -78,13 +84,15 @@ def decode_in_batches(
     """The hypotheses for all sources, from a call of `decode(sources, streams)` per batch.
 
     A batch takes as many steps as its longest output, so sources of similar length are decoded
-    together, in arrays of a quarter of the width, or two, or three: there are four programs.
+    together, on a CPU in arrays of one to four quarters of the width, each with a program of its
+    own. Their outputs have one length.
     """
     lengths, width = (source != PAD).sum(1), source.shape[1]
     order = np.argsort(lengths, kind="stable")
     for k in range(size, len(order) - size + 1, 2 * size):
         order[k : k + size] = order[k : k + size][::-1]  # devices take turns with the longest
-    quarter = width if width <= NARROW else -(-width // 4)
+    whole = width <= NARROW or jax.default_backend() != "cpu"
+    quarter = width if whole else -(-width // 4)
 
     def decode_rows(rows: np.ndarray) -> Any:
         needed = -(-lengths[rows].max() // quarter) * quarter
@@ -107,7 +115,7 @@ def decode(
 ) -> Hypotheses:
     """Decodes a batch, of which each device has adjacent rows and stops when these have ended."""
     (rows, width), shards = source.shape, row_shards()
-    margin = margin if decoding.decode_margin is None else decoding.decode_margin
+    margin = decoding.margin(margin)
     length = max_length or model.config.reach(width + (margin or 0))
     if streams is None:
         streams = jnp.stack([jnp.arange(rows), jnp.zeros(rows, jnp.int32)], axis=1)
@@ -121,6 +129,8 @@ def decode(
 
     padding = ((0, -rows % shards), (0, 0))
     inputs = tuple(jnp.pad(x, padding, constant_values=PAD) for x in (source, streams))
+    if shards == 1:
+        inputs = tuple(constrain(x, "batch", None) for x in inputs)
     found = shard_rows(decode_shard, shards)(variables, inputs)
     return jax.tree.map(lambda x: x[:rows], found)
 

@@ -155,7 +155,7 @@ class Generator:
         Halves a batch that does not fit in memory, and refuses a single text that does not.
         """
         with jax.set_mesh(self.mesh):
-            size = evaluation.rows_at_once(size, decoding.beam_size)
+            size = evaluation.rows_at_once(self.model, size, decoding.beam_size)
         lengths = prepared.tokens.lengths()
         widths = np.minimum(bucket(lengths), self.positions)
         for width in np.unique(widths[lengths > 1])[::-1].tolist():

@@ -74,13 +74,17 @@ def draw_evaluation(
     maps_of: Callable,
     data: Dataset,
     tokenizers: Tokenizers,
-    examples: int,
+    everything: bool,
 ) -> None:
-    """Draws accuracy by source length (`rows`) and the attention maps of the first short examples.
+    """Draws accuracy by source length (`rows`), and attention in the first short example.
 
+    That is cross-attention, or with `everything` attention of all kinds in three examples.
     `name` is part of the names of the files. Every host calls `maps_of(dataset)`.
     """
-    lengths = [(np.asarray(side) != PAD).sum(1) for side in (data.source, data.target)]
+    examples, lengths = (
+        3 if everything else 1,
+        [(x != PAD).sum(1) for x in (data.source, data.target)],
+    )
     shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:examples].tolist()
     if shown != [*range(min(examples, len(data)))]:
         say = f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens"
@@ -103,7 +107,8 @@ def draw_evaluation(
         keys, outputs = map(partial(_labels, missing), tokenizers, (source[i], target[i]))
         inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
         labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
-        for kind in filter(maps.get, labels):  # recurrence: no self-attention
+        kinds = labels if everything else ("cross",)
+        for kind in filter(maps.get, kinds):  # recurrence: no self-attention
             with _attempted(f"{kind} attention of example {example + 1}"):
                 title = f"{kind} attention, {''.join(keys[:-1])}"
                 file = folder / f"attention_{name}_{example}_{kind}.png"

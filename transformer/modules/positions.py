@@ -72,8 +72,9 @@ class Sinusoidal(Position):
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
         positions = in_row(x, positions)
         angles = _angles(positions, x.shape[-1])
-        # Fused with the sum, sines of positions that rows share are computed again for each row.
-        waves = jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
+        waves = jnp.sin(angles), jnp.cos(angles)
+        if len(positions) == 1:  # fused with the sum, these would be computed again for each row
+            waves = jax.lax.optimization_barrier(waves)
         encoding = jnp.stack(waves, axis=-1).reshape(*positions.shape, x.shape[-1])
         return x + encoding.astype(x.dtype)
 

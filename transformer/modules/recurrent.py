@@ -37,10 +37,6 @@ class Cache(NamedTuple):
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
         return self._replace(states=states, attended=attended)
 
-    def grow(self, length: int) -> "Cache":
-        """The cache itself, whose size does not depend on the target's length."""
-        return self
-
 
 class Recurrent(EncoderDecoder):
     """LSTM or GRU encoder-decoder with attention; ignores options that do not apply.

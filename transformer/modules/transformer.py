@@ -36,7 +36,7 @@ class Cache(NamedTuple):
     """
 
     filled: Int[Array, ""]  # the number of decoded target positions
-    decoded: Caches  # each layer's self-attention, with room for the whole target
+    decoded: Caches  # each layer's self-attention; see `grow`
     own: Bool[Array, "B J entries"]  # which entries belong to the past of each hypothesis
     memory: Caches  # each layer's cross-attention
     source_segments: Source

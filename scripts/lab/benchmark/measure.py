@@ -83,7 +83,10 @@ class Bench:
         return schedule | {"steps": size.steps or 100_000}, batching
 
     def learn(self, remote: Remote, seed: int, every: int = EVERY) -> Any:
-        """Trains until greedy decoding reaches the target, or to the schedule's end or `limit`."""
+        """Trains until greedy decoding reaches the target, or to the schedule's end or `limit`.
+
+        Both are checked every `every` steps.
+        """
         name = remote.contender
         schedule, batching = self.training_of(name)
         held_out = {"strings": task.HELD_OUT, "batch": 128, "beams": 1, "shortest": 0}

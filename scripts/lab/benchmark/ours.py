@@ -95,7 +95,7 @@ class Ours(Contender):
                 self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))
             call = partial(self.decoders[key], self.placed[mesh])
             if batch > 1:
-                size = evaluation.rows_at_once(batch, beams)
+                size = evaluation.rows_at_once(self.run.model, batch, beams)
                 return np.asarray(evaluation.decode_in_batches(call, source, size).tokens[:, 0])
             widths = -(-(source != PAD).sum(1) // 8) * 8  # few, for few programs
             rows = zip(source, widths, strict=True)
