@@ -44,7 +44,7 @@ SCORES = flags.DEFINE_bool("scores", False, "Write line number, score and text."
 JSON = flags.DEFINE_bool("json", False, "Write line number, score and text as JSON.")
 STRICT = flags.DEFINE_bool("strict", False, "A line that cannot be processed is an error.")
 ALIGNMENTS = flags.DEFINE_string("alignments", None, "A file to write alignments to.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Lines decoded at once.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Lines decoded at once at most.")
 WINDOW = flags.DEFINE_integer("window", 10_000, "Lines read before any is written.", 1)
 cli.define_decoding_flags()
 cli.define_plugins_flag()

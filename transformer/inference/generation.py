@@ -114,7 +114,7 @@ class Generator:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
             A text that does not fit in memory is refused, too.
           n_best: outputs per text: the best of beam search, or independent samples.
-          batch_size: the number of texts decoded at once; outputs do not depend on it.
+          batch_size: the most texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
 
         Raises:

@@ -39,7 +39,8 @@ NOTES = {
     "time_to_accuracy": "Seconds of training until greedy decoding reaches the target exact "
     "match on 1,000 held-out strings; neither compilation nor evaluation counts.",
     "decoding": "Held-out strings per second with trained parameters, sorted by length. Speeds are "
-    "comparable where exact match and tokens per output are similar.",
+    "comparable where exact match and tokens per output are similar. This library decodes fewer "
+    "hypotheses than a batch at once on a CPU, see `rows_at_once`.",
 }
 
 
