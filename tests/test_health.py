@@ -97,7 +97,7 @@ def test_a_run_that_diverges_stops_with_its_batch_and_the_operation(tmp_path, da
     step = int(line.split("of step ")[1].split()[0])
     assert 0 < step < 20
     with np.load(tmp_path / f"batch_of_step_{step}.npz") as arrays:
-        assert len(arrays["source"]) == 128
+        assert len(arrays["source"]) == 16
     assert os.listdir(tmp_path / "checkpoints") == []
     assert all(row["step"] <= 20 for row in results(tmp_path))
 
