@@ -72,9 +72,10 @@ def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
 def show_samples(run: Run, count: int = 3) -> None:
     """Prints what the model, or the first replica, outputs for a few sources."""
     assert run.state is not None
-    # A whole batch: `eval.py` decodes by the same program, which is then compiled.
-    samples = run.data["validation"].head(max(count, run.config.batch_size))
+    validation = run.data["validation"]
     with jax.set_mesh(run.mesh):
+        # A whole batch: `eval.py` decodes by the same program, which is then compiled.
+        samples = validation.head(max(count, run.rows_at_once(validation, GREEDY)))
         found = run.decode(run.state.variables(), samples, GREEDY)
     decoded = split_replicas(found, run.config.replicas)[0].tokens[:count, 0]
     source, target = run.tokenizers

@@ -271,9 +271,13 @@ class Run:
         def decode_batch(*batch: np.ndarray) -> Hypotheses:
             return decode(variables, *self.place(batch))
 
-        size = evaluation.rows_at_once(self.model, self._examples(data), decoding.beam_size)
         source, axis = np.asarray(data.source), int(config.replicas > 1)
-        return evaluation.decode_in_batches(decode_batch, source, size, axis)
+        rows = self.rows_at_once(data, decoding)
+        return evaluation.decode_in_batches(decode_batch, source, rows, axis)
+
+    def rows_at_once(self, data: Dataset, decoding: DecodingConfig) -> int:
+        """The number of examples that `decode` gives to its program."""
+        return evaluation.rows_at_once(self.model, self._examples(data), decoding.beam_size)
 
     def totals(
         self, variables: Any, data: Dataset, between: Callable = lambda: None
