@@ -47,9 +47,7 @@ DATA = flags.DEFINE_string(
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 OUT = flags.DEFINE_string("out", None, "The folder of the results; default the run's.")
-PLOTS = flags.DEFINE_enum(
-    "plots", "summary", ["none", "summary", "all"], "all: attention of all kinds."
-)
+PLOTS = flags.DEFINE_enum("plots", "summary", ["none", "summary", "all"], "Which plots to draw.")
 BLEU_TOKENIZER = flags.DEFINE_enum("bleu_tokenizer", None, BLEU_TOKENIZERS, "Default the run's.")
 cli.define_decoding_flags()
 cli.define_plugins_flag()

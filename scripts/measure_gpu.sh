@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures a GPU, the most important first, each part under a limit of its own; docs/performance.md.
 #
-#   JAX_COMPILATION_CACHE_DIR=/tmp/xla bash scripts/measure_gpu.sh [--parts=training,decoding]
+#   bash scripts/measure_gpu.sh [--parts=training,decoding]
 #   bash scripts/measure_gpu.sh --device=cpu --sizes=trial    # whether it runs
 set -uo pipefail
 device=gpu sizes=base,big parts=training,decoding,seeds,attention
@@ -13,7 +13,7 @@ for flag in "$@"; do
     *) echo "$flag: the flags are --device, --sizes and --parts" >&2; exit 2 ;;
   esac
 done
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/xla} PYTHONUNBUFFERED=1 COLUMNS=150
+export PYTHONUNBUFFERED=1 COLUMNS=150
 folder=$(mktemp -d) rounds=5 steps=() shape=(--dtype=bfloat16 --rows=64)
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
