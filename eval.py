@@ -31,7 +31,7 @@ from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts, show_scores
 from transformer.metrics import PRINTED
 from transformer.parallel import hosts
 from transformer.parallel.mesh import check_batch, make_mesh, one_device_mesh
@@ -94,13 +94,16 @@ def main() -> None:
     record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
     record |= {"references_beyond_margin": beyond, "replicas": replicas}
     write_json(out / f"eval_{name}.json", record)
+    samples = out / f"samples_{name}.tsv"
     if hosts.first():  # before anything is printed: its reader may be gone
-        evaluation.write_samples(out / f"samples_{name}.tsv", run.tokenizers, data, arrays[0][1])
+        evaluation.write_samples(samples, run.tokenizers, data, arrays[0][1])
     lengths = (each["by_source_length"] for each in replicas)
     by_length = [mean_over_replicas(rows) for rows in zip(*lengths, strict=True)]
     show_metrics(f"{run.workdir.path}, step {state.taken()}, {split}", split, replicas, by_length)
-    show_texts([each["text"] for each in replicas])
+    show_scores([each["text"] for each in replicas])
     show_limit(margin, beyond, needed, [each["outputs_cut"] for each in replicas])
+    evaluation.show_samples(run.tokenizers, data, arrays[0][1])
+    facts({"results": str(out / f"eval_{name}.json"), "samples": str(samples)})
 
     if PLOTS.value != "none":
         from transformer.inference import plots  # imports Matplotlib
@@ -109,7 +112,8 @@ def main() -> None:
         maps = jax.jit(partial(evaluation.attention_maps, run.model), compiler_options=options)
         maps = partial(maps, split_replicas(variables, config.replicas)[0])
         shown = out / "plots", name, by_length, maps, data, run.tokenizers
-        plots.draw_evaluation(*shown, everything=PLOTS.value == "all")
+        title = f"{run.workdir.path.resolve().name}, {split}"
+        plots.draw_evaluation(*shown, title=title, everything=PLOTS.value == "all")
 
 
 def evaluation_mesh(config: RunConfig) -> Mesh:
@@ -168,20 +172,6 @@ def show_metrics(
         values = (metric.format(row[name]) for name, metric in PRINTED.items())
         rows.append((length, f"{row['sequences']:,.0f}", *values))
     table(title, ("source length", "sequences", *labels.values()), rows)
-
-
-def show_texts(texts: Sequence[dict[str, Any]]) -> None:
-    """Prints the text metrics with their intervals; for a population, their mean and range."""
-    rows = []
-    for name, first in texts[0].items():
-        values = [one[name]["value"] for one in texts]
-        low, high = (first["low"], first["high"]) if len(texts) == 1 else (min(values), max(values))
-        rows.append((name.replace("_", " "), f"{np.mean(values):.2f}", f"{low:.2f} to {high:.2f}"))
-    if rows:
-        spread = "95% interval" if len(texts) == 1 else f"range of {len(texts)} replicas"
-        table("decoded text, in percent", ("metric", "value", spread), rows)
-    for key in ("signature", "warning"):
-        facts({name: score[key] for name, score in texts[0].items()})
 
 
 def show_limit(margin: int, beyond: int, needed: int, truncated: Sequence[int]) -> None:

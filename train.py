@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
+from transformer.inference import evaluation
 from transformer.inference.decoding import GREEDY
 from transformer.metrics import PRINTED
 from transformer.parallel.replicas import split_replicas
@@ -53,9 +54,11 @@ def main() -> None:
 
 
 def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
-    """Prints the final metrics and a few outputs."""
+    """Prints the final metrics, a few outputs, and where the files are."""
     show_results(f"after {run.config.steps:,} steps", results)
     show_samples(run)
+    curve = run.workdir.plots / "learning_curve.png"
+    facts({"results": str(run.workdir.results), "plots": str(curve)})
 
 
 def show_results(title: str, results: Sequence[dict[str, Any]]) -> None:
@@ -77,11 +80,8 @@ def show_samples(run: Run, count: int = 3) -> None:
         # A whole batch: `eval.py` decodes by the same program, which is then compiled.
         samples = validation.head(max(count, run.rows_at_once(validation, GREEDY)))
         found = run.decode(run.state.variables(), samples, GREEDY)
-    decoded = split_replicas(found, run.config.replicas)[0].tokens[:count, 0]
-    source, target = run.tokenizers
-    columns = [map(source.decode, samples.source[:count].tolist())]
-    columns += [map(target.decode, x.tolist()) for x in (samples.target[:count], decoded)]
-    table("samples", ("source", "target", "output"), list(zip(*columns, strict=True)))
+    found = split_replicas(found, run.config.replicas)[0]
+    evaluation.show_samples(run.tokenizers, samples, found, count)
 
 
 if __name__ == "__main__":

@@ -14,108 +14,164 @@
 # # Train a Transformer that reverses strings
 #
 # This notebook trains a small encoder-decoder Transformer to turn `hello` into `olleh`. It plots
-# the learning curve, decodes words of your own, shows the cross-attention, and compares
-# normalisation layers in a small ablation.
+# the learning curve, decodes words of your own, shows the cross-attention, trains on word pairs of
+# your own, and compares normalisation layers in a small ablation.
 #
 # On Colab, choose **Runtime → Change runtime type → v5e-1 TPU**, then run the cells from the top.
-# For a GPU or a CPU, set `ACCELERATOR` in the next cell.
+# For a GPU or a CPU, choose `ACCELERATOR` in the next cell, too.
 
 # %% [markdown]
 # ## Install
 #
-# Colab's JAX is too old, so this cell installs a newer one and restarts the session (Colab may
-# report a crash); run the cell again after the restart. Ignore complaints of pip about packages of
-# Colab that require older versions; this notebook does not use them.
+# Clones the repository and installs it with its dependencies; the output of git and pip is shown.
+# Ignore complaints of pip about packages of Colab that require older versions; this notebook does
+# not use them. If an older version of a package is already loaded, the cell asks for a restart.
 
 # %%
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
-REPOSITORY = ""  # the URL to clone this repository from
-ACCELERATOR = os.environ.get("ACCELERATOR", "tpu")  # the runtime you chose: tpu, gpu or cpu
+REPOSITORY = ""  # @param {type:"string"}
+ACCELERATOR = "tpu"  # @param ["tpu", "gpu", "cpu"]
+ACCELERATOR = os.environ.get("ACCELERATOR", ACCELERATOR)
 
 # For a GPU, CUDA 12: it runs on drivers too old for CUDA 13, and on newer ones too.
 JAX = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]", "cpu": "jax"}[ACCELERATOR]
 
+
+class StopError(Exception):
+    """Ends a cell with one sentence in place of a traceback."""
+
+    def _render_traceback_(self):
+        return [f"error: {self}"]
+
+
+def run_program(*words, **environment):
+    """Runs a program and shows its output as it comes."""
+    print("$", *words)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, **pipes, env={**os.environ, **environment}) as process:
+        for line in process.stdout:
+            print(line, end="")
+    if process.returncode:
+        raise StopError(f"{words[0]} failed with status {process.returncode}; its output says why")
+
+
 if importlib.util.find_spec("transformer"):
-    print(f"transformer-jax {metadata.version('transformer-jax')} is installed: go on")
+    print(f"transformer-jax {metadata.version('transformer-jax')} is installed")
 elif not REPOSITORY:
-    raise RuntimeError("REPOSITORY is empty: set it to this code's address, and run this again")
+    raise StopError(
+        "REPOSITORY is empty: enter the address of this code's repository, and run again"
+    )
 else:
-    if not Path("transformer-jax").exists():
-        subprocess.run(["git", "clone", "--quiet", REPOSITORY, "transformer-jax"], check=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--editable", "./transformer-jax", "tensorboard", JAX], check=True)
-    print("installed; the session restarts: run this cell again")
-    time.sleep(1)  # for this line to be seen
-    os.kill(os.getpid(), signal.SIGKILL)  # the session, which then starts anew
+    clone = Path("transformer-jax").resolve()
+    if not clone.exists():
+        run_program("git", "clone", "--depth=1", REPOSITORY, str(clone))
+    pip = [sys.executable, "-m", "pip", "install", "--progress-bar=off"]
+    run_program(*pip, "--editable", str(clone), "tensorboard", JAX)
+    sys.path.insert(0, str(clone))  # by itself only the next session finds it
+    importlib.invalidate_caches()
+    print(f"transformer-jax {metadata.version('transformer-jax')} is installed from {clone}")
+
+for name in ("numpy", "jaxlib", "jax", "flax"):
+    loaded, installed = getattr(sys.modules.get(name), "__version__", None), metadata.version(name)
+    if loaded not in (None, installed):
+        remedy = "choose Runtime → Restart session, and run from the top"
+        raise StopError(f"{name} {loaded} is loaded, and {installed} is installed: {remedy}")
 
 # %% [markdown]
 # ## Check
 #
-# If JAX cannot initialise the accelerator, it silently falls back to the CPU. This cell checks.
+# If JAX cannot initialise the accelerator, it silently falls back to the CPU. This cell prints the
+# devices, and stops if they are not what you chose, or if a package has an unsuitable version.
 
 # %%
-import flax
 import jax
 from packaging.requirements import Requirement
 
-from transformer.errors import UserError
-
-for module in (jax, flax):
-    loaded, installed = module.__version__, metadata.version(module.__name__)
-    if loaded != installed:
-        remedy = "choose Runtime → Restart session, and run from the top"
-        raise UserError(f"{module.__name__} {loaded} is loaded and not {installed}: {remedy}")
 for needed in map(Requirement, metadata.requires("transformer-jax") or ()):
     if needed.marker:  # of an extra
         continue
     installed = metadata.version(needed.name)
     if not needed.specifier.contains(installed, prereleases=True):
         remedy = "choose Runtime → Disconnect and delete runtime, and run from the top"
-        raise UserError(f"{needed} is needed and {installed} is installed: {remedy}")
+        raise StopError(f"{needed} is needed and {installed} is installed: {remedy}")
 
 remedy = f"choose a {ACCELERATOR} under Runtime → Change runtime type and run from the top"
 try:
     devices = jax.devices()
 except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names what is not there
-    raise UserError(f"JAX finds no {ACCELERATOR} ({error}): {remedy}") from error
+    raise StopError(f"JAX finds no {ACCELERATOR} ({error}): {remedy}") from error
 if (found := devices[0].platform) != ACCELERATOR:
     remedy += f', or go on without: ACCELERATOR = "{found}"'
-    raise UserError(f"JAX runs on {found} and not on {ACCELERATOR}: {remedy}")
-print(f"jax {jax.__version__}, flax {flax.__version__}, {len(devices)} × {devices[0].device_kind}")
+    raise StopError(f"JAX runs on {found} and not on {ACCELERATOR}: {remedy}")
+print(f"jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}")
+
+# %% [markdown]
+# ## Where runs are kept
+#
+# Runs are written to `runs/` on this machine, which Colab deletes with the session. If `DRIVE`
+# names a folder of your Google Drive, such as `transformer-runs`, this cell copies the runs in it
+# to this machine, and `keep_runs()` copies all runs back after each training. A run whose training
+# was interrupted then continues from the checkpoint that was copied last.
+#
+# Do not train in the Drive's folder itself: a run locks its folder (`flock`) and replaces files by
+# renaming them. Both have to be atomic, which a Drive that is mounted as a folder does not
+# guarantee.
+
+# %%
+import shutil
+
+DRIVE = ""  # @param {type:"string"}
+
+if DRIVE:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+    kept = Path("/content/drive/MyDrive", DRIVE)
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(kept, "runs", dirs_exist_ok=True)
+    print(f"{len(list(kept.glob('*')))} folders were copied from {kept} to runs/")
+else:
+    print("runs stay on this machine")
+
+
+def keep_runs():
+    """Copies all runs to the Drive, if one is chosen."""
+    if DRIVE:
+        shutil.copytree("runs", kept, dirs_exist_ok=True)
+        print(f"copied runs/ to {kept}")
+
 
 # %% [markdown]
 # ## Train
 #
 # The same as `python train.py --config=configs/toy_reverse.py`: 50,000 strings of 1 to 16 letters,
-# one encoder and one decoder layer, 118 thousand parameters. The table at the end is computed on
-# held-out strings; sequence accuracy is the fraction of strings with every token correct.
+# one encoder and one decoder layer, 118 thousand parameters. The cell prints the progress, and the
+# metrics of strings that were held out: sequence accuracy is the fraction of strings with every
+# token correct.
 
 # %%
 from absl import logging
 
 import transformer
+from transformer import Run, RunConfig
 
 ROOT = Path(transformer.__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # configs and the sweeps of lab
-
+sys.path.insert(0, str(ROOT))
 from configs import toy_reverse
-from transformer import cli
-from transformer.config import RunConfig
-from transformer.workdir import Workdir
 
 logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
-cli.set_up_jax()
-workdir = Workdir("runs/toy_reverse")
-run = transformer.Run(RunConfig.from_config_dict(toy_reverse.get_config()), workdir.path)
+config = toy_reverse.get_config()
+run = Run(RunConfig.from_config_dict(config), "runs/toy_reverse")
 run.train()
+for name, value in run.evaluate("test").items():
+    print(f"{name:24}{value:.4f}")
+keep_runs()
 
 # %% [markdown]
 # ## The learning curve
@@ -124,22 +180,24 @@ run.train()
 # accuracy, because a single wrong token makes a sequence wrong.
 
 # %%
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, display
 
-display(Image(workdir.plots / "learning_curve.png", width=900))
+display(Image("runs/toy_reverse/plots/learning_curve.png", width=900))
 
 # %% [markdown]
 # ## Words of your own
 #
-# Use up to 16 lower-case letters. Try longer words, too: the model has seen no longer string in
-# training, and does not generalise to them.
+# The cell prints each word and the output of the trained model. Use up to 16 lower-case letters.
+# Try longer words, too: the model has seen no longer string in training, and does not generalise
+# to them.
 
 # %%
 WORDS = ["hello", "attention", "transformer"]
 
-outputs = transformer.load(str(workdir.path)).generate(WORDS)
-for word, (best, *_) in zip(WORDS, outputs, strict=True):
-    print(word, "→", best.text)
+model = transformer.load("runs/toy_reverse")
+outputs = [best for best, *_ in model.generate(WORDS)]
+for word, output in zip(WORDS, outputs, strict=True):
+    print(word, "→", output.text)
 
 # %% [markdown]
 # ## Cross-attention
@@ -152,65 +210,90 @@ for word, (best, *_) in zip(WORDS, outputs, strict=True):
 #
 # Dividing by $\sqrt{d_k}$ keeps the softmax from saturating at initialisation.
 #
-# Each row below is a decoding step and each column a source token; dark cells are large weights.
-# They run from the upper right to the lower left: the model has learned to read the source
-# backwards. ⊢ is the begin-of-sequence token; ⊣ ends the source.
+# The cell draws the weights of each head for the last word. A row is the step that outputs the
+# token on the left, and a column a token of the source; dark cells are large weights. They run from
+# the upper right to the lower left: the model has learned to read the source backwards. ⊣ is the
+# end-of-sequence token.
 
 # %%
-from functools import partial
+import matplotlib.pyplot as plt
 
-from transformer.data.batches import Dataset
-from transformer.data.packing import unpacked_rows
-from transformer.inference import evaluation, plots
+attention = model.attention(WORDS, outputs)[-1]
+heads = attention.cross[0]  # of the only layer; [heads, output tokens, source tokens]
+_, panels = plt.subplots(1, len(heads), figsize=(3 * len(heads), 3.2), layout="constrained")
+for head, (axes, weights) in enumerate(zip(panels, heads, strict=True), 1):
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(attention.source)), attention.source)
+    axes.set_yticks(range(len(attention.output)), attention.output)
+    axes.set_title(f"head {head}")
+plt.show()
 
-WORD = WORDS[2]
+# %% [markdown]
+# ## Train on pairs of your own
+#
+# Type pairs of a source and a target; a space is a character like any other. The cell writes them
+# to `my_pairs/`, every fifth one to a file that is held out from training, trains a small model on
+# characters, and prints its outputs for the held-out sources. A few dozen pairs are memorised
+# rather than understood: with some thousands of pairs, use the sizes of `configs/translate.py`.
 
-pairs = run.tokenizers.encode(WORDS, [word[::-1] for word in WORDS])
-examples = Dataset.from_rows(unpacked_rows(pairs), batch_size=len(WORDS))
-with jax.set_mesh(run.mesh):
-    variables = run.state.variables()
-    maps = jax.jit(partial(evaluation.attention_maps, run.model))(variables, examples)
-cross = [layer[WORDS.index(WORD)] for layer in jax.device_get(maps["cross"])]
-picture = workdir.plots / f"cross_attention_{WORD}.png"
-plots.attention(cross, ["⊢", *WORD[::-1]], [*WORD, "⊣"], f"cross attention, {WORD}", picture)
-display(Image(picture, width=1000))
+# %%
+from transformer.config import default_config
+
+PAIRS = """
+cat cats, dog dogs, car cars, tree trees, book books, hand hands, river rivers, cloud clouds,
+box boxes, fox foxes, tax taxes, fix fixes, wish wishes, dish dishes, bush bushes, flash flashes,
+city cities, baby babies, pony ponies, lady ladies, berry berries, party parties, story stories,
+toy toys, day days, key keys, boy boys, bus buses, gas gases, lens lenses, glass glasses,
+church churches, match matches, lunch lunches, couch couches, house houses, name names, lake lakes
+"""
+
+pairs = [pair.split() for pair in PAIRS.replace("\n", " ").split(",")]
+Path("my_pairs").mkdir(exist_ok=True)
+splits = {"held_out": pairs[::5], "train": [pair for k, pair in enumerate(pairs) if k % 5]}
+for name, part in splits.items():
+    Path(f"my_pairs/{name}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in part))
+    print(f"my_pairs/{name}.tsv: {len(part)} pairs")
+
+config = default_config()
+config.steps, config.batch_size, config.eval_every = 300, 32, 100
+config.model.dropout_rate = 0.1
+config.data.dataset, config.data.tokenizer = "files", "characters"
+config.data.train, config.data.validation = "my_pairs/train.tsv", "my_pairs/held_out.tsv"
+config.data.test = "validation"
+shutil.rmtree("runs/my_pairs", ignore_errors=True)  # of other pairs
+Run(RunConfig.from_config_dict(config), "runs/my_pairs").train()
+keep_runs()
+
+sources, targets = zip(*splits["held_out"], strict=True)
+outputs = transformer.load("runs/my_pairs").generate(sources)
+for source, target, (best, *_) in zip(sources, targets, outputs, strict=True):
+    print(f"{source} → {best.text}" + f", not {target}" * (best.text != target))
 
 # %% [markdown]
 # ## Does it matter which norm?
 #
 # Layer norm shifts and scales each vector to mean 0 and variance 1; RMS norm only scales. Does the
-# shift help? Is a norm needed at all? Four layers; three seeds per variant, trained together.
+# shift help? Is a norm needed at all? The cell trains four layers with each, and with three seeds
+# at once (`replicas`), then draws all runs. Lines are means over seeds, in bands from the worst to
+# the best seed; tables have mean (lowest–highest).
 
 # %%
-from IPython.utils.capture import capture_output
-from lab.sweeps import Sweep, grid, report
-from lab.sweeps.sweep import plan
+config = toy_reverse.get_config()
+config.replicas, config.steps, config.eval_every = 3, 600, 50
+config.model.num_layers, config.model.d_model, config.model.d_ff = 4, 32, 128
+for norm in ("layer", "rms", "none"):
+    config.model.norm = norm
+    print(f"training model.norm={norm}")
+    Run(RunConfig.from_config_dict(config), f"runs/norms/{norm}").train()
+keep_runs()
 
-sweep = Sweep(
-    config=str(ROOT / "configs/ablations/small.py"),
-    overrides={"model.num_layers": 4, "model.d_model": 32, "model.d_ff": 128, "batch_size": 32},
-    variants=grid(model__norm=["layer", "rms", "none"]),
-    baseline="layer",
-    seeds=3,
-    target=0.5,  # the dotted line below
-)
-programs = plan(sweep, max_replicas=sweep.seeds)
-for program in programs:
-    print(f"training {program.name}: {len(program.members)} seeds")
-    with capture_output():  # the same output as above
-        transformer.Run(
-            RunConfig.from_config_dict(program.resolved()), f"runs/norms/{program.name}"
-        ).train()
+script = str(ROOT / "scripts/plot_runs.py")
+run_program(sys.executable, script, "runs/norms", "--out=norms.png", JAX_PLATFORMS="cpu")
+display(Image("norms.png", width=1000))
 
 # %% [markdown]
-# Lines are means over seeds; bands extend from the worst to the best seed. In the table, brackets
-# are 95% intervals and differences are paired by seed. "No evidence of a difference" does not mean
-# that there is none: the table states how large a difference three seeds could have detected.
-
-# %%
-page = report.write_report(sweep, programs, {}, Path("runs/norms"), "notebooks/colab.ipynb")
-table = page.read_text(encoding="utf-8").split("\n## ")[1]
-display(Image(page.with_name("learning_curves.png"), width=800), Markdown(f"### {table}"))
+# Three seeds show large differences only. `scripts/sweep.py` trains such comparisons with more
+# seeds, and reports confidence intervals and tests that are paired by seed.
 
 # %% [markdown]
 # ## TensorBoard, with all runs so far

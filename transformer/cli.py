@@ -44,8 +44,13 @@ SMALL_WIDTH = 256  # up to which operations are too small for several cores: one
 flags.disclaim_key_flags()  # --help lists the flags that are defined here with the program's own
 
 
-def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
-    """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`)."""
+def run(
+    main: Callable[..., None], *, outlives_readers: bool = True, positional: bool = False
+) -> None:
+    """Parses the flags and calls `main`, which may outlive the readers of its output (`| head`).
+
+    `positional`: other words than flags are the arguments of `main`, not an error.
+    """
     if not gc.isenabled():  # a program, which has just imported its modules: they stay
         gc.freeze()
         gc.enable()
@@ -65,15 +70,18 @@ def run(main: Callable[[], None], *, outlives_readers: bool = True) -> None:
     programs = Counter()
     jax.monitoring.register_event_listener(lambda event, **_: programs.update([event]))
 
-    def program() -> None:
-        main()
+    def program(words: Sequence[str]) -> None:
+        main(*words)
         hits, misses = (programs[f"/jax/compilation_cache/cache_{x}"] for x in ("hits", "misses"))
         logging.debug("programs: %d from the compilation cache, %d compiled", hits, misses)
         if hosts.several():  # no process exits before all have finished
             multihost_utils.sync_global_devices("end")
             jax.distributed.shutdown()
 
-    app.run(lambda _: explained(program), flags_parser=lambda argv: explained(parse, argv))
+    app.run(
+        lambda argv: explained(program, argv[1:]),
+        flags_parser=lambda argv: explained(parse, argv, positional),
+    )
 
 
 def explained(function: Callable, *args) -> Any:
@@ -190,7 +198,7 @@ def join_hosts(*, interruptible: bool = False) -> None:
         console.quiet = not hosts.first()
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], positional: bool = False) -> list[str]:
     """Parses `argv` into absl's flags; a UserError says which flag or override is wrong."""
     # Expand `~` as the shell does at the start of a word.
     argv = [re.sub(r"(?<==)~[^,]*", lambda path: os.path.expanduser(path[0]), w) for w in argv]
@@ -207,7 +215,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         load_plugins(flags.FLAGS["plugins"].value or ())
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # libraries log what they then raise
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     return rest
 

@@ -141,7 +141,8 @@ def finish(run: "Run") -> list[dict[str, Any]]:
         from transformer.inference import plots  # imports matplotlib
 
         curve = run.workdir.plots / "learning_curve.png"
-        plots.learning_curve(read_metrics(run.workdir.metrics), curve)
+        name = run.workdir.path.resolve().name
+        plots.learning_curve(read_metrics(run.workdir.metrics), curve, name)
     results: list[Any] = [{"seed": int(seed)} for seed in np.atleast_1d(run.config.seeds())]
     for split in run.data:
         for result, metrics in zip(results, run.evaluate_replicas(split), strict=True):

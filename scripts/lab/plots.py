@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lab.statistics import ALPHA, Difference, Interval
 from transformer.inference.plots import GRID, INK, SECOND, finish
 
+INSIDE = 4  # the most names in a panel's own legend; more are listed beside the panels
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -56,7 +58,8 @@ def lines(panels: Sequence[Panel], path: Path, columns: int = 4) -> None:
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     for axes in axes_of[len(panels) :]:
         axes.remove()
-    finish(figure, axes_of[: len(panels)], path, beside=len(panels) == 1 and len(names) > 4)
+    beside = max(len(panel.series) for panel in panels) > INSIDE
+    finish(figure, axes_of[: len(panels)], path, beside)
 
 
 def intervals(

@@ -1,6 +1,6 @@
 """Evaluation of a split: totals, outputs, attention maps, tables; in the order of its examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from transformer.console import table
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
@@ -197,18 +198,32 @@ def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> d
     }
 
 
+def sample_texts(
+    tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count: int
+) -> Iterator[list[str]]:
+    """Yields source, target, output and score of each hypothesis of the first examples."""
+    text, sides = tokenizers.target.decode, (data.source, data.target, found.tokens, found.scores)
+    head = (np.asarray(side)[:count].tolist() for side in sides)
+    for source, target, *hypotheses in zip(*head, strict=True):
+        for output, score in zip(*hypotheses, strict=True):
+            yield [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
+
+
+def show_samples(tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count: int = 3) -> None:
+    """Prints source, target and best output of the first examples."""
+    best = Hypotheses(found.tokens[:, :1], found.scores[:, :1])
+    rows = [row[:3] for row in sample_texts(tokenizers, data, best, count)]
+    table("samples", ("source", "target", "output"), rows)
+
+
 def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
     r"""Writes source, target and outputs of the first examples as tab-separated values.
 
     Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
     text are escaped as \t, \n, \r and \\.
     """
-    text, escapes = tokenizers.target.decode, {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
+    escapes = {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
     rows = [["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)]
-    examples = (data.source, data.target, found.tokens, found.scores)
-    head = (np.asarray(side)[:SAMPLES].tolist() for side in examples)
-    for source, target, *hypotheses in zip(*head, strict=True):
-        for output, score in zip(*hypotheses, strict=True):
-            row = [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
-            rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
+    for row in sample_texts(tokenizers, data, found, SAMPLES):
+        rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from transformer.console import facts
 from transformer.data.batches import Dataset
@@ -33,16 +33,45 @@ def _percentages() -> dict[str, str]:
     return {k: k.replace("_", " ") for k, metric in METRICS.items() if metric.format is percent}
 
 
+def by_replica(rows: Rows, name: str, x: str = "step") -> list[dict[Any, float]]:
+    """Step → value of a metric, of each replica that has it, from the rows of `metrics.jsonl`."""
+    replicas: dict[int, dict[Any, float]] = {}
+    for row in rows:
+        if name in row:
+            replicas.setdefault(row.get("replica", 0), {})[row[x]] = row[name]
+    return list(replicas.values())
+
+
+def curve(replicas: Sequence[Mapping[Any, float]]) -> tuple[Any, ...]:
+    """Steps and values of `by_replica`; of several replicas their mean, lowest and highest.
+
+    A replica that has ended early keeps its last value.
+    """
+    steps = sorted({step for points in replicas for step in points})
+    values = np.full((len(replicas), len(steps)), np.nan)
+    for own, points in zip(values, replicas, strict=True):
+        value = np.nan
+        for k, step in enumerate(steps):
+            own[k] = value = points.get(step, value)
+    if len(replicas) == 1:
+        return steps, values[0]
+    return steps, values.mean(0), values.min(0), values.max(0)
+
+
 def _lines(axes: Any, rows: Rows, x: str, labels: Mapping[str, str]) -> None:
     """Draws a line for each name in `labels`, from the rows that have it."""
     for k, (name, label) in enumerate(labels.items()):
-        points = [(row[x], row[name]) for row in rows if name in row]
-        color, marker = (INK, "") if name.startswith("train/") else (SECOND, "o")
+        color, marker = SECOND if k else INK, "" if name.startswith("train/") else "o"
         style = {"color": color, "marker": marker, "linestyle": ("-", "--", ":", "-.")[k % 4]}
-        axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
+        style["markersize"] = 4
+        replicas = by_replica(rows, name, x)
+        places, values, *band = curve(replicas) if replicas else ([], [])
+        axes.plot(places, values, label=label, **style)
+        if band:
+            axes.fill_between(places, *band, color=color, alpha=0.12, linewidth=0)
 
 
-def learning_curve(rows: Rows, path: Path) -> None:
+def learning_curve(rows: Rows, path: Path, title: str) -> None:
     """Plots the loss and the percentages over steps, from the rows of `metrics.jsonl`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -50,7 +79,9 @@ def learning_curve(rows: Rows, path: Path) -> None:
     labels = {f"validation/{name}": f"validation, {text}" for name, text in _percentages().items()}
     _lines(accuracy, rows, "step", {"train/accuracy": "train, token accuracy"} | labels)
     loss.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
-    accuracy.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
+    accuracy.set(xlabel="step", ylabel="correct", ylim=(-0.02, 1.02))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.suptitle(title, fontsize=10, parse_math=False)
     finish(figure, (loss, accuracy), path)
 
 
@@ -62,8 +93,12 @@ def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> 
         if not beside:
             each.legend(frameon=False, fontsize=8)
     if beside:
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+        named = {}
+        for each in axes:
+            handles, labels = each.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        options = {"loc": "outside right center", "ncols": -(-len(named) // 40)}
+        figure.legend(named.values(), named.keys(), **options, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -74,17 +109,17 @@ def draw_evaluation(
     maps_of: Callable,
     data: Dataset,
     tokenizers: Tokenizers,
+    title: str,
     everything: bool,
 ) -> None:
     """Draws accuracy by source length (`rows`), and attention in the first short example.
 
     That is cross-attention, or with `everything` attention of all kinds in three examples.
-    `name` is part of the names of the files. Every host calls `maps_of(dataset)`.
+    `name` is part of the names of the files, which are printed. Every host calls
+    `maps_of(dataset)`.
     """
-    examples, lengths = (
-        3 if everything else 1,
-        [(x != PAD).sum(1) for x in (data.source, data.target)],
-    )
+    examples = 3 if everything else 1
+    lengths = [(x != PAD).sum(1) for x in (data.source, data.target)]
     shown = np.flatnonzero(np.max(lengths, axis=0) <= MAX_TOKENS)[:examples].tolist()
     if shown != [*range(min(examples, len(data)))]:
         say = f"attention is drawn for {len(shown)} texts of at most {MAX_TOKENS} tokens"
@@ -95,27 +130,37 @@ def draw_evaluation(
         maps = hosts.fetch(maps_of(Dataset(source, target, len(shown))))
     if not hosts.first():
         return
+    drawn: list[str] = []
     with _attempted("accuracy by length"):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
-        _lines(axes, rows, "length", _percentages())
-        axes.set(xlabel="source length", ylabel="accuracy", ylim=(-0.02, 1.02))
+        labels = _percentages() | {"sequence_accuracy": "exact match of outputs"}
+        _lines(axes, rows, "length", labels)
+        axes.set(xlabel="source length (tokens)", ylabel="correct", ylim=(-0.02, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_title(title, fontsize=10, parse_math=False)
         finish(figure, (axes,), folder / f"accuracy_by_length_{name}.png")
+        drawn.append(f"accuracy_by_length_{name}.png")
     missing: set[str] = set()
     for i, example in enumerate(shown):
         keys, outputs = map(partial(_labels, missing), tokenizers, (source[i], target[i]))
+        text = tokenizers.source.decode(source[i])
+        text = text if _characters() >= {*text} else f"example {example + 1}"
         inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
         labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
         kinds = labels if everything else ("cross",)
         for kind in filter(maps.get, kinds):  # recurrence: no self-attention
             with _attempted(f"{kind} attention of example {example + 1}"):
-                title = f"{kind} attention, {''.join(keys[:-1])}"
                 file = folder / f"attention_{name}_{example}_{kind}.png"
-                attention([layer[i] for layer in maps[kind]], *labels[kind], title, file)
+                weights = [layer[i] for layer in maps[kind]]
+                attention(weights, *labels[kind], f"{kind} attention: {text}", file)
+                drawn.append(file.name)
     if missing:
         characters = " ".join(map(repr, sorted(missing)))[:60]
         facts({"plots": f"the font lacks {characters}: token numbers are drawn instead"})
+    names = ", ".join(drawn) if len(drawn) < 4 else f"{len(drawn)} files"
+    facts({"plots": f"{names} in {folder}" if drawn else ""})
 
 
 @contextlib.contextmanager
@@ -127,12 +172,21 @@ def _attempted(what: str) -> Iterator[None]:
         facts({"plots": f"{what} is not drawn ({type(error).__name__}: {reason(error)})"})
 
 
+@cache
+def _characters() -> set[str]:
+    """The characters of Matplotlib's font."""
+    return {*map(chr, get_font(findfont(FontProperties())).get_charmap())}
+
+
 def _labels(missing: set[str], tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
     """The tokens of a row as text; as a number where the font lacks a character (`missing`)."""
-    known = get_font(findfont(FontProperties())).get_charmap()
-    texts = [(token, tokenizer.symbol(token)) for token in tokens[tokens != PAD].tolist()]
-    missing.update(letter for _, text in texts for letter in text if ord(letter) not in known)
-    return [text if known.keys() >= {*map(ord, text)} else f"#{token}" for token, text in texts]
+    labels = []
+    for token in tokens[tokens != PAD].tolist():
+        text = tokenizer.symbol(token).replace("▁", "_")  # SentencePiece's space
+        unknown = {*text} - _characters()
+        missing |= unknown
+        labels.append(f"#{token}" if unknown else text)
+    return labels
 
 
 def attention(
@@ -147,11 +201,13 @@ def attention(
     cell = 0.19 + 0.7 / max(len(queries), len(keys))  # inches, of a weight
     across, down = cell * len(keys), cell * len(queries)  # of a panel
     left, below = (0.5 + 0.07 * max(map(len, labels)) for labels in (queries, keys))
-    turned = max(map(len, keys)) > 2
+    turned = max(map(len, keys)) > 2  # but not single characters, such as ⊣
     below = below if turned else 0.5
     pitch = max(across, 1.0) + 0.3  # from panel to panel, wide enough for their titles
-    wide, high = left + pitch * heads + 0.8, 0.4 + (down + 0.35) * layers + below
-    title = _shortened(title, int(11 * wide))
+    fall = max(down, 1.2 / layers) + 0.35  # from row to row, high enough for the text beside them
+    wide, high = left + pitch * heads + 0.8, 0.4 + fall * layers + below
+    large = max(10, 0.6 * min(wide, high))  # to be read in the whole of a large picture
+    title = _shortened(title, int(110 * wide / large))
     if (layers, heads) != (len(maps), len(maps[0])):
         title += f", {layers} of {len(maps)} layers, {heads} of {maps[0].shape[0]} heads"
     figure = Figure(figsize=(wide, high))
@@ -163,7 +219,7 @@ def attention(
     label: Any = partial(axes.text, **literal)
     center: Any = partial(axes.text, ha="center")
     for layer, head in np.ndindex(layers, heads):
-        x, y = left + pitch * head, 0.75 + (down + 0.35) * layer
+        x, y = left + pitch * head, 0.75 + fall * layer
         weights = maps[layer][head, : len(queries), : len(keys)]
         image(weights, extent=(x, x + across, y + down, y), interpolation_stage="rgba")
         axes.add_patch(Rectangle((x, y), across, down, fill=False, linewidth=0.8))
@@ -171,12 +227,12 @@ def attention(
         for k, text in enumerate(queries if head == 0 else ()):
             label(x - 0.05, y + cell * (k + 0.5), text, ha="right", va="center_baseline")
         for k, text in enumerate(keys if layer == layers - 1 else ()):
-            turn = {"ha": "center", "va": "top", "rotation": 90 * turned}
+            turn = {"ha": "center", "va": "top", "rotation": 90 * (turned and len(text) > 1)}
             label(x + cell * (k + 0.5), y + down + 0.05, text, **turn)
     x, y = left + (wide - left - 1.1) / 2, 0.75 + (high - below - 0.75) / 2
-    axes.text(0.1, y, "query (⊢ begin)", rotation=90, va="center")
-    center(x, high - 0.1, "key (⊣ end)")
-    center(x, 0.3, title, fontsize=10, parse_math=False)
+    axes.text(0.1, y, "query (⊢ begin)", rotation=90, va="center", fontsize=large)
+    center(x, high - 0.1, "key (⊣ end)", fontsize=large)
+    center(x, 0.35, title, fontsize=large, parse_math=False)
     bar = figure.add_axes((1 - 0.8 / wide, below / high, 0.2 / wide, 1 - (0.75 + below) / high))
     figure.colorbar(axes.images[0], cax=bar, label="attention weight")
     dpi = min(150, (PIXELS / (wide * high)) ** 0.5)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
+from transformer.console import facts, table
 from transformer.errors import explained, needs
 
 LEVEL = 0.95
@@ -174,3 +175,17 @@ def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
         for name in names
         for which, own in against.items()
     }
+
+
+def show_scores(texts: Sequence[dict[str, Any]]) -> None:
+    """Prints the text metrics with their intervals; for a population, their mean and range."""
+    rows = []
+    for name, first in texts[0].items():
+        values = [one[name]["value"] for one in texts]
+        low, high = (first["low"], first["high"]) if len(texts) == 1 else (min(values), max(values))
+        rows.append((name.replace("_", " "), f"{np.mean(values):.2f}", f"{low:.2f} to {high:.2f}"))
+    if rows:
+        spread = "95% interval" if len(texts) == 1 else f"range of {len(texts)} replicas"
+        table("decoded text, in percent", ("metric", "value", spread), rows)
+    for key in ("signature", "warning"):
+        facts({name: score[key] for name, score in texts[0].items()})
