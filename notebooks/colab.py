@@ -64,9 +64,7 @@ def run_program(*words, **environment):
 if importlib.util.find_spec("transformer"):
     print(f"transformer-jax {metadata.version('transformer-jax')} is installed")
 elif not REPOSITORY:
-    raise StopError(
-        "REPOSITORY is empty: enter the address of this code's repository, and run again"
-    )
+    raise StopError("REPOSITORY is empty: enter this code's git address, and run the cell again")
 else:
     clone = Path("transformer-jax").resolve()
     if not clone.exists():

@@ -129,10 +129,8 @@ def knobs_that_differ(every: Sequence[Member]) -> list[str]:
     """The values of each in the knobs in which some differ, such as `norm=rms, seed=0–2`."""
     knobs = every[0].knobs
     differing = [knob for knob in knobs if len({each.knobs[knob] for each in every}) > 1]
-    uses = Counter(knob.rpartition(".")[2] for knob in differing)
-    short = {
-        knob: name if uses[name := knob.rpartition(".")[2]] == 1 else knob for knob in differing
-    }
+    last = {knob: knob.rpartition(".")[2] for knob in differing}
+    short = {k: name if [*last.values()].count(name) == 1 else k for k, name in last.items()}
     return [
         ", ".join(f"{name}={written(each.knobs[knob])}" for knob, name in short.items())
         for each in every

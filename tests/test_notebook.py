@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
 
 from tests import test_programs as programs
-from transformer.errors import UserError
 
 SCRIPT, NOTEBOOK = (programs.ROOT / f"notebooks/colab.{kind}" for kind in ("py", "ipynb"))
 EXTRA = "needs pip install -e '.[notebook]'"
@@ -27,6 +27,12 @@ def test_the_notebook_is_what_its_script_says():
     assert not any(each.get("outputs") for each in notebook.cells), "commit it without outputs"
 
 
+def test_its_default_repository_is_that_of_the_project():
+    project = tomllib.loads((programs.ROOT / "pyproject.toml").read_text())["project"]
+    address = project.get("urls", {}).get("Repository", "")
+    assert f'\nREPOSITORY = "{address}"  # @param {{type:"string"}}\n' in SCRIPT.read_text()
+
+
 def start(cells):
     """Executes the first so many code cells in this process."""
     code = [x for x in json.loads(NOTEBOOK.read_text())["cells"] if x["cell_type"] == "code"]
@@ -40,8 +46,9 @@ def test_its_first_cells_find_all_in_order_or_say_what_is_not(monkeypatch, capsy
         with monkeypatch.context() as patch:
             patch.setenv("ACCELERATOR", accelerator)
             patch.setattr(*changed or (jax, "__version__", jax.__version__))
-            with pytest.raises((UserError, RuntimeError), match=message):
+            with pytest.raises(Exception, match=message) as stop:
                 start(2)
+            assert stop.value._render_traceback_() == [f"error: {stop.value}"]  # one sentence
 
     monkeypatch.setenv("ACCELERATOR", "cpu")
     start(2)
@@ -49,8 +56,9 @@ def test_its_first_cells_find_all_in_order_or_say_what_is_not(monkeypatch, capsy
     stops("REPOSITORY is empty", importlib.util, "find_spec", lambda name: None)
     for other in ("tpu", "gpu"):
         stops(f"runs on cpu and not on {other}: .* or go on with", accelerator=other)
-    stops(r"jax 0.7.2 is loaded and not .* Restart session", jax, "__version__", "0.7.2")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    stops(r"jax 0.7.2 is loaded, and .* Restart session", jax, "__version__", "0.7.2")
+    loaded = ("numpy", "jax", "jaxlib", "flax")
+    versions = {name: importlib.metadata.version(name) for name in loaded}
     old = lambda name: versions.get(name, "0.1.9")  # noqa: E731
     stops(r">=.* is needed and 0.1.9 is installed: .* delete", importlib.metadata, "version", old)
 
@@ -60,18 +68,19 @@ def test_a_platform_that_fails_to_start_is_named_too():
     code = "import tests.test_notebook as test; test.start(2)"
     tpu = {"ACCELERATOR": "tpu", "JAX_PLATFORMS": "tpu,cpu", "TPU_SKIP_MDS_QUERY": "1"}
     _, errors = programs.start("-c", code, **tpu, PYTHONPATH="scripts").communicate()
-    assert "UserError: JAX finds no tpu (Unable to initialize backend 'tpu'" in errors
+    assert "StopError: JAX finds no tpu (Unable to initialize backend 'tpu'" in errors
 
 
 # What takes minutes in the notebook, and seconds here.
+RUN = 'run = Run(RunConfig.from_config_dict(config), "runs/toy_reverse")'
 SMALLER = {
-    "run = transformer.Run(RunConfig.from_config_dict(toy_reverse.get_config()), workdir.path)": """
-config = toy_reverse.get_config()
-config.update_from_flattened_dict({"data.size": "tiny", "steps": 800})
-run = transformer.Run(RunConfig.from_config_dict(config), workdir.path)
+    RUN: f'config.update_from_flattened_dict({{"data.size": "tiny", "steps": 800}})\n{RUN}',
+    "config.eval_every = 300, 32, 100": "config.eval_every = 60, 32, 60",
+    "config.replicas, config.steps, config.eval_every = 3, 600, 50": """
+config.replicas, config.steps, config.eval_every, config.data.size = 2, 60, 20, "tiny"
 """,
-    '"model.num_layers": 4, ': '"steps": 60, "eval_every": 20, "save_every": 20, ',
-    '["layer", "rms", "none"]': '["layer", "rms"]',
+    "config.model.d_ff = 4, 32, 128": "config.model.d_ff = 1, 16, 32",
+    '("layer", "rms", "none")': '("layer", "rms")',
     '["hello", "attention", "transformer"]': '["cab", "hello", "notes"]',
 }
 
@@ -116,10 +125,11 @@ def test_it_runs_from_top_to_bottom(execute, tmp_path):
     assert outputs(notebook, "traceback") == []
     (results,) = json.loads((tmp_path / "runs/toy_reverse/results.json").read_text())["replicas"]
     assert results["test/sequence_accuracy"] > 0.95
-    assert "notes → seton" in "".join(outputs(notebook, "text"))
+    said = "".join(outputs(notebook, "text"))
+    assert "notes → seton" in said
+    assert all(f"│ norm={norm} " in said for norm in ("layer", "rms"))
+    assert said.count("\ncat → ") == 1  # the first pair is held out from those of one's own
     assert len(outputs(notebook, "image/png")) == 3
-    (table,) = outputs(notebook, "text/markdown")
-    assert all(f"\n| {variant} |" in table for variant in ("layer", "rms"))
     assert "<iframe" in outputs(notebook, "text/html")[-1]  # TensorBoard
 
 

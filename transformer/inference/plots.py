@@ -62,11 +62,10 @@ def _lines(axes: Any, rows: Rows, x: str, labels: Mapping[str, str]) -> None:
     """Draws a line for each name in `labels`, from the rows that have it."""
     for k, (name, label) in enumerate(labels.items()):
         color, marker = SECOND if k else INK, "" if name.startswith("train/") else "o"
-        style = {"color": color, "marker": marker, "linestyle": ("-", "--", ":", "-.")[k % 4]}
-        style["markersize"] = 4
+        style: Any = {"color": color, "linestyle": ("-", "--", ":", "-.")[k % 4]}
         replicas = by_replica(rows, name, x)
         places, values, *band = curve(replicas) if replicas else ([], [])
-        axes.plot(places, values, label=label, **style)
+        axes.plot(places, values, label=label, marker=marker, markersize=4, **style)
         if band:
             axes.fill_between(places, *band, color=color, alpha=0.12, linewidth=0)
 
