@@ -116,7 +116,7 @@ def names(every: Sequence[Member]) -> list[str]:
     labels, found = knobs_that_differ(every), []
     places = Counter(folder.name for folder in {each.folder for each in every})
     for label, each in zip(labels, every, strict=True):
-        if not 0 < len(label) <= LONGEST or labels.count(label) > 1:
+        if max(map(len, labels)) > LONGEST or not label or labels.count(label) > 1:
             label = each.folder.name if places[each.folder.name] == 1 else str(each.folder)
             siblings = [other for other in every if other.folder == each.folder]
             if len(siblings) > 1:  # replicas that differ

@@ -16,8 +16,8 @@ from tests.helpers import data_config, logits_of, program, random_params, small_
 from tests.test_average import files_of, make_run
 from transformer import cli
 from transformer.data.batches import Dataset
-from transformer.data.corpus import open_corpus
-from transformer.data.tokenizer import EOS, PAD
+from transformer.data.corpus import Tokenizers, open_corpus
+from transformer.data.tokenizer import EOS, PAD, SymbolTokenizer
 from transformer.inference import evaluation, plots
 from transformer.inference.decoding import DecodingConfig, Hypotheses, Sources
 from transformer.loss import cross_entropy
@@ -85,6 +85,10 @@ def test_an_evaluation_needs_only_the_run_folder_and_does_not_change_it(run, tmp
     assert "the font lacks '\\t' '\\n' '器' '語': token numbers are" in said
     assert "drawn for 3 texts of at most 64 tokens" in said
     assert "is not drawn" not in said
+    sample = "│ $18_$ │ $1^\\$ │"
+    results = f"results {tmp_path}/eval_train.json samples {tmp_path}/samples_train.tsv"
+    assert said.index("source length") < said.index(sample) < said.index(results)
+    assert said.endswith(f"plots 10 files in {tmp_path}/plots")
 
 
 def test_another_file_is_evaluated_and_a_failing_plot_is_reported(run, capsys, monkeypatch):
@@ -159,6 +163,42 @@ def test_a_plot_of_attention_has_queries_down_and_keys_across_and_a_bounded_size
     assert len(figure.axes[0].images) == 8 * 8
     assert np.prod(figure.get_size_inches()) * dpi**2 < 1.01 * plots.PIXELS
     assert "title, 8 of 9 layers, 8 of 16 heads" in {x.get_text() for x in figure.axes[0].texts}
+
+
+def test_titles_are_the_text_and_the_run_and_labels_the_tokens(tmp_path, monkeypatch, capsys):
+    drawn, words = {}, SymbolTokenizer(["▁big", "dog", "語"], " ")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.update({path: figure}))
+    rows = np.array([words.encode("dog ▁big"), words.encode("語 dog")])
+    maps = {"cross": [np.full((2, 1, 3, 3), 1 / 3)]}
+    rest = lambda _: maps, Dataset(rows, rows, 2), Tokenizers(words, words)
+    by_length = [{"length": 2, "token_accuracy": 1.0}]
+    plots.draw_evaluation(tmp_path, "x", by_length, *rest, title="mine, test", everything=True)
+    titles = ["mine, test", "cross attention: dog ▁big", "cross attention: example 2"]
+    accuracy, *attention = (figure.axes[0] for figure in drawn.values())
+    assert accuracy.get_title() == titles[0]
+    texts = [[text.get_text() for text in axes.texts] for axes in attention]
+    assert [each[-1] for each in texts] == titles[1:]
+    assert texts[0][1:7] == ["⊢", "dog", "_big", "dog", "_big", "⊣"]
+    assert texts[1][1:4] == ["⊢", "#5", "dog"]
+    names = "accuracy_by_length_x.png, attention_x_0_cross.png, attention_x_1_cross.png"
+    assert f"plots {names} in {tmp_path}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_learning_curve_is_the_mean_and_the_range_of_the_replicas(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    values = {0: (4.0, 2.0), 1: (2.0,)}  # the second ends early
+    rows = [
+        {"step": step, "replica": k, "train/loss": loss}
+        for k, own in values.items()
+        for step, loss in enumerate(own)
+    ]
+    plots.learning_curve(rows, tmp_path / "curve.png", "mine_$_1_$")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "mine_$_1_$"
+    line, band = figure.axes[0].lines[0], figure.axes[0].collections[0]
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 3.0], [1, 2.0]])
+    np.testing.assert_array_equal(band.get_datalim(figure.axes[0].transData).intervaly, [2.0, 4.0])
 
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")

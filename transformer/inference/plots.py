@@ -144,7 +144,7 @@ def draw_evaluation(
     missing: set[str] = set()
     for i, example in enumerate(shown):
         keys, outputs = map(partial(_labels, missing), tokenizers, (source[i], target[i]))
-        text = tokenizers.source.decode(source[i])
+        text = tokenizers.source.decode(source[i].tolist())
         text = text if _characters() >= {*text} else f"example {example + 1}"
         inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
         labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
