@@ -7,29 +7,27 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.helpers import program, refused
+from tests.test_layout import ROOT
 from transformer import cli
 from transformer.config import default_config
 from transformer.files import to_json
 from transformer.workdir import Workdir
 
-SCRIPT = "scripts/plot_runs.py"
 LOSS, ACCURACY = "validation/loss", "validation/sequence_accuracy"
+RMS = {"model.norm": "rms"}
 
 
-def run_of(folder, values=(1.0, 0.5), metric=LOSS, **changes):
-    """A run's folder with a value of each replica for every 20 steps; None: no row."""
+def run_of(folder, values=((1.0,), (0.5,)), metric=LOSS, **changes):
+    """A run's folder with the values of its replicas for every 600 of 1,800 steps."""
     workdir, config = Workdir(str(folder)), default_config()
-    config.update_from_flattened_dict({k.replace("__", "."): x for k, x in changes.items()})
+    config.update_from_flattened_dict(changes)
     folder.mkdir(parents=True)
     workdir.write_config(config, {})
-    rows = []
-    for k, each in enumerate(values):
-        each = each if isinstance(each, tuple) else (each,)
-        replicas = [{"replica": r} for r in range(len(each))] if config.replicas > 1 else [{}]
-        step = {"step": 20 * k + 20}
-        rows += [
-            step | r | {metric: x} for r, x in zip(replicas, each, strict=True) if x is not None
-        ]
+    rows = [
+        {"step": 600 * k, metric: x} | ({"replica": r} if config.replicas > 1 else {})
+        for k, each in enumerate(values, 1)
+        for r, x in enumerate(each)
+    ]
     workdir.metrics.write_text("".join(to_json(row) + "\n" for row in rows))
     return folder
 
@@ -37,7 +35,7 @@ def run_of(folder, values=(1.0, 0.5), metric=LOSS, **changes):
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with program(cli.__file__.replace("transformer/cli.py", SCRIPT)) as module:
+    with program(str(ROOT / "scripts/plot_runs.py")) as module:
         yield module
 
 
@@ -46,130 +44,89 @@ def called(script, *folders):
 
 
 def test_runs_are_named_by_the_knobs_in_which_they_differ(script, tmp_path):
-    one = run_of(tmp_path / "one", optimizer__name="sgd", log_every=7)
-    two = run_of(tmp_path / "two", model__norm="rms")
-    three = run_of(
-        tmp_path / "three", model__dropout_rate=0.1, per_replica__seed=(4, 6), replicas=2
-    )
-    assert called(script, one, two) == ["norm=layer, name=sgd", "norm=rms, name=adam"]
-    assert called(script, two, three) == [
-        "dropout_rate=0.0, norm=rms, seed=0",
-        "dropout_rate=0.1, norm=layer, seed=4 6",
-    ]
-    same = run_of(tmp_path / "below" / "two", model__norm="rms", eval_every=3)
+    one = run_of(tmp_path / "one", **{"optimizer.name": "sgd"}, log_every=7)
+    two, three = (run_of(tmp_path / name, **RMS, seed=k) for k, name in enumerate(("two", "three")))
     assert called(script, one) == ["one"]
+    assert called(script, one, two) == ["norm=layer, name=sgd", "norm=rms, name=adam"]
+    assert called(script, two, three) == ["seed=0", "seed=1"]
+    same = run_of(tmp_path / "below/two", **RMS, eval_every=3)
     assert called(script, two, same) == [str(two), str(same)]  # nothing differs
-    other = run_of(tmp_path / "other", data__train="t" * 60, model__norm="rms")
+    other = run_of(tmp_path / "other", **RMS, **{"data.train": "t" * 60})
     assert called(script, one, other) == ["one", "other"]  # too long
-    assert called(script, one, two, run_of(tmp_path / "four", model__norm="rms", seed=1))[1:] == [
-        "norm=rms, name=adam, seed=0",
-        "norm=rms, name=adam, seed=1",
-    ]
 
 
 def test_replicas_that_differ_in_a_knob_are_runs_of_their_own(script, tmp_path):
-    rates = (1e-3, 2e-3, 1e-3)
-    values = [(1.0, 2.0, 4.0)]
-    folder = run_of(tmp_path / "a", values, replicas=3, per_replica__learning_rate=rates)
+    values, rates = [(1.0, 2.0, 4.0)], {"per_replica.learning_rate": (1e-3, 2e-3, 1e-3)}
+    folder = run_of(tmp_path / "a", values, replicas=3, **rates)
     slow, fast = script.read_run(folder)
     assert [row[LOSS] for row in slow.rows] == [1.0, 4.0]
-    assert (slow.knobs["seed"], fast.knobs["seed"]) == ((0, 2), (1,))
+    assert (slow.replicas, fast.replicas) == ([0, 2], [1])
     (same,) = script.read_run(run_of(tmp_path / "b", values, replicas=3))
-    assert script.names([slow, fast]) == [
-        "learning_rate=0.001, seed=0 2",
-        "learning_rate=0.002, seed=1",
-    ]
-    other = run_of(tmp_path / "c", data__train="t" * 60)
-    assert called(script, folder, other)[1:] == ["a, learning_rate=0.002, seed=1", "c"]
-    assert script.names([same, fast])[0] == "learning_rate=0.004, seed=0–2"
-
-
-def shown(script, monkeypatch, *folders):
-    """Title → rows of the tables that are printed, and title → panel of those that are drawn."""
-    tables, drawn = {}, {}
-    monkeypatch.setattr(
-        script, "table", lambda title, *columns_rows: tables.update({title: columns_rows})
-    )
-    monkeypatch.setattr(
-        script.plots, "lines", lambda panels, *_, **__: drawn.update({x.title: x for x in panels})
-    )
-    script.main(*map(str, folders))
-    return tables, drawn
+    names = [f"learning_rate={x}" for x in ("0.001, seed=0 2", "0.002, seed=1", "0.004, seed=0–2")]
+    assert script.names([slow, fast, same]) == names
+    other = run_of(tmp_path / "c", **{"data.train": "t" * 60})
+    assert called(script, folder, other) == [f"a, {names[0]}", f"a, {names[1]}", "c"]
 
 
 def test_tables_and_curves_have_the_values_of_the_runs(script, tmp_path, monkeypatch, capsys):
-    root = tmp_path / "sweep"
-    run_of(root / "one", [0.5, 0.25, 0.75], steps=60)
-    run_of(root / "two", [(1.0, 2.0), (0.5, 1.0), (0.7, None)], replicas=2, model__norm="rms")
-    run_of(root / "bad", [float("nan"), 0.5, float("nan")], seed=1, metric=ACCURACY)
-    run_of(root / "new", [], seed=2)
-    tables, drawn = shown(script, monkeypatch, root, root / "one")
-    assert "sweep/new: no metrics yet" in " ".join(capsys.readouterr().out.split())
-    columns, final = tables["final metrics"]
+    run_of(tmp_path / "x/one", [(0.5,), (0.25,), (0.75,)])
+    # The second replica ends early, and keeps its last value.
+    run_of(tmp_path / "x/two", [(1.0, 2.0), (0.5, 1.0), (0.7,)], replicas=2, **RMS)
+    nan = float("nan")
+    run_of(tmp_path / "x/bad", [(0.5,), (nan,)], ACCURACY, **{"model.norm": "none"})
+    run_of(tmp_path / "x/new", [], seed=2)
+    tables, drawn = {}, {}
+    monkeypatch.setattr(script, "table", lambda title, *rows: tables.update({title: rows}))
+    draw = lambda panels, *_, **__: drawn.update({each.title: each for each in panels})  # noqa: E731
+    monkeypatch.setattr(script.plots, "lines", draw)
+    script.main(str(tmp_path / "x"), str(tmp_path / "x/one"))
+    assert "x/new: no metrics yet" in " ".join(capsys.readouterr().out.split())
+    none, layer, rms = "norm=none, seed=0", "norm=layer, seed=0", "norm=rms, seed=0–1"
+    (columns, final), (_, best) = tables.values()
     assert columns == ("run", "step", "loss", "sequence accuracy")
-    bad, one, two = (
-        f"norm={x}"
-        for x in (
-            "layer, steps=1800, seed=1",
-            "layer, steps=60, seed=0",
-            "rms, steps=1800, seed=0–1",
-        )
-    )
-    assert {row[0]: row[1:] for row in final} == {
-        bad: ("60 of 1,800", "–", "nan%"),
-        one: ("60", "0.75", "–"),
-        two: ("60 of 1,800", "0.85 (0.7–1)", "–"),
-    }
-    _, best = tables["best metrics, each by itself"]
-    assert {row[0]: row[2:] for row in best} == {
-        bad: ("–", "50.00%"),
-        one: ("0.25", "–"),
-        two: ("0.75 (0.5–1)", "–"),
-    }
-    assert drawn.keys() == {"validation loss", "validation sequence accuracy"}
-    assert (drawn["validation loss"].log, drawn["validation sequence accuracy"].share) == (
-        "y",
-        True,
-    )
-    series = drawn["validation loss"].series
-    assert series.keys() == {one, two}
-    np.testing.assert_array_equal(series[one], ([20, 40, 60], [0.5, 0.25, 0.75]))
-    # The second replica has ended early, and keeps its last value.
-    low, high = [1.0, 0.5, 0.7], [2.0, 1.0, 1.0]
-    np.testing.assert_allclose(series[two], ([20, 40, 60], [1.5, 0.75, 0.85], low, high))
+    assert final == [
+        (none, "1,200 of 1,800", "–", "nan%"),
+        (layer, "1,800", "0.75", "–"),
+        (rms, "1,800", "0.85 (0.7–1)", "–"),
+    ]
+    assert [row[2:] for row in best] == [("–", "50.00%"), ("0.25", "–"), ("0.75 (0.5–1)", "–")]
+    loss, accuracy = drawn["validation loss"], drawn["validation sequence accuracy"]
+    assert (loss.log, loss.share, accuracy.log, accuracy.share) == ("y", False, "", True)
+    steps, mean, low, high = loss.series.pop(rms)
+    np.testing.assert_allclose([mean, low, high], [[1.5, 0.75, 0.85], [1, 0.5, 0.7], [2, 1, 1]])
+    np.testing.assert_array_equal(loss.series.pop(layer), ([600, 1200, 1800], [0.5, 0.25, 0.75]))
+    assert (steps, [*loss.series]) == ([600, 1200, 1800], [])
 
 
 def test_many_runs_are_listed_once_beside_the_panels(script, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    metrics = {"0": ACCURACY}
     for k in range(12):
-        folder = run_of(tmp_path / "runs" / str(k), [1.0 + k, 0.5], seed=k)
-        with Workdir(str(folder)).metrics.open("a") as log:
-            log.write('{"step": 10, "train/loss": 1.0}\n')
+        run_of(tmp_path / "runs" / str(k), metric=metrics.get(str(k), LOSS), seed=k)
     script.main(str(tmp_path / "runs"))
-    (figure,) = saved
-    assert not any(axes.get_legend() for axes in figure.axes)
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [f"seed={k}" for k in (0, 1, 10, 11, *range(2, 10))]
+    assert not any(axes.get_legend() for axes in saved[0].axes)
+    listed = {text.get_text() for text in saved[0].legends[0].get_texts()}
+    assert listed == {f"seed={k}" for k in range(12)}
 
 
 def test_what_cannot_be_compared_is_a_line(script, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    new, plugged = run_of(tmp_path / "new", []), run_of(tmp_path / "plugged", plugins=("mine",))
+    run_of(tmp_path / "new", [])
+    run_of(tmp_path / "plugged", plugins=("mine",))
     refused("no folder is named: python scripts/plot_runs.py", script.main)
     for name in ("missing", "empty"):
-        refused(f"{name} holds no run; name", script.main, str(tmp_path / name))
-    refused("new: no metrics yet", script.main, str(new))
-    refused("imported only if .*--plugins=mine", script.main, str(plugged))
-    one = run_of(tmp_path / "one")
-    script.main(str(one))
+        refused(f"{name} holds no run; name", script.main, name)
+    refused("new: no metrics yet", script.main, "new")
+    refused("imported only if .*--plugins=mine", script.main, "plugged")
+    script.main(str(run_of(tmp_path / "one")))
     assert (tmp_path / "runs.png").stat().st_size > 5_000
     monkeypatch.setattr(script, "OUT", SimpleNamespace(value="a/b.docx"))
-    refused("--out=a/b.docx: Format 'docx' is not supported", script.main, str(one))
+    refused("--out=a/b.docx: Format 'docx' is not supported", script.main, "one")
 
 
 def test_folders_may_stand_before_and_after_flags(script):
-    words = [SCRIPT, "runs/a", "--out=x.png", "runs/b"]
-    assert cli.parse(words, positional=True) == [SCRIPT, "runs/a", "runs/b"]
+    words = ["plot_runs.py", "runs/a", "--out=x.png", "runs/b"]
+    assert cli.parse(words, positional=True) == ["plot_runs.py", "runs/a", "runs/b"]
     assert script.OUT.value == "x.png"
     refused("'runs/a' is not a flag", cli.parse, words)
