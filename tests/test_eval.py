@@ -103,6 +103,7 @@ def test_another_file_is_evaluated_and_a_failing_plot_is_reported(run, capsys, m
     assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
     said = capsys.readouterr().out
     assert said.count("is not drawn (ZeroDivisionError") == 1 + 1
+    assert ".png in" not in said
     assert "no reference has 4 tokens" in said
     evaluate(run, "--split=train", "--plots=none")
     assert "is not drawn" not in capsys.readouterr().out

@@ -127,7 +127,7 @@ def test_it_runs_from_top_to_bottom(execute, tmp_path):
     assert results["test/sequence_accuracy"] > 0.95
     said = "".join(outputs(notebook, "text"))
     assert "notes → seton" in said
-    assert all(f"│ norm={norm} " in said for norm in ("layer", "rms"))
+    assert all(f"\nrun: norm={norm}\n" in said for norm in ("layer", "rms"))
     assert said.count("\ncat → ") == 1  # the first pair is held out from those of one's own
     assert len(outputs(notebook, "image/png")) == 3
     assert "<iframe" in outputs(notebook, "text/html")[-1]  # TensorBoard
