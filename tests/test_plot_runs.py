@@ -51,6 +51,7 @@ def test_runs_are_named_by_the_knobs_in_which_they_differ(script, tmp_path):
     assert called(script, two, three) == ["seed=0", "seed=1"]
     same = run_of(tmp_path / "below/two", **RMS, eval_every=3)
     assert called(script, two, same) == [str(two), str(same)]  # nothing differs
+    assert called(script, two, same, one) == [str(two), str(same), "norm=layer, name=sgd"]
     other = run_of(tmp_path / "other", **RMS, **{"data.train": "t" * 60})
     assert called(script, one, other) == ["one", "other"]  # too long
 

@@ -54,11 +54,16 @@ def facts(rows: Mapping[str, str]) -> None:
             console.print(f"[bold]{name:<12}[/bold]{escape(value)}")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a column of text and columns of numbers; each row as a list if they do not fit."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False
+) -> None:
+    """Prints a column of text and columns of numbers; each row as a list if they do not fit.
+
+    `text`: all columns are of text.
+    """
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if i and not text else "left", overflow="fold")
     rows = [list(map(escape, row)) for row in rows]
     for row in rows:
         drawn.add_row(*row)

@@ -213,7 +213,7 @@ def show_samples(tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count
     """Prints source, target and best output of the first examples."""
     best = Hypotheses(found.tokens[:, :1], found.scores[:, :1])
     rows = [row[:3] for row in sample_texts(tokenizers, data, best, count)]
-    table("samples", ("source", "target", "output"), rows)
+    table("samples", ("source", "target", "output"), rows, text=True)
 
 
 def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
