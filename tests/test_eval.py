@@ -100,8 +100,11 @@ def test_another_file_is_evaluated_and_a_failing_plot_is_reported(run, capsys, m
     name, record = file.stem.removeprefix("eval_"), json.loads(file.read_text())
     assert (record["examples"], record["decode_margin"]) == (3, 7)
     assert "|tok:none|" in record["replicas"][0]["text"]["bleu"]["signature"]
-    assert len((run[0].path / f"samples_{name}.tsv").read_text().splitlines()) == 1 + 3 * 2
+    samples = (run[0].path / f"samples_{name}.tsv").read_text().splitlines()[1:]
+    (best, score), (other, lower) = (line.split("\t")[2:] for line in samples[:2])
+    assert (len(samples), best != other, float(score) > float(lower)) == (3 * 2, True, True)
     said = capsys.readouterr().out
+    assert said.count(f"│ {best} ") == 3
     assert said.count("is not drawn (ZeroDivisionError") == 1 + 1
     assert ".png in" not in said
     assert "no reference has 4 tokens" in said

@@ -1,6 +1,6 @@
 """Evaluation of a split: totals, outputs, attention maps, tables; in the order of its examples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,22 +198,12 @@ def summarize(split: str, data: Dataset, totals: Totals, found: Hypotheses) -> d
     }
 
 
-def sample_texts(
-    tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count: int
-) -> Iterator[list[str]]:
-    """Yields source, target, output and score of each hypothesis of the first examples."""
-    text, sides = tokenizers.target.decode, (data.source, data.target, found.tokens, found.scores)
-    head = (np.asarray(side)[:count].tolist() for side in sides)
-    for source, target, *hypotheses in zip(*head, strict=True):
-        for output, score in zip(*hypotheses, strict=True):
-            yield [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
-
-
 def show_samples(tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count: int = 3) -> None:
     """Prints source, target and best output of the first examples."""
-    best = Hypotheses(found.tokens[:, :1], found.scores[:, :1])
-    rows = [row[:3] for row in sample_texts(tokenizers, data, best, count)]
-    table("samples", ("source", "target", "output"), rows, text=True)
+    source, target = (each.decode for each in tokenizers)
+    sides = ((source, data.source), (target, data.target), (target, found.tokens[:, 0]))
+    columns = [map(decode, np.asarray(side)[:count].tolist()) for decode, side in sides]
+    table("samples", ("source", "target", "output"), zip(*columns, strict=True), text=True)
 
 
 def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
@@ -222,8 +212,12 @@ def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypo
     Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
     text are escaped as \t, \n, \r and \\.
     """
-    escapes = {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
+    text, escapes = tokenizers.target.decode, {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
     rows = [["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)]
-    for row in sample_texts(tokenizers, data, found, SAMPLES):
-        rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
+    examples = (data.source, data.target, found.tokens, found.scores)
+    head = (np.asarray(side)[:SAMPLES].tolist() for side in examples)
+    for source, target, *hypotheses in zip(*head, strict=True):
+        for output, score in zip(*hypotheses, strict=True):
+            row = [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
+            rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
