@@ -28,10 +28,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from transformer.config import RunConfig
     from transformer.errors import UserError
     from transformer.inference.decoding import DecodingConfig
-    from transformer.inference.generation import Generator
+    from transformer.inference.generation import TrainedModel
     from transformer.modules.attention import MultiHeadAttention
     from transformer.modules.config import ModelConfig
     from transformer.modules.dropout import Dropout
@@ -51,6 +53,7 @@ PUBLIC = {
     "config": ("RunConfig",),
     "errors": ("UserError",),
     "inference.decoding": ("DecodingConfig",),
+    "inference.generation": ("TrainedModel",),
     "modules.attention": ("MultiHeadAttention",),
     "modules.config": ("ModelConfig",),
     "modules.dropout": ("Dropout",),
@@ -79,9 +82,9 @@ def load(
     *,
     checkpoint: str = "latest",
     replica: int = 0,
-    mesh: Any = None,
+    mesh: "Mesh | None" = None,
     plugins: Sequence[str] = (),
-) -> "Generator":
+) -> "TrainedModel":
     """A trained model for texts: `load("runs/x").generate(["hello"])`.
 
     Args:
@@ -99,4 +102,4 @@ def load(
     from transformer.run import Run
 
     load_plugins(plugins)
-    return Run.saved(workdir, mesh=mesh or make_mesh()).generator(checkpoint, replica)
+    return Run.saved(workdir, mesh=mesh or make_mesh()).trained_model(checkpoint, replica)

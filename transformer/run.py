@@ -19,7 +19,7 @@ from transformer.data.streaming import StreamedDataset
 from transformer.errors import UserError, choose
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
-from transformer.inference.generation import Generator
+from transformer.inference.generation import TrainedModel
 from transformer.knobs import Range
 from transformer.metrics import finalize
 from transformer.modules.model import Model
@@ -248,8 +248,8 @@ class Run:
         with Checkpoints(directory, None, best) as checkpoints:
             return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
-    def generator(self, checkpoint: str = "latest", replica: int = 0) -> Generator:
-        """A text generator on the run's mesh, with the model of a checkpoint (see `restore`).
+    def trained_model(self, checkpoint: str = "latest", replica: int = 0) -> TrainedModel:
+        """The model of a checkpoint (see `restore`) on the run's mesh, for texts.
 
         `replica` is the index of the model in a population.
         """
@@ -258,7 +258,7 @@ class Run:
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             all_variables = self.restore(checkpoint).variables()
             variables = replicas.split_replicas(all_variables, config.replicas)[replica]
-        return Generator(self.model, variables, self.tokenizers, config.decode_margin, self.mesh)
+        return TrainedModel(self, variables)
 
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data`, which is on the host, with every replica."""

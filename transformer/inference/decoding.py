@@ -8,7 +8,7 @@ hypothesis. A row's output does not depend on the rest of its batch.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -305,3 +305,15 @@ class DecodingConfig:
 
 
 GREEDY = DecodingConfig()
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The fields of `DecodingConfig` as keywords."""
+
+    beam_size: int
+    length_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    decode_margin: int | None
