@@ -51,7 +51,8 @@ class Workdir:
         if missing := ",".join(name for name in config.plugins if name not in loaded_plugins):
             raise UserError(
                 f"{self.path} was trained with {missing}, which is imported only if the command "
-                f"names it too: --plugins={missing} or transformer.load(…, plugins=({missing!r},))"
+                f"names it too: --plugins={missing}, of train.py --config.plugins, or "
+                f"transformer.load(…, plugins=({missing!r},))"
             )
         return config
 
@@ -67,16 +68,25 @@ class Workdir:
             raise UserError(f"{fault}; bring those back, or choose another --workdir")
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
-        """Creates the folder; a UserError if it has checkpoints that `config` may not resume."""
+        """Creates the folder; a UserError if it has checkpoints that `config` may not resume.
+
+        More steps than before are no change: they continue the run.
+        """
+        source = str(config.init_from)
+        if source and Path(source).resolve() == self.path.resolve():
+            remedy = "leave it out to resume, or choose another --workdir"
+            raise UserError(f"init_from={source} is the folder of this run itself; {remedy}")
         if self.trained():
             record, other, fault = self.read_record(), "choose another --workdir", ""
             changes = differences(record["config"], continued(config, record["config"]))
             fixed = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
+            names = {each.partition(":")[0] for each in changes}
+            longer = names == {"steps"} and config.steps > record["config"].steps
             if "averaged" in record:
                 fault = f"an average of checkpoints, which cannot be trained further; {other}"
             elif fixed:
                 fault = f"a run with other tokens ({'; '.join(fixed)}), kept to its end; {other}"
-            elif changes and not allow_changes:
+            elif changes and not (longer or allow_changes):
                 fault = f"a run of another config ({'; '.join(changes)}); {other}, "
                 fault += "or --allow_changes to resume from its checkpoint"
             if fault:

@@ -12,12 +12,18 @@ from transformer.console import progress, status
 from transformer.data.batches import Dataset
 from transformer.data.datasets import CHUNK, DataConfig, PreparedDataset, open_dataset
 from transformer.data.packing import RaggedArray, TokenPairs, cached_pairs, unpacked_rows
-from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
+from transformer.data.tokenizer import (
+    TOKENIZERS,
+    SentencePieceTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+)
 from transformer.data.toy import TASKS
-from transformer.errors import explained
+from transformer.errors import UserError, explained
 from transformer.files import write_atomically
 from transformer.parallel import hosts
 
+GIVEN = "sentencepiece"  # the kind of a tokenizer that a file holds, beside those of TOKENIZERS
 ENOUGH = 1_000_000  # at most so many texts to learn a tokenizer from
 VERSION = 3  # incremented when pieces, tokens or their files change, which invalidates caches
 
@@ -109,12 +115,20 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
     """The dataset of `config`, which is prepared if necessary, and its tokenizers.
 
     Hosts may share `data_dir` or have one each: process 0 prepares the dataset before the others.
-    Tokenizers are read from the folder `saved` of a run, or learned from the training split.
+    Tokenizers are read from the folder `saved` of a run; if there is none, from the files that the
+    config names, or learned from the training split.
     """
 
     def find() -> Corpus:
         dataset = open_dataset(config, data_dir)
-        found = saved_tokenizers(config, saved) if saved else _learned_tokenizers(config, dataset)
+        if not saved:
+            return Corpus(dataset, _new_tokenizers(config, dataset))
+        found = saved_tokenizers(config, saved)
+        for side, tokenizer in found._asdict().items():
+            file = _model_file(config, side)
+            if file and Path(file).exists() and _given(config, side).digest() != tokenizer.digest():
+                fault = f"{file} is not the SentencePiece model of {saved.parent}; bring that back"
+                raise UserError(f"{fault}, or choose another --workdir")
         return Corpus(dataset, found)
 
     return hosts.in_turn(find)
@@ -122,14 +136,30 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
 
 def _for_sides(config: DataConfig, make: Callable[[str, str], Tokenizer]) -> Tokenizers:
     """The tokenizers `make(side, kind)`; the side is `shared` if both have the same one."""
-    if config.target_tokenizer is None:
-        return Tokenizers(*[make("shared", config.tokenizer)] * 2)
-    return Tokenizers(make("source", config.tokenizer), make("target", config.target_tokenizer))
+    source = GIVEN if config.tokenizer_model else config.tokenizer
+    target = GIVEN if config.target_tokenizer_model else config.target_tokenizer
+    if target is None:
+        return Tokenizers(*[make("shared", source)] * 2)
+    return Tokenizers(make("source", source), make("target", target))
 
 
 def _read(kind: str, path: Path, remedy: str) -> Tokenizer:
+    read = SentencePieceTokenizer if kind == GIVEN else TOKENIZERS[kind].read
     with explained(f"{path} is damaged ({{reason}}); {remedy}"):
-        return TOKENIZERS[kind].read(path.read_bytes())
+        return read(path.read_bytes())
+
+
+def _model_file(config: DataConfig, side: str) -> str | None:
+    """The file of the SentencePiece model of a side, if it has one of its own."""
+    return config.target_tokenizer_model if side == "target" else config.tokenizer_model
+
+
+def _given(config: DataConfig, side: str) -> Tokenizer:
+    """The tokenizer of a given SentencePiece model."""
+    file, knob = _model_file(config, side), "target_" * (side == "target") + "tokenizer_model"
+    problem = f"data.{knob}={file} is no SentencePiece model that can be used"
+    with explained(f"{problem} ({{reason}}); name another file"):
+        return SentencePieceTokenizer(Path(str(file)).read_bytes())
 
 
 def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
@@ -137,11 +167,13 @@ def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
     return _for_sides(config, lambda side, kind: _read(kind, folder / side, "train again"))
 
 
-def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
-    """Tokenizers learned from the training split, and cached next to the dataset."""
+def _new_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
+    """Given tokenizers, and others learned from the training split, cached next to the dataset."""
     split = dataset.split(config.train)
 
     def find(side: str, kind: str) -> Tokenizer:
+        if kind == GIVEN:
+            return _given(config, side)
         made_of = f"{kind} {side} {split} {dataset.fields} {config.vocab_size} {VERSION}"
         cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{_cache_key(made_of)}"
         if cache.exists():

@@ -214,6 +214,40 @@ class PieceTokenizer(Tokenizer):
         return self.model
 
 
+class SentencePieceTokenizer(PieceTokenizer):
+    """A SentencePiece model from elsewhere. Its ids are renumbered: after ours its other pieces.
+
+    It normalises text as it was trained to, so the text may not come back from its tokens. Names of
+    control tokens in a text are unknown to it, or pieces.
+    """
+
+    def __init__(self, model: bytes):
+        super().__init__(model)
+        given, unknown = self.processor, self.processor.unk_id()
+        own = {given.pad_id(): PAD, given.bos_id(): BOS, given.eos_id(): EOS}  # -1: it has none
+        others = [each for each in range(len(self.pieces)) if each not in own]
+        self.theirs = (*[unknown] * len(SPECIALS), *others)  # ours to theirs; none for a special
+        self.ours = own | {each: number for number, each in enumerate(others, len(SPECIALS))}
+        self.unknown_id = self.ours[unknown]
+        self.pieces = (*SPECIALS, *(self.pieces[each] for each in others))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.processor.Encode(list(texts))
+        return [[*map(self.ours.__getitem__, tokens), EOS] for tokens in encoded]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        size, unknown = len(self.pieces), self.processor.unk_id()
+        own = [self.theirs[each] if each < size else unknown for each in before_end(tokens)]
+        return self.processor.Decode(own)
+
+    def digest(self) -> str:
+        """The SHA-256 of the model, in which scores and normalisation matter too."""
+        return hashlib.sha256(self.model).hexdigest()
+
+
 class TokenizerKind(NamedTuple):
     """How to make a tokenizer: learn it from texts and a `vocab_size`, or read its `to_bytes`."""
 
