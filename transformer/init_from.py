@@ -62,8 +62,8 @@ def excluded_names(run: "Run", source: "Run") -> set[str]:
         elif name in foreign:
             faults.append(f"{name} is of another vocabulary")
     if faults:
-        remedy = f"""such as --config.init_new="('{faults[0].split()[0]}',)\""""
-        remedy = f"make the configs agree, or name what is to be initialised anew, {remedy}"
+        remedy = f"initialise such anew, as by --config.init_new='{faults[0].split()[0]}'"
+        remedy = f"make the configs agree, or {remedy}"
         raise UserError(f"init_from={folder} does not fit: {shorten(faults)}; {remedy}")
     if here.keys() <= excluded:
         raise UserError(f"init_new leaves nothing of init_from={folder}; name fewer parameters")
