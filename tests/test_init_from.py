@@ -151,7 +151,6 @@ def test_a_mistake_is_a_line(tmp_path, rng, data_dir):
         (folder, {"init_new": ("*",)}, "init_new leaves nothing of"),
         (folder, {"freeze": ("*",)}, "freeze matches all parameters"),
         (folder, {"freeze": ("encodr/*",)}, "freeze: 'encodr/.' matches no parameter; .* encoder/"),
-        ("", {"init_new": ("*",)}, "init_new=.*there is no init_from"),
     ):
         refused(message, lambda: start(opened(place, data_dir, **changes)))  # noqa: B023
     refused("freeze=x: patterns of names", RunConfig, freeze="x")

@@ -180,7 +180,6 @@ def test_a_folder_is_of_one_config_and_one_dataset(whole, tmp_path, data_dir, ca
     said = " ".join(capsys.readouterr().out.split())
     assert "the learning rate jumps after 14 updates, from 0 to 0.000286, since the config" in said
     assert f"and a new run with --config.init_from={folder} starts with a warm-up" in said
-
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
     record = json.loads((folder / "config.json").read_text())
     record["corpus"]["dataset"] = "toy_strings/reverse_tiny/0.9.0"

@@ -17,7 +17,7 @@ from transformer.training.step import TrainState
 if TYPE_CHECKING:
     from transformer.run import Run
 
-SHOWN = 4  # the most names in a message
+SHOWN = 3  # the most names in a message
 
 
 def open_source(run: "Run") -> "Run | None":
