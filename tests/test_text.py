@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import data_config, refused
-from tests.test_tokenizer import sentencepiece_model
+from tests.test_tokenizer import model_of
 from transformer.data import text
-from transformer.data.corpus import Corpus, open_corpus, saved_tokenizers
+from transformer.data.corpus import open_corpus
 from transformer.data.packing import filter_by_length
 
 GOOD = [(f"s{k}", f"t {k}") for k in range(400)]
@@ -198,57 +198,48 @@ def test_long_and_empty_examples_are_left_out_of_training(tmp_path):
     refused(r"data\.max_length=1 leaves no .*\(2 with an empty", filter_by_length, tokens, 1)
 
 
+def given_models(folder):
+    """Two files of models, and what is in them."""
+    contents = [model_of(name) for name in ("T5", "bpe")]
+    for name, content in zip("ab", contents, strict=True):
+        (folder / name).write_bytes(content)
+    return str(folder / "a"), str(folder / "b"), contents
+
+
 def test_a_given_model_is_used_instead_of_learning_and_kept_with_the_run(tmp_path):
-    file, run = tmp_path / "given.model", tmp_path / "run" / "tokenizers"
-    file.write_bytes(sentencepiece_model(pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
-    train = as_tsv(tmp_path)
-    files = {"dataset": "files", "train": train, "tokenizer_model": str(file)}
-    config = data_config(**files, tokenizer="words")
+    (file, other, contents), run = given_models(tmp_path), tmp_path / "run" / "tokenizers"
+    options = {"dataset": "files", "train": as_tsv(tmp_path), "tokenizer": "words"}
+    config = data_config(**options, tokenizer_model=file)
     corpus = open_corpus(config, str(tmp_path))
     source, target = corpus.tokenizers
     assert source is target
-    assert source.to_bytes() == file.read_bytes()
-    tokens = corpus.tokens(train)
-    assert len(tokens.source.values) > len(tokens.source)  # EOS is not all
+    assert source.to_bytes() == contents[0]
     corpus.tokenizers.save(run)
-
-    # Other bytes, to which the cached tokens do not belong.
-    file.write_bytes(sentencepiece_model(normalization_rule_name="identity", vocab_size=20))
-    other = open_corpus(config, str(tmp_path))
-    assert other.identity() != corpus.identity()
-    assert other.tokens(train).source.values.tolist() != tokens.source.values.tolist()
-    refused(
-        r"given.model is not the .* model of .*run; bring", open_corpus, config, str(tmp_path), run
-    )
-    file.unlink()
-    again = Corpus(corpus.dataset, saved_tokenizers(config, run))
-    assert again.identity() == corpus.identity()
-    assert open_corpus(config, str(tmp_path), run).identity() == corpus.identity()
+    tokens = corpus.tokens(options["train"])
+    Path(other).replace(file)  # to which the cached tokens do not belong
+    changed = open_corpus(config, str(tmp_path)).tokens(options["train"])
+    assert changed.source.values.tolist() != tokens.source.values.tolist()
+    again = partial(open_corpus, config, str(tmp_path), run)
+    refused("a is not the tokenizer of .*run; bring that back", again)
+    Path(file).unlink()
+    assert again().identity() == corpus.identity()
 
 
 def test_each_side_may_have_a_model_of_its_own(tmp_path):
-    contents = [sentencepiece_model(), sentencepiece_model(eos_id=0, unk_id=1, bos_id=-1)]
-    files = [tmp_path / name for name in "ab"]
-    for file, content in zip(files, contents, strict=True):
-        file.write_bytes(content)
-    train, (a, b) = as_tsv(tmp_path), map(str, files)
-    corpus = opened(tmp_path, train, tokenizer_model=a, target_tokenizer_model=b)
-    assert [each.to_bytes() for each in corpus.tokenizers] == contents
-    learned = opened(tmp_path, train, tokenizer_model=a, target_tokenizer="words").tokenizers
-    assert learned.source.to_bytes() == contents[0]
-    assert learned.target.separator == " "
-    learned = opened(tmp_path, train, tokenizer="words", target_tokenizer_model=b).tokenizers
-    assert learned.source.separator == " "
-    assert learned.target.to_bytes() == contents[1]
+    train, (a, b, contents) = as_tsv(tmp_path), given_models(tmp_path)
+    for knobs, expected in (
+        ({"tokenizer_model": a, "target_tokenizer_model": b}, contents),
+        ({"tokenizer_model": a, "target_tokenizer": "bytes"}, [contents[0], b""]),
+        ({"tokenizer": "bytes", "target_tokenizer_model": b}, [b"", contents[1]]),
+    ):
+        assert [each.to_bytes() for each in opened(tmp_path, train, **knobs).tokenizers] == expected
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", "cut off"])
 def test_what_is_no_model_is_refused_in_a_line(content, tmp_path):
-    file = tmp_path / "given.model"
-    if content is not None:
-        file.write_bytes(sentencepiece_model()[:-9] if content == "cut off" else content)
-    message = rf"data\.{{}}tokenizer_model={file} is no SentencePiece model .*; name another file"
-    train = as_tsv(tmp_path)
-    refused(message.format(""), opened, tmp_path, train, tokenizer_model=str(file))
-    said = message.format("target_")
-    refused(said, opened, tmp_path, train, target_tokenizer_model=str(file))
+    train, (file, _, contents) = as_tsv(tmp_path), given_models(tmp_path)
+    content = contents[0][:-9] if content == "cut off" else content
+    Path(file).unlink() if content is None else Path(file).write_bytes(content)
+    for knob in ("tokenizer_model", "target_tokenizer_model"):
+        message = rf"a is no SentencePiece model .*; change data\.{knob}$"
+        refused(message, opened, tmp_path, train, **{knob: file})

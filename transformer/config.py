@@ -88,13 +88,10 @@ class RunConfig(Population):
             yield f"accumulation_steps={parts} does not divide {batch_size}; choose one that does"
         if parts > 1 and model.norm == "batch":
             yield f"accumulation_steps={parts}: model.norm=batch needs the whole batch; set it to 1"
-        if model.tie_embeddings and (knob := data.own_target()):
-            value = f"data.{knob}={getattr(data, knob)}"
-            yield f"{value}: model.tie_embeddings needs one vocabulary; set it to False"
-        for knob in ("init_new", "freeze"):
-            patterns = getattr(self, knob)
-            if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
-                yield f"{knob}={patterns}: patterns of names of parameters, such as ('encoder/*',)"
+        for knob in ("target_tokenizer", "target_tokenizer_model"):
+            if model.tie_embeddings and (value := getattr(data, knob)) is not None:
+                needed = "model.tie_embeddings needs one vocabulary"
+                yield f"data.{knob}={value}: {needed}; set it to False"
         if self.init_new and not self.init_from:
             yield f"init_new={self.init_new}: there is no init_from; set it to a folder of a run"
         if warmup >= self.steps:
@@ -205,8 +202,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 def fixed_knobs(config: Any) -> set[str]:
     """Returns the knobs that a run can never change, as its vocabulary depends on them."""
     kinds = {config.data.tokenizer, config.data.target_tokenizer}
-    fixed = {"data.tokenizer", "data.target_tokenizer"}
-    fixed |= {"data.tokenizer_model", "data.target_tokenizer_model"}
+    fixed = {f"data.{side}tokenizer{file}" for side in ("", "target_") for file in ("", "_model")}
     fixed |= {"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set()
     separate = config.data.target_tokenizer or config.data.target_tokenizer_model
     fixed |= {"model.separate_vocabularies"} if separate else set()

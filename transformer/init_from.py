@@ -1,6 +1,6 @@
 """Starting from another run: its tokenizers, and those of its parameters that fit."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ def open_source(run: "Run") -> "Run | None":
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
     if not source.is_trained:
-        raise UserError(f"init_from: {folder} has no checkpoint yet; wait for its first")
+        raise UserError(f"init_from: {folder} has no checkpoint yet; name a run that has one")
     if source.config.replicas not in (1, replicas):
         found = f"init_from: {folder} has {source.config.replicas} replicas and this run {replicas}"
         raise UserError(f"{found}; name a single run, or one of as many replicas")
@@ -72,12 +72,12 @@ def excluded_names(run: "Run", source: "Run") -> set[str]:
 
 def foreign_tables(run: "Run", source: "Run") -> set[str]:
     """The embedding tables whose tokens are not those of the table in `source`."""
-    pairs = zip(*(each.tokenizers.digests().values() for each in (run, source)), strict=True)
-    source_differs, target_differs = (here != there for here, there in pairs)
-    tied = run.config.model.tie_embeddings
-    differs = {"embedding": source_differs or (tied and target_differs)}
-    differs |= dict.fromkeys(("target_embedding", "output_embedding"), target_differs)
-    return {f"{table}/embedding" for table, each in differs.items() if each}
+    here, there = (each.tokenizers.digests() for each in (run, source))
+    source_differs, target_differs = (here[side] != there[side] for side in here)
+    shared = run.config.model.tie_embeddings and target_differs
+    tables = ["embedding"] if source_differs or shared else []
+    tables += ["target_embedding", "output_embedding"] if target_differs else []
+    return {f"{table}/embedding" for table in tables}
 
 
 def initial_state(run: "Run") -> TrainState:
@@ -106,7 +106,7 @@ def initial_state(run: "Run") -> TrainState:
     return state._replace(params=params, batch_stats=batch_stats, ema_params=ema_params)
 
 
-def shorten(parts: Collection[str]) -> str:
-    """The first parts, separated by commas, and how many more there are."""
-    more = f", and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    return ", ".join([*parts][:SHOWN]) + more
+def shorten(parts: Sequence[str]) -> str:
+    """The first parts, and how many more there are."""
+    more = len(parts) - SHOWN
+    return ", ".join(parts[:SHOWN]) + f", and {more} more" * (more > 0)

@@ -66,7 +66,7 @@ def validate(config: Any, prefix: str) -> None:
 def match_names(patterns: Sequence[str], names: Collection[str], knob: str) -> set[str]:
     """The names that a pattern matches, such as `decoder/*`; a UserError if one matches none."""
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else map(str, patterns):
         own = fnmatch.filter(names, pattern)
         if not own:
             close = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))

@@ -95,8 +95,7 @@ class Run:
     @cached_property
     def corpus(self) -> Corpus:
         """The dataset with its tokenizers; prepares the dataset if necessary."""
-        own = self.is_trained
-        saved = self.workdir.tokenizers if own else init_from.tokenizer_folder(self)
+        saved = self.workdir.tokenizers if self.is_trained else init_from.tokenizer_folder(self)
         corpus = open_corpus(self.config.data, self.data_dir, saved)
         if self.is_trained and not self.allow_changes:
             self.workdir.check_corpus(corpus.identity())

@@ -72,8 +72,9 @@ def describe(run: "Run") -> dict[str, str]:
     rows = f" in {len(run.rows):,} rows" if config.data.pack_length else ""
     others = "".join(f", {len(data):,} of {name}" for name, data in run.data.items())
     replicas = f", times {config.replicas} replicas" if config.replicas > 1 else ""
-    trained = run.model.count_parameters(frozen_names(run.model, config))
-    trained = f", of which {trained:,} trained" if config.freeze else ""
+    count, trained = run.model.count_parameters, ""
+    if config.freeze:
+        trained = f", of which {count(frozen_names(run.model, config)):,} trained"
     backend = run.model.config.auto_backend(max(run.rows.widths))
     is_auto = config.model.attention_backend == "auto"
     return {
@@ -81,7 +82,7 @@ def describe(run: "Run") -> dict[str, str]:
         "left out": "; ".join(filter(None, (corpus.left_out(), excluded))),
         "unknown": corpus.unknown(config.data.train, config.data.validation, config.data.test),
         "devices": describe_mesh(run.mesh),
-        "parameters": f"{run.model.count_parameters():,}{trained}{replicas}",
+        "parameters": f"{count():,}{trained}{replicas}",
         "attention": f"{backend}, as auto picked" if is_auto else "",
         "best": f"by validation/{config.best_metric}",
         "workdir": str(run.workdir.path),

@@ -68,20 +68,13 @@ class Workdir:
             raise UserError(f"{fault}; bring those back, or choose another --workdir")
 
     def claim(self, config: ConfigDict, *, allow_changes: bool) -> None:
-        """Creates the folder; a UserError if it has checkpoints that `config` may not resume.
-
-        More steps than before are no change: they continue the run.
-        """
-        source = str(config.init_from)
-        if source and Path(source).resolve() == self.path.resolve():
-            remedy = "leave it out to resume, or choose another --workdir"
-            raise UserError(f"init_from={source} is the folder of this run itself; {remedy}")
+        """Creates the folder; a UserError if it has checkpoints that `config` may not resume."""
         if self.trained():
             record, other, fault = self.read_record(), "choose another --workdir", ""
             changes = differences(record["config"], continued(config, record["config"]))
             fixed = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
-            names = {each.partition(":")[0] for each in changes}
-            longer = names == {"steps"} and config.steps > record["config"].steps
+            steps = record["config"].steps, config.steps
+            longer = steps[0] < steps[1] and changes == [f"steps: {steps[0]} → {steps[1]}"]
             if "averaged" in record:
                 fault = f"an average of checkpoints, which cannot be trained further; {other}"
             elif fixed:

@@ -58,11 +58,6 @@ class DataConfig:
         object.__setattr__(self, "metrics", tuple(self.metrics))  # JSON makes lists of tuples
         validate(self, "data.")
 
-    def own_target(self) -> str:
-        """The knob that gives the target a tokenizer of its own; empty: it has the source's."""
-        knobs = "target_tokenizer_model", "target_tokenizer"
-        return next((knob for knob in knobs if getattr(self, knob) is not None), "")
-
 
 @dataclass(frozen=True)
 class PreparedDataset:

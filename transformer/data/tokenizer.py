@@ -158,8 +158,14 @@ class PieceTokenizer(Tokenizer):
         self.model = model  # as SentencePiece serialized it
         self.processor = SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
-        self.unknown_id = self.processor.unk_id()
-        self.pieces = tuple(map(self.processor.IdToPiece, range(self.processor.GetPieceSize())))
+        given, unknown = self.processor, self.processor.unk_id()
+        special = given.pad_id(), given.bos_id(), given.eos_id()  # -1: the model has none
+        others = [each for each in range(given.GetPieceSize()) if each not in special]
+        # The model's id of each of ours, and the reverse; they are equal if we learned the model.
+        self.theirs = (*(each if each >= 0 else unknown for each in special), *others)
+        self.ours = {each: number for number, each in enumerate(self.theirs)}
+        self.unknown_id = self.ours[unknown]
+        self.pieces = (*SPECIALS, *map(given.IdToPiece, others))
 
     @classmethod
     def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
@@ -200,41 +206,9 @@ class PieceTokenizer(Tokenizer):
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        return [*self.processor.Encode(text), EOS]
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:  # on all cores
-        return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        size, unknown = len(self.pieces), self.processor.unk_id()
-        own = [token if token < size else unknown for token in before_end(tokens)]
-        return self.processor.Decode(own)
-
-    def to_bytes(self) -> bytes:
-        return self.model
-
-
-class SentencePieceTokenizer(PieceTokenizer):
-    """A SentencePiece model from elsewhere. Its ids are renumbered: after ours its other pieces.
-
-    It normalises text as it was trained to, so the text may not come back from its tokens. Names of
-    control tokens in a text are unknown to it, or pieces.
-    """
-
-    def __init__(self, model: bytes):
-        super().__init__(model)
-        given, unknown = self.processor, self.processor.unk_id()
-        own = {given.pad_id(): PAD, given.bos_id(): BOS, given.eos_id(): EOS}  # -1: it has none
-        others = [each for each in range(len(self.pieces)) if each not in own]
-        self.theirs = (*[unknown] * len(SPECIALS), *others)  # ours to theirs; none for a special
-        self.ours = own | {each: number for number, each in enumerate(others, len(SPECIALS))}
-        self.unknown_id = self.ours[unknown]
-        self.pieces = (*SPECIALS, *(self.pieces[each] for each in others))
-
-    def encode(self, text: str) -> list[int]:
         return self.encode_all([text])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:  # on all cores
         encoded = self.processor.Encode(list(texts))
         return [[*map(self.ours.__getitem__, tokens), EOS] for tokens in encoded]
 
@@ -243,8 +217,15 @@ class SentencePieceTokenizer(PieceTokenizer):
         own = [self.theirs[each] if each < size else unknown for each in before_end(tokens)]
         return self.processor.Decode(own)
 
+    def to_bytes(self) -> bytes:
+        return self.model
+
+
+class GivenTokenizer(PieceTokenizer):
+    """A SentencePiece model from elsewhere, which may normalise text."""
+
     def digest(self) -> str:
-        """The SHA-256 of the model, in which scores and normalisation matter too."""
+        """The SHA-256 of the model: its scores and normalisation matter, too."""
         return hashlib.sha256(self.model).hexdigest()
 
 
