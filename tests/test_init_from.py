@@ -29,8 +29,9 @@ def small(*given):
 
 
 def source(path, rng, **changes):
-    """The folder of a run of which every variable is random, and its state."""
-    workdir, states, _ = make_run(path, rng, steps=(10,), drawn=small, **changes)
+    """The folder of a run with tokenizers of its own and random variables, and its state."""
+    options = {"steps": (10,), "drawn": small, "tokenizer": REVERSED}
+    workdir, states, _ = make_run(path, rng, **options, **changes)
     return workdir.path, states[0]
 
 
