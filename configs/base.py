@@ -26,6 +26,9 @@ def get_config():
     config.ema_decay = 0.0  # moving average of the parameters, for evaluation; 0: none
     config.decode_margin = 50  # tokens an output may exceed its source by
     config.best_metric = "sequence_accuracy"  # picks the best checkpoint
+    config.init_from = ""  # the folder of a run whose parameters this run starts from
+    config.init_new = ()  # patterns of those to initialise anew, such as ("decoder/*",)
+    config.freeze = ()  # patterns of parameters that stay fixed, such as ("encoder/*",)
     config.plugins = ()  # modules, imported first, that add entries to tables
 
     # Where the replicas of a population differ: a value for each, or () for the run's.
@@ -48,6 +51,8 @@ def get_config():
     config.data.test = "test"  # likewise
     config.data.tokenizer = "characters"  # TOKENIZERS in data/tokenizer.py
     config.data.target_tokenizer = None  # None: one for both sides
+    config.data.tokenizer_model = None  # the file of a SentencePiece model, instead of tokenizer
+    config.data.target_tokenizer_model = None  # likewise of the target alone
     config.data.vocab_size = 8_000  # maximum, for words, bpe, unigram
     config.data.max_length = 0  # filters out longer training examples; 0: no filter
     config.data.metrics = ()  # for decoded text; TEXT_METRICS in inference/text_metrics.py

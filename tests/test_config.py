@@ -66,7 +66,8 @@ OTHER = {
     **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2),
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
     **of("model.", separate_vocabularies=False),
-    **{"plugins": ("tests.helpers",)},
+    **of("", plugins=("tests.helpers",), freeze=("encoder/*",), init_from="x", init_new=("*",)),
+    **of("data.", tokenizer_model="x", target_tokenizer_model="x"),
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
     **of("optimizer.", beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=0.1),
     **of("mesh.", replica=1, data=2, fsdp=2, tensor=2, context=2),
@@ -122,7 +123,7 @@ def program(cfg):
 
 # The knobs that the program itself is made of; the others are about what is done with it.
 PARTS = ("label_smoothing", "ema_decay", "accumulation_steps", "max_skipped_steps")
-PARTS += ("model.", "optimizer.", "per_replica.")
+PARTS += ("model.", "optimizer.", "per_replica.", "freeze")
 INSIDE = [knob for knob in OTHER if knob.startswith(PARTS)]
 INSIDE.remove("model.separate_vocabularies")
 
@@ -230,8 +231,10 @@ def left(workdir, state):
     }
 
 
-# Tested in test_health.py, test_datasets.py, test_checkpoint.py and test_saved_runs.py.
+# Tested in test_health.py, test_datasets.py, test_checkpoint.py, test_saved_runs.py,
+# test_init_from.py and test_text.py.
 ELSEWHERE = ["debug_nans", "data.metrics", "data.bleu_tokenizer", "best_metric", "plugins"]
+ELSEWHERE += ["init_from", "init_new", "data.tokenizer_model", "data.target_tokenizer_model"]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
 SLOW = ["data.size", "data.vocab_size", "data.num_workers"]  # prepare much, or start processes
 UNCHANGED = {}  # fingerprints of the unchanged runs, made when first asked for
@@ -351,6 +354,8 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
         ({"data.metrics": ("blue",)}, r"data.metrics=blue: .*did you mean bleu\?"),
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         *((RECURRENT | {f"mesh.{a}": 2}, f"mesh.{a}=2.*{ONLY_DATA}") for a in ("fsdp", "context")),
+        ({"data.target_tokenizer_model": "x"}, r"target_tokenizer_model=x: model.tie_embeddings"),
+        ({"init_new": ("*",)}, r"init_new=.*there is no init_from; set it"),
         ({RATES: (0.1,)}, r"per_replica.dropout_rate has 1 values and replicas=1"),
         (TWO | {RATES: (0.1, 0.2, 0.3)}, r"per_replica.dropout_rate has 3 values and replicas=2"),
         (TWO | {RATES: (0.1, 1.5)}, r"dropout_rate=1.5: it must be at least 0 and below 1"),

@@ -32,6 +32,7 @@ ENTRIES = CHOICES | {
     **{"data.dataset": ["toy_strings"], "data.source": ["source"], "data.target": ["target"]},
     **{"data.target_tokenizer": CHOICES["data.tokenizer"], "data.size": ["tiny"]},
     **{"data.bleu_tokenizer": ["13a", "zh", "char"], "data.train": ["train", "train[:10%]"]},
+    **{"init_from": ["runs/none"], "init_new": ["()", "('*',)"], "freeze": ["('encoder/*',)"]},
     "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
     **{"data.validation": ["validation", "test"], "data.test": ["test_longer", "train[:100]"]},
 }

@@ -85,14 +85,17 @@ def test_replicas_may_differ_in_every_number_inside_the_step():
     own |= {"dropout_rate": (0.3, 0.0), "attention_dropout_rate": (0.0, 0.2)}
     changes = {f"per_replica.{name}": values for name, values in own.items()}
     changes |= {"model.random_positions": 64, "model.max_length": 16}
-    cfg = run_config(2, changes | {"optimizer.name": "adamw", "ema_decay": 0.5})
+    changes |= {"optimizer.name": "adamw", "ema_decay": 0.5, "freeze": ("encoder/*",)}
+    cfg = run_config(2, changes)
     population = train(cfg, MIXED)
     for k in range(2):
         check(population, cfg, k)
         single = cfg.replica(k)
         knobs = vars(single) | vars(single.optimizer) | vars(single.model)
         assert {name: knobs[name] for name in own} == {name: own[name][k] for name in own}
-    assert not equal(population[0][0].ema_params, population[0][0].params)
+    averages, params = population[0][0].ema_params, population[0][0].params
+    assert averages.keys() == {name for name in params if not name.startswith("encoder/")}
+    assert not equal(averages, {name: params[name] for name in averages})
     assert run_config(3, {"seed": 7}).seeds().tolist() == [7, 8, 9]  # without seeds of their own
 
 

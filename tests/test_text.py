@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import data_config, refused
+from tests.test_tokenizer import model_of
 from transformer.data import text
 from transformer.data.corpus import open_corpus
 from transformer.data.packing import filter_by_length
@@ -195,3 +196,50 @@ def test_long_and_empty_examples_are_left_out_of_training(tmp_path):
         long = f", 2 with a text of more than {longest} tokens" if longest else ""
         assert left_out == f"2 with an empty text{long}"
     refused(r"data\.max_length=1 leaves no .*\(2 with an empty", filter_by_length, tokens, 1)
+
+
+def given_models(folder):
+    """Two files of models, and what is in them."""
+    contents = [model_of(name) for name in ("T5", "bpe")]
+    for name, content in zip("ab", contents, strict=True):
+        (folder / name).write_bytes(content)
+    return str(folder / "a"), str(folder / "b"), contents
+
+
+def test_a_given_model_is_used_instead_of_learning_and_kept_with_the_run(tmp_path):
+    (file, other, contents), run = given_models(tmp_path), tmp_path / "run" / "tokenizers"
+    options = {"dataset": "files", "train": as_tsv(tmp_path), "tokenizer": "words"}
+    config = data_config(**options, tokenizer_model=file)
+    corpus = open_corpus(config, str(tmp_path))
+    source, target = corpus.tokenizers
+    assert source is target
+    assert source.to_bytes() == contents[0]
+    corpus.tokenizers.save(run)
+    tokens = corpus.tokens(options["train"])
+    Path(other).replace(file)  # to which the cached tokens do not belong
+    changed = open_corpus(config, str(tmp_path)).tokens(options["train"])
+    assert changed.source.values.tolist() != tokens.source.values.tolist()
+    again = partial(open_corpus, config, str(tmp_path), run)
+    refused("a is not the tokenizer of .*run; bring that back", again)
+    Path(file).unlink()
+    assert again().identity() == corpus.identity()
+
+
+def test_each_side_may_have_a_model_of_its_own(tmp_path):
+    train, (a, b, contents) = as_tsv(tmp_path), given_models(tmp_path)
+    for knobs, expected in (
+        ({"tokenizer_model": a, "target_tokenizer_model": b}, contents),
+        ({"tokenizer_model": a, "target_tokenizer": "bytes"}, [contents[0], b""]),
+        ({"tokenizer": "bytes", "target_tokenizer_model": b}, [b"", contents[1]]),
+    ):
+        assert [each.to_bytes() for each in opened(tmp_path, train, **knobs).tokenizers] == expected
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model", "cut off"])
+def test_what_is_no_model_is_refused_in_a_line(content, tmp_path):
+    train, (file, _, contents) = as_tsv(tmp_path), given_models(tmp_path)
+    content = contents[0][:-9] if content == "cut off" else content
+    Path(file).unlink() if content is None else Path(file).write_bytes(content)
+    for knob in ("tokenizer_model", "target_tokenizer_model"):
+        message = rf"a is no SentencePiece model .*; change data\.{knob}$"
+        refused(message, opened, tmp_path, train, **{knob: file})

@@ -1,11 +1,14 @@
+import io
 import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tests.helpers import refused
 from transformer.data.tokenizer import BOS, EOS, PAD, SPECIALS, TOKENIZERS, UNKNOWN, SymbolTokenizer
+from transformer.data.tokenizer import GivenTokenizer as Given
 
 TEXTS = ["the house is green", "the tree is tall", "a  house,\tand a tree é"] * 20
 LEARNED = {name: kind.learn(TEXTS, 300) for name, kind in TOKENIZERS.items()}
@@ -95,3 +98,51 @@ def test_pieces_are_no_more_than_asked_for_and_fewer_of_little_text(name):
     for text, part in zip(long, (TEXTS[0], TEXTS[0], "東京"), strict=True):
         tokenizer = learn([text], 300)
         assert "<0x" not in "".join(map(tokenizer.symbol, tokenizer.encode(part)))
+
+
+# Where a model has its special tokens, and what else may differ.
+MODELS = {
+    "T5": {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    "Marian": {"eos_id": 0, "unk_id": 1, "bos_id": -1},
+    "default": {},
+    "last": {"unk_id": 0, "bos_id": 1, "pad_id": 19, "eos_id": 20},
+    "normalised": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "bytes": {"byte_fallback": True, "vocab_size": 330},
+    "bpe": {"model_type": "bpe", "control_symbols": ["q"], "user_defined_symbols": ["<pad>"]},
+}
+
+
+def model_of(name):
+    """The bytes of a model that SentencePiece has learned."""
+    model, options = io.BytesIO(), {"vocab_size": 60, "hard_vocab_limit": False} | MODELS[name]
+    where = {"sentence_iterator": iter(TEXTS), "model_writer": model, "minloglevel": 2}
+    SentencePieceTrainer.Train(**where, **options)
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_given_model_has_its_pieces_under_our_ids(name):
+    model = model_of(name)
+    theirs, tokenizer = SentencePieceProcessor(model_proto=model), Given(model)
+    special = {theirs.pad_id(), theirs.bos_id(), theirs.eos_id()}
+    pieces = [theirs.IdToPiece(each) for each in range(len(theirs)) if each not in special]
+    assert tokenizer.pieces == (*SPECIALS, *pieces)
+    names = [theirs.IdToPiece(each) for each in range(len(theirs)) if theirs.IsControl(each)]
+    texts = [*TEXTS[:3], "The  house 東", "", "a".join([*names, *SPECIALS, UNKNOWN, "q"])]
+    for text, tokens in zip(texts, tokenizer.encode_all(texts), strict=True):
+        own = theirs.Encode(text)
+        assert [tokenizer.pieces[each] for each in tokens[:-1]] == [*map(theirs.IdToPiece, own)]
+        assert tokens == tokenizer.encode(text)
+        assert tokens[-1] == EOS
+        assert not {PAD, BOS, EOS} & set(tokens[:-1])
+        assert tokenizer.decode([*tokens, 7, PAD]) == theirs.Decode(own)
+        assert tokenizer.count_unknown(tokens) == own.count(theirs.unk_id())
+    shown = tokenizer.decode([BOS, tokenizer.vocab_size + 5, *tokenizer.encode("a")])
+    assert shown.split()[-2:] == ["⁇", "a"]  # an invalid token is shown
+
+
+def test_models_of_the_same_pieces_that_encode_otherwise_have_other_digests():
+    one, other = (Given(model_of(name)) for name in ("default", "normalised"))
+    assert one.pieces == other.pieces
+    assert one.encode("THE") != other.encode("THE")
+    assert one.digest() != other.digest()

@@ -86,6 +86,32 @@ def test_a_stopped_run_goes_on_to_the_same_bits(step, whole, tmp_path, data_dir,
     jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
+LONGER = [{"replicas": 2, "mesh__replica": 1}, {"data__num_workers": 1}]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in LONGER)]
+)
+def test_a_finished_run_continues_to_the_bits_of_one_of_more_steps(
+    changes, tmp_path, data_dir, monkeypatch, capsys
+):
+    folder, changes = tmp_path / "run", {"optimizer__schedule": "constant", **changes}
+    run(folder, data_dir, **changes)
+    refused(r"config \(steps: 14 → 12\)", run, folder, data_dir, steps=12, **changes)
+    assert json.loads((folder / "results.json").read_text())["step"] == 14
+    stop = lambda self: self.save_and_interrupt() if self.step == 15 else None  # noqa: E731
+    monkeypatch.setattr(loop.TrainingLoop, "interrupt_if_requested", stop)
+    with pytest.raises(Interrupted):
+        run(folder, data_dir, steps=20, **changes)
+    monkeypatch.undo()
+    assert not (folder / "results.json").exists()  # or it would seem to be done
+    state = run(folder, data_dir, steps=20, **changes)
+    assert "learning rate jumps" not in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text())["step"] == 20
+    whole = run(tmp_path / "whole", data_dir, steps=20, **changes)
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+
+
 @pytest.mark.parametrize("step_seconds", [0.001, 0.3, 7.0])
 def test_dispatches_take_about_a_second(step_seconds, monkeypatch):
     """A step that takes longer has one of its own, and no other waits behind it."""
@@ -153,6 +179,7 @@ def test_a_folder_is_of_one_config_and_one_dataset(whole, tmp_path, data_dir, ca
     assert state.taken() == 16
     said = " ".join(capsys.readouterr().out.split())
     assert "the learning rate jumps after 14 updates, from 0 to 0.000286, since the config" in said
+    assert f"and a new run with --config.init_from={folder} starts with a warm-up" in said
     assert steps_with(folder, "train/loss") == [4, 5, 8, 10, 12, 14, 15, 16]
     record = json.loads((folder / "config.json").read_text())
     record["corpus"]["dataset"] = "toy_strings/reverse_tiny/0.9.0"

@@ -1,3 +1,4 @@
+import fnmatch
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.helpers import logits_of, small_model, strings
@@ -16,7 +18,7 @@ from transformer.modules.config import ModelConfig
 from transformer.training import step as training
 from transformer.training.health import batch_of
 from transformer.training.metrics import zero_sums
-from transformer.training.optimizer import OptimizerConfig
+from transformer.training.optimizer import DECAYING, OPTIMIZERS, OptimizerConfig
 from transformer.training.step import init_state, make_train_step, make_train_steps
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst", "u")
@@ -165,6 +167,31 @@ def test_batch_norm_gathers_statistics_and_validation_uses_them():
     nll = score(after.variables(), DATA)["nll"]
     assert nll.sum() < score(after.params | before.batch_stats, DATA)["nll"].sum()
     np.testing.assert_allclose(score(after.variables(), DATA.head(1))["nll"], nll[:1], rtol=1e-5)
+
+
+EDGES = {"muon": [("*kernel",), ("*scale", "*bias", "*embedding")], "adam": [("*/mean", "*/var")]}
+FROZEN = [(name, patterns) for name, each in EDGES.items() for patterns in each]
+FROZEN += [(name, ("encoder/*", "embedding/*")) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("name", "patterns"), FROZEN)
+def test_what_is_frozen_stays_and_has_no_optimizer_state(name, patterns):
+    knobs = {"name": name, "ema_decay": 0.5, "freeze": patterns, "clip_norm": 0.0}
+    knobs |= {"weight_decay": 0.1} if name in DECAYING else {}
+    model, config, init = pieces(knobs, norm="batch")
+    before, everything = init(jnp.uint32(0)), model.shapes.keys()
+    after, sums = runner(model, config)(before, 1)
+    frozen = {x for x in everything if any(fnmatch.fnmatchcase(x, each) for each in patterns)}
+    moved = {x for x in everything if (after.variables()[x] != before.variables()[x]).any()}
+    assert moved == everything - frozen
+    assert before.ema_params.keys() == after.ema_params.keys() == before.params.keys() - frozen
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(after.opt_state), strict=True)
+    stored = {jax.tree_util.keystr(path[-1:], simple=True) for path in paths}
+    assert not stored & frozen
+    if name == "adam":
+        gradients = jax.tree.map(lambda mu: mu / 0.1, after.opt_state[0].mu)
+        assert gradients.keys() == before.ema_params.keys() <= stored
+        np.testing.assert_allclose(sums["train/gradient_norm"], optax.tree.norm(gradients), 1e-5)
 
 
 def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own():

@@ -51,6 +51,9 @@ class RunConfig(Population):
     ema_decay: Rate = 0.0  # moving average of the parameters, for evaluation; 0: none
     decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens an output may exceed its source by
     best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # picks the best checkpoint
+    init_from: str = ""  # the folder of a run whose parameters this run starts from
+    init_new: Sequence[str] = ()  # patterns of those to initialise anew, such as ("decoder/*",)
+    freeze: Sequence[str] = ()  # patterns of parameters that stay fixed, such as ("encoder/*",)
     plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
@@ -85,9 +88,12 @@ class RunConfig(Population):
             yield f"accumulation_steps={parts} does not divide {batch_size}; choose one that does"
         if parts > 1 and model.norm == "batch":
             yield f"accumulation_steps={parts}: model.norm=batch needs the whole batch; set it to 1"
-        if model.tie_embeddings and data.target_tokenizer is not None:
-            knob = f"data.target_tokenizer={data.target_tokenizer}"
-            yield f"{knob}: model.tie_embeddings needs one vocabulary; set it to False"
+        for knob in ("target_tokenizer", "target_tokenizer_model"):
+            if model.tie_embeddings and (value := getattr(data, knob)) is not None:
+                needed = "model.tie_embeddings needs one vocabulary"
+                yield f"data.{knob}={value}: {needed}; set it to False"
+        if self.init_new and not self.init_from:
+            yield f"init_new={self.init_new}: there is no init_from; set it to a folder of a run"
         if warmup >= self.steps:
             yield f"optimizer.warmup_steps={warmup} is not below steps={self.steps}; lower it"
         if model.architecture == "recurrent" and data.pack_length:
@@ -196,9 +202,10 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 def fixed_knobs(config: Any) -> set[str]:
     """Returns the knobs that a run can never change, as its vocabulary depends on them."""
     kinds = {config.data.tokenizer, config.data.target_tokenizer}
-    fixed = {"data.tokenizer", "data.target_tokenizer"}
+    fixed = {f"data.{side}tokenizer{file}" for side in ("", "target_") for file in ("", "_model")}
     fixed |= {"data.vocab_size"} if kinds & {"words", "bpe", "unigram"} else set()
-    fixed |= {"model.separate_vocabularies"} if config.data.target_tokenizer else set()
+    separate = config.data.target_tokenizer or config.data.target_tokenizer_model
+    fixed |= {"model.separate_vocabularies"} if separate else set()
     return fixed
 
 

@@ -1,7 +1,9 @@
 """Constraints on knobs, as in `norm: Annotated[str, Choice(NORMS)] = "layer"`."""
 
+import difflib
+import fnmatch
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -59,3 +61,15 @@ def validate(config: Any, prefix: str) -> None:
     """Raises a UserError for the first value that violates its constraint."""
     for knob, value, constraint in constrained(config, prefix):
         constraint.check(knob, value)
+
+
+def match_names(patterns: Sequence[str], names: Collection[str], knob: str) -> set[str]:
+    """The names that a pattern matches, such as `decoder/*`; a UserError if one matches none."""
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else map(str, patterns):
+        own = fnmatch.filter(names, pattern)
+        if not own:
+            close = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+            raise UserError(f"{knob}: {pattern!r} matches no parameter; the nearest are {close}")
+        found.update(own)
+    return found

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer import run_training
+from transformer import init_from, run_training
 from transformer.config import RunConfig
 from transformer.data import datasets
 from transformer.data.batches import Dataset
@@ -88,9 +88,14 @@ class Run:
         return self._mesh or make_mesh(self.config.mesh, self.config.replicas)
 
     @cached_property
+    def source(self) -> "Run | None":
+        """The run that `init_from` names; None if this one has a checkpoint."""
+        return init_from.open_source(self)
+
+    @cached_property
     def corpus(self) -> Corpus:
         """The dataset with its tokenizers; prepares the dataset if necessary."""
-        saved = self.workdir.tokenizers if self.is_trained else None
+        saved = self.workdir.tokenizers if self.is_trained else init_from.tokenizer_folder(self)
         corpus = open_corpus(self.config.data, self.data_dir, saved)
         if self.is_trained and not self.allow_changes:
             self.workdir.check_corpus(corpus.identity())
@@ -215,6 +220,8 @@ class Run:
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
         _ = self.examples, self.data, self.rows
         check_memory(self.abstract_state)
+        if self.source is not None:
+            init_from.excluded_names(self, self.source)
 
     def trace(self) -> None:
         """Traces the train step, which finds errors before compilation."""

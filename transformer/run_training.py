@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from transformer.config import RunConfig, continued
 from transformer.console import console, facts
 from transformer.errors import UserError
+from transformer.init_from import initial_state
 from transformer.parallel import hosts
 from transformer.parallel.mesh import describe_mesh, place
 from transformer.training.checkpoint import Checkpoints
@@ -20,7 +21,7 @@ from transformer.training.interruption import StopRequests
 from transformer.training.loop import TrainingLoop
 from transformer.training.metrics import MetricsWriter, read_metrics
 from transformer.training.optimizer import make_schedule
-from transformer.training.step import TrainState
+from transformer.training.step import TrainState, frozen_names
 from transformer.workdir import write_json
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
             # Written only after every check has passed.
             hosts.once(partial(run.corpus.tokenizers.save, run.workdir.tokenizers))
             run.workdir.write_config(ConfigDict(asdict(run.config)), run.corpus.identity())
+            # Of fewer steps, if the run continues.
+            hosts.once(partial(run.workdir.results.unlink, missing_ok=True))
             with MetricsWriter(run.workdir.path, state.taken(), run.config.replicas) as writer:
                 if profile:
                     write_profile(run, state, profile)
@@ -69,6 +72,9 @@ def describe(run: "Run") -> dict[str, str]:
     rows = f" in {len(run.rows):,} rows" if config.data.pack_length else ""
     others = "".join(f", {len(data):,} of {name}" for name, data in run.data.items())
     replicas = f", times {config.replicas} replicas" if config.replicas > 1 else ""
+    count, trained = run.model.count_parameters, ""
+    if config.freeze:
+        trained = f", of which {count(frozen_names(run.model, config)):,} trained"
     backend = run.model.config.auto_backend(max(run.rows.widths))
     is_auto = config.model.attention_backend == "auto"
     return {
@@ -76,7 +82,7 @@ def describe(run: "Run") -> dict[str, str]:
         "left out": "; ".join(filter(None, (corpus.left_out(), excluded))),
         "unknown": corpus.unknown(config.data.train, config.data.validation, config.data.test),
         "devices": describe_mesh(run.mesh),
-        "parameters": f"{run.model.count_parameters():,}{replicas}",
+        "parameters": f"{count():,}{trained}{replicas}",
         "attention": f"{backend}, as auto picked" if is_auto else "",
         "best": f"by validation/{config.best_metric}",
         "workdir": str(run.workdir.path),
@@ -87,7 +93,7 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
     """Returns the state to train from, and the sums of an interrupted interval."""
     step, config = max(checkpoints.steps(), default=None), run.config
     if step is None:
-        return run.init(config.seeds(), config.hparams()), {}
+        return initial_state(run), {}
     state = checkpoints.restore(step, run.abstract_state)
     seeds, saved_seeds = config.seeds().tolist(), hosts.fetch(state.seed).tolist()
     if seeds != saved_seeds or step > config.steps:
@@ -95,14 +101,15 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
             f"the checkpoint in {run.workdir.path} has seed {saved_seeds} and step {step}, the "
             f"config seed={seeds} and steps={config.steps}: another run; choose another --workdir"
         )
-    check_changes(state, RunConfig.from_config_dict(run.workdir.read_config()), config)
+    before = RunConfig.from_config_dict(run.workdir.read_config())
+    check_changes(state, before, config, str(run.workdir.path))
     facts({"resuming": f"at step {step:,} of {config.steps:,}"})
     # From the config, not from the checkpoint: --allow_changes may have changed them.
     where = {name: leaf.sharding for name, leaf in run.abstract_state.hparams.items()}
     return state._replace(hparams=place(config.hparams(), where)), checkpoints.interval(step)
 
 
-def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
+def check_changes(state: TrainState, old: RunConfig, new: RunConfig, folder: str) -> None:
     """Refuses to resume a replica that has stopped; says where the learning rate jumps."""
     step, skipped = (np.atleast_1d(hosts.fetch(each)) for each in (state.step, state.skipped))
     limits = old.max_skipped_steps, new.max_skipped_steps
@@ -120,7 +127,8 @@ def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
             console.print(
                 f"the learning rate jumps after {done:,} updates, from {before:.3g} to {now:.3g}, "
                 "since the config has changed; with optimizer.schedule=constant or inverse_sqrt it "
-                "does not depend on steps" + (f" (replica {k})" if len(step) > 1 else "")
+                f"does not depend on steps, and a new run with --config.init_from={folder} starts "
+                "with a warm-up (a warm restart)" + (f" (replica {k})" if len(step) > 1 else "")
             )
 
 

@@ -51,7 +51,8 @@ class Workdir:
         if missing := ",".join(name for name in config.plugins if name not in loaded_plugins):
             raise UserError(
                 f"{self.path} was trained with {missing}, which is imported only if the command "
-                f"names it too: --plugins={missing} or transformer.load(…, plugins=({missing!r},))"
+                f"names it too: --plugins={missing}, of train.py --config.plugins, or "
+                f"transformer.load(…, plugins=({missing!r},))"
             )
         return config
 
@@ -72,11 +73,13 @@ class Workdir:
             record, other, fault = self.read_record(), "choose another --workdir", ""
             changes = differences(record["config"], continued(config, record["config"]))
             fixed = [each for each in changes if each.partition(":")[0] in fixed_knobs(config)]
+            steps = record["config"].steps, config.steps
+            longer = steps[0] < steps[1] and changes == [f"steps: {steps[0]} → {steps[1]}"]
             if "averaged" in record:
                 fault = f"an average of checkpoints, which cannot be trained further; {other}"
             elif fixed:
                 fault = f"a run with other tokens ({'; '.join(fixed)}), kept to its end; {other}"
-            elif changes and not allow_changes:
+            elif changes and not (longer or allow_changes):
                 fault = f"a run of another config ({'; '.join(changes)}); {other}, "
                 fault += "or --allow_changes to resume from its checkpoint"
             if fault:

@@ -12,14 +12,15 @@ from transformer.console import progress, status
 from transformer.data.batches import Dataset
 from transformer.data.datasets import CHUNK, DataConfig, PreparedDataset, open_dataset
 from transformer.data.packing import RaggedArray, TokenPairs, cached_pairs, unpacked_rows
-from transformer.data.tokenizer import TOKENIZERS, SymbolTokenizer, Tokenizer
+from transformer.data.tokenizer import TOKENIZERS, GivenTokenizer, SymbolTokenizer, Tokenizer
 from transformer.data.toy import TASKS
-from transformer.errors import explained
+from transformer.errors import UserError, explained
 from transformer.files import write_atomically
 from transformer.parallel import hosts
 
 ENOUGH = 1_000_000  # at most so many texts to learn a tokenizer from
 VERSION = 3  # incremented when pieces, tokens or their files change, which invalidates caches
+Kind = str | Path  # of a tokenizer: an entry of TOKENIZERS, or the file of a SentencePiece model
 
 
 class Tokenizers(NamedTuple):
@@ -109,43 +110,59 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
     """The dataset of `config`, which is prepared if necessary, and its tokenizers.
 
     Hosts may share `data_dir` or have one each: process 0 prepares the dataset before the others.
-    Tokenizers are read from the folder `saved` of a run, or learned from the training split.
+    Tokenizers are read from the folder `saved` of a run, or from files that the config names, or
+    learned from the training split.
     """
 
     def find() -> Corpus:
         dataset = open_dataset(config, data_dir)
-        found = saved_tokenizers(config, saved) if saved else _learned_tokenizers(config, dataset)
+        if saved is None:
+            return Corpus(dataset, _new_tokenizers(config, dataset))
+        found = saved_tokenizers(config, saved)
+        files = config.tokenizer_model, config.target_tokenizer_model
+        for file, kept in zip(files, found, strict=True):  # a run does not need its files
+            if file and Path(file).is_file() and Path(file).read_bytes() != kept.to_bytes():
+                remedy = "bring that back, or choose another --workdir"
+                raise UserError(f"{file} is not the tokenizer of {saved.parent}; {remedy}")
         return Corpus(dataset, found)
 
     return hosts.in_turn(find)
 
 
-def _for_sides(config: DataConfig, make: Callable[[str, str], Tokenizer]) -> Tokenizers:
+def _for_sides(config: DataConfig, make: Callable[[str, Kind], Tokenizer]) -> Tokenizers:
     """The tokenizers `make(side, kind)`; the side is `shared` if both have the same one."""
-    if config.target_tokenizer is None:
-        return Tokenizers(*[make("shared", config.tokenizer)] * 2)
-    return Tokenizers(make("source", config.tokenizer), make("target", config.target_tokenizer))
+    source: Kind = Path(config.tokenizer_model) if config.tokenizer_model else config.tokenizer
+    file = config.target_tokenizer_model
+    target: Kind | None = Path(file) if file else config.target_tokenizer
+    if target is None:
+        return Tokenizers(*[make("shared", source)] * 2)
+    return Tokenizers(make("source", source), make("target", target))
 
 
-def _read(kind: str, path: Path, remedy: str) -> Tokenizer:
-    with explained(f"{path} is damaged ({{reason}}); {remedy}"):
-        return TOKENIZERS[kind].read(path.read_bytes())
+def _read(kind: Kind, path: Path, fault: str) -> Tokenizer:
+    read = TOKENIZERS[kind].read if isinstance(kind, str) else GivenTokenizer
+    with explained(f"{path} {fault}"):
+        return read(path.read_bytes())
 
 
 def saved_tokenizers(config: DataConfig, folder: Path) -> Tokenizers:
     """The tokenizers that a run stored in `folder`."""
-    return _for_sides(config, lambda side, kind: _read(kind, folder / side, "train again"))
+    fault = "is damaged ({reason}); train again"
+    return _for_sides(config, lambda side, kind: _read(kind, folder / side, fault))
 
 
-def _learned_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
-    """Tokenizers learned from the training split, and cached next to the dataset."""
+def _new_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
+    """Given tokenizers, and others learned from the training split, cached next to the dataset."""
     split = dataset.split(config.train)
 
-    def find(side: str, kind: str) -> Tokenizer:
+    def find(side: str, kind: Kind) -> Tokenizer:
+        if isinstance(kind, Path):
+            knob = f"data.{'target_' * (side == 'target')}tokenizer_model"
+            return _read(kind, kind, f"is no SentencePiece model ({{reason}}); change {knob}")
         made_of = f"{kind} {side} {split} {dataset.fields} {config.vocab_size} {VERSION}"
         cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{_cache_key(made_of)}"
         if cache.exists():
-            return _read(kind, cache, "delete it")
+            return _read(kind, cache, "is damaged ({reason}); delete it")
         if config.dataset == "toy_strings" and kind == "characters":
             task = TASKS[config.task]  # all characters, even of a small split
             return SymbolTokenizer(task.alphabet + task.target_only)

@@ -43,6 +43,8 @@ class DataConfig:
     test: str = "test"  # likewise
     tokenizer: Tokenizer = "characters"  # TOKENIZERS in data/tokenizer.py
     target_tokenizer: Tokenizer | None = None  # None: one for both sides
+    tokenizer_model: str | None = None  # the file of a SentencePiece model, instead of tokenizer
+    target_tokenizer_model: str | None = None  # likewise of the target alone
     vocab_size: Annotated[int, Range(264, 2**20)] = 8_000  # maximum, for words, bpe, unigram
     max_length: SizeOrZero = 0  # filters out longer training examples; 0: no filter
     metrics: Sequence[str] = ()  # for decoded text; TEXT_METRICS in inference/text_metrics.py

@@ -158,8 +158,14 @@ class PieceTokenizer(Tokenizer):
         self.model = model  # as SentencePiece serialized it
         self.processor = SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
-        self.unknown_id = self.processor.unk_id()
-        self.pieces = tuple(map(self.processor.IdToPiece, range(self.processor.GetPieceSize())))
+        given, unknown = self.processor, self.processor.unk_id()
+        special = given.pad_id(), given.bos_id(), given.eos_id()  # -1: the model has none
+        others = [each for each in range(given.GetPieceSize()) if each not in special]
+        # The model's id of each of ours, and the reverse; they are equal if we learned the model.
+        self.theirs = (*(each if each >= 0 else unknown for each in special), *others)
+        self.ours = {each: number for number, each in enumerate(self.theirs)}
+        self.unknown_id = self.ours[unknown]
+        self.pieces = (*SPECIALS, *map(given.IdToPiece, others))
 
     @classmethod
     def learn(cls, model_type: str, texts: Iterable[str], vocab_size: int) -> "PieceTokenizer":
@@ -200,18 +206,27 @@ class PieceTokenizer(Tokenizer):
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        return [*self.processor.Encode(text), EOS]
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:  # on all cores
-        return [[*tokens, EOS] for tokens in self.processor.Encode(list(texts))]
+        encoded = self.processor.Encode(list(texts))
+        return [[*map(self.ours.__getitem__, tokens), EOS] for tokens in encoded]
 
     def decode(self, tokens: Iterable[int]) -> str:
         size, unknown = len(self.pieces), self.processor.unk_id()
-        own = [token if token < size else unknown for token in before_end(tokens)]
+        own = [self.theirs[each] if each < size else unknown for each in before_end(tokens)]
         return self.processor.Decode(own)
 
     def to_bytes(self) -> bytes:
         return self.model
+
+
+class GivenTokenizer(PieceTokenizer):
+    """A SentencePiece model from elsewhere, which may normalise text."""
+
+    def digest(self) -> str:
+        """The SHA-256 of the model: its scores and normalisation matter, too."""
+        return hashlib.sha256(self.model).hexdigest()
 
 
 class TokenizerKind(NamedTuple):

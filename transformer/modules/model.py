@@ -1,7 +1,7 @@
 """The model as pure functions of its variables, and the shapes and axes of these."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -86,9 +86,10 @@ class Model:
         }
         return nnx.merge(self.structure, nnx.traversals.unflatten_mapping(paths))
 
-    def count_parameters(self) -> int:
-        """The number of parameters, without allocating them."""
-        return sum(math.prod(leaf.shape) for leaf in self.split(self.shapes)[0].values())
+    def count_parameters(self, excluded: Container[str] = ()) -> int:
+        """The number of parameters, without those of some names, and without allocating them."""
+        params = self.split(self.shapes)[0].items()
+        return sum(math.prod(leaf.shape) for name, leaf in params if name not in excluded)
 
 
 def flatten(state: nnx.State) -> Params:

@@ -29,7 +29,7 @@ COUNTS = ("tokens", "steps", "skipped", "stopped")  # `steps` includes the other
 
 
 class Update(NamedTuple):
-    """A parameter update, from which metrics are computed."""
+    """An update of the trained parameters, from which metrics are computed."""
 
     gradients: Any  # before clipping
     updates: Any

@@ -1,6 +1,6 @@
 """The train state, and the train step as one pure function for every use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from transformer.data.batches import Batch
+from transformer.errors import UserError
+from transformer.knobs import match_names
 from transformer.loss import linear_cross_entropy
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params, flatten
@@ -50,22 +52,36 @@ class TrainState(NamedTuple):
     hparams: dict[str, Any]  # name → float32 scalar; those that replace the config's
     params: Params  # float32
     batch_stats: Params  # running averages of batch norm, float32
-    opt_state: Any  # such as Adam's moments
-    ema_params: Params  # moving averages of the parameters; empty without `ema_decay`
+    opt_state: Any  # such as Adam's moments, of the trained parameters
+    ema_params: Params  # moving averages of the trained parameters; empty without `ema_decay`
 
     def taken(self) -> int:  # on the host
         return int(np.asarray(self.step.addressable_data(0)).flat[0])
 
     def variables(self) -> Params:
         """The variables that the model is evaluated with."""
-        return (self.ema_params or self.params) | self.batch_stats
+        return self.params | self.ema_params | self.batch_stats
+
+
+def frozen_names(model: Model, config: "RunConfig") -> set[str]:
+    """The variables that training leaves as they are: those that `config.freeze` matches."""
+    frozen = match_names(config.freeze, model.shapes, "freeze")
+    if frozen >= model.split(model.shapes)[0].keys():
+        raise UserError("freeze matches all parameters; leave some to train")
+    return frozen
+
+
+def without(variables: Params, names: Container[str]) -> Params:
+    """The variables that are not named."""
+    return {name: leaf for name, leaf in variables.items() if name not in names}
 
 
 def init_state(model: Model, config: "RunConfig", seed: Array, hparams: dict) -> TrainState:
     """The state before the first step."""
     params, batch_stats = model.split(model.init(stream(seed, "init")))
-    opt_state = make_optimizer(config.optimizer, config.steps).init(params)
-    ema_params = params if config.ema_decay else {}
+    trained = without(params, frozen_names(model, config))
+    opt_state = make_optimizer(config.optimizer, config.steps).init(trained)
+    ema_params = trained if config.ema_decay else {}
     counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1)  # step, skipped, failed
     return TrainState(*counts, seed, hparams, params, batch_stats, opt_state, ema_params)
 
@@ -95,6 +111,7 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
     It minimises the smoothed cross-entropy, averaged over the target tokens of the whole batch.
     With gradient accumulation the result differs by rounding and in the dropout masks.
     """
+    frozen = frozen_names(model, config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         own, dropout = state.hparams, ("dropout_rate", "attention_dropout_rate")
@@ -102,9 +119,10 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
         label_smoothing = own.get("label_smoothing", config.label_smoothing)
         hparams = SimpleNamespace(**vars(config.optimizer) | own)  # of the optimizer
         key = jax.random.fold_in(stream(state.seed, "dropout"), state.step)
+        trained = without(state.params, frozen)
 
-        def loss_fn(params: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
-            module = model.bind(params | state.batch_stats)
+        def loss_fn(trained: Params, part: Batch, key: Array) -> tuple[Array, tuple[Sums, Params]]:
+            module = model.bind(state.params | trained | state.batch_stats)
             set_dropout_rates(module, *dropout_rates)
             hidden = module.hidden(**part.inputs(), deterministic=False, rngs=training_rngs(key))
             labels = part.target_out, part.weights, label_smoothing
@@ -114,24 +132,24 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
             return loss, (sums | {"tokens": part.weights.sum()}, batch_stats)
 
-        grad_fn = partial(jax.grad(loss_fn, has_aux=True), state.params)
+        grad_fn = partial(jax.grad(loss_fn, has_aux=True), trained)
         # With gradient accumulation there are no batch statistics (`RunConfig` checks that).
         gradients, (sums, batch_stats) = accumulate(grad_fn, config.accumulation_steps, batch, key)
         # Divided only now: devices then communicate once, with the gradients.
         num_tokens = jnp.maximum(sums["tokens"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
         optimizer = make_optimizer(config.optimizer, config.steps, hparams)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        trained: Any = optax.apply_updates(trained, updates)
         schedule = make_schedule(config.optimizer.schedule, config.steps, hparams)
         learning_rate = schedule(state.step - state.skipped)
-        sums |= sum_over_updates(Update(gradients, updates, params, learning_rate))
+        sums |= sum_over_updates(Update(gradients, updates, trained, learning_rate))
         new_state = state._replace(
             step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
+            params=state.params | trained,
+            batch_stats=state.batch_stats | without(batch_stats, frozen),
             opt_state=opt_state,
-            ema_params=update_ema(state.ema_params, params, state.step, config.ema_decay),
+            ema_params=update_ema(state.ema_params, trained, state.step, config.ema_decay),
         )
         return skip_nonfinite(state, new_state, sums, config.max_skipped_steps)
 
