@@ -50,7 +50,8 @@ cli.define_decoding_flags()
 cli.define_plugins_flag()
 
 INVALID, UNKNOWN = "lines that are not UTF-8", "unknown symbols"
-TRUNCATED = "outputs truncated (--decode_margin)"
+TRUNCATED, CAPPED = (f"outputs truncated (--{x})" for x in ("decode_margin", "max_length"))
+MISSING = "empty lines in place of outputs of the same text (--distinct)"
 Report = dict[str, dict[int, int]]  # what is counted → line → count
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     decoding = cli.decoding()
     cli.set_up_jax(Run.saved(WORKDIR.value).config)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # like the input
-    report: Report = {INVALID: {}, UNKNOWN: {}, TRUNCATED: {}}
+    report: Report = {what: {} for what in (INVALID, UNKNOWN, TRUNCATED, CAPPED, MISSING)}
     lines = enumerate(read_lines(sys.stdin.buffer, report[INVALID]), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
         options = {"checkpoint": CHECKPOINT.value, "replica": REPLICA.value}
@@ -104,8 +105,13 @@ def write(
         print(f"line {numbers[index]}: {reason}; its output is empty", file=sys.stderr)
     for number, outputs in zip(numbers, found, strict=True):
         sys.stdout.write("".join(formatted(number, output) + "\n" for output in outputs))
-        if any(output.truncated for output in outputs):
-            report[TRUNCATED][number] = 1
+        for output in outputs:
+            if output.truncated:
+                capped = len(output.tokens) == decoding.max_length
+                report[CAPPED if capped else TRUNCATED][number] = 1
+        if (missing := N_BEST.value - len(outputs)) and not (SCORES.value or JSON.value):
+            sys.stdout.write("\n" * missing)  # line numbers keep their meaning
+            report[MISSING][number] = missing
     sys.stdout.flush()
     for index in np.flatnonzero(prepared.tokens.lengths() > 1) if ALIGNMENTS.value else ():
         if index in prepared.refused:

@@ -11,7 +11,8 @@ from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference import decoding
-from transformer.inference.decoding import GREEDY, Sources, beam_search, sample, truncate
+from transformer.inference.decoding import GREEDY, Sources, beam_search, sample
+from transformer.inference.logits import truncate
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))

@@ -64,6 +64,7 @@ class Generator:
     ):
         self.model, self.variables, self.tokenizers, self.mesh = model, variables, tokenizers, mesh
         self.positions = model.config.reach(2**30)  # the model's maximum length
+        self.margin = margin
         decode = partial(evaluation.decode, model, margin=margin)
         options = evaluation.compiler_options()
         self._program = jax.jit(decode, static_argnames="decoding", compiler_options=options)
@@ -113,7 +114,8 @@ class Generator:
         Args:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
             A text that does not fit in memory is refused, too.
-          n_best: outputs per text: the best of beam search, or independent samples.
+          n_best: outputs per text: the best of beam search, or independent samples; with
+            `distinct` there may be fewer.
           batch_size: the most texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
 
@@ -135,7 +137,7 @@ class Generator:
                 warnings.warn(f"{sum(unknown.values()):,} unknown symbols {where}", stacklevel=2)
         outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
         for rows, found in self._batches(prepared, decoding, samples, batch_size, offset):
-            best = (each[:, :n_best] for each in found)
+            best = (each[:, : None if decoding.distinct else n_best] for each in found)
             for row, tokens, scores in zip(rows, *best, strict=True):
                 outputs[row] += map(self._output, tokens, scores.tolist())
         if prepared is not texts:
@@ -145,6 +147,8 @@ class Generator:
         if decoding.temperature:  # beam search has ranked its own, those without EOS last
             for own in outputs:
                 own.sort(key=lambda output: -output.score)
+        if decoding.distinct:
+            outputs, n_best = [best_of_each_text(own)[:n_best] for own in outputs], 1
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
 
     def _batches(
@@ -157,6 +161,8 @@ class Generator:
         with jax.set_mesh(self.mesh):
             size = evaluation.rows_at_once(self.model, size, decoding.beam_size)
         lengths = prepared.tokens.lengths()
+        least = decoding.limits(lengths[lengths > 1], self.margin).min(initial=self.positions)
+        decoding, prefix = decoding.split_prefix(self.tokenizers.target, int(least))
         widths = np.minimum(bucket(lengths), self.positions)
         for width in np.unique(widths[lengths > 1])[::-1].tolist():
             rows = np.flatnonzero((lengths > 1) & (widths == width))
@@ -167,7 +173,7 @@ class Generator:
                 part = parts.pop(0)
                 sources = prepared.tokens.take(rows[part]).to_padded(width)
                 try:
-                    yield rows[part], self._decode(sources, streams[part], decoding)
+                    yield rows[part], self._decode(sources, streams[part], prefix, decoding)
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
                     if not out_of_memory(error):
                         raise
@@ -181,12 +187,14 @@ class Generator:
         own = before_end(tokens.tolist())
         return Output(self.tokenizers.target.decode(own), own, score, EOS not in tokens)
 
-    def _decode(self, sources: Any, streams: Any, decoding: DecodingConfig) -> Hypotheses:
+    def _decode(
+        self, sources: Any, streams: Any, prefix: Any, decoding: DecodingConfig
+    ) -> Hypotheses:
         rows = len(sources)  # padded to a power of two, which limits compilations
         pad = ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0))
         sources, streams = np.pad(sources, pad), np.pad(streams, pad).astype(np.int32)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
-            found = self._program(self.variables, sources, streams, decoding=decoding)
+            found = self._program(self.variables, sources, streams, prefix, decoding=decoding)
             return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
     def align(self, texts: Sequence[str], outputs: Sequence[Output]) -> list[Alignment]:
@@ -204,6 +212,15 @@ class Generator:
             symbols = ([*map(of.symbol, x)] for of, x in zip(self.tokenizers, pair, strict=True))
             alignments.append(Alignment(*symbols, weights=weights))
         return alignments
+
+
+def best_of_each_text(outputs: Iterable[Output]) -> list[Output]:
+    """The first output of each text, without missing hypotheses, whose score is -inf."""
+    best: dict[str, Output] = {}
+    for output in outputs:
+        if output.score != -np.inf:
+            best.setdefault(output.text, output)
+    return [*best.values()]
 
 
 def bucket(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
