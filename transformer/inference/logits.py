@@ -54,24 +54,22 @@ class Constraints(NamedTuple):
     ) -> Float[Array, "*B V"]:
         """The scores of the next token after the first `index` tokens of an output."""
         given, size = scores, scores.shape[-1]
-        token = jnp.arange(size)
         if self.repetition_penalty != 1.0:
             factor = self.repetition_penalty
             lower = jnp.where(scores < 0, scores * factor, scores / factor)
             scores = jnp.where(_continues(output, index, 1, size), lower, scores)
-        penalized = scores
         if self.no_repeat_ngram_size:
             repeats = _continues(output, index, self.no_repeat_ngram_size, size)
             scores = jnp.where(repeats, -jnp.inf, scores)
         if self.min_length:
-            scores = jnp.where((token == EOS) & (index < self.min_length), -jnp.inf, scores)
-        if self.no_repeat_ngram_size and self.min_length:  # an output that cannot go on ends
-            stuck = (scores == -jnp.inf).all(-1, keepdims=True)
-            scores = jnp.where(stuck & (token == EOS), penalized, scores)
+            end, early = jnp.arange(size) == EOS, index < self.min_length
+            if self.no_repeat_ngram_size:  # an output that cannot go on ends
+                early &= jnp.where(end, -jnp.inf, scores).max(-1, keepdims=True) > -jnp.inf
+            scores = jnp.where(end & early, -jnp.inf, scores)
         if self.prefix is not None:
-            forced = token == self.prefix[jnp.minimum(index, len(self.prefix) - 1)]
-            in_prefix = index < len(self.prefix)
-            scores = jnp.where(in_prefix, jnp.where(forced, given, -jnp.inf), scores)
+            forced = jnp.arange(size) == self.prefix[jnp.minimum(index, len(self.prefix) - 1)]
+            chosen = jnp.where(forced, given, -jnp.inf)
+            scores = jnp.where(index < len(self.prefix), chosen, scores)
         return scores
 
 
