@@ -147,7 +147,10 @@ def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
 
 
 CONSTRAINTS = {
-    "prefix": ({"prefix": jnp.array([4])}, lambda tokens: tokens[0] == 4),
+    "prefix": (  # which the other constraints do not exclude
+        {"prefix": jnp.array([4, 4]), "no_repeat_ngram_size": 1},
+        lambda tokens: tokens[:2] == [4, 4] and tokens[2] != 4,
+    ),
     "min_length": ({"min_length": 2}, lambda tokens: EOS not in tokens[:2]),
     "no_repeat": (
         {"no_repeat_ngram_size": 1},
