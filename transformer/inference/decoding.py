@@ -312,7 +312,7 @@ class DecodingConfig:
         tokens = tokenizer.encode(self.prefix)[:-1]
         if tokenizer.count_unknown(tokens):
             raise UserError(f"{given} has unknown symbols; choose others")
-        if tokens and len(tokens) >= limit:
+        if len(tokens) >= limit:
             most = f"{len(tokens)} tokens, and some outputs at most {limit}, EOS included"
             raise UserError(f"{given} has {most}; shorten it, or raise decode_margin or max_length")
         return replace(self, prefix=""), np.array(tokens, np.int32) if tokens else None

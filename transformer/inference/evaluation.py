@@ -238,11 +238,11 @@ def write_samples(
     examples = (data.source, data.target, found.tokens, found.scores)
     head = (np.asarray(side)[:SAMPLES].tolist() for side in examples)
     for source, target, *hypotheses in zip(*head, strict=True):
-        seen: set[str] = set()
-        for output, score in zip(*hypotheses, strict=True):
-            row = [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
-            if distinct and (row[2] in seen or score == -np.inf):  # which is a missing hypothesis
+        outputs = [(text(output), score) for output, score in zip(*hypotheses, strict=True)]
+        best = {output[0]: output for output in outputs[::-1] if output[1] != -np.inf}
+        for output in outputs:
+            if distinct and best.get(output[0]) is not output:
                 continue
-            seen.add(row[2])
+            row = [tokenizers.source.decode(source), text(target), output[0], f"{output[1]:.4f}"]
             rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

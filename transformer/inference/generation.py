@@ -148,7 +148,10 @@ class Generator:
             for own in outputs:
                 own.sort(key=lambda output: -output.score)
         if decoding.distinct:
-            outputs, n_best = [best_of_each_text(own)[:n_best] for own in outputs], 1
+            for own in outputs:  # a missing hypothesis has a score of -inf
+                best = {output.text: output for output in own[::-1] if output.score != -np.inf}
+                own[:] = [output for output in own if best.get(output.text) is output][:n_best]
+            n_best = 1
         return [own or [Output("", [], 0.0)] * n_best for own in outputs]
 
     def _batches(
@@ -212,15 +215,6 @@ class Generator:
             symbols = ([*map(of.symbol, x)] for of, x in zip(self.tokenizers, pair, strict=True))
             alignments.append(Alignment(*symbols, weights=weights))
         return alignments
-
-
-def best_of_each_text(outputs: Iterable[Output]) -> list[Output]:
-    """The first output of each text, without missing hypotheses, whose score is -inf."""
-    best: dict[str, Output] = {}
-    for output in outputs:
-        if output.score != -np.inf:
-            best.setdefault(output.text, output)
-    return [*best.values()]
 
 
 def bucket(lengths: Int[np.ndarray, "texts"]) -> Int[np.ndarray, "texts"]:
