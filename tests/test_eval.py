@@ -152,7 +152,7 @@ def test_the_limit_of_outputs_names_the_flags_that_lift_it():
         ),
     ):
         found = evaluation.limit_report(DecodingConfig(**settings), margin, data, truncated)
-        assert found == (beyond, line and f"outputs have a limit ({line}")
+        assert found == (beyond, line and f"of the outputs' length ({line}")
 
 
 def test_distinct_samples_are_the_first_of_each_text(tmp_path):

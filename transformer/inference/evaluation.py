@@ -222,7 +222,7 @@ def limit_report(
     count = " to ".join(f"{each:,}" for each in sorted({min(truncated), max(truncated)}))
     found = [f"{count} outputs reached it"] * any(truncated)
     found += [f"{beyond:,} targets are longer; {flags} suffices for all"] * (beyond > 0)
-    return beyond, f"outputs have a limit ({limit}): {', '.join(found)}" if found else ""
+    return beyond, f"of the outputs' length ({limit}): {', '.join(found)}" if found else ""
 
 
 def write_samples(
