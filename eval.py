@@ -13,6 +13,7 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # until `cli.run`: a quarter of the time of the imports
 
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +28,6 @@ from jax.sharding import Mesh
 from transformer import cli
 from transformer.config import RunConfig
 from transformer.console import facts, table
-from transformer.data.tokenizer import PAD
 from transformer.errors import UserError
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
@@ -88,20 +88,20 @@ def main() -> None:
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
 
     margin = decoding.margin(config.decode_margin)
-    target, source = ((np.asarray(x) != PAD).sum(1) for x in (data.target, data.source))
-    beyond, needed = int((target - source > margin).sum()), int((target - source).max())
+    truncated = [each["outputs_cut"] for each in replicas]
+    beyond, limit = evaluation.limit_report(decoding, margin, data, truncated)
     record = {"step": state.taken(), "split": split, "data": DATA.value or corpus.dataset.name}
     record |= {"examples": len(data), **decoding.describe(), "decode_margin": margin}
     record |= {"references_beyond_margin": beyond, "replicas": replicas}
     write_json(out / f"eval_{name}.json", record)
     samples = out / f"samples_{name}.tsv"
     if hosts.first():  # before anything is printed: its reader may be gone
-        evaluation.write_samples(samples, run.tokenizers, data, arrays[0][1])
+        evaluation.write_samples(samples, run.tokenizers, data, arrays[0][1], decoding.distinct)
     lengths = (each["by_source_length"] for each in replicas)
     by_length = [mean_over_replicas(rows) for rows in zip(*lengths, strict=True)]
     show_metrics(f"{run.workdir.path}, step {state.taken()}, {split}", split, replicas, by_length)
     show_scores([each["text"] for each in replicas])
-    show_limit(margin, beyond, needed, [each["outputs_cut"] for each in replicas])
+    facts({"limit": limit})
     evaluation.show_samples(run.tokenizers, data, arrays[0][1])
     facts({"results": str(out / f"eval_{name}.json"), "samples": str(samples)})
 
@@ -131,7 +131,10 @@ def evaluation_mesh(config: RunConfig) -> Mesh:
 def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
     """The name of an evaluation's files: the split, and what differs from the defaults."""
     defaults, settings = DecodingConfig(), decoding.describe()
-    parts = [split, *(f"{k}={v}" for k, v in settings.items() if v != getattr(defaults, k))]
+    differs = {k: v for k, v in settings.items() if v != getattr(defaults, k)}
+    if decoding.prefix:  # of any length and characters
+        differs["prefix"] = hashlib.sha256(decoding.prefix.encode(errors="replace")).hexdigest()[:6]
+    parts = [split, *(f"{name}={value}" for name, value in differs.items())]
     if CHECKPOINT.value != "latest":
         parts.append(f"checkpoint={CHECKPOINT.value}")
     if DATA.value:
@@ -172,17 +175,6 @@ def show_metrics(
         values = (metric.format(row[name]) for name, metric in PRINTED.items())
         rows.append((length, f"{row['sequences']:,.0f}", *values))
     table(title, ("source length", "sequences", *labels.values()), rows)
-
-
-def show_limit(margin: int, beyond: int, needed: int, truncated: Sequence[int]) -> None:
-    """Prints how many outputs reached the length limit, and how many targets exceed it, if any."""
-    count = " to ".join(f"{each:,}" for each in sorted({min(truncated), max(truncated)}))
-    found = [f"{count} outputs reached it"] * any(truncated)
-    if beyond:
-        found += [f"{beyond:,} targets are longer; --decode_margin={needed} suffices for all"]
-    if found:
-        limit = f"outputs have at most {margin} tokens more than their source (decode_margin)"
-        facts({"limit": f"{limit}: {', '.join(found)}"})
 
 
 if __name__ == "__main__":

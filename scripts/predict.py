@@ -61,7 +61,8 @@ cli.define_decoding_flags()
 cli.define_plugins_flag()
 
 INVALID, UNKNOWN = "lines that are not UTF-8", "unknown symbols"
-TRUNCATED = "outputs truncated (--decode_margin)"
+TRUNCATED, CAPPED = (f"outputs truncated (--{x})" for x in ("decode_margin", "max_length"))
+MISSING = "empty lines in place of outputs of the same text (--distinct)"
 ALIGNED = 16  # alignments computed at once
 Report = dict[str, dict[int, int]]  # what is counted → line → count
 
@@ -74,7 +75,7 @@ def main() -> None:
         raise UserError(f"--score decodes nothing: leave out --{given[0]}")
     cli.set_up_jax(Run.saved(WORKDIR.value).config)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # like the input
-    report: Report = {INVALID: {}, UNKNOWN: {}, TRUNCATED: {}}
+    report: Report = {what: {} for what in (INVALID, UNKNOWN, TRUNCATED, CAPPED, MISSING)}
     lines = enumerate(read_lines(sys.stdin.buffer, report[INVALID]), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
         options = {"checkpoint": CHECKPOINT.value, "replica": REPLICA.value}
@@ -121,8 +122,14 @@ def write(
     is_text = prepared.tokens.lengths() > 1
     for number, own, has_tokens in zip(numbers, results, is_text.tolist(), strict=True):
         sys.stdout.write("".join(formatted(number, each, has_tokens) + "\n" for each in own))
-        if any(isinstance(each, Output) and each.truncated for each in own):
-            report[TRUNCATED][number] = 1
+        for output in own:
+            if isinstance(output, Output) and output.truncated:
+                capped = len(output.tokens) == decoding.max_length
+                report[CAPPED if capped else TRUNCATED][number] = 1
+        missing = 0 if SCORE.value or SCORES.value or JSON.value else N_BEST.value - len(own)
+        if missing:
+            sys.stdout.write("\n" * missing)  # line numbers keep their meaning
+            report[MISSING][number] = missing
     sys.stdout.flush()
     if ALIGNMENTS.value:
         kept = [k for k in np.flatnonzero(is_text).tolist() if k not in prepared.refused]

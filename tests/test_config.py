@@ -185,7 +185,7 @@ class Dispatches:
         names = ("uniform", "correct", "tokens")
         return {"nll": (20.0 - self.step) * ones} | dict.fromkeys(names, ones)
 
-    def decode(self, model, variables, source, streams, decoding, *, margin, max_length):
+    def decode(self, model, variables, source, streams, prefix, decoding, *, margin, max_length):
         self.calls.append(("decode", source.shape, decoding, margin))
         tokens = jnp.zeros((len(source), 1, max_length), jnp.int32)
         return Hypotheses(

@@ -11,7 +11,8 @@ from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference import decoding
-from transformer.inference.decoding import GREEDY, Sources, beam_search, sample, truncate
+from transformer.inference.decoding import GREEDY, Sources, beam_search, sample
+from transformer.inference.logits import Constraints, truncate
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
@@ -145,6 +146,68 @@ def test_a_beam_that_holds_every_sequence_ranks_them_all(changes, alpha):
         np.testing.assert_allclose(scores, [each[1] for each in ranked], rtol=1e-4)
 
 
+CONSTRAINTS = {
+    "prefix": (  # which the other constraints do not exclude
+        {"prefix": jnp.array([4, 4]), "no_repeat_ngram_size": 1},
+        lambda tokens: tokens[:2] == [4, 4] and tokens[2] != 4,
+    ),
+    "min_length": ({"min_length": 2}, lambda tokens: EOS not in tokens[:2]),
+    "no_repeat": (
+        {"no_repeat_ngram_size": 1},
+        lambda tokens: max(map(tokens.count, {*tokens} - {PAD})) == 1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "allows"), CONSTRAINTS.values(), ids=list(CONSTRAINTS))
+def test_a_beam_that_holds_every_sequence_has_those_that_the_constraints_allow(settings, allows):
+    """In their order, with the scores of teacher forcing, those of a prefix included."""
+    model, params = tiny_tokens()
+    width = len(list(every_sequence(model.vocab_size)))
+    sources = Sources(SOURCE, LENGTH, constraints=Constraints(**settings))
+    call = jax.jit(lambda params: beam_search(model.bind(params), sources, width, 0.6))
+    for tokens, scores, ranked in zip(*call(params), scored(model, params, 0.6), strict=True):
+        ranked = [each for each in ranked if allows(each[2])]
+        there = np.isfinite(scores)
+        assert np.asarray(tokens)[there].tolist() == [each[2] for each in ranked]
+        np.testing.assert_allclose(scores[there], [each[1] for each in ranked], rtol=1e-4)
+
+
+def test_constraints_come_before_the_truncation_of_samples_and_do_not_change_scores():
+    model, params = tiny_tokens(tie_embeddings=False)
+    limits = {"min_length": 4, "no_repeat_ngram_size": 2, "repetition_penalty": 1.5}
+    constraints = Constraints(jnp.array([3, 3]), **limits)
+    source = jnp.broadcast_to(SOURCE[0], (64, 4))
+    sources = Sources(source, 9, KEYS[:64], constraints=constraints)
+    settings = {"1": {"top_k": 1}, "all": {}, "greedy": {"temperature": 0.0}}
+    calls = jax.jit(
+        lambda params: {x: sample(model.bind(params), sources, **y) for x, y in settings.items()}
+    )
+    found = jax.tree.map(lambda x: np.asarray(x)[:, 0], calls(params))
+    jax.tree.map(np.testing.assert_array_equal, found["1"], found["greedy"])
+    tokens, scores = found["all"]
+    assert len(np.unique(tokens, axis=0)) > 20
+    log_p = forced_log_p(model, params, SOURCE[0], tokens).astype(np.float64)
+    log_p = np.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores, (log_p * (tokens != PAD)).sum(1), rtol=1e-4)
+    for row in tokens.tolist():
+        assert row[:2] == [3, 3]
+        assert EOS not in row[:4]
+        pairs = [pair for pair in itertools.pairwise(row[1:]) if PAD not in pair]
+        assert len({*pairs}) == len(pairs)
+        assert (3, 3) not in pairs
+
+
+def test_an_output_of_which_every_next_token_is_excluded_ends():
+    """Though it is shorter than the least length: there are but three tokens beside EOS."""
+    model, params = tiny_tokens()
+    sources = Sources(SOURCE, 9, constraints=Constraints(min_length=6, no_repeat_ngram_size=1))
+    found = jax.jit(lambda params: [f(model.bind(params), sources) for f in (greedy, beam_search)])
+    for each in found(params):
+        assert (np.sort(each.tokens[:, 0, :4])[:, 1:] == [3, 4, 5]).all()
+        np.testing.assert_array_equal(each.tokens[:, 0, 3], EOS)
+
+
 def searched_by_definition(log_p_after, width, alpha, length):
     """Beam search over lists of tokens, which never stops early and has no cache."""
     live, finished = [((), 0.0)], []
@@ -187,10 +250,12 @@ def test_beam_search_finds_what_its_definition_finds(alpha, changes):
 def test_an_outputs_length_limit_depends_on_its_own_source(method):
     """With a margin a batch has the outputs of each source alone with that maximal length."""
     model, _ = tiny_tokens(tie_embeddings=False)
-    lengths, margin = (3, 2, 4), 2
+    lengths, margin, ratio = (3, 2, 4), 2, 1.0
+    if method is greedy:
+        lengths, margin, ratio = (5, 3, 6), 0, 1.5  # ⌈1.5 · 3⌉, …
 
     def found(params, rows, length, margin=None):
-        sources = Sources(SOURCE[rows], length, KEYS[:3][rows], margin=margin)
+        sources = Sources(SOURCE[rows], length, KEYS[:3][rows], margin=margin, ratio=ratio)
         return method(model.bind(params), sources)
 
     together = jax.jit(partial(found, rows=slice(0, 3), length=9, margin=margin))

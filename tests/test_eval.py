@@ -12,7 +12,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests import helpers
-from tests.helpers import data_config, logits_of, program, random_params, small_model, strings
+from tests.helpers import (
+    TOKENIZER,
+    data_config,
+    logits_of,
+    program,
+    random_params,
+    small_model,
+    strings,
+)
 from tests.test_average import files_of, make_run
 from transformer import cli
 from transformer.data.batches import Dataset
@@ -118,6 +126,7 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
         ("test_checkpoint=best", "--length_penalty=1.0", "--checkpoint=best"),
         ("test_beam_size=4", "--beam_size=4"),
         ("test_temperature=1.0_seed=3", "--temperature=1", "--seed=3"),
+        ("test_max_length=9_prefix=98ead2", "--max_length=9", "--prefix=a /"),
         ("test_data=a.de,a.en-012345", "--data=x/a.de, x/a.en"),
     ):
         with program("eval.py", "--workdir=none", *words) as module:
@@ -126,6 +135,43 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
     with pytest.raises(SystemExit), program("eval.py"):
         pass
     assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err
+
+
+def test_the_limit_of_outputs_names_the_flags_that_lift_it():
+    data = Dataset(BATCH.source, BATCH.target_out, 7)  # of 2 to 6 tokens on both sides
+    for settings, margin, truncated, beyond, line in (
+        ({}, 0, [0], 0, ""),
+        ({}, 9, [2, 0], 0, "decode_margin=9): 0 to 2 outputs reached it"),
+        (
+            {"length_ratio": 0.5},
+            1,
+            [0],
+            4,
+            "decode_margin=1, length_ratio=0.5): "
+            "4 targets are longer; --decode_margin=3 suffices for all",
+        ),
+        (
+            {"max_length": 4},
+            3,
+            [0],
+            2,
+            "decode_margin=3, max_length=4): "
+            "2 targets are longer; --decode_margin=3 --max_length=6 suffices for all",
+        ),
+    ):
+        found = evaluation.limit_report(DecodingConfig(**settings), margin, data, truncated)
+        assert found == (beyond, line and f"of the outputs' length ({line}")
+
+
+def test_distinct_samples_are_the_first_of_each_text(tmp_path):
+    data = Dataset(BATCH.source[:1], BATCH.target_out[:1], 1)
+    rows = [[4, EOS, PAD], [4, PAD, PAD], [5, EOS, PAD], [PAD, PAD, PAD]]
+    found = Hypotheses(np.array([rows]), np.array([[-1.0, -2.0, -3.0, -np.inf]], np.float32))
+    for distinct, scores in (True, [-1.0, -3.0]), (False, found.scores[0].tolist()):
+        path = tmp_path / "samples.tsv"
+        evaluation.write_samples(path, Tokenizers(TOKENIZER, TOKENIZER), data, found, distinct)
+        lines = path.read_text().splitlines()[1:]
+        assert [float(line.split("\t")[3]) for line in lines] == scores
 
 
 def test_sequence_accuracy_is_exact_match_of_decoded_outputs():

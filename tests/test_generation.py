@@ -174,6 +174,10 @@ def test_a_string_in_place_of_a_list_and_contradictory_settings_are_user_errors(
         ("only sampling uses top_k", {"top_p": 0.5}),
         ("temperature=1e-40: it must be at least 1e-06", {"temperature": 1e-40}),
         ("temperature=nan", {"temperature": float("nan")}),
+        ("min_length=5 leaves no room for EOS in max_length=5", {"min_length": 5, "max_length": 5}),
+        ("length_ratio=0.0: it must be at least 0.01", {"length_ratio": 0.0}),
+        ("repetition_penalty=0.0: it must be at least 0.01", {"repetition_penalty": 0.0}),
+        ("max_length=0: it must be at least 1", {"max_length": 0}),
     ):
         refused(message, DecodingConfig, **settings)
 

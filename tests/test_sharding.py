@@ -90,7 +90,8 @@ def train(run, sizes=(1, 1, 1), context=1):
 
 def decode(model, *variables_and_source):  # greedily, and by beam search
     run = partial(evaluation.decode, model, *variables_and_source, max_length=6)
-    return run().tokens, run(decoding=DecodingConfig(beam_size=3)).tokens
+    options = {"beam_size": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 1.2}
+    return run().tokens, run(None, jnp.array([7]), DecodingConfig(**options)).tokens
 
 
 @pytest.mark.parametrize(("run", "sizes", "context"), MESHES)

@@ -166,10 +166,17 @@ def define_decoding_flags() -> None:
         "top_p": "Samples among the likeliest of total probability p; 1: all.",
         "seed": "Of sampling.",
         "decode_margin": "Tokens by which an output may exceed its source; default the run's.",
+        "length_ratio": "Multiplies the source's length in this limit.",
+        "max_length": "Tokens in an output at most, EOS included; default: no other limit.",
+        "min_length": "Tokens before EOS at least.",
+        "prefix": "The text that every output starts with.",
+        "distinct": "Leaves out hypotheses whose text a better one has.",
+        "no_repeat_ngram_size": "n: no n tokens occur twice in an output; 0: any may.",
+        "repetition_penalty": "Above 1: makes tokens that the output has less likely; 1: none.",
     }
+    kinds = {float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
     for each in fields(DecodingConfig):
-        real = isinstance(each.default, float)
-        define: Any = flags.DEFINE_float if real else flags.DEFINE_integer
+        define: Any = kinds.get(type(each.default), flags.DEFINE_integer)
         define(each.name, each.default, meanings[each.name])
 
 

@@ -16,6 +16,7 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
 from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unpacked_rows
 from transformer.data.streaming import StreamedDataset
+from transformer.data.tokenizer import PAD
 from transformer.errors import UserError, choose
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, Hypotheses
@@ -270,16 +271,18 @@ class Run:
     def decode(self, variables: Any, data: Dataset, decoding: DecodingConfig) -> Hypotheses:
         """Decodes every source in `data`, which is on the host, with every replica."""
         config, margin = self.config, decoding.margin(self.config.decode_margin)
-        options = {"margin": margin, "decoding": decoding}
-        options["max_length"] = config.model.reach(data.source.shape[1] + margin)
-        decode = partial(evaluation.decode, self.model, **options)
-        decode = self._jit(decode, 0, None, None, **self._to_read)
-
-        def decode_batch(*batch: np.ndarray) -> Hypotheses:
-            return decode(variables, *self.place(batch))
-
         source, axis = np.asarray(data.source), int(config.replicas > 1)
         rows = self.rows_at_once(data, decoding)
+        widths = np.array([(source != PAD).sum(1).min(), source.shape[1]])
+        least, most = map(config.model.reach, decoding.limits(widths, margin).tolist())
+        decoding, prefix = decoding.split_prefix(self.tokenizers.target, least)
+        options = {"margin": margin, "decoding": decoding, "max_length": most}
+        decode = partial(evaluation.decode, self.model, **options)
+        decode = self._jit(decode, 0, None, None, None, **self._to_read)
+
+        def decode_batch(*batch: np.ndarray) -> Hypotheses:
+            return decode(variables, *self.place((*batch, prefix)))
+
         return evaluation.decode_in_batches(decode_batch, source, rows, axis)
 
     def rows_at_once(self, data: Dataset, decoding: DecodingConfig) -> int:

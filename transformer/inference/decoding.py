@@ -6,17 +6,19 @@ hypothesis. A row's output does not depend on the rest of its batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.errors import UserError
-from transformer.knobs import Range, SizeOrZero, validate
+from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from transformer.errors import UserError, explained
+from transformer.inference.logits import Constraints, next_log_p, truncate
+from transformer.knobs import Range, Size, SizeOrZero, validate
 from transformer.modules.recurrent import Recurrent
 from transformer.modules.transformer import Transformer
 
@@ -32,7 +34,9 @@ class Sources(NamedTuple):
     max_length: int  # tokens in an output, EOS included: the cache's length
     keys: Any = None  # the rows' PRNG keys, for sampling
     num_tokens: int | None = None  # the vocabulary's size without its padding; None: V
-    margin: int | None = None  # tokens by which an output may exceed its source; None: any
+    margin: int | None = None  # tokens by which an output may exceed ratio · source; None: any
+    ratio: float = 1.0
+    constraints: Constraints = Constraints()
 
     def rooms(self, model: Module, hypotheses: int = 1) -> tuple[int, ...]:
         """The lengths that the cache has in turn; few outputs are much longer than their source."""
@@ -49,8 +53,16 @@ class Sources(NamedTuple):
         lengths = segments.sum(-1)
         limits = jnp.full_like(lengths, self.max_length)
         if self.margin is not None:  # Vaswani et al. 2017: 50
-            limits = jnp.minimum(lengths + self.margin, limits)
+            own = lengths
+            if self.ratio != 1.0:
+                own = jnp.asarray(scaled(np.arange(self.tokens.shape[1] + 1), self.ratio))[lengths]
+            limits = jnp.minimum(own + self.margin, limits)
         return cache, lengths > 0, limits
+
+
+def scaled(lengths: Int[np.ndarray, "B"], ratio: float) -> Int[np.ndarray, "B"]:
+    """⌈ratio · length⌉, where 1.1 · 10 is 11 in spite of rounding."""
+    return np.ceil(np.round(lengths * ratio, 6)).astype(np.int32)
 
 
 class Hypotheses(NamedTuple):
@@ -63,40 +75,34 @@ class Hypotheses(NamedTuple):
     scores: Float[Array, "*B J"]  # log p in nats / length penalty; -inf for a missing hypothesis
 
 
-def next_log_p(logits: Float[Array, "*B V"], num_tokens: int | None) -> Float[Array, "*B V"]:
-    """log p of each next token; -inf for PAD, BOS and the entries that pad the vocabulary.
-
-    The others are not renormalised: their log p is that of teacher forcing.
-    """
-    token = jnp.arange(logits.shape[-1])
-    allowed = (token != PAD) & (token != BOS) & (token < (num_tokens or logits.shape[-1]))
-    return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
-
-
 def sample(
     model: Module, sources: Sources, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Hypotheses:
     """Tokens sampled from the model's distribution; J = 1.
 
     The temperature divides the logits; 0 selects the most likely token, which is greedy decoding
-    and needs no keys. See `truncate`.
+    and needs no keys. See `truncate`. A score is the model's log p, whatever the constraints are.
     """
-    rows = len(sources.tokens)
+    rows, constraints = len(sources.tokens), sources.constraints
     cache, has_source, limits = sources.start(model)
 
     def step(cache, state):
         tokens, total, last, done = state
         logits, advanced = model.decode_step(last, cache)
         log_p = next_log_p(logits[:, 0], sources.num_tokens)
+        scores = log_p
+        if constraints.repetition_penalty != 1.0:  # depends on the sign of the logits
+            scores = jnp.where(log_p == -jnp.inf, log_p, logits[:, 0].astype(jnp.float32))
+        scores = constraints.apply(scores, tokens, cache.filled)
         if temperature:
-            likely = truncate(log_p / temperature, top_k, top_p)
+            likely = truncate(scores / temperature, top_k, top_p)
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, cache.filled)
             selected = jax.vmap(jax.random.categorical)(step_keys, likely)
         else:
             # The first of the largest: XLA's argmax is 8 times as slow on a CPU. NaN logits end.
-            size, largest = log_p.shape[1], log_p.max(1, keepdims=True)
+            size, largest = scores.shape[1], scores.max(1, keepdims=True)
             index = jnp.arange(size)
-            selected = jnp.where(log_p == largest, index, size).min(1)
+            selected = jnp.where(scores == largest, index, size).min(1)
             selected = jnp.where(selected == size, EOS, selected)
         selected = selected.astype(jnp.int32)[:, None]
         # Summed here: scoring whole outputs afterwards takes longer than decoding them.
@@ -114,24 +120,6 @@ def sample(
     state = tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source
     tokens, total, *_ = _loop(is_live, step, cache, state, sources.rooms(model))
     return Hypotheses(tokens[:, None], total[:, None])
-
-
-def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """The logits of the tokens that may be sampled, -inf for the others.
-
-    These are the `top_k` most likely (Fan et al. 2018; 0: all), and of them the most likely whose
-    probabilities sum to `top_p` (Holtzman et al. 2020); also any as likely as one of these.
-    """
-    if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p < 1.0:
-        order = jnp.sort(logits, axis=-1, descending=True)
-        share = jax.nn.softmax(order)
-        before = jnp.cumsum(share, axis=-1) - share  # the probability of all likelier tokens
-        least = jnp.where(before < top_p, order, order[:, :1]).min(-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return logits
 
 
 def _loop(cond: Callable, step: Callable, cache: Any, state: Any, rooms: Sequence[int]) -> Any:
@@ -190,6 +178,8 @@ def beam_search(
 ) -> Hypotheses:
     """The J = `beam_size` best hypotheses by log p / `penalty`.
 
+    A repetition penalty multiplies the log p of a token, which its scores include.
+
     A row is done when no live hypothesis can still enter its J best finished ones (log p only
     falls, and the penalty of the longest output divides it the most), or at its length limit.
     With J = 1 and no length penalty it is greedy decoding.
@@ -209,6 +199,7 @@ def beam_search(
         last = jax.lax.dynamic_index_in_dim(state.live, jnp.maximum(index - 1, 0), 2, False)
         logits, cache = model.decode_step(jnp.where(index == 0, BOS, last), cache)
         log_p = next_log_p(logits, sources.num_tokens)
+        log_p = sources.constraints.apply(log_p, state.live, index)
         parents, grown = _expand(state, index, log_p, length_penalty)
         if sources.margin is not None:  # a row at its limit waits for the others
             select = partial(jax.vmap(jnp.where), index < limits)
@@ -274,9 +265,20 @@ class DecodingConfig:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # for sampling
     # Tokens by which an output may exceed its source; None: the run's.
     decode_margin: Annotated[int | None, Range(0, 2**16)] = None
+    length_ratio: Annotated[float, Range(0.01, 100)] = 1.0  # times the source, before the margin
+    max_length: Size | None = None  # of an output, EOS included; None: ratio and margin alone
+    min_length: SizeOrZero = 0  # tokens before EOS at least
+    prefix: str = ""  # the text that every hypothesis starts with
+    distinct: bool = False  # among hypotheses of the same text only the best is an output
+    no_repeat_ngram_size: SizeOrZero = 0  # n: no n tokens occur twice in an output; 0: any may
+    # Divides the positive scores of tokens that the output has, multiplies the negative ones.
+    repetition_penalty: Annotated[float, Range(0.01, 100)] = 1.0
 
     def __post_init__(self):
         validate(self, "")
+        if self.max_length is not None and self.min_length >= self.max_length:
+            limit = f"leaves no room for EOS in max_length={self.max_length}"
+            raise UserError(f"min_length={self.min_length} {limit}; lower it, or raise max_length")
         if self.temperature:  # smaller ones overflow float32
             Range(1e-6, 1e6).check("temperature", self.temperature)
         if self.temperature and self.beam_size > 1:
@@ -288,13 +290,40 @@ class DecodingConfig:
         """The tokens by which an output may exceed its source; `default` is the run's."""
         return default if self.decode_margin is None else self.decode_margin
 
-    def describe(self) -> dict[str, int | float]:
-        """The settings that the decoding method uses."""
-        names = ["beam_size", *["length_penalty"] * (self.beam_size > 1)]
-        if self.temperature:
-            names = ["temperature", "top_k", "top_p", "seed"]
-        names += ["decode_margin"] * (self.decode_margin is not None)
-        return {name: getattr(self, name) for name in names}
+    def limits(self, lengths: Int[np.ndarray, "B"], margin: int) -> Int[np.ndarray, "B"]:
+        """The most tokens in an output for sources of these lengths; `margin` is the run's."""
+        limits = scaled(lengths, self.length_ratio) + self.margin(margin)
+        return limits if self.max_length is None else np.minimum(limits, self.max_length)
+
+    def split_prefix(
+        self, tokenizer: Tokenizer, limit: int
+    ) -> "tuple[DecodingConfig, Int[np.ndarray, 'P'] | None]":
+        """The settings that a program is compiled for, and the tokens of the prefix, its input.
+
+        Raises:
+          UserError: the tokenizer does not know the text, or an output of `limit` tokens is too
+            short for it.
+        """
+        if not self.prefix:
+            return self, None
+        given = f"prefix={self.prefix!r}"
+        with explained(f"{given}: it is not text; remove half characters", UnicodeError):
+            self.prefix.encode()
+        tokens = tokenizer.encode(self.prefix)[:-1]
+        if tokenizer.count_unknown(tokens):
+            raise UserError(f"{given} has unknown symbols; choose others")
+        if len(tokens) >= limit:
+            most = f"{len(tokens)} tokens, and some outputs at most {limit}, EOS included"
+            raise UserError(f"{given} has {most}; shorten it, or raise decode_margin or max_length")
+        return replace(self, prefix=""), np.array(tokens, np.int32) if tokens else None
+
+    def describe(self) -> dict[str, int | float | str]:
+        """The settings of the decoding method, and the others that are not the default."""
+        names = ["temperature", "top_k", "top_p", "seed"]
+        if not self.temperature:
+            names = ["beam_size", "length_penalty"][: 1 + (self.beam_size > 1)]
+        of_all = (each for each in fields(self)[6:] if getattr(self, each.name) != each.default)
+        return {name: getattr(self, name) for name in (*names, *(each.name for each in of_all))}
 
     def method(self) -> Callable[..., Hypotheses]:
         """The decoding method with its settings."""
@@ -317,3 +346,10 @@ class DecodingOptions(TypedDict, total=False):
     top_p: float
     seed: int
     decode_margin: int | None
+    length_ratio: float
+    max_length: int | None
+    min_length: int
+    prefix: str
+    distinct: bool
+    no_repeat_ngram_size: int
+    repetition_penalty: float

@@ -1,6 +1,6 @@
 """Evaluation of a split: totals, outputs, attention maps, tables; in the order of its examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformer.console import table
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
-from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources
+from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources, scaled
+from transformer.inference.logits import Constraints
 from transformer.loss import linear_cross_entropy
 from transformer.metrics import PRINTED, Totals, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention
@@ -109,30 +110,35 @@ def decode(
     variables: Params,
     source: Int[Array, "B S"],
     streams: Int[Array, "B 2"] | None = None,  # of random numbers; None: the rows' indices, and 0
+    prefix: Int[Array, "P"] | None = None,  # the first tokens of all outputs, in place of a text
     decoding: DecodingConfig = GREEDY,
     *,
     margin: int | None = None,  # the run's, used if `decoding` has none
-    max_length: int | None = None,  # of outputs; None: that of the longest source and the margin
+    max_length: int | None = None,  # of outputs; None: the limit of a source of this width
 ) -> Hypotheses:
     """Decodes a batch, of which each device has adjacent rows and stops when these have ended."""
     (rows, width), shards = source.shape, row_shards()
-    margin = decoding.margin(margin)
-    length = max_length or model.config.reach(width + (margin or 0))
+    margin, ratio = decoding.margin(margin), decoding.length_ratio
+    (limit,) = decoding.limits(np.array([width]), margin or 0).tolist()
+    length = max_length or model.config.reach(limit)
     if streams is None:
         streams = jnp.stack([jnp.arange(rows), jnp.zeros(rows, jnp.int32)], axis=1)
 
-    def decode_shard(variables, inputs):
-        source, streams = inputs
+    def decode_shard(replicated, inputs):
+        (variables, prefix), (source, streams) = replicated, inputs
         fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
         keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
-        sources = Sources(source, length, keys, model.tokens, margin)
+        constraints = Constraints(
+            prefix, decoding.min_length, decoding.no_repeat_ngram_size, decoding.repetition_penalty
+        )
+        sources = Sources(source, length, keys, model.tokens, margin, ratio, constraints)
         return decoding.method()(model.bind(variables), sources)
 
     padding = ((0, -rows % shards), (0, 0))
     inputs = tuple(jnp.pad(x, padding, constant_values=PAD) for x in (source, streams))
     if shards == 1:
         inputs = tuple(constrain(x, "batch", None) for x in inputs)
-    found = shard_rows(decode_shard, shards)(variables, inputs)
+    found = shard_rows(decode_shard, shards)((variables, prefix), inputs)
     return jax.tree.map(lambda x: x[:rows], found)
 
 
@@ -206,18 +212,46 @@ def show_samples(tokenizers: Tokenizers, data: Dataset, found: Hypotheses, count
     table("samples", ("source", "target", "output"), zip(*columns, strict=True), text=True)
 
 
-def write_samples(path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses) -> None:
+def limit_report(
+    decoding: DecodingConfig, margin: int, data: Dataset, truncated: Sequence[int]
+) -> tuple[int, str]:
+    """The number of targets that are longer than outputs may be, and a line about the limit.
+
+    The line is empty if there are none and no replica has `truncated` outputs.
+    """
+    target, source = ((np.asarray(x) != PAD).sum(1) for x in (data.target, data.source))
+    beyond = int((target > decoding.limits(source, margin)).sum())
+    needed = int((target - scaled(source, decoding.length_ratio)).max())
+    flags, limit = f"--decode_margin={max(margin, needed)}", f"decode_margin={margin}"
+    if decoding.length_ratio != 1.0:
+        limit += f", length_ratio={decoding.length_ratio}"
+    if decoding.max_length is not None:
+        flags += f" --max_length={max(decoding.max_length, target.max())}"
+        limit += f", max_length={decoding.max_length}"
+    count = " to ".join(f"{each:,}" for each in sorted({min(truncated), max(truncated)}))
+    found = [f"{count} outputs reached it"] * any(truncated)
+    found += [f"{beyond:,} targets are longer; {flags} suffices for all"] * (beyond > 0)
+    return beyond, f"of the outputs' length ({limit}): {', '.join(found)}" if found else ""
+
+
+def write_samples(
+    path: Path, tokenizers: Tokenizers, data: Dataset, found: Hypotheses, distinct: bool = False
+) -> None:
     r"""Writes source, target and outputs of the first examples as tab-separated values.
 
-    Each hypothesis of beam search has a line with its score. Tabs, line ends and backslashes in a
-    text are escaped as \t, \n, \r and \\.
+    Each hypothesis of beam search has a line with its score; if `distinct`, the best of each text.
+    Tabs, line ends and backslashes in a text are escaped as \t, \n, \r and \\.
     """
     text, escapes = tokenizers.target.decode, {92: r"\\", 9: r"\t", 10: r"\n", 13: r"\r"}
     rows = [["source", "target", "output"] + ["score"] * (found.tokens.shape[1] > 1)]
     examples = (data.source, data.target, found.tokens, found.scores)
     head = (np.asarray(side)[:SAMPLES].tolist() for side in examples)
     for source, target, *hypotheses in zip(*head, strict=True):
-        for output, score in zip(*hypotheses, strict=True):
-            row = [tokenizers.source.decode(source), text(target), text(output), f"{score:.4f}"]
+        outputs = [(text(output), score) for output, score in zip(*hypotheses, strict=True)]
+        best = {output[0]: output for output in outputs[::-1] if output[1] != -np.inf}
+        for output in outputs:
+            if distinct and best.get(output[0]) is not output:
+                continue
+            row = [tokenizers.source.decode(source), text(target), output[0], f"{output[1]:.4f}"]
             rows.append([field.translate(escapes) for field in row[: len(rows[0])]])
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

@@ -179,7 +179,8 @@ class TrainedModel:
         Args:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
             A text that does not fit in memory is refused, too.
-          n_best: outputs per text: the best of beam search, or independent samples.
+          n_best: outputs per text: the best of beam search, or independent samples; with
+            `distinct` there may be fewer.
           batch_size: the most texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
           decoding: fields of `DecodingConfig`: `beam_size=4`.
@@ -202,20 +203,22 @@ class TrainedModel:
         streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
         with jax.set_mesh(self.mesh):
             size = evaluation.rows_at_once(self.model, batch_size, settings.beam_size)
-        decode, sources = partial(self._decode, decoding=settings), prepared._replace(targets=None)
+        limits = settings.limits(prepared.tokens.lengths()[rows], self.config.decode_margin)
+        least = int(limits.min(initial=self.positions))
+        static, prefix = settings.split_prefix(self.tokenizers.target, least)
+        decode = partial(self._decode, prefix=prefix, decoding=static)
+        sources = prepared._replace(targets=None)
         outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
         for part, found in self._batches(decode, sources, rows, size, streams):
-            best = (each[:, :n_best] for each in found)
+            best = (each[:, : None if settings.distinct else n_best] for each in found)
             for row, tokens, scores in zip(part, *best, strict=True):
                 outputs[row] += map(self._output, tokens, scores.tolist())
         if prepared is not texts:
             prepared.check()
         for index in prepared.refused:  # some of its samples may have fitted
             outputs[index] = []
-        if settings.temperature:  # beam search has ranked its own, those without EOS last
-            for own in outputs:
-                own.sort(key=lambda output: -output.score)
-        return [own or [Output("", [], 0.0)] * n_best for own in outputs]
+        missing = [Output("", [], 0.0)] * (1 if settings.distinct else n_best)
+        return [_ranked(own, settings)[:n_best] or missing for own in outputs]
 
     def _output(self, tokens: Int[np.ndarray, "T"], score: float) -> Output:
         own = before_end(tokens.tolist())
@@ -320,6 +323,19 @@ class TrainedModel:
         padded = (np.pad(each, pad).astype(np.int32) for each in inputs)
         with jax.set_mesh(self.mesh), jax.enable_x64(False):
             return jax.tree.map(lambda x: np.asarray(x)[:rows], call(self.variables, *padded))
+
+
+def _ranked(outputs: list[Output], decoding: DecodingConfig) -> list[Output]:
+    """The outputs of a text, best first; if they are to be distinct, the best of each text."""
+    if decoding.temperature:  # beam search has ranked its own, those without EOS last
+        outputs.sort(key=lambda output: -output.score)
+    if not decoding.distinct:
+        return outputs
+    best: dict[str, Output] = {}
+    for output in outputs:
+        if output.score != -np.inf:  # that of a missing hypothesis
+            best.setdefault(output.text, output)
+    return list(best.values())
 
 
 def _encode(tokenizer: Tokenizer, text: object) -> list[int]:
