@@ -54,7 +54,8 @@ def main() -> None:
 
 def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
     """Prints the final metrics and a few outputs."""
-    show_results(f"after {run.config.steps:,} steps", results)
+    assert run.state is not None
+    show_results(f"after {run.state.taken():,} steps", results)
     show_samples(run)
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from transformer import renamed
 from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, VALIDATION_METRICS
 from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
 from transformer.metrics import METRICS
 from transformer.modules.config import ModelConfig
@@ -28,8 +28,10 @@ TEXT_METRIC = Choice(TEXT_METRICS)
 loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
-FREE_KNOBS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "debug_nans", "mesh.")
-FREE_KNOBS += ("best_metric", "data.metrics", "data.bleu_tokenizer", "data.num_workers")
+FREE_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
+# Likewise, unless early stopping (`patience`) depends on them.
+EVALUATION_KNOBS = ("eval_every", "save_every", "best_metric", "decode_every", "decode_examples")
+EVALUATION_KNOBS += ("data.metrics", "data.bleu_tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,13 @@ class RunConfig(Population):
     label_smoothing: Rate = 0.0  # the paper's is 0.1
     ema_decay: Rate = 0.0  # moving average of the parameters, for evaluation; 0: none
     decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens an output may exceed its source by
-    best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # picks the best checkpoint
+    # picks the best checkpoint; one of decoded text needs decode_every
+    best_metric: Annotated[str, Choice(VALIDATION_METRICS)] = "sequence_accuracy"
+    # evaluations without a better best_metric after which the run ends; 0: never
+    patience: Annotated[int, Range(0, 2**31 - 1)] = 0
+    # evaluations between decodings of a sample for data.metrics; 0: never
+    decode_every: Annotated[int, Range(0, 2**20)] = 0
+    decode_examples: Size = 256  # of validation, in the sample
     plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
@@ -88,6 +96,9 @@ class RunConfig(Population):
         if model.tie_embeddings and data.target_tokenizer is not None:
             knob = f"data.target_tokenizer={data.target_tokenizer}"
             yield f"{knob}: model.tie_embeddings needs one vocabulary; set it to False"
+        if self.best_metric in TEXT_METRICS and not self.decode_every:
+            knob = f"best_metric={self.best_metric}: decode_every=0"
+            yield f"{knob} never decodes; set it to 1, or choose one of {', '.join(METRICS)}"
         if warmup >= self.steps:
             yield f"optimizer.warmup_steps={warmup} is not below steps={self.steps}; lower it"
         if model.architecture == "recurrent" and data.pack_length:
@@ -98,6 +109,16 @@ class RunConfig(Population):
         if model.architecture == "recurrent" and set(sizes.values()) != {1}:
             knobs = ", ".join(f"{name}={size}" for name, size in sizes.items())
             yield f"{knobs}: model.architecture=recurrent is sharded by mesh.data alone; set all 1"
+
+    def save_intervals(self) -> tuple[int, ...]:
+        """The state is saved at each step that one of them divides."""
+        # With early stopping the best evaluation must have a checkpoint.
+        return (self.save_every, *[self.eval_every] * (self.patience > 0))
+
+    def text_metrics(self) -> list[str]:
+        """The metrics of the text that is decoded while training."""
+        best = [self.best_metric] if self.best_metric in TEXT_METRICS else []
+        return list(dict.fromkeys((*self.data.metrics, *best))) or ["exact_match"]
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
@@ -188,7 +209,8 @@ def continued(config: Any, saved: ConfigDict) -> Any:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns `model.norm: layer → rms` for each knob that differs and changes a result."""
     before, after = flat_knobs(old), flat_knobs(new)
-    names = [name for name in sorted(before | after) if not name.startswith(FREE_KNOBS)]
+    free = FREE_KNOBS + EVALUATION_KNOBS * (not new.patience)
+    names = [name for name in sorted(before | after) if not name.startswith(free)]
     values = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
     return [f"{name}: {one} → {other}" for name, one, other in values if one != other]
 

@@ -29,6 +29,7 @@ from transformer.training import costs, step
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import zero_sums
 from transformer.training.step import TrainState
+from transformer.training.text_validation import TextValidation
 from transformer.workdir import Workdir
 
 
@@ -65,6 +66,7 @@ class Run:
         self._mesh, self._model = mesh, model
         self.allow_changes = False
         self.state: TrainState | None = None  # the newest in memory, if any
+        self._decoders: dict[tuple, Any] = {}  # compiled functions of `decode`
 
     @classmethod
     def saved(cls, workdir: str | Path, **options: Any) -> "Run":
@@ -182,6 +184,11 @@ class Run:
         return self._jit(step.make_train_steps(train_step), *axes, **options)
 
     @cached_property
+    def text_validation(self) -> TextValidation:
+        """Decodes a sample of validation while the run trains."""
+        return TextValidation(self)
+
+    @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
         return self._jit(partial(evaluation.score, self.model), 0, None, **self._to_read)
@@ -215,6 +222,8 @@ class Run:
         check_batch(self.mesh, self.config.batch_size, self.config.accumulation_steps)
         _ = self.examples, self.data, self.rows
         check_memory(self.abstract_state)
+        if self.config.decode_every:
+            _ = self.text_validation
 
     def trace(self) -> None:
         """Traces the train step, which finds errors before compilation."""
@@ -265,8 +274,10 @@ class Run:
         config, margin = self.config, decoding.margin(self.config.decode_margin)
         options = {"margin": margin, "decoding": decoding}
         options["max_length"] = config.model.reach(data.source.shape[1] + margin)
-        decode = partial(evaluation.decode, self.model, **options)
-        decode = self._jit(decode, 0, None, None, **self._to_read)
+        if (key := tuple(options.values())) not in self._decoders:
+            decode = partial(evaluation.decode, self.model, **options)
+            self._decoders[key] = self._jit(decode, 0, None, None, **self._to_read)
+        decode = self._decoders[key]
 
         def decode_batch(*batch: np.ndarray) -> Hypotheses:
             return decode(variables, *self.place(batch))
