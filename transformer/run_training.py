@@ -1,6 +1,5 @@
 """The steps of `Run.train`: claim the folder, restore or initialise, train, write the results."""
 
-import math
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -95,8 +94,8 @@ def describe_passes(run: "Run") -> str:
     said = f"{figure(passes)} over {examples:,} examples"
     if passes <= MANY_PASSES:
         return said
-    steps = math.ceil(MANY_PASSES / 4 * rows / config.batch_size)
-    said += f": more than {MANY_PASSES} seldom help; consider steps={steps:,} or patience"
+    steps = int(float(f"{max(1, MANY_PASSES / 4 * rows / config.batch_size):.2g}"))
+    said += f": more than {MANY_PASSES} seldom help; consider steps={steps} or patience"
     tokens = sum(len(side.values) for side in run.corpus.tokens(config.data.train))
     if config.data.dataset == "files" and run.model.count_parameters() > 10 * tokens:
         said += f", and, for {tokens:,} tokens, a smaller model: configs/translate_small.py"
