@@ -103,6 +103,17 @@ def test_a_run_that_stops_early_is_the_run_that_was_trained_to_that_step(
     same(train(again, data_dir, allow_changes=True), whole)  # and goes on without
 
 
+def test_a_resumed_run_stops_where_it_would_have_stopped(ended, tmp_path, data_dir, monkeypatch):
+    stops = iter([False] * 5 + [True])  # dispatches end at 1, 4, 5, 6 and 8
+    monkeypatch.setattr(loop.DispatchSize, "seconds", 1e9)
+    monkeypatch.setattr(StopRequests, "stop", lambda self: next(stops))
+    with pytest.raises(Interrupted, match="stopped at step 8 of 14"):
+        train(tmp_path, data_dir, **PATIENCE)
+    monkeypatch.undo()
+    same(train(tmp_path, data_dir, **PATIENCE), ended[1], but=())
+    assert results(tmp_path) == results(ended[0])
+
+
 @pytest.fixture(scope="module")
 def population(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("population") / "run"

@@ -10,7 +10,7 @@ from tests.helpers import refused
 from tests.test_config import resolved
 from tests.test_programs import results
 from tests.test_train import KNOBS, steps_with
-from transformer.inference import evaluation
+from transformer.inference import evaluation, plots
 from transformer.inference.decoding import GREEDY
 from transformer.inference.text_metrics import TEXT_METRICS, Texts
 from transformer.run import Run
@@ -98,3 +98,16 @@ def test_without_metrics_the_exact_match_is_computed_and_mistakes_are_found_at_o
     refused("bleu_tokenizer=ja-mecab: .*or choose another", run.check)
     Run(resolved({"decode_every": 1, "data.metrics": ("bleu",)}), data_dir=data_dir).check()
     assert "no reference has 4 tokens" in capsys.readouterr().out
+
+
+def test_text_metrics_are_drawn_in_axes_of_their_own(tmp_path, monkeypatch):
+    drawn = Mock()
+    monkeypatch.setattr(plots, "finish", drawn)
+    rows = [{"step": 1, "train/loss": 2.0}, {"step": 1, "validation/loss": 2.0}]
+    plots.learning_curve(rows, tmp_path)
+    rows.append({"step": 2, "validation/bleu": 30.0})
+    plots.learning_curve(rows, tmp_path)
+    (_, two, _), (_, three, _) = (call.args for call in drawn.call_args_list)
+    assert (len(two), len(three)) == (2, 3)
+    (line,) = three[2].get_lines()
+    assert (line.get_label(), line.get_ydata().tolist()) == ("validation, bleu", [30.0])

@@ -17,7 +17,7 @@ from transformer import renamed
 from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, VALIDATION_METRICS
-from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
+from transformer.knobs import Choice, Count, Range, Rate, Size, SizeOrZero, constrained
 from transformer.metrics import METRICS
 from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import MeshConfig
@@ -55,9 +55,9 @@ class RunConfig(Population):
     # picks the best checkpoint; one of decoded text needs decode_every
     best_metric: Annotated[str, Choice(VALIDATION_METRICS)] = "sequence_accuracy"
     # evaluations without a better best_metric after which the run ends; 0: never
-    patience: Annotated[int, Range(0, 2**31 - 1)] = 0
+    patience: SizeOrZero = 0
     # evaluations between decodings of a sample for data.metrics; 0: never
-    decode_every: Annotated[int, Range(0, 2**20)] = 0
+    decode_every: SizeOrZero = 0
     decode_examples: Size = 256  # of validation, in the sample
     plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)

@@ -116,7 +116,7 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
         )
     old = RunConfig.from_config_dict(run.workdir.read_config())
     check_changes(state, old, config)
-    if config.replicas == 1 and outlasts(config.patience, old.patience):
+    if config.replicas == 1 and config.patience != old.patience:  # goes on
         state = state._replace(ended=place(np.array(0, np.int32), state.ended.sharding))
     at = f"at step {step:,} of {config.steps:,}"
     if (hosts.fetch(state.ended) > 0).all():
@@ -126,11 +126,6 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
     # From the config, not from the checkpoint: --allow_changes may have changed them.
     where = {name: leaf.sharding for name, leaf in run.abstract_state.hparams.items()}
     return state._replace(hparams=place(config.hparams(), where)), checkpoints.interval(step)
-
-
-def outlasts(patience: int, other: int) -> bool:
-    """Whether early stopping by `patience` comes later than by `other`, or never."""
-    return patience == 0 < other or patience > other > 0
 
 
 def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
@@ -144,11 +139,10 @@ def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
                 f"max_skipped_steps={limits[1]}: replica {k} stopped when it was {limits[0]}, and "
                 f"has missed steps since; leave it at {limits[0]}, or choose another --workdir"
             )
-        if len(step) > 1 and ended[k] and outlasts(new.patience, old.patience):
+        if len(step) > 1 and ended[k] and new.patience != old.patience:
             raise UserError(
                 f"patience={new.patience}: replica {k} stopped early when it was {old.patience}, "
-                f"and has missed steps since; leave it at {old.patience}, or choose another "
-                "--workdir"
+                f"and has missed steps since; leave it, or choose another --workdir"
             )
         done = jnp.int32(step[k] - skipped[k])
         before, now = (

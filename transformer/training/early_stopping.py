@@ -1,11 +1,15 @@
 """Early stopping: a run ends once its validation metric has not improved for some evaluations."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from transformer.inference.text_metrics import VALIDATION_METRICS
+from transformer.parallel import hosts
+from transformer.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from transformer.config import RunConfig
@@ -14,8 +18,8 @@ if TYPE_CHECKING:
 class EarlyStopping:
     """Says when each replica ends, by the history of `best_metric`.
 
-    The history is that of `metrics.jsonl` (`rows`), so that a resumed run ends where it would have
-    ended without the interruption. Evaluations without the metric do not count; NaN is the worst.
+    `rows` are those of `metrics.jsonl`, so that a resumed run ends where it would have ended
+    without the interruption. Evaluations without the metric do not count; NaN is the worst value.
     """
 
     def __init__(self, config: "RunConfig", rows: Iterable[Mapping[str, Any]]):
@@ -24,6 +28,11 @@ class EarlyStopping:
         self.values: list[dict[int, float]] = [{} for _ in range(config.replicas)]  # step → value
         for row in rows:
             self.add(row.get("replica", 0), row["step"], row)
+
+    @classmethod
+    def resumed(cls, config: "RunConfig", metrics: Path) -> "EarlyStopping":
+        rows = hosts.once(partial(read_metrics, metrics)) if config.patience else []
+        return cls(config, rows)
 
     def add(self, replica: int, step: int, metrics: Mapping[str, float | int]) -> None:
         """Adds an evaluation of a replica; one of the same step replaces it."""

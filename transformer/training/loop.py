@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,13 +27,7 @@ from transformer.training.costs import peak_flops
 from transformer.training.early_stopping import EarlyStopping
 from transformer.training.health import HealthMonitor
 from transformer.training.interruption import Interrupted, StopRequests
-from transformer.training.metrics import (
-    TRAIN_METRICS,
-    Interval,
-    MetricsWriter,
-    finalize,
-    read_metrics,
-)
+from transformer.training.metrics import TRAIN_METRICS, Interval, MetricsWriter, finalize
 from transformer.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -70,10 +63,7 @@ class TrainingLoop:
         self.ended = np.array(hosts.fetch(self.state.ended), ndmin=1)  # [R]
         # Decided at evaluations alone, so that the size of dispatches does not matter.
         self.is_over = not interval and self.all_ended()
-        self.early_stopping = None
-        if self.config.patience:
-            rows = hosts.once(partial(read_metrics, self.run.workdir.metrics))
-            self.early_stopping = EarlyStopping(self.config, rows)
+        self.early_stopping = EarlyStopping.resumed(self.config, self.run.workdir.metrics)
         self.peak_share = None
         if peak := peak_flops(self.run.mesh):
             self.peak_share = self.run.step_flops * self.config.replicas / peak
@@ -133,12 +123,9 @@ class TrainingLoop:
         return due or self.step == self.config.steps
 
     def decoding_is_due(self) -> bool:
-        config = self.config
-        if not config.decode_every:
-            return False
+        config, every = self.config, self.config.decode_every * self.config.eval_every
         ranks = config.best_metric in TEXT_METRICS and self.save_is_due()
-        regular = self.step % (config.eval_every * config.decode_every) == 0
-        return ranks or regular or self.step == config.steps
+        return bool(every) and (ranks or self.step % every == 0 or self.step == config.steps)
 
     def all_ended(self) -> bool:
         """Whether every replica has ended early or has stopped for a NaN or Inf."""
@@ -174,7 +161,8 @@ class TrainingLoop:
             metrics = [own | texts for own, texts in zip(metrics, decoded, strict=True)]
         self.bar.log_validation(self.step, metrics)
         self.write(self.step, metrics)
-        self.end_early(metrics)
+        if self.config.patience:
+            self.end_early(metrics)
         if self.save_is_due():
             stopped = self.monitor.stopped
             running = [each for each, old in zip(metrics, stopped, strict=True) if not old]
@@ -192,15 +180,13 @@ class TrainingLoop:
 
     def end_early(self, metrics: Sequence[Mapping[str, float]]) -> None:
         """Ends the replicas whose patience is exhausted; the next checkpoint records it."""
-        if self.early_stopping is None:
-            return
         for k in np.flatnonzero((self.ended == 0) & ~self.monitor.stopped).tolist():
             self.early_stopping.add(k, self.step, metrics[k])
             if reason := self.early_stopping.reason(k):
                 self.ended[k] = self.step
                 who = f"replica {k} " if len(metrics) > 1 else ""
                 at = f"at step {self.step:,} of {self.config.steps:,}"
-                self.bar.print_above(f"{who}stopped early {at}: {reason}")
+                console.print(f"{who}stopped early {at}: {reason}")
         ended = self.ended.reshape(self.state.ended.shape)
         self.state = self.state._replace(ended=place(ended, self.state.ended.sharding))
         self.is_over = self.all_ended()
@@ -283,13 +269,9 @@ class ProgressBar(progress.Progress):
             self.print_line(step)
 
     def print_line(self, step: int, *figures: str) -> None:
-        """Prints a line that begins with the step."""
-        self.print_above("  ".join((f"step {step}/{self.steps}", *figures)))
-
-    def print_above(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
         self.printed = time.monotonic()
-        self.console.print(line)
+        self.console.print("  ".join((f"step {step}/{self.steps}", *figures)))
 
     def log_interval(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         """Shows the training metrics of the interval that ends at `step`."""
@@ -307,8 +289,7 @@ class ProgressBar(progress.Progress):
     def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         figures = []
         for name, metric in (PRINTED | TEXT_METRICS).items():
-            if f"validation/{name}" not in metrics[0]:
-                continue  # a text metric that the config does not name
-            values = [each[f"validation/{name}"] for each in metrics]
-            figures.append(f"{name.replace('_', ' ')} {format_replicas(values, metric.format)}")
+            values = [each[x] for each in metrics if (x := f"validation/{name}") in each]
+            if values:
+                figures.append(f"{name.replace('_', ' ')} {format_replicas(values, metric.format)}")
         self.print_line(step, f"validation {'  '.join(figures)}")
