@@ -162,3 +162,7 @@ def test_a_population_is_finished_when_all_replicas_have_ended(tmp_path, data_di
     rates = {"per_replica.learning_rate": (1e-30, 2e-30)}
     state = train(tmp_path / "run", data_dir, **TWO | rates, patience=1)
     assert (state.step.tolist(), state.ended.tolist()) == ([6, 6], [6, 6])
+
+
+def test_at_the_last_step_no_run_stops_early(tmp_path, data_dir):
+    assert train(tmp_path, data_dir, **PATIENCE, steps=10).ended == 0

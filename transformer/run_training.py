@@ -142,7 +142,7 @@ def check_changes(state: TrainState, old: RunConfig, new: RunConfig) -> None:
         if len(step) > 1 and ended[k] and new.patience != old.patience:
             raise UserError(
                 f"patience={new.patience}: replica {k} stopped early when it was {old.patience}, "
-                f"and has missed steps since; leave it, or choose another --workdir"
+                "and has missed steps since; leave it, or choose another --workdir"
             )
         done = jnp.int32(step[k] - skipped[k])
         before, now = (

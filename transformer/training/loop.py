@@ -161,7 +161,7 @@ class TrainingLoop:
             metrics = [own | texts for own, texts in zip(metrics, decoded, strict=True)]
         self.bar.log_validation(self.step, metrics)
         self.write(self.step, metrics)
-        if self.config.patience:
+        if self.config.patience and self.step < self.config.steps:
             self.end_early(metrics)
         if self.save_is_due():
             stopped = self.monitor.stopped
@@ -173,8 +173,7 @@ class TrainingLoop:
 
     def write(self, step: int, metrics: Sequence[dict]) -> list[dict | None]:
         """Writes the metrics of the replicas that have not ended; returns None for the others."""
-        each = zip(metrics, self.ended, strict=True)
-        rows = [None if ended else own for own, ended in each]
+        rows = [None if end else own for own, end in zip(metrics, self.ended, strict=True)]
         self.writer.write(step, rows)
         return rows
 
@@ -187,7 +186,8 @@ class TrainingLoop:
                 who = f"replica {k} " if len(metrics) > 1 else ""
                 at = f"at step {self.step:,} of {self.config.steps:,}"
                 console.print(f"{who}stopped early {at}: {reason}")
-        ended = self.ended.reshape(self.state.ended.shape)
+        # A copy: on a CPU the array of JAX may share the memory of one of NumPy.
+        ended = self.ended.copy().reshape(self.state.ended.shape)
         self.state = self.state._replace(ended=place(ended, self.state.ended.sharding))
         self.is_over = self.all_ended()
 
