@@ -157,7 +157,7 @@ def text_scores(run: Run, found: Hypotheses, references: list[list[str]]) -> dic
     settings = run.config.data
     outputs = [run.tokenizers.target.decode(tokens) for tokens in found.tokens[:, 0].tolist()]
     texts = Texts(outputs, references, BLEU_TOKENIZER.value or settings.bleu_tokenizer)
-    return {name: score._asdict() for name, score in score_texts(settings.metrics, texts).items()}
+    return {name: score.record() for name, score in score_texts(settings.metrics, texts).items()}
 
 
 def show_metrics(

@@ -55,7 +55,8 @@ def main() -> None:
 
 def report(run: Run, results: Sequence[dict[str, Any]]) -> None:
     """Prints the final metrics, a few outputs, and where the files are."""
-    show_results(f"after {run.config.steps:,} steps", results)
+    assert run.state is not None
+    show_results(f"after {run.state.taken():,} steps", results)
     show_samples(run)
     curve = run.workdir.plots / "learning_curve.png"
     facts({"results": str(run.workdir.results), "plots": str(curve)})

@@ -25,10 +25,15 @@ def get_config():
     config.label_smoothing = 0.0  # the paper's is 0.1
     config.ema_decay = 0.0  # moving average of the parameters, for evaluation; 0: none
     config.decode_margin = 50  # tokens an output may exceed its source by
-    config.best_metric = "sequence_accuracy"  # picks the best checkpoint
     config.init_from = ""  # the folder of a run whose parameters this run starts from
     config.init_new = ()  # patterns of those to initialise anew, such as ("decoder/*",)
     config.freeze = ()  # patterns of parameters that stay fixed, such as ("encoder/*",)
+    # picks the best checkpoint; one of decoded text needs decode_every
+    config.best_metric = "sequence_accuracy"
+    # evaluations without a better best_metric after which the run ends; 0: never
+    config.patience = 0
+    config.decode_every = 0  # evaluations between decodings of a sample for data.metrics; 0: never
+    config.decode_examples = 256  # of validation, in the sample
     config.plugins = ()  # modules, imported first, that add entries to tables
 
     # Where the replicas of a population differ: a value for each, or () for the run's.

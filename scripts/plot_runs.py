@@ -22,7 +22,7 @@ from lab import plots
 from ml_collections import ConfigDict
 
 from transformer import cli
-from transformer.config import FREE_KNOBS, RunConfig, flat_knobs
+from transformer.config import EVALUATION_KNOBS, FREE_KNOBS, RunConfig, flat_knobs
 from transformer.console import facts, table
 from transformer.errors import UserError, explained
 from transformer.inference.plots import by_replica, curve
@@ -36,6 +36,7 @@ OUT = flags.DEFINE_string("out", "runs.png", "The picture to write.")
 cli.define_plugins_flag()
 
 LONGEST = 48  # characters of a name that consists of knobs
+WATCHED = FREE_KNOBS + EVALUATION_KNOBS  # knobs that name no run
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> list[Member]:
     for k, single in enumerate(config.single_runs()):
         knobs = flat_knobs(ConfigDict(asdict(single)))
         seed = knobs.pop("seed")
-        own = tuple((x, value) for x, value in knobs.items() if not x.startswith(FREE_KNOBS))
+        own = tuple((x, value) for x, value in knobs.items() if not x.startswith(WATCHED))
         groups.setdefault(own, {})[k] = seed
     members = []
     for knobs, seeds in groups.items():
@@ -152,9 +153,8 @@ def metrics_of(every: Sequence[Member]) -> dict[str, Shown]:
     for name, metric in PRINTED.items():
         unit = "nats per token" if name == "loss" else ""
         shown[name] = Shown(name.replace("_", " "), metric.format, metric.better, unit)
-    for name in TEXT_METRICS:
-        better = -1 if name.endswith("error_rate") else 1
-        shown[name] = Shown(name.replace("_", " "), "{:.2f}".format, better, "percent")
+    for name, metric in TEXT_METRICS.items():
+        shown[name] = Shown(name.replace("_", " "), metric.format, metric.better, "percent")
     known = {"train/loss": shown["loss"]._replace(words="train loss")}
     known |= {f"validation/{name}": each for name, each in shown.items()}
     logged = {name for each in every for row in each.rows for name in row}

@@ -105,9 +105,10 @@ def test_the_mean_of_equal_states_is_one_of_them_bit_for_bit(tmp_path, rng):
 
 def test_a_best_checkpoint_that_stands_apart_is_none_of_the_last():
     for steps in ([10, 20, 30], [10, 20, 23], [15, 20, 30]):
-        assert consecutive(steps, 10) == steps
-    assert consecutive([10, 30, 40], 10) == [30, 40]
-    assert consecutive([10, 21], 10) == [21]
+        assert consecutive(steps, [10]) == steps
+    assert consecutive([10, 30, 40], [10]) == [30, 40]
+    assert consecutive([10, 21], [10]) == [21]
+    assert consecutive([10, 20], [10, 4]) == [20]  # early stopping saves at 12 and 16 too
 
 
 def test_what_cannot_be_averaged_is_refused_in_a_line(tmp_path, rng):

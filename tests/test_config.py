@@ -50,6 +50,7 @@ SMALL = {
 OTHER = {
     **of("", seed=1, replicas=2, steps=9, batch_size=8, accumulation_steps=2, max_skipped_steps=3),
     **of("", debug_nans=True, best_metric="loss", log_every=2, eval_every=2, save_every=2),
+    **of("", patience=1, decode_every=1, decode_examples=3),
     **of("", keep_checkpoints=2, label_smoothing=0.1, ema_decay=0.9, decode_margin=4),
     **of("data.", dataset="files", source="target", target="source", tokenizer="bytes"),
     **of("data.", target_tokenizer="words", vocab_size=300, max_length=4, num_workers=2),
@@ -74,6 +75,7 @@ OTHER = {
 }
 BESIDES = {
     **{knob: TWO for knob in OTHER if knob.startswith("per_replica.")},
+    **of("", patience={"eval_every": 2}, decode_examples={"decode_every": 1}),
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer=UNTIED),
     **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from unittest.mock import Mock
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import refused
-from tests.test_config import SMALL, of, resolved
+from tests.test_config import FILES, SMALL, of, resolved
 from tests.test_programs import results
 from transformer import cli
 from transformer.errors import UserError
 from transformer.run import Run
+from transformer.run_training import describe_passes
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
@@ -208,3 +210,17 @@ def test_what_ends_a_program_is_a_line_and_a_status(error, status, said, capsys)
         cli.explained(fail)
     assert end.value.code == status
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_run_says_how_often_it_reads_its_data_and_what_to_do_if_that_is_absurd(data_dir):
+    def said(**changes):
+        return describe_passes(Run(resolved(KNOBS | changes), data_dir=data_dir))
+
+    assert said(steps=500) == "4 over 2,000 examples"
+    assert said(steps=25_000) == "200 over 2,000 examples"
+    much = "1,000 over 2,000 examples: more than 200 seldom help; consider steps=6200 or patience"
+    assert said(steps=125_000) == much
+    found = said(steps=20_000, **FILES, **{"data.dataset": "files", "model.d_model": 64})
+    assert re.search(r"patience, and, for [\d,]+ tokens, .*configs/translate_small\.py$", found)
+    tiny = {"data.dataset": "files", "model.d_model": 4, "model.d_ff": 4}
+    assert "small" not in said(steps=20_000, **FILES, **tiny)

@@ -31,7 +31,7 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     with Checkpoints(workdir.checkpoints, None, best) as checkpoints:
         checkpoints.find("latest")  # a UserError if there is none
         saved = checkpoints.steps()
-        steps = consecutive(saved, every)[-last:]
+        steps = consecutive(saved, run.config.save_intervals())[-last:]
         if len(steps) < last:
             raise UserError(
                 f"last={last}: {workdir.path} has {len(steps)} checkpoints in a row (at "
@@ -49,10 +49,11 @@ def average(workdir: Workdir, into: Workdir, last: int) -> list[int]:
     return steps
 
 
-def consecutive(steps: Sequence[int], every: int) -> list[int]:
+def consecutive(steps: Sequence[int], intervals: Sequence[int]) -> list[int]:
     """The last of `steps` without a gap: the best checkpoint may be much older than the others."""
     first = len(steps) - 1
-    while first > 0 and steps[first] <= (steps[first - 1] // every + 1) * every:
+    next_save = lambda step: min((step // every + 1) * every for every in intervals)  # noqa: E731
+    while first > 0 and steps[first] <= next_save(steps[first - 1]):
         first -= 1
     return list(steps[first:])
 

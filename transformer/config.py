@@ -16,8 +16,8 @@ from ml_collections import ConfigDict, config_dict
 from transformer import renamed
 from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
-from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS
-from transformer.knobs import Choice, Count, Range, Rate, Size, constrained
+from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, VALIDATION_METRICS
+from transformer.knobs import Choice, Count, Range, Rate, Size, SizeOrZero, constrained
 from transformer.metrics import METRICS
 from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import MeshConfig
@@ -28,8 +28,10 @@ TEXT_METRIC = Choice(TEXT_METRICS)
 loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
-FREE_KNOBS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "debug_nans", "mesh.")
-FREE_KNOBS += ("best_metric", "data.metrics", "data.bleu_tokenizer", "data.num_workers")
+FREE_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
+# Likewise, unless early stopping (`patience`) depends on them.
+EVALUATION_KNOBS = ("eval_every", "save_every", "best_metric", "decode_every", "decode_examples")
+EVALUATION_KNOBS += ("data.metrics", "data.bleu_tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +52,16 @@ class RunConfig(Population):
     label_smoothing: Rate = 0.0  # the paper's is 0.1
     ema_decay: Rate = 0.0  # moving average of the parameters, for evaluation; 0: none
     decode_margin: Annotated[int, Range(0, 2**16)] = 50  # tokens an output may exceed its source by
-    best_metric: Annotated[str, Choice(METRICS)] = "sequence_accuracy"  # picks the best checkpoint
     init_from: str = ""  # the folder of a run whose parameters this run starts from
     init_new: Sequence[str] = ()  # patterns of those to initialise anew, such as ("decoder/*",)
     freeze: Sequence[str] = ()  # patterns of parameters that stay fixed, such as ("encoder/*",)
+    # picks the best checkpoint; one of decoded text needs decode_every
+    best_metric: Annotated[str, Choice(VALIDATION_METRICS)] = "sequence_accuracy"
+    # evaluations without a better best_metric after which the run ends; 0: never
+    patience: SizeOrZero = 0
+    # evaluations between decodings of a sample for data.metrics; 0: never
+    decode_every: SizeOrZero = 0
+    decode_examples: Size = 256  # of validation, in the sample
     plugins: Sequence[str] = ()  # modules, imported first, that add entries to tables
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
@@ -94,6 +102,9 @@ class RunConfig(Population):
                 yield f"data.{knob}={value}: {needed}; set it to False"
         if self.init_new and not self.init_from:
             yield f"init_new={self.init_new}: there is no init_from; set it to a folder of a run"
+        if self.best_metric in TEXT_METRICS and not self.decode_every:
+            knob = f"best_metric={self.best_metric}: decode_every=0"
+            yield f"{knob} never decodes; set it to 1, or choose one of {', '.join(METRICS)}"
         if warmup >= self.steps:
             yield f"optimizer.warmup_steps={warmup} is not below steps={self.steps}; lower it"
         if model.architecture == "recurrent" and data.pack_length:
@@ -104,6 +115,16 @@ class RunConfig(Population):
         if model.architecture == "recurrent" and set(sizes.values()) != {1}:
             knobs = ", ".join(f"{name}={size}" for name, size in sizes.items())
             yield f"{knobs}: model.architecture=recurrent is sharded by mesh.data alone; set all 1"
+
+    def save_intervals(self) -> tuple[int, ...]:
+        """The state is saved at each step that one of them divides."""
+        # With early stopping the best evaluation must have a checkpoint.
+        return (self.save_every, *[self.eval_every] * (self.patience > 0))
+
+    def text_metrics(self) -> list[str]:
+        """The metrics of the text that is decoded while training."""
+        best = [self.best_metric] if self.best_metric in TEXT_METRICS else []
+        return list(dict.fromkeys((*self.data.metrics, *best))) or ["exact_match"]
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "RunConfig":
@@ -194,7 +215,8 @@ def continued(config: Any, saved: ConfigDict) -> Any:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns `model.norm: layer → rms` for each knob that differs and changes a result."""
     before, after = flat_knobs(old), flat_knobs(new)
-    names = [name for name in sorted(before | after) if not name.startswith(FREE_KNOBS)]
+    free = FREE_KNOBS + EVALUATION_KNOBS * (not new.patience)
+    names = [name for name in sorted(before | after) if not name.startswith(free)]
     values = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
     return [f"{name}: {one} → {other}" for name, one, other in values if one != other]
 

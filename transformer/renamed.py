@@ -52,6 +52,9 @@ ARRAYS = {
     "variance": "var",
 }
 
+# Arrays of the train state that earlier versions did not save → the value of all their elements.
+ADDED = {"ended": 0}
+
 # Sums of an interval, as an interrupted run saves them beside a checkpoint.
 SUMS = {
     "correct": "train/accuracy",

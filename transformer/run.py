@@ -30,6 +30,7 @@ from transformer.training import costs, step
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.metrics import zero_sums
 from transformer.training.step import TrainState
+from transformer.training.text_validation import TextValidation
 from transformer.workdir import Workdir
 
 
@@ -66,6 +67,7 @@ class Run:
         self._mesh, self._model = mesh, model
         self.allow_changes = False
         self.state: TrainState | None = None  # the newest in memory, if any
+        self._decoders: dict[tuple, Any] = {}  # compiled functions of `decode`
 
     @classmethod
     def saved(cls, workdir: str | Path, **options: Any) -> "Run":
@@ -188,6 +190,11 @@ class Run:
         return self._jit(step.make_train_steps(train_step), *axes, **options)
 
     @cached_property
+    def text_validation(self) -> TextValidation:
+        """Decodes a sample of validation while the run trains."""
+        return TextValidation(self)
+
+    @cached_property
     def score(self) -> Any:
         """jit-compiled (variables, data) → totals of each example under teacher forcing."""
         return self._jit(partial(evaluation.score, self.model), 0, None, **self._to_read)
@@ -223,6 +230,8 @@ class Run:
         check_memory(self.abstract_state)
         if self.source is not None:
             init_from.excluded_names(self, self.source)
+        if self.config.decode_every:
+            _ = self.text_validation
 
     def trace(self) -> None:
         """Traces the train step, which finds errors before compilation."""
@@ -277,8 +286,10 @@ class Run:
         least, most = map(config.model.reach, decoding.limits(widths, margin).tolist())
         decoding, prefix = decoding.split_prefix(self.tokenizers.target, least)
         options = {"margin": margin, "decoding": decoding, "max_length": most}
-        decode = partial(evaluation.decode, self.model, **options)
-        decode = self._jit(decode, 0, None, None, None, **self._to_read)
+        if (key := tuple(options.values())) not in self._decoders:
+            decode = partial(evaluation.decode, self.model, **options)
+            self._decoders[key] = self._jit(decode, 0, None, None, None, **self._to_read)
+        decode = self._decoders[key]
 
         def decode_batch(*batch: np.ndarray) -> Hypotheses:
             return decode(variables, *self.place((*batch, prefix)))

@@ -13,6 +13,7 @@ from transformer.config import RunConfig, continued
 from transformer.console import console, facts
 from transformer.errors import UserError
 from transformer.init_from import initial_state
+from transformer.metrics import figure
 from transformer.parallel import hosts
 from transformer.parallel.mesh import describe_mesh, place
 from transformer.training.checkpoint import Checkpoints
@@ -26,6 +27,8 @@ from transformer.workdir import write_json
 
 if TYPE_CHECKING:
     from transformer.run import Run
+
+MANY_PASSES = 200  # over the training data, above which `train.py` suggests fewer
 
 
 def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list[dict[str, Any]]:
@@ -60,7 +63,7 @@ def train(run: "Run", *, allow_changes: bool, profile: int, exits: bool) -> list
                     loop = TrainingLoop(run, state, interval, checkpoints, writer, requests)
                     run.state = loop.train()
                     checkpoints.wait()
-                    requests.all_is_saved(run.config.steps)
+                    requests.all_is_saved(run.state.taken())
                 except NonfiniteError as failure:
                     raise UserError(explain_failure(run, failure.state)) from failure
             return finish(run)
@@ -81,12 +84,28 @@ def describe(run: "Run") -> dict[str, str]:
         "data": f"{corpus.dataset.name}, {len(examples):,} training examples{rows}{others}",
         "left out": "; ".join(filter(None, (corpus.left_out(), excluded))),
         "unknown": corpus.unknown(config.data.train, config.data.validation, config.data.test),
+        "passes": describe_passes(run),
         "devices": describe_mesh(run.mesh),
         "parameters": f"{count():,}{trained}{replicas}",
         "attention": f"{backend}, as auto picked" if is_auto else "",
         "best": f"by validation/{config.best_metric}",
         "workdir": str(run.workdir.path),
     }
+
+
+def describe_passes(run: "Run") -> str:
+    """Says how often training reads each example, and suggests sizes if that is absurd."""
+    config, rows, examples = run.config, len(run.rows), len(run.examples[0])
+    passes = config.steps * config.batch_size / rows
+    said = f"{figure(passes)} over {examples:,} examples"
+    if passes <= MANY_PASSES:
+        return said
+    steps = int(float(f"{max(1, MANY_PASSES / 4 * rows / config.batch_size):.2g}"))
+    said += f": more than {MANY_PASSES} seldom help; consider steps={steps} or patience"
+    tokens = sum(len(side.values) for side in run.corpus.tokens(config.data.train))
+    if config.data.dataset == "files" and run.model.count_parameters() > 10 * tokens:
+        said += f", and, for {tokens:,} tokens, a smaller model: configs/translate_small.py"
+    return said
 
 
 def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
@@ -101,9 +120,15 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
             f"the checkpoint in {run.workdir.path} has seed {saved_seeds} and step {step}, the "
             f"config seed={seeds} and steps={config.steps}: another run; choose another --workdir"
         )
-    before = RunConfig.from_config_dict(run.workdir.read_config())
-    check_changes(state, before, config, str(run.workdir.path))
-    facts({"resuming": f"at step {step:,} of {config.steps:,}"})
+    old = RunConfig.from_config_dict(run.workdir.read_config())
+    check_changes(state, old, config, str(run.workdir.path))
+    if config.replicas == 1 and config.patience != old.patience:  # goes on
+        state = state._replace(ended=place(np.array(0, np.int32), state.ended.sharding))
+    at = f"at step {step:,} of {config.steps:,}"
+    if (hosts.fetch(state.ended) > 0).all():
+        facts({"finished": f"stopped early {at} (patience={config.patience})"})
+    else:
+        facts({"resuming": at})
     # From the config, not from the checkpoint: --allow_changes may have changed them.
     where = {name: leaf.sharding for name, leaf in run.abstract_state.hparams.items()}
     return state._replace(hparams=place(config.hparams(), where)), checkpoints.interval(step)
@@ -111,13 +136,19 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
 
 def check_changes(state: TrainState, old: RunConfig, new: RunConfig, folder: str) -> None:
     """Refuses to resume a replica that has stopped; says where the learning rate jumps."""
-    step, skipped = (np.atleast_1d(hosts.fetch(each)) for each in (state.step, state.skipped))
+    counts = state.step, state.skipped, state.ended
+    step, skipped, ended = (np.atleast_1d(hosts.fetch(each)) for each in counts)
     limits = old.max_skipped_steps, new.max_skipped_steps
     for k, configs in enumerate(zip(old.single_runs(), new.single_runs(), strict=True)):
         if limits[0] < skipped[k] <= limits[1]:
             raise UserError(
                 f"max_skipped_steps={limits[1]}: replica {k} stopped when it was {limits[0]}, and "
                 f"has missed steps since; leave it at {limits[0]}, or choose another --workdir"
+            )
+        if len(step) > 1 and ended[k] and new.patience != old.patience:
+            raise UserError(
+                f"patience={new.patience}: replica {k} stopped early when it was {old.patience}, "
+                "and has missed steps since; leave it, or choose another --workdir"
             )
         done = jnp.int32(step[k] - skipped[k])
         before, now = (
@@ -145,6 +176,7 @@ def write_profile(run: "Run", state: TrainState, steps: int) -> None:
 
 def finish(run: "Run") -> list[dict[str, Any]]:
     """Plots the learning curve, evaluates the last state, writes and returns the results."""
+    assert run.state is not None
     if hosts.first():
         from transformer.inference import plots  # imports matplotlib
 
@@ -155,7 +187,11 @@ def finish(run: "Run") -> list[dict[str, Any]]:
     for split in run.data:
         for result, metrics in zip(results, run.evaluate_replicas(split), strict=True):
             result |= metrics
-    record = {"step": run.config.steps, "devices": describe_mesh(run.mesh)}
+    step, ended = run.state.taken(), np.atleast_1d(hosts.fetch(run.state.ended))
+    if len(ended) > 1 and ended.any():
+        for result, own in zip(results, ended.tolist(), strict=True):
+            result |= {"step": own or step}
+    record = {"step": step, "devices": describe_mesh(run.mesh)}
     record |= {"parameters": run.model.count_parameters(), "flops_per_step": run.step_flops}
     write_json(run.workdir.results, record | {"replicas": results})
     return results

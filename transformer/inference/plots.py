@@ -17,6 +17,7 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import BOS, PAD, Tokenizer
 from transformer.errors import reason
+from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.metrics import METRICS, percent
 from transformer.parallel import hosts
 
@@ -71,17 +72,23 @@ def _lines(axes: Any, rows: Rows, x: str, labels: Mapping[str, str]) -> None:
 
 
 def learning_curve(rows: Rows, path: Path, title: str) -> None:
-    """Plots the loss and the percentages over steps, from the rows of `metrics.jsonl`."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    """Plots loss, accuracies and text metrics over steps, from the rows of `metrics.jsonl`."""
+    names = [f"validation/{name}" for name in TEXT_METRICS]
+    texts = {k: k.replace("_", " ").replace("/", ", ") for k in names if any(k in r for r in rows)}
+    panels = 3 if texts else 2
+    figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
+    loss, accuracy, *others = figure.subplots(1, panels)
     _lines(loss, rows, "step", {"train/loss": "train", "validation/loss": "validation"})
     labels = {f"validation/{name}": f"validation, {text}" for name, text in _percentages().items()}
     _lines(accuracy, rows, "step", {"train/accuracy": "train, token accuracy"} | labels)
     loss.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     accuracy.set(xlabel="step", ylabel="correct", ylim=(-0.02, 1.02))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in others:
+        _lines(axes, rows, "step", texts)
+        axes.set(xlabel="step", ylabel="of decoded text, in percent", ylim=(0, None))
     figure.suptitle(title, fontsize=10, parse_math=False)
-    finish(figure, (loss, accuracy), path)
+    finish(figure, (loss, accuracy, *others), path)
 
 
 def finish(figure: Figure, axes: Sequence, path: Path, beside: bool = False) -> None:

@@ -2,7 +2,9 @@
 
 import itertools
 import re
+from collections import ChainMap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import scipy
 
 from transformer.console import facts, table
 from transformer.errors import explained, needs
+from transformer.metrics import METRICS
 
 LEVEL = 0.95
 RESAMPLES = 1_000
@@ -36,14 +39,29 @@ class Texts(NamedTuple):
         return [*map(list, itertools.zip_longest(*self.references))]
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """A percentage with a 95% interval: Wilson's for proportions, else the bootstrap's."""
 
     value: float
-    low: float
-    high: float
+    interval: Callable[[], tuple[float, float]]  # a function, as it takes longer than the value
     signature: str = ""  # sacrebleu's, if the metric has one
     warning: str = ""  # why the value may be misleading, if it may
+
+    def record(self) -> dict[str, Any]:
+        """The score with its interval, for a file of results."""
+        low, high = self.interval()
+        said = {"signature": self.signature, "warning": self.warning}
+        return {"value": self.value, "low": low, "high": high} | said
+
+
+@dataclass(frozen=True)
+class TextMetric:
+    """How a metric of decoded text is computed and printed."""
+
+    score: Callable[[Texts], Score]
+    better: int = 1  # 1 if more is better, -1 if less is
+    format: Callable[[float], str] = "{:.2f}".format
 
 
 def bleu(texts: Texts) -> Score:
@@ -56,8 +74,11 @@ def bleu(texts: Texts) -> Score:
     order = metric.max_ngram_order
     score = metric.corpus_score([*texts.outputs], texts.by_position())
     signature = str(metric.get_signature())  # it changes with each score
-    single = [metric.corpus_score([output], [[x] for x in own]) for output, own in texts.pairs()]
-    counts = np.array([[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single], float)
+
+    def interval() -> tuple[float, float]:
+        single = [metric.corpus_score([out], [[x] for x in own]) for out, own in texts.pairs()]
+        counts = [[x.sys_len, x.ref_len, *x.counts, *x.totals] for x in single]
+        return bootstrap(value, np.array(counts, float))
 
     def value(total: np.ndarray) -> float:
         lengths, correct, ngrams = np.split(total, [2, 2 + order])
@@ -71,7 +92,7 @@ def bleu(texts: Texts) -> Score:
         warning += f"bleu_tokenizer={tokenizer} needs; set it to zh, ja-mecab or char"
     elif all(len(metric.tokenizer(x).split()) < order for x in references):
         warning = f"no reference has {order} tokens, so BLEU is always 0; use exact_match or chrf"
-    return Score(float(score.score), *bootstrap(value, counts), signature, warning)
+    return Score(float(score.score), interval, signature, warning)
 
 
 def chrf(texts: Texts) -> Score:
@@ -101,23 +122,34 @@ def chrf(texts: Texts) -> Score:
         weight = metric.beta**2
         return float(100 * ((1 + weight) * precision * recall / (weight * precision + recall)))
 
-    counts = [max((count(output, x) for x in own), key=value) for output, own in texts.pairs()]
-    interval = bootstrap(value, np.array(counts))
-    return Score(float(score.score), *interval, str(metric.get_signature()))
+    def interval() -> tuple[float, float]:
+        counts = [max((count(output, x) for x in own), key=value) for output, own in texts.pairs()]
+        return bootstrap(value, np.array(counts))
+
+    return Score(float(score.score), interval, str(metric.get_signature()))
 
 
 def exact_match(texts: Texts) -> Score:
     """The percentage of outputs that equal one of their references."""
     hits = [output in own for output, own in texts.pairs()]
-    test = scipy.stats.binomtest(sum(hits), len(hits))
-    low, high = test.proportion_ci(LEVEL, method="wilson")
-    return Score(100 * test.statistic, 100 * float(low), 100 * float(high))
+
+    def interval() -> tuple[float, float]:
+        test = scipy.stats.binomtest(sum(hits), len(hits))
+        low, high = test.proportion_ci(LEVEL, method="wilson")
+        return 100 * float(low), 100 * float(high)
+
+    return Score(100 * sum(hits) / len(hits), interval)
 
 
 def sequence_error_rate(texts: Texts) -> Score:
     """The percentage of outputs that equal none of their references."""
     match = exact_match(texts)
-    return Score(100 - match.value, 100 - match.high, 100 - match.low)
+
+    def interval() -> tuple[float, float]:
+        low, high = match.interval()
+        return 100 - high, 100 - low
+
+    return Score(100 - match.value, interval)
 
 
 def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
@@ -132,7 +164,7 @@ def error_rate(split: Callable[[str], Sequence[str]], texts: Texts) -> Score:
     def value(total: np.ndarray) -> float:
         return float(100 * total[0] / max(total[1], 1))
 
-    return Score(value(counts.sum(0)), *bootstrap(value, counts))
+    return Score(value(counts.sum(0)), partial(bootstrap, value, counts))
 
 
 def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
@@ -153,15 +185,17 @@ def bootstrap(value: Callable[[np.ndarray], float], counts: np.ndarray) -> tuple
     return float(low), float(high)
 
 
-TEXT_METRICS: dict[str, Callable[[Texts], Score]] = {
-    "bleu": bleu,
-    "chrf": chrf,
-    "exact_match": exact_match,
+TEXT_METRICS: dict[str, TextMetric] = {
+    "bleu": TextMetric(bleu),
+    "chrf": TextMetric(chrf),
+    "exact_match": TextMetric(exact_match),
     # Of pronunciations, the next two are the word and the phoneme error rate of the literature.
-    "sequence_error_rate": sequence_error_rate,
-    "unit_error_rate": partial(error_rate, str.split),
-    "character_error_rate": partial(error_rate, list),
+    "sequence_error_rate": TextMetric(sequence_error_rate, better=-1),
+    "unit_error_rate": TextMetric(partial(error_rate, str.split), better=-1),
+    "character_error_rate": TextMetric(partial(error_rate, list), better=-1),
 }
+# What training may log as `validation/name` and rank checkpoints by: a view of both tables.
+VALIDATION_METRICS: ChainMap[str, Any] = ChainMap(TEXT_METRICS, METRICS)
 
 
 def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
@@ -171,7 +205,7 @@ def score_texts(names: Sequence[str], texts: Texts) -> dict[str, Score]:
         first = texts._replace(references=[own[:1] for own in texts.references])
         against = {", any reference": texts, ", first reference": first}
     return {
-        f"{name}{which}": TEXT_METRICS[name](own)
+        f"{name}{which}": TEXT_METRICS[name].score(own)
         for name in names
         for which, own in against.items()
     }

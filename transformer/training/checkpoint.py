@@ -25,8 +25,9 @@ from transformer import renamed
 from transformer.console import console, quiet
 from transformer.errors import UserError, choose, explained
 from transformer.files import checksum
-from transformer.metrics import METRICS
+from transformer.inference.text_metrics import VALIDATION_METRICS
 from transformer.parallel import hosts
+from transformer.parallel.mesh import place
 from transformer.training.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -43,7 +44,7 @@ class DamageError(Exception):
 
 def merit(metrics: Any, best: str) -> Any:
     """The key by which checkpoints are ranked: the validation metric `best`, then the loss."""
-    value = METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
+    value = VALIDATION_METRICS[best].better * (metrics or {}).get(f"validation/{best}", np.nan)
     return (-np.inf, 0.0) if np.isnan(value) else (value, -metrics["validation/loss"])
 
 
@@ -177,11 +178,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         hosts.once(partial(self._verify, step))
         with explained(f"checkpoint {folder} cannot be restored: {{reason}}"):
             saved: Any = self.manager.item_metadata(step)
-            check_arrays(folder, by_name(saved, wanted), wanted)
+            there = by_name(saved, wanted)
+            added = {name: wanted[name] for name in renamed.ADDED if name not in there}
+            check_arrays(folder, there | added, wanted)
             target = jax.tree_util.tree_map_with_path(
                 lambda path, _: wanted[renamed.array_name(path, wanted)], dict(saved)
             )
             restored = by_name(self.manager.restore(step, args=Restore(target)), wanted)
+            for name, array in added.items():
+                value = np.full(array.shape, renamed.ADDED[name], array.dtype)
+                restored[name] = place(value, array.sharding)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def interval(self, step: int) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from rich.table import Column
 
 from transformer import renamed
 from transformer.console import console, status
+from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.metrics import PRINTED
 from transformer.parallel import hosts
+from transformer.parallel.mesh import place
 from transformer.parallel.replicas import format_replicas, mean_over_replicas, split_replicas
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.costs import peak_flops
+from transformer.training.early_stopping import EarlyStopping
 from transformer.training.health import HealthMonitor
 from transformer.training.interruption import Interrupted, StopRequests
 from transformer.training.metrics import TRAIN_METRICS, Interval, MetricsWriter, finalize
@@ -57,6 +60,10 @@ class TrainingLoop:
     def __post_init__(self):
         self.config, interval = self.run.config, self.interval
         self.monitor = HealthMonitor(self.state, self.config.max_skipped_steps)
+        self.ended = np.array(hosts.fetch(self.state.ended), ndmin=1)  # [R]
+        # Decided at evaluations alone, so that the size of dispatches does not matter.
+        self.is_over = not interval and self.all_ended()
+        self.early_stopping = EarlyStopping.resumed(self.config, self.run.workdir.metrics)
         self.peak_share = None
         if peak := peak_flops(self.run.mesh):
             self.peak_share = self.run.step_flops * self.config.replicas / peak
@@ -73,7 +80,7 @@ class TrainingLoop:
         self.size = DispatchSize()
 
     def train(self) -> TrainState:
-        """Trains to the last step, or until `Interrupted` or a `NonfiniteError`."""
+        """Trains to the last step or early stopping, or until Interrupted or a NonfiniteError."""
         no_steps = self.run.feed.empty_window(), self.run.place(np.array(0, np.int32))
         with status("compiling", "compiled"):  # by a dispatch of 0 steps
             self.state, self.sums = self.run.train_steps(self.state, self.sums, *no_steps)
@@ -83,7 +90,7 @@ class TrainingLoop:
             self.resumed = time.perf_counter()
             if self.unvalidated:  # interrupted when validation was due
                 self.evaluate()
-            while self.step < self.config.steps:
+            while self.step < self.config.steps and not self.is_over:
                 if self.requests.stop():
                     self.save_and_interrupt()
                 self.advance()
@@ -112,7 +119,17 @@ class TrainingLoop:
             self.evaluate()
 
     def save_is_due(self) -> bool:
-        return self.step % self.config.save_every == 0 or self.step == self.config.steps
+        due = any(self.step % every == 0 for every in self.config.save_intervals())
+        return due or self.step == self.config.steps
+
+    def decoding_is_due(self) -> bool:
+        config, every = self.config, self.config.decode_every * self.config.eval_every
+        ranks = config.best_metric in TEXT_METRICS and self.save_is_due()
+        return bool(every) and (ranks or self.step % every == 0 or self.step == config.steps)
+
+    def all_ended(self) -> bool:
+        """Whether every replica has ended early or has stopped for a NaN or Inf."""
+        return bool(((self.ended > 0) | self.monitor.stopped).all())
 
     def pause(self) -> None:
         """Waits for the devices; from here to `resumed`, time is not the interval's."""
@@ -130,8 +147,8 @@ class TrainingLoop:
         self.seconds, self.resumed = 0.0, now
         self.size.measured(int(replicas[0]["steps"]), seconds)
         metrics = [finalize(Interval(r, seconds, self.peak_share, wait_share)) for r in replicas]
-        self.bar.log_interval(step, metrics)
-        self.writer.write(step, metrics)
+        rows = self.write(step, metrics)
+        self.bar.log_interval(step, [row for row in rows if row is not None])
         self.monitor.check(step, replicas, metrics, self.state)
 
     def evaluate(self) -> None:
@@ -139,8 +156,13 @@ class TrainingLoop:
         self.unvalidated = True
         self.pause()
         metrics = self.run.evaluate_replicas("validation", self.state, self.interrupt_if_requested)
+        if self.decoding_is_due():
+            decoded = self.run.text_validation.metrics(self.state)
+            metrics = [own | texts for own, texts in zip(metrics, decoded, strict=True)]
         self.bar.log_validation(self.step, metrics)
-        self.writer.write(self.step, metrics)
+        self.write(self.step, metrics)
+        if self.config.patience and self.step < self.config.steps:
+            self.end_early(metrics)
         if self.save_is_due():
             stopped = self.monitor.stopped
             running = [each for each, old in zip(metrics, stopped, strict=True) if not old]
@@ -148,6 +170,26 @@ class TrainingLoop:
             self.saved = self.step
         self.unvalidated, self.resumed = False, time.perf_counter()
         self.size.interrupted()
+
+    def write(self, step: int, metrics: Sequence[dict]) -> list[dict | None]:
+        """Writes the metrics of the replicas that have not ended; returns None for the others."""
+        rows = [None if end else own for own, end in zip(metrics, self.ended, strict=True)]
+        self.writer.write(step, rows)
+        return rows
+
+    def end_early(self, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Ends the replicas whose patience is exhausted; the next checkpoint records it."""
+        for k in np.flatnonzero((self.ended == 0) & ~self.monitor.stopped).tolist():
+            self.early_stopping.add(k, self.step, metrics[k])
+            if reason := self.early_stopping.reason(k):
+                self.ended[k] = self.step
+                who = f"replica {k} " if len(metrics) > 1 else ""
+                at = f"at step {self.step:,} of {self.config.steps:,}"
+                console.print(f"{who}stopped early {at}: {reason}")
+        # A copy: on a CPU the array of JAX may share the memory of one of NumPy.
+        ended = self.ended.copy().reshape(self.state.ended.shape)
+        self.state = self.state._replace(ended=place(ended, self.state.ended.sharding))
+        self.is_over = self.all_ended()
 
     def interrupt_if_requested(self) -> None:
         # Several processes must stop after the same training dispatch, not during validation.
@@ -246,7 +288,8 @@ class ProgressBar(progress.Progress):
 
     def log_validation(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
         figures = []
-        for name, metric in PRINTED.items():
-            values = [each[f"validation/{name}"] for each in metrics]
-            figures.append(f"{name.replace('_', ' ')} {format_replicas(values, metric.format)}")
+        for name, metric in (PRINTED | TEXT_METRICS).items():
+            values = [each[x] for each in metrics if (x := f"validation/{name}") in each]
+            if values:
+                figures.append(f"{name.replace('_', ' ')} {format_replicas(values, metric.format)}")
         self.print_line(step, f"validation {'  '.join(figures)}")

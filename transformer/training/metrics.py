@@ -162,8 +162,11 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                 events.close()
 
     @_explained
-    def write(self, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+    def write(self, step: int, metrics: Sequence[Mapping[str, float] | None]) -> None:
+        """Writes the metrics of each replica; None for one without."""
         for k, each in enumerate(metrics if self.writes else ()):
+            if each is None:
+                continue
             replica = {"replica": k} if len(metrics) > 1 else {}
             self.file.write(to_json({"step": step, **replica, **each}) + "\n")
             self.file.flush()

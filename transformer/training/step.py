@@ -48,6 +48,7 @@ class TrainState(NamedTuple):
     step: Any  # int32 scalar, the number of steps taken, skipped updates included
     skipped: Any  # int32 scalar, the number of skipped updates; see `skip_nonfinite`
     failed: Any  # int32 scalar, the step of the last skipped update; -1: none
+    ended: Any  # int32 scalar, the step at which early stopping ended the run; 0: it has not
     seed: Any  # uint32 scalar, the source of all randomness; see `stream`
     hparams: dict[str, Any]  # name → float32 scalar; those that replace the config's
     params: Params  # float32
@@ -82,7 +83,7 @@ def init_state(model: Model, config: "RunConfig", seed: Array, hparams: dict) ->
     trained = without(params, frozen_names(model, config))
     opt_state = make_optimizer(config.optimizer, config.steps).init(trained)
     ema_params = trained if config.ema_decay else {}
-    counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1)  # step, skipped, failed
+    counts = jnp.int32(0), jnp.int32(0), jnp.int32(-1), jnp.int32(0)  # to `ended`
     return TrainState(*counts, seed, hparams, params, batch_stats, opt_state, ema_params)
 
 
@@ -163,15 +164,16 @@ def skip_nonfinite(
 
     A skipped update adds only to the sums `steps` and `skipped`. After more than `max_skipped` of
     them the run has stopped: the state no longer changes, so the host finds it as it was before
-    step `failed`, and `stopped` counts the remaining steps.
+    step `failed`, and `stopped` counts the remaining steps. Nor does the state of a run change
+    that early stopping has ended: it waits for the other replicas.
     """
-    stopped = state.skipped > max_skipped
+    stopped, goes_on = state.skipped > max_skipped, state.ended == 0
     finite = jnp.isfinite(sums["train/objective"]) & jnp.isfinite(sums["train/gradient_norm"])
-    fails, good = ~finite & ~stopped, finite & ~stopped
+    fails, good = ~finite & ~stopped & goes_on, finite & ~stopped & goes_on
     skipped = state.skipped + fails.astype(jnp.int32)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
     sums = {name: jnp.where(good, total, 0.0) for name, total in sums.items()}
-    sums |= {"steps": jnp.ones(()), "skipped": (~good).astype(jnp.float32)}
+    sums |= {"steps": jnp.ones(()), "skipped": (~good & goes_on).astype(jnp.float32)}
     sums["stopped"] = (skipped > max_skipped).astype(jnp.float32)
     failed = jnp.where(fails, state.step, state.failed)
     return kept._replace(step=new_state.step, skipped=skipped, failed=failed), sums

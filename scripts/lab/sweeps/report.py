@@ -95,9 +95,14 @@ def read_json(path: Path) -> Any:
 
 
 def curve(records: Sequence[Record], seconds_per_step: float = 1.0) -> tuple[Any, ...]:
-    """Steps, or seconds, and the mean, lowest and highest validation accuracy of the seeds."""
-    values = np.array([[accuracy for _, accuracy in record.curve] for record in records])
-    steps = [step * seconds_per_step for step, _ in records[0].curve]
+    """Steps, or seconds, and the mean, lowest and highest validation accuracy of the seeds.
+
+    A run that has stopped early keeps its last accuracy.
+    """
+    longest = max((record.curve for record in records), key=len)
+    curves = [record.curve + record.curve[-1:] * len(longest) for record in records]
+    values = np.array([[accuracy for _, accuracy in c[: len(longest)]] for c in curves])
+    steps = [step * seconds_per_step for step, _ in longest]
     return steps, values.mean(0), values.min(0), values.max(0)
 
 
