@@ -249,7 +249,8 @@ pairs = [pair.split() for pair in PAIRS.replace("\n", " ").split(",")]
 Path("my_pairs").mkdir(exist_ok=True)
 splits = {"held_out": pairs[::5], "train": [pair for k, pair in enumerate(pairs) if k % 5]}
 for name, part in splits.items():
-    Path(f"my_pairs/{name}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in part))
+    lines = "".join(f"{source}\t{target}\n" for source, target in part)
+    Path(f"my_pairs/{name}.tsv").write_text(lines, encoding="utf-8")
     print(f"my_pairs/{name}.tsv: {len(part)} pairs")
 
 config = default_config()

@@ -211,7 +211,7 @@ def fingerprint(data_dir, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             dispatches = Dispatches(patch)
             state = trained(changes, workdir, data_dir)
-        shown = capsys.readouterr().out
+        shown = capsys.readouterr().out.replace(str(path), "")
         end = shown[shown.index(f"\nafter {dispatches.step} steps") :]
         return {"calls": dispatches.calls, "results": end} | left(workdir, state)
 

@@ -18,7 +18,6 @@ from tests.test_programs import ROOT
 from transformer import config as configs
 from transformer import load, renamed
 from transformer.config import RunConfig, default_config, differences, flat_knobs, saved_config
-from transformer.inference.decoding import DecodingConfig
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 from transformer.workdir import Workdir
@@ -38,10 +37,10 @@ def old(request, tmp_path, monkeypatch):
 
 def test_an_old_run_predicts_evaluates_and_goes_on_to_its_numbers(old, data_dir, caplog):
     workdir, expected = old
-    generator = load(str(workdir.path), mesh=one_device_mesh())
+    model = load(str(workdir.path), mesh=one_device_mesh())
     assert not caplog.records  # no library has anything to warn of
     for name, beams in (("greedy", 1), ("beam", 3)):
-        found = generator.generate(TEXTS, DecodingConfig(beam_size=beams))
+        found = model.generate(TEXTS, beam_size=beams)
         lines = [line.split("\t")[1:] for line in expected[name].splitlines()]
         assert [own[0].text for own in found] == [text for _, text in lines]
         scores = [float(score) for score, _ in lines]

@@ -104,9 +104,9 @@ def test_text_metrics_are_drawn_in_axes_of_their_own(tmp_path, monkeypatch):
     drawn = Mock()
     monkeypatch.setattr(plots, "finish", drawn)
     rows = [{"step": 1, "train/loss": 2.0}, {"step": 1, "validation/loss": 2.0}]
-    plots.learning_curve(rows, tmp_path)
+    plots.learning_curve(rows, tmp_path, "a run")
     rows.append({"step": 2, "validation/bleu": 30.0})
-    plots.learning_curve(rows, tmp_path)
+    plots.learning_curve(rows, tmp_path, "a run")
     (_, two, _), (_, three, _) = (call.args for call in drawn.call_args_list)
     assert (len(two), len(three)) == (2, 3)
     (line,) = three[2].get_lines()
