@@ -229,13 +229,13 @@ plt.show()
 # %% [markdown]
 # ## Train on pairs of your own
 #
-# Type pairs of a source and a target; a space is a character like any other. The cell writes them
-# to `my_pairs/`, every fifth one to a file that is held out from training, trains a small model on
-# characters, and prints how many of its outputs are right. From a few dozen pairs a model learns
-# those, and next to nothing about others; thousands of pairs are needed for that.
+# Type pairs of words: a source, a space and its target, with commas between the pairs. The cell
+# writes them to `my_pairs/`, every fifth one to a file that is held out from training, trains a
+# small model on characters, and prints how many of its outputs are right. From a few dozen pairs a
+# model learns those, and next to nothing about others; thousands of pairs are needed for that.
 
 # %%
-from transformer.config import default_config
+from transformer import default_config
 
 PAIRS = """
 cat cats, dog dogs, car cars, tree trees, book books, hand hands, river rivers, cloud clouds,
@@ -245,7 +245,11 @@ toy toys, day days, key keys, boy boys, bus buses, gas gases, lens lenses, glass
 church churches, match matches, lunch lunches, couch couches, house houses, name names, lake lakes
 """
 
-pairs = [pair.split() for pair in PAIRS.replace("\n", " ").split(",")]
+pairs = [pair.split() for pair in PAIRS.replace("\n", " ").split(",") if pair.strip()]
+if wrong := [" ".join(pair) for pair in pairs if len(pair) != 2]:
+    raise StopError(f"{wrong[0]!r} is not a source and a target, two words with a space between")
+if len(pairs) < 10:
+    raise StopError(f"{len(pairs)} pairs are too few: type at least 10")
 Path("my_pairs").mkdir(exist_ok=True)
 splits = {"held_out": pairs[::5], "train": [pair for k, pair in enumerate(pairs) if k % 5]}
 for name, part in splits.items():

@@ -63,8 +63,10 @@ def main(*folders: str) -> None:
     """Finds the runs, prints the tables and draws the picture."""
     if not folders:
         raise UserError("no folder is named: python scripts/plot_runs.py runs/a runs/b")
-    runs = dict.fromkeys(run for folder in folders for run in find_runs(Path(folder)))
-    every = [member for run in runs for member in read_run(run)]
+    if Path(OUT.value).is_dir():
+        raise UserError(f"--out={OUT.value} is a folder; name a file, such as {OUT.default}")
+    runs = {run.resolve(): run for folder in folders for run in find_runs(Path(folder))}
+    every = [member for run in runs.values() for member in read_run(run)]
     if empty := dict.fromkeys(str(each.folder) for each in every if not each.rows):
         facts({"left out": f"{', '.join(empty)}: no metrics yet"})
     every = [each for each in every if each.rows]
@@ -75,6 +77,7 @@ def main(*folders: str) -> None:
     for title, best in (("final metrics", False), ("best metrics, each by itself", True)):
         table(title, columns, [(name, *cells(each, metrics, best)) for name, each in named.items()])
     path, drawn = Path(OUT.value), panels(named, metrics)
+    path = path if path.suffix else path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained(f"--out={path}: {{reason}}", ValueError):  # the suffix is not of a format
         plots.lines(drawn, path, columns=2 if len(drawn) < 5 else 3)
@@ -141,10 +144,10 @@ def knobs_that_differ(every: Sequence[Member]) -> list[str]:
 def written(value: Any) -> str:
     """The value of a knob as text; of consecutive seeds the first and the last."""
     if not isinstance(value, tuple):
-        return str(value)
+        return "none" if value in ("", None) else str(value)
     if len(value) > 1 and value == (*range(value[0], value[0] + len(value)),):
         return f"{value[0]}–{value[-1]}"
-    return " ".join(map(str, value))
+    return " ".join(map(str, value)) or "none"
 
 
 def metrics_of(every: Sequence[Member]) -> dict[str, Shown]:

@@ -62,7 +62,7 @@ cli.define_plugins_flag()
 
 INVALID, UNKNOWN = "lines that are not UTF-8", "unknown symbols"
 TRUNCATED, CAPPED = (f"outputs truncated (--{x})" for x in ("decode_margin", "max_length"))
-MISSING = "empty lines in place of outputs of the same text (--distinct)"
+MISSING = "empty lines in place of missing outputs"
 ALIGNED = 16  # alignments computed at once
 Report = dict[str, dict[int, int]]  # what is counted → line → count
 

@@ -65,10 +65,14 @@ def test_a_prefix_is_data_and_one_that_cannot_be_is_refused(run, trained, monkey
     for message, prefix in (
         ("'C' in 'abC' is not one of the tokenizer's symbols", "abC"),
         ("prefix='.*': it is not text", "\udcff"),
-        ("has 6 tokens, and some outputs at most 6, EOS included; shorten it, or raise", "abcdef"),
+        (r"^texts\[1\]: its output has at most 6 tokens and the prefix 6; raise", "abcdef"),
+        ("has 10 tokens, and outputs have at most 10, EOS included; shorten it, or", "abcdefghij"),
     ):
         refused(message, trained.generate, ["abcde", "q"], prefix=prefix)
     words = SymbolTokenizer(("a",), " ", unknown=True)
+    refused(
+        "prefix=' a': the tokenizer changes", DecodingConfig(prefix=" a").split_prefix, words, 9
+    )
     refused("prefix='b' has unknown symbols", DecodingConfig(prefix="b").split_prefix, words, 9)
 
 
@@ -100,12 +104,29 @@ def test_distinct_outputs_are_the_best_of_each_text(run, trained, predict):
         text for own in found for text in ([x.text for x in own] + [""] * 3)[:3]
     ]
     missing = sum(3 - len(own) for own in found)
-    assert f"empty lines in place of outputs of the same text (--distinct): {missing} (" in errors
+    assert f"empty lines in place of missing outputs: {missing} (" in errors
     out, errors = predict(GIVEN, "--temperature=0.2", "--distinct", "--n_best=3", "--json")
     assert [json.loads(line)["line"] for line in out.splitlines()] == [
         number for number, own in enumerate(found, 1) for _ in own
     ]
-    assert "--distinct" not in errors
+    assert "missing" not in errors
+
+
+def test_hypotheses_that_are_missing_are_no_outputs(trained, predict):
+    """A beam of 30 has 27 first tokens, of which EOS ends an output."""
+    found = trained.generate(["abc", ""], beam_size=30, max_length=1, n_best=30)
+    assert len(found[0]) == 27
+    assert all(np.isfinite(output.score) for own in found for output in own)
+    out, errors = predict(b"abc", "--beam_size=30", "--max_length=1", "--n_best=30")
+    assert out.count("\n") == 30
+    assert "empty lines in place of missing outputs: 3 (line 1)" in errors
+
+
+def test_a_line_that_is_too_short_for_the_prefix_is_refused_alone(predict, found):
+    out, errors = predict(b"abcdefghijk\nq\nabcdefg", "--prefix=abcdef", "--decode_margin=0")
+    lines = out.splitlines()
+    assert [line[:6] for line in lines] == ["abcdef", "", "abcdef"]
+    assert "line 2: its output has at most 2 tokens and the prefix 6; raise" in errors
 
 
 def test_a_truncated_output_names_the_flag_that_limits_it(predict, found):

@@ -100,6 +100,8 @@ def test_a_run_that_stops_early_is_the_run_that_was_trained_to_that_step(
     assert "finished    stopped early at step 10 of 14 (patience=2)" in capsys.readouterr().out
     refused(r"another config \(patience: 2 → 0\)", train, again, data_dir)
     refused(r"eval_every: 6 → 7", train, again, data_dir, **PATIENCE, eval_every=7)
+    more = "stopped early at step 10 of 20 .*, and takes no more steps; raise patience with"
+    refused(more, train, again, data_dir, **PATIENCE, steps=20)
     same(train(again, data_dir, allow_changes=True), whole)  # and goes on without
 
 

@@ -278,6 +278,14 @@ def test_empty_lists_have_empty_results_and_misuse_is_refused_in_a_line(trained)
             refused(message, function, [*texts], targets)
     refused("texts have no targets: prepare", trained.score, trained.prepare(["a"]))
     refused("batch_size=0: it must be at least 1", trained.encode, ["a"], batch_size=0)
+    for message, option in (
+        ("max_length=2.5: it takes a whole number", {"max_length": 2.5}),
+        ("beam_size=True: it takes a whole number", {"beam_size": True}),
+        ("temperature='1': it takes a number", {"temperature": "1"}),
+        ("prefix=3: it takes a text", {"prefix": 3}),
+        ("distinct='yes': it takes True or False", {"distinct": "yes"}),
+    ):
+        refused(message, trained.generate, ["a"], **option)
 
 
 def test_models_are_loaded_side_by_side_and_print_nothing(run, tmp_path, monkeypatch, capfd):

@@ -67,6 +67,16 @@ def test_skipped_updates_and_loss_spikes_are_printed(capsys):
     out = capsys.readouterr().out
     assert "2 of the updates up to step 14 skipped for a NaN or Inf (at most 3 may be)" in out
     assert "loss spike: 5 up to step 14, 4.7 times the median of the last 13 intervals" in out
+
+
+def test_a_replica_that_leaves_the_mean_makes_no_loss_spike(capsys):
+    start = INIT(np.uint32(0))
+    monitor = HealthMonitor(start, max_skipped=3)
+    for step in range(1, 16):
+        (a, b), (c, d) = interval(0.1 if step < 14 else np.nan), interval(5.0)
+        sums, metrics = [*a, *a, *c], [*b, *b, *d]
+        monitor.check(step, sums, metrics, start)
+    assert not capsys.readouterr().out
     with pytest.raises(NonfiniteError, match="step 9"):
         monitor.check(15, *interval(np.nan, 1, 4), start._replace(failed=jnp.int32(9)))
 

@@ -90,7 +90,12 @@ SECOND = ("encoder/layers/1/*", "decoder/layers/1/*")
 @pytest.mark.parametrize(
     ("before", "after", "message", "patterns"),
     [
-        ({}, DEEPER, r"decoder/layers/1/\S* is only here, .*and \d+ more; .*'decoder/lay", SECOND),
+        (
+            {},
+            DEEPER,
+            r"decoder/layers/1/\S* is only here, .*and \d+ more .*'decoder/lay.*/1/\*',",
+            SECOND,
+        ),
         (DEEPER, {}, r"decoder/layers/1/\S* is only there", SECOND),
         ({}, {"model.d_ff": 64}, r"is \[16, 32\] there and \[16, 64\] here", ("*feed_forward/*",)),
         ({}, {"data.tokenizer": "bytes"}, r" embedding/embedding is \[32, 16\] there", ("emb*",)),
@@ -108,6 +113,7 @@ def test_what_does_not_fit_is_refused_or_initialised_anew(
     state, fresh = start(run), run.init(run.config.seeds(), run.config.hparams())
     said = " ".join(capsys.readouterr().out.split())
     assert ("left behind: decoder/layers/1" in said) == (before == DEEPER) == ("new: " not in said)
+    assert ("differs model.num_layers: " in said) == (DEEPER in (before, after))
     parts = [pattern.strip("/*") for pattern in patterns]
     for name, value in state.params.items():
         wanted = fresh if any(part in name for part in parts) else saved
@@ -120,7 +126,7 @@ def test_the_embeddings_of_a_side_are_compared_with_its_tokens(tmp_path, rng, da
     give_tokenizers(folder, "characters", "words", source=TOKENIZER, target=REVERSED)
     own = opened(folder, data_dir, **untied, **{"data.target_tokenizer": "characters"})
     differs = "is of another vocabulary"
-    pair = f"fit: output_embedding/embedding {differs}, target_embedding/embedding {differs};"
+    pair = f"fit: output_embedding/embedding {differs}, target_embedding/embedding {differs} "
     refused(pair, start, own)
 
 

@@ -124,6 +124,8 @@ def test_what_cannot_be_compared_is_a_line(script, tmp_path, monkeypatch):
     assert (tmp_path / "runs.png").stat().st_size > 5_000
     monkeypatch.setattr(script, "OUT", SimpleNamespace(value="a/b.docx"))
     refused("--out=a/b.docx: Format 'docx' is not supported", script.main, "one")
+    monkeypatch.setattr(script, "OUT", SimpleNamespace(value="a", default="runs.png"))
+    refused("--out=a is a folder; name a file, such as runs.png", script.main, "one")
 
 
 def test_folders_may_stand_before_and_after_flags(script):

@@ -2,13 +2,17 @@
 
 import gzip
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from tests.helpers import data_config, refused
+from tests.test_config import resolved
 from tests.test_tokenizer import model_of
+from transformer.config import differences
 from transformer.data import text
 from transformer.data.corpus import open_corpus
 from transformer.data.packing import filter_by_length
@@ -220,9 +224,13 @@ def test_a_given_model_is_used_instead_of_learning_and_kept_with_the_run(tmp_pat
     changed = open_corpus(config, str(tmp_path)).tokens(options["train"])
     assert changed.source.values.tolist() != tokens.source.values.tolist()
     again = partial(open_corpus, config, str(tmp_path), run)
-    refused("a is not the tokenizer of .*run; bring that back", again)
+    refused("a is not the tokenizer of .*run; bring that file back", again)
     Path(file).unlink()
     assert again().identity() == corpus.identity()
+    one, other = (resolved({"data.tokenizer_model": each}) for each in (file, f"moved/{file}"))
+    one, other, none = (ConfigDict(asdict(each)) for each in (one, other, resolved({})))
+    assert differences(one, other) == []
+    assert [each.partition(":")[0] for each in differences(one, none)] == ["data.tokenizer_model"]
 
 
 def test_each_side_may_have_a_model_of_its_own(tmp_path):
@@ -242,4 +250,6 @@ def test_what_is_no_model_is_refused_in_a_line(content, tmp_path):
     Path(file).unlink() if content is None else Path(file).write_bytes(content)
     for knob in ("tokenizer_model", "target_tokenizer_model"):
         message = rf"a is no SentencePiece model .*; change data\.{knob}$"
+        if content is None:
+            message = rf"^data\.{knob}=.*a: there is no such file; name a SentencePiece model$"
         refused(message, opened, tmp_path, train, **{knob: file})

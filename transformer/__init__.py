@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from transformer.config import RunConfig
+    from transformer.config import RunConfig, default_config
     from transformer.errors import UserError
     from transformer.inference.decoding import DecodingConfig
     from transformer.inference.generation import TrainedModel
@@ -50,7 +50,7 @@ __version__ = "0.2.0"
 # Where the public names are; imported when asked for, since JAX takes seconds.
 PUBLIC = {
     "run": ("Run",),
-    "config": ("RunConfig",),
+    "config": ("RunConfig", "default_config"),
     "errors": ("UserError",),
     "inference.decoding": ("DecodingConfig",),
     "inference.generation": ("TrainedModel",),

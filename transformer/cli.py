@@ -242,7 +242,12 @@ def explain_flag(argv: Sequence[str], config: ConfigDict | None, message: str) -
             return f"--config.{name} is a section; set one of its knobs, such as {inside[0]}"
         if name not in knobs:
             return f"--config.{name}: unknown option{nearest(name, knobs)}"
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple"}
+    kinds = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        tuple: "a tuple, such as (1,) or ('a','b')",
+    }
     for name, value in overrides:
         if f"--config.{name}=" in message or value is None:
             given = f"--config.{name}" + ("" if value is None else f"={value}")

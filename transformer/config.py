@@ -218,6 +218,8 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     free = FREE_KNOBS + EVALUATION_KNOBS * (not new.patience)
     names = [name for name in sorted(before | after) if not name.startswith(free)]
     values = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
+    # The file may have moved; `open_corpus` compares its content.
+    values = [row for row in values if not (row[0].endswith("tokenizer_model") and all(row))]
     return [f"{name}: {one} → {other}" for name, one, other in values if one != other]
 
 

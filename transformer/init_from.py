@@ -1,13 +1,16 @@
 """Starting from another run: its tokenizers, and those of its parameters that fit."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from transformer.config import fixed_knobs
+from transformer.config import differences, fixed_knobs
 from transformer.console import facts
 from transformer.errors import UserError
 from transformer.knobs import match_names
@@ -62,12 +65,24 @@ def excluded_names(run: "Run", source: "Run") -> set[str]:
         elif name in foreign:
             faults.append(f"{name} is of another vocabulary")
     if faults:
-        remedy = f"initialise such anew, as by --config.init_new='{faults[0].split()[0]}'"
-        remedy = f"make the configs agree, or {remedy}"
-        raise UserError(f"init_from={folder} does not fit: {shorten(faults)}; {remedy}")
+        layers = [re.sub(r"(.*/layers/\d+)/.*", r"\1/*", fault.split()[0]) for fault in faults]
+        patterns = [f"'{name}'" for name in dict.fromkeys(layers)]
+        remedy = f"{', '.join(patterns[:SHOWN])}{', …' * (len(patterns) > SHOWN)}"
+        remedy = f'make the configs agree, or initialise anew: --config.init_new="({remedy},)"'
+        changed = differing(
+            run, source, ("model.", "data.tokenizer", "data.target_tokenizer", "data.vocab")
+        )
+        faults = f"{shorten(faults)}{f' ({changed})' if changed else ''}"
+        raise UserError(f"init_from={folder} does not fit: {faults}; {remedy}")
     if here.keys() <= excluded:
         raise UserError(f"init_new leaves nothing of init_from={folder}; name fewer parameters")
     return excluded
+
+
+def differing(run: "Run", source: "Run", knobs: tuple[str, ...]) -> str:
+    """Says which of the knobs differ: `model.norm: layer → rms`."""
+    configs = (ConfigDict(asdict(each.config)) for each in (source, run))
+    return "; ".join(each for each in differences(*configs) if each.startswith(knobs))
 
 
 def foreign_tables(run: "Run", source: "Run") -> set[str]:
@@ -91,6 +106,7 @@ def initial_state(run: "Run") -> TrainState:
     lists = {"new": own.keys() & excluded, "left behind": excluded - own.keys()}
     parts = [f"; {what}: {shorten(sorted(each))}" for what, each in lists.items() if each]
     facts({"init": f"{counts}, step {saved.taken():,}{''.join(parts)}"})
+    facts({"differs": differing(run, source, ("model.",))})
     del saved  # frees the optimizer state before that of this run is allocated
     state, like = run.init(config.seeds(), config.hparams()), run.abstract_state
     likes = {name: (like.params | like.batch_stats)[name] for name in given}

@@ -16,6 +16,7 @@ from transformer.init_from import initial_state
 from transformer.metrics import figure
 from transformer.parallel import hosts
 from transformer.parallel.mesh import describe_mesh, place
+from transformer.parallel.replicas import is_stopped
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.health import NonfiniteError, explain_failure
 from transformer.training.interruption import StopRequests
@@ -115,20 +116,26 @@ def start(run: "Run", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, A
         return initial_state(run), {}
     state = checkpoints.restore(step, run.abstract_state)
     seeds, saved_seeds = config.seeds().tolist(), hosts.fetch(state.seed).tolist()
+    folder = run.workdir.path
     if seeds != saved_seeds or step > config.steps:
-        raise UserError(
-            f"the checkpoint in {run.workdir.path} has seed {saved_seeds} and step {step}, the "
-            f"config seed={seeds} and steps={config.steps}: another run; choose another --workdir"
-        )
+        found = f"seed {saved_seeds} and step {step:,}"
+        asked = f"seed={seeds} and steps={config.steps}, which cannot resume from it"
+        raise UserError(f"{folder} has {found}, the config {asked}; choose another --workdir")
     old = RunConfig.from_config_dict(run.workdir.read_config())
-    check_changes(state, old, config, str(run.workdir.path))
+    check_changes(state, old, config, str(folder))
     if config.replicas == 1 and config.patience != old.patience:  # goes on
         state = state._replace(ended=place(np.array(0, np.int32), state.ended.sharding))
     at = f"at step {step:,} of {config.steps:,}"
-    if (hosts.fetch(state.ended) > 0).all():
-        facts({"finished": f"stopped early {at} (patience={config.patience})"})
-    else:
+    stopped = is_stopped(state.skipped, config.max_skipped_steps)
+    if not (stopped | np.atleast_1d(hosts.fetch(state.ended) > 0)).all():
         facts({"resuming": at})
+    elif config.steps > old.steps:
+        raise UserError(
+            f"{folder} stopped early {at} (patience={config.patience}), and takes no more steps; "
+            f"raise patience with --allow_changes, or start another run with init_from={folder}"
+        )
+    else:
+        facts({"finished": f"stopped early {at} (patience={config.patience})"})
     # From the config, not from the checkpoint: --allow_changes may have changed them.
     where = {name: leaf.sharding for name, leaf in run.abstract_state.hparams.items()}
     return state._replace(hparams=place(config.hparams(), where)), checkpoints.interval(step)

@@ -122,7 +122,7 @@ def open_corpus(config: DataConfig, data_dir: str | None, saved: Path | None = N
         files = config.tokenizer_model, config.target_tokenizer_model
         for file, kept in zip(files, found, strict=True):  # a run does not need its files
             if file and Path(file).is_file() and Path(file).read_bytes() != kept.to_bytes():
-                remedy = "bring that back, or choose another --workdir"
+                remedy = "bring that file back, or train another run with this one"
                 raise UserError(f"{file} is not the tokenizer of {saved.parent}; {remedy}")
         return Corpus(dataset, found)
 
@@ -158,6 +158,8 @@ def _new_tokenizers(config: DataConfig, dataset: PreparedDataset) -> Tokenizers:
     def find(side: str, kind: Kind) -> Tokenizer:
         if isinstance(kind, Path):
             knob = f"data.{'target_' * (side == 'target')}tokenizer_model"
+            if not kind.is_file():
+                raise UserError(f"{knob}={kind}: there is no such file; name a SentencePiece model")
             return _read(kind, kind, f"is no SentencePiece model ({{reason}}); change {knob}")
         made_of = f"{kind} {side} {split} {dataset.fields} {config.vocab_size} {VERSION}"
         cache = Path(dataset.builder.data_dir) / "tokenizers" / f"{kind}_{_cache_key(made_of)}"

@@ -5,10 +5,11 @@ cross-attention's keys and values are projected once, and each step computes one
 hypothesis. A row's output does not depend on the rest of its batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple, TypedDict
+from numbers import Integral, Real
+from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from transformer.errors import UserError, explained
+from transformer.errors import UserError, check_choice, explained
 from transformer.inference.logits import Constraints, next_log_p, truncate
 from transformer.knobs import Range, Size, SizeOrZero, validate
 from transformer.modules.recurrent import Recurrent
@@ -24,6 +25,13 @@ from transformer.modules.transformer import Transformer
 
 Module = Transformer | Recurrent
 
+# Type of an option → the types of its values, and what a message calls them.
+TYPES: dict[type, tuple[type, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+    bool: (bool, "True or False"),
+}
 SMALL_CACHE = 128  # entries of a source, below which growing does not save its compilation
 
 
@@ -249,6 +257,36 @@ def _take(tokens: Int[Array, "B J T"], index: Int[Array, "B I"]) -> Int[Array, "
     return jnp.take_along_axis(tokens, index[..., None], axis=1)
 
 
+class DecodingOptions(TypedDict, total=False):
+    """The fields of `DecodingConfig` as keywords."""
+
+    beam_size: int
+    length_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    decode_margin: int | None
+    length_ratio: float
+    max_length: int | None
+    min_length: int
+    prefix: str
+    distinct: bool
+    no_repeat_ngram_size: int
+    repetition_penalty: float
+
+
+def check_types(options: Mapping[str, object]) -> None:
+    """Raises a UserError for a name that is no option, or a value of another type."""
+    hints = get_type_hints(DecodingOptions)
+    for name, value in options.items():
+        check_choice(hints, name, "option")
+        kind, *none = get_args(hints[name]) or (hints[name],)
+        kinds, takes = TYPES[kind]
+        if not isinstance(value, (kinds, *none)) or isinstance(value, bool) != (kind is bool):
+            raise UserError(f"{name}={value!r}: it takes {takes}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
     """Greedy decoding by default; sampling if temperature > 0; beam search if beam_size > 1.
@@ -309,13 +347,18 @@ class DecodingConfig:
         given = f"prefix={self.prefix!r}"
         with explained(f"{given}: it is not text; remove half characters", UnicodeError):
             self.prefix.encode()
-        tokens = tokenizer.encode(self.prefix)[:-1]
+        try:
+            tokens = tokenizer.encode(self.prefix)[:-1]
+        except UserError as error:
+            raise UserError(f"{given}: {error}; choose others") from error
         if tokenizer.count_unknown(tokens):
             raise UserError(f"{given} has unknown symbols; choose others")
+        if (text := tokenizer.decode(tokens)) != self.prefix:
+            raise UserError(f"{given}: the tokenizer changes it to {text!r}; give that")
         if len(tokens) >= limit:
-            most = f"{len(tokens)} tokens, and some outputs at most {limit}, EOS included"
+            most = f"{len(tokens)} tokens, and outputs have at most {limit}, EOS included"
             raise UserError(f"{given} has {most}; shorten it, or raise decode_margin or max_length")
-        return replace(self, prefix=""), np.array(tokens, np.int32) if tokens else None
+        return replace(self, prefix=""), np.array(tokens, np.int32)
 
     def describe(self) -> dict[str, int | float | str]:
         """The settings of the decoding method, and the others that are not the default."""
@@ -334,22 +377,3 @@ class DecodingConfig:
 
 
 GREEDY = DecodingConfig()
-
-
-class DecodingOptions(TypedDict, total=False):
-    """The fields of `DecodingConfig` as keywords."""
-
-    beam_size: int
-    length_penalty: float
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    decode_margin: int | None
-    length_ratio: float
-    max_length: int | None
-    min_length: int
-    prefix: str
-    distinct: bool
-    no_repeat_ngram_size: int
-    repetition_penalty: float

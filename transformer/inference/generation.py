@@ -14,9 +14,9 @@ from transformer.data.batches import Dataset
 from transformer.data.packing import RaggedArray
 from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import BOS, EOS, Tokenizer, before_end
-from transformer.errors import UserError, check_choice, explained, out_of_memory
+from transformer.errors import UserError, explained, out_of_memory
 from transformer.inference import evaluation
-from transformer.inference.decoding import DecodingConfig, DecodingOptions, Module
+from transformer.inference.decoding import DecodingConfig, DecodingOptions, Module, check_types
 from transformer.knobs import Range
 from transformer.modules.model import Params
 
@@ -179,8 +179,8 @@ class TrainedModel:
         Args:
           texts: if not `Prepared`, a refused text is an error, and unknown symbols are a warning.
             A text that does not fit in memory is refused, too.
-          n_best: outputs per text: the best of beam search, or independent samples; with
-            `distinct` there may be fewer.
+          n_best: outputs per text: the best of beam search, or independent samples. There may be
+            fewer, if the options leave fewer or they are to be distinct.
           batch_size: the most texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
           decoding: fields of `DecodingConfig`: `beam_size=4`.
@@ -189,9 +189,7 @@ class TrainedModel:
           UserError: a text is refused, or an option is wrong.
           TypeError: a text is not a str.
         """
-        known = (*DecodingOptions.__annotations__, "n_best", "batch_size", "offset")
-        for name in decoding:
-            check_choice(known, name, "option")
+        check_types(decoding)
         settings = DecodingConfig(**decoding)
         Range(1, 2**20).check("n_best", n_best)
         samples = n_best if settings.temperature else 1
@@ -199,16 +197,21 @@ class TrainedModel:
             remedy = "raise beam_size, or set a temperature to sample"
             raise UserError(f"n_best={n_best} exceeds beam_size={settings.beam_size}; {remedy}")
         prepared = texts if isinstance(texts, Prepared) else self._prepared(texts)
-        rows = np.repeat(np.flatnonzero(prepared.tokens.lengths() > 1), samples)
+        lengths = prepared.tokens.lengths()
+        limits = np.minimum(settings.limits(lengths, self.config.decode_margin), self.positions)
+        most = limits[lengths > 1].max(initial=0) if (lengths > 1).any() else self.positions
+        static, prefix = settings.split_prefix(self.tokenizers.target, int(most))
+        given = 0 if prefix is None else len(prefix)
+        for index in np.flatnonzero((lengths > 1) & (limits <= given)).tolist():
+            room = f"its output has at most {limits[index]} tokens and the prefix {given}"
+            prepared.refused[index] = f"{room}; raise decode_margin"
+        rows = np.repeat(np.flatnonzero((lengths > 1) & (limits > given)), samples)
         streams = np.stack([offset + rows, np.arange(len(rows)) % samples], axis=1)
         with jax.set_mesh(self.mesh):
             size = evaluation.rows_at_once(self.model, batch_size, settings.beam_size)
-        limits = settings.limits(prepared.tokens.lengths()[rows], self.config.decode_margin)
-        least = int(limits.min(initial=self.positions))
-        static, prefix = settings.split_prefix(self.tokenizers.target, least)
         decode = partial(self._decode, prefix=prefix, decoding=static)
         sources = prepared._replace(targets=None)
-        outputs: list[list[Output]] = [[] for _ in prepared.tokens.lengths()]
+        outputs: list[list[Output]] = [[] for _ in lengths]
         for part, found in self._batches(decode, sources, rows, size, streams):
             best = (each[:, : None if settings.distinct else n_best] for each in found)
             for row, tokens, scores in zip(part, *best, strict=True):
@@ -327,15 +330,13 @@ class TrainedModel:
 
 def _ranked(outputs: list[Output], decoding: DecodingConfig) -> list[Output]:
     """The outputs of a text, best first; if they are to be distinct, the best of each text."""
+    outputs = [output for output in outputs if output.score != -np.inf]  # missing hypotheses
     if decoding.temperature:  # beam search has ranked its own, those without EOS last
         outputs.sort(key=lambda output: -output.score)
-    if not decoding.distinct:
-        return outputs
     best: dict[str, Output] = {}
     for output in outputs:
-        if output.score != -np.inf:  # that of a missing hypothesis
-            best.setdefault(output.text, output)
-    return list(best.values())
+        best.setdefault(output.text, output)
+    return list(best.values()) if decoding.distinct else outputs
 
 
 def _encode(tokenizer: Tokenizer, text: object) -> list[int]:

@@ -38,7 +38,8 @@ class HealthMonitor:
     def __init__(self, state: TrainState, max_skipped: int):
         self.max_skipped = max_skipped
         self.stopped = is_stopped(state.skipped, max_skipped)  # [R]
-        self.losses: deque[float] = deque(maxlen=20)  # of the last intervals
+        self.losses: deque[float] = deque(maxlen=20)  # of the last intervals, means of replicas
+        self.replicas = 0  # in these means
         self._raise_if_all_stopped(state)
 
     def check(self, step: int, sums: Sums, metrics: Sums, state: TrainState) -> None:
@@ -50,6 +51,9 @@ class HealthMonitor:
                 what = f"of the updates up to step {step:,} skipped for a NaN or Inf"
                 console.print(f"{who}{skipped} {what} (at most {self.max_skipped} may be)")
         if losses := [x for one in metrics if np.isfinite(x := one["train/loss"])]:
+            if len(losses) != self.replicas:  # one has ended, and its loss leaves the mean
+                self.replicas = len(losses)
+                self.losses.clear()
             loss, count = np.mean(losses), len(self.losses)
             if count > 10 and loss > 2 * (usual := np.median(self.losses)):
                 found = f"{loss:.4g} up to step {step:,}, {loss / usual:.1f} times the median"
