@@ -55,22 +55,22 @@ def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
 @pytest.mark.slow
 def test_a_population_that_was_asked_to_stop_ends_as_one_left_alone(tmp_path, data_dir):
     """Twice, at any step. Its data may be made by processes; the other's lie on the devices."""
-    flags = (*TINY, "--config.steps=300", f"--data_dir={data_dir}", "--config.replicas=2")
-    flags = (*flags, "--config.log_every=50", "--config.save_every=100", "--config.eval_every=100")
+    flags = (*TINY, "--config.steps=150", f"--data_dir={data_dir}", "--config.replicas=2")
+    flags = (*flags, "--config.log_every=25", "--config.save_every=50", "--config.eval_every=50")
     flags = (*flags, "--config.batch_size=256")  # slow enough to stop between two lines of metrics
     whole, stopped, places = tmp_path / "whole", tmp_path / "stopped", []
     finish(start("train.py", *flags, f"--workdir={whole}"))
     for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
         by = f"--config.data.num_workers={workers}"
         process = start("train.py", *flags, by, f"--workdir={stopped}")
-        later = places[-1] + 50 if places else 50
+        later = places[-1] + 25 if places else 25
         wait_for(process, lambda n=later: any(row["step"] >= n for row in results(stopped)))
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == RESUME, errors
         places.append(int(re.search(r"stopped at step ([\d,]+)", errors)[1].replace(",", "")))
-    assert places[0] < places[1] < 300
-    assert any(place % 50 for place in places)
+    assert places[0] < places[1] < 150
+    assert any(place % 25 for place in places)
     out = finish(start("train.py", *flags, f"--workdir={stopped}"))
     assert f"resuming at step {places[1]:,}" in " ".join(out.split())
     bit_identical(whole, stopped)
