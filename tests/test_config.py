@@ -343,7 +343,6 @@ label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* pas
 model.num_kv_heads=3 does not divide model.num_heads=2
 model.attention_backend=xla & model.d_v=4 .*einsum | accumulation_steps=3 does not divide batch
 optimizer.warmup_steps=8 is not below steps=8 | model.relative_buckets=3: it must be at least 4
-model.relative_per_layer=1 needs model.position_encoding=relative
 model.position_encoding=relative & model.relative_distance=16 is not above half of model.relative_b
 model.architecture=recurrent & model.decoder_layers=2: model.architecture=recurrent has num_layers
 """
@@ -357,7 +356,7 @@ def mistakes():
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
-INPUTS = {"model.tie_embeddings": "inputs"}
+INPUTS, PER_LAYER = {"model.tie_embeddings": "inputs"}, "model.relative_per_layer"
 ONLY_DATA = r"model.architecture=recurrent is sharded by mesh.data alone; set all"
 RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
 
@@ -370,6 +369,7 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         *((RECURRENT | {f"mesh.{a}": 2}, f"mesh.{a}=2.*{ONLY_DATA}") for a in ("fsdp", "context")),
         ({"data.target_tokenizer_model": "x"}, r"target_tokenizer_model=x: model.tie_embeddings"),
+        ({PER_LAYER: True}, r"per_layer=True needs model.position_encoding=relative; or set False"),
         (
             INPUTS | {"data.target_tokenizer": "bytes"},
             r"=bytes: .*inputs needs one .*target_output",
