@@ -74,16 +74,10 @@ def _pad(x: Array, *sizes: int) -> Array:
 
 
 def _in_chunks(
-    with_gradient: bool,
-    measure: Callable[[Predictions], Measured],
-    hidden: Array,
-    table: Array,
-    bias: Array | None,
-    targets: Array,
-    weights: Array,
-    smoothing: Smoothing,
+    with_gradient: bool, measure: Callable[[Predictions], Measured], *inputs: Any
 ) -> tuple[tuple[Array, Measured], Any]:
     """The results of `linear_cross_entropy`; and None, or its gradients by hidden, table, bias."""
+    hidden, table, bias, targets, weights, smoothing = inputs
     (rows, length), vocab_size = targets.shape, len(table)
     # A token stays on its device: axes [devices over rows, devices over positions, their tokens].
     shards = axis_shards("batch"), axis_shards("length")
@@ -129,8 +123,8 @@ def _in_chunks(
         return (of_table, of_bias), (result, x_gradient)
 
     start = jax.tree.map(lambda x: jnp.zeros((*shards, *x.shape)), (table, bias))
-    inputs = tuple(map(fold, (hidden, targets, weights)))
-    sums, outputs = jax.lax.scan(step, start if with_gradient else None, inputs)
+    per_token = tuple(map(fold, (hidden, targets, weights)))
+    sums, outputs = jax.lax.scan(step, start if with_gradient else None, per_token)
     (losses, measured), x_gradient = outputs
     result = losses.sum(), jax.tree.map(unfold, measured)
     if not with_gradient:
