@@ -22,9 +22,7 @@ from transformer.training.step import init_state, make_train_step
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 DATA = Dataset(np.asarray(BATCH.source), np.asarray(BATCH.target_out), 3)
-SGD = OptimizerConfig(
-    name="sgd", schedule="constant", learning_rate=1.0, warmup_steps=0, clip_norm=0.0
-)
+CONSTANT = {"schedule": "constant", "learning_rate": 1.0, "warmup_steps": 0}
 D, H = 16, 8
 TABLES = ("embedding/embedding", "target_embedding/embedding", "output_embedding/embedding")
 
@@ -39,22 +37,16 @@ def check_equal(changes, params, plain, folded):
     close(logits_of(small_model(**changes), params, BATCH), expected)
 
 
-def times(params, factors):
-    """The parameters times the factor of the first key that is in their name."""
-    factor = lambda name: next((f for key, f in factors.items() if key in name), 1.0)  # noqa: E731
-    return {name: leaf * factor(name) for name, leaf in params.items()}
-
-
-SCALES = {"embedding_scale": 3.0, "logits_scale": 0.5, "attention_scale": 0.7}
-
-
 @pytest.mark.parametrize("backend", ["einsum", "xla", "chunked", "splash", "auto"])
 def test_scales_equal_scaled_tables_and_queries(backend):
     plain = {"tie_embeddings": "none", "attention_bias": True, "attention_backend": backend}
+    scales = {"embedding_scale": 3.0, "logits_scale": 0.5, "attention_scale": 0.7}
     params = random_params(small_model(**plain), 0)
-    factors = {"output_embedding/": 0.5, "embedding/": 3.0 / D**0.5, "/query/": 0.7 * H**0.5}
+    folded = {name: 0.7 * H**0.5 * x if "/query/" in name else x for name, x in params.items()}
+    folded |= {name: params[name] * 3.0 / D**0.5 for name in TABLES[:2]}
+    folded[TABLES[2]] *= 0.5
     with jax.numpy_dtype_promotion("standard"):
-        check_equal(plain | SCALES, params, plain, times(params, factors))
+        check_equal(plain | scales, params, plain, folded)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +69,10 @@ def test_sides_of_two_vocabularies_share_no_table(ties):
 
 def test_scale_and_bias_of_the_logits_reach_scoring_and_training(rng):
     changes = {"logits_bias": True, "logits_scale": 0.5, "tie_embeddings": "target_output"}
-    model, config = small_model(**changes), RunConfig(optimizer=SGD)
+    model, config = (
+        small_model(**changes),
+        RunConfig(optimizer=OptimizerConfig(name="sgd", clip_norm=0.0, **CONSTANT)),
+    )
     params = random_params(model, 0) | {"logits_bias": normal(rng, model.vocab_size)}
     plain, halved = {"tie_embeddings": "none"}, params | {TABLES[2]: 0.5 * params[TABLES[1]]}
     del halved["logits_bias"]
@@ -129,36 +124,33 @@ def test_a_final_norm_is_as_the_config_says_or_as_the_placement_needs(placement,
     close(whole, last(without) * scale + bias)
 
 
-def test_the_decoder_has_layers_of_its_own():
-    model = small_model(num_layers=2, decoder_layers=3)
-    layers = {
-        name.split("/")[0] + name.split("/")[2] for name in model.shapes if "/layers/" in name
-    }
-    assert layers == {"encoder0", "encoder1", "decoder0", "decoder1", "decoder2"}
-    maps = attention_maps(model, random_params(model, 0), DATA)
-    assert [len(each) for each in maps.values()] == [2, 3, 3]
-
-
-@pytest.mark.parametrize("run", [{}, {"scan_layers": True}, {"remat": "dots"}], ids=str)
-def test_a_relative_bias_per_layer_is_that_of_its_layer(run):
+def test_a_relative_bias_per_layer_is_that_of_its_layer():
     """Equal tables give the shared one; a table of distance 0 alone makes its layer see itself."""
     shared = {"position_encoding": "relative", "num_layers": 2, "decoder_layers": 3}
-    model = small_model(**shared, **run, relative_per_layer=True)
-    params = random_params(model, 0)
-    depths = {"source": 2, "target": 3}
-    tables = {side: params[f"{side}_position/1/embedding"] for side in depths}
-    names = {f"{side}_position/{i}/embedding" for side in depths for i in range(depths[side])}
-    assert names == {name for name in params if "position" in name}
-    alike = params | {name: tables[name.split("_")[0]] for name in names}
-    plain = {name: leaf for name, leaf in params.items() if name not in names}
-    plain |= {f"{side}_position/embedding": table for side, table in tables.items()}
-    check_equal(shared | run | {"relative_per_layer": True}, alike, shared, plain)
+    changes, depths = shared | {"relative_per_layer": True}, {"source": 2, "target": 3}
+    params = random_params(small_model(**changes), 0)
+    names = [
+        f"{side}_position/{i}/embedding" for side, depth in depths.items() for i in range(depth)
+    ]
+    assert set(names) == {name for name in params if "position" in name}
+    for run in ({"scan_layers": True}, {"remat": "dots"}):
+        check_equal(changes | run, params, changes, params)
+    tables = {
+        f"{side}_position/embedding": params[f"{side}_position/1/embedding"] for side in depths
+    }
+    alike = params | {name: tables[re.sub(r"/\d", "", name)] for name in names}
+    check_equal(
+        changes, alike, shared, {k: x for k, x in params.items() if k not in names} | tables
+    )
 
     alone = jnp.full((32, 2), -1e4).at[0].set(0.0)
     for side, kind in (("source", "encoder"), ("target", "decoder")):
-        maps = attention_maps(model, alike | {f"{side}_position/1/embedding": alone}, DATA)
-        own = [bool((each[0] == np.eye(6)).all()) for each in maps[kind]]
-        assert own == [i == 1 for i in range(depths[side])]
+        own = params | {f"{side}_position/1/embedding": alone}
+        maps = attention_maps(small_model(**changes), own, DATA)
+        assert [len(each) for each in maps.values()] == [2, 3, 3]
+        assert [bool((each[0] == np.eye(6)).all()) for each in maps[kind]] == [
+            i == 1 for i in range(depths[side])
+        ]
 
 
 def test_feed_forward_has_no_bias_and_its_whole_width_if_the_config_says_so():
