@@ -156,6 +156,7 @@ def test_a_relative_bias_per_layer_is_that_of_its_layer():
 def test_feed_forward_has_no_bias_and_its_whole_width_if_the_config_says_so():
     plain, whole = {"feed_forward": "swiglu", "d_ff": 48}, {"d_ff": 32, "scale_gated": False}
     params = random_params(small_model(**plain), 0)
+    assert small_model(**plain | whole).shapes == small_model(**plain).shapes
     check_equal(plain | whole, params, plain, params)
     changes, unbiased = plain | whole | {"ff_bias": False}, {}
     for name, leaf in params.items():
