@@ -36,7 +36,8 @@ def of(section, **values):
 RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adamw"}
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
-UNTIED = {"model.tie_embeddings": False}
+RELATIVE, ROTARY = ({"model.position_encoding": name} for name in ("relative", "rotary"))
+UNTIED = {"model.tie_embeddings": "none"}
 
 # A run of seconds that the knobs are changed in.
 SMALL = {
@@ -63,10 +64,14 @@ OTHER = {
     **of("model.", d_v=4, num_kv_heads=1, d_ff=64, feed_forward="gelu", cell="gru"),
     **of("model.", kernel_init="normal", dropout_rate=0.1, attention_dropout_rate=0.1, norm="rms"),
     **of("model.", norm_placement="post", norm_epsilon=1e-2, position_encoding="learned"),
-    **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings=False),
+    **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings="none"),
     **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2),
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
-    **of("model.", separate_vocabularies=False),
+    **of("model.", separate_vocabularies=False, decoder_layers=3, final_norm=False),
+    **of("model.", scale_gated=False, ff_bias=False, position_offset=2, rotary_base=100.0),
+    **of("model.", sinusoid_layout="halves", sinusoid_rates="tensor2tensor", logits_scale=0.5),
+    **of("model.", relative_buckets=8, relative_distance=20, relative_per_layer=True),
+    **of("model.", embedding_scale=3.0, embedding_norm=True, attention_scale=1.0, logits_bias=True),
     **of("", plugins=("tests.helpers",), freeze=("encoder/*",), init_from="x", init_new=("*",)),
     **of("data.", tokenizer_model="x", target_tokenizer_model="x"),
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
@@ -79,7 +84,9 @@ BESIDES = {
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer=UNTIED),
     **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),
-    "model.qk_norm_epsilon": {"model.normalize_qk": True},
+    "model.scale_gated": {"model.feed_forward": "glu"},
+    **dict.fromkeys(of("model.relative_", buckets=0, distance=0, per_layer=0), RELATIVE),
+    **of("model.", qk_norm_epsilon={"model.normalize_qk": True}, rotary_base=ROTARY),
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
     "model.separate_vocabularies": of("data.", target_tokenizer="words") | UNTIED,
@@ -316,13 +323,12 @@ def test_every_constraint_is_checked(knob, value, constraint):
 MISTAKES = r"""
 model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none &
   model.d_model=15: each direction
-model.position_encoding=none &
-  model.random_positions=512: .*with a model.position_encoding other than none
-model.architecture=recurrent &
-  data.pack_length=64: model.architecture=recurrent reads one example a row
+model.position_encoding=none & model.random_positions=512: .*position_encoding other than none
+model.architecture=recurrent & data.pack_length=64: model.architecture=recurrent reads one example
+model.architecture=recurrent & model.decoder_layers=2: model.architecture=recurrent has num_layers
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
 model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
-model.attention_backend=cudnn computes only in bfloat16; set model.dtype
+model.attention_backend=cudnn computes only in bfloat16 | model.num_kv_heads=3 does not divide
 model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
 model.norm=batch & accumulation_steps=2: model.norm=batch needs
 optimizer.learning_rate=inf: it must be at most 3.40282e\+38
@@ -331,9 +337,9 @@ model.random_positions=64: .*at least model.max_length=512
 model.norm_epsilon=1e-60: it must be at least 1.17549e-38 | model.window=0: it must be at least 1$
 max_skipped_steps=2147483648: .* at most 2,147,483,646 | model.num_heads=3 & model.d_model=15 is odd
 label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* passes 2\*\*32 examples
-model.num_kv_heads=3 does not divide model.num_heads=2
 model.attention_backend=xla & model.d_v=4 .*einsum | accumulation_steps=3 does not divide batch
-optimizer.warmup_steps=8 is not below steps=8
+optimizer.warmup_steps=8 is not below steps=8 | model.relative_buckets=3: it must be at least 4
+model.position_encoding=relative & model.relative_distance=16 is not above half of model.relative_b
 """
 
 
@@ -345,6 +351,7 @@ def mistakes():
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
+INPUTS = {"model.tie_embeddings": "inputs", "data.target_tokenizer": "bytes"}
 ONLY_DATA = r"model.architecture=recurrent is sharded by mesh.data alone; set all"
 RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
 
@@ -357,6 +364,8 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         *((RECURRENT | {f"mesh.{a}": 2}, f"mesh.{a}=2.*{ONLY_DATA}") for a in ("fsdp", "context")),
         ({"data.target_tokenizer_model": "x"}, r"target_tokenizer_model=x: model.tie_embeddings"),
+        (of("model.", relative_per_layer=True), r"layer=True needs .*encoding=relative; or set F"),
+        (INPUTS, r"=bytes: model.tie_embeddings=inputs needs one vocabulary; set .*target_output"),
         ({"init_new": ("*",)}, r"init_new=.*there is no init_from; set it"),
         ({RATES: (0.1,)}, r"per_replica.dropout_rate has 1 values and replicas=1"),
         (TWO | {RATES: (0.1, 0.2, 0.3)}, r"per_replica.dropout_rate has 3 values and replicas=2"),
