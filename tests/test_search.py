@@ -1,5 +1,6 @@
 """Beam search against its rules, written out for one source at a time, on tables of log p."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from transformer.inference.logits import Constraints
 from transformer.inference.search import EARLY_STOPPING, UNFINISHED, Sources, beam_search, sample
 from transformer.modules.model import OutputTokens
 
+ALPHAS = 0.0, 1.5
 VOCAB, LENGTH, ROWS, BEAMS = 7, 9, 60, 3
 NUMBERS = np.random.default_rng(0)
 TABLES = 1.5 * NUMBERS.normal(size=(ROWS, LENGTH, VOCAB, VOCAB)).astype(np.float32)
@@ -70,12 +72,7 @@ def found(outputs, alpha, stop, unfinished, kind):
     return jax.tree.map(np.asarray, jax.jit(search)())
 
 
-CASES = [
-    (stop, unfinished, alpha)
-    for stop in EARLY_STOPPING
-    for unfinished in UNFINISHED
-    for alpha in (0.0, 1.5)
-]
+CASES = [*itertools.product(EARLY_STOPPING, UNFINISHED, ALPHAS)]
 
 
 @pytest.mark.parametrize(("stop", "unfinished", "alpha"), CASES)
@@ -93,11 +90,10 @@ def test_each_rule_is_followed(stop, unfinished, alpha):
 def test_the_cases_differ():
     """Otherwise the test above would not show that a setting has an effect."""
     results = {
-        case: [rules(row, STARTS, case[2], *case[:2], "length") for row in range(ROWS)]
-        for case in CASES
-        if case[2]
+        str([rules(row, STARTS, alpha, *case, "length") for alpha in ALPHAS for row in range(ROWS)])
+        for case in itertools.product(EARLY_STOPPING, UNFINISHED)
     }
-    assert len({str(each) for each in results.values()}) == len(results)
+    assert len(results) == len(EARLY_STOPPING) * len(UNFINISHED)
 
 
 @pytest.mark.parametrize("unfinished", UNFINISHED)
