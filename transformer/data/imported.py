@@ -129,7 +129,8 @@ class ImportedTokenizer(Tokenizer):
     def __init__(self, saved: bytes):
         self.saved, self.record = saved, json.loads(saved)
         self.roles = ids = TokenIds(*self.record["ids"])
-        models = [each and base64.b64decode(each) for each in self.record["models"]]
+        given = self.record["models"]
+        models = [None if each is None else base64.b64decode(each) for each in given]
         make, pieces = CODECS[self.record["kind"]], self.record["pieces"]
         codecs = [make(models[0], pieces)] * 2
         if models[1] is not None:
@@ -189,8 +190,8 @@ class ImportedTokenizer(Tokenizer):
         """
         if target_prefix is None:
             target_prefix = () if ids.forced_first is None else (ids.forced_first,)
-        models = [each and base64.b64encode(each).decode() for each in (model, target_model)]
-        models = [models[0] or "", models[1]]
+        given = model, target_model
+        models = [None if each is None else base64.b64encode(each).decode() for each in given]
         record = {"kind": kind, "models": models, "pieces": pieces and [*pieces], "ids": ids}
         record |= {"size": size, "prefix": [*prefix], "suffix": [*suffix], "before": ""}
         return cls._of(record | {"target_prefix": [*target_prefix]})
