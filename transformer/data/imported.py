@@ -192,7 +192,7 @@ class ImportedTokenizer(Tokenizer):
             target_prefix = () if ids.forced_first is None else (ids.forced_first,)
         given = model, target_model
         models = [None if each is None else base64.b64encode(each).decode() for each in given]
-        record = {"kind": kind, "models": models, "pieces": pieces and [*pieces], "ids": ids}
+        record = {"kind": kind, "models": models, "pieces": [*(pieces or ())], "ids": ids}
         record |= {"size": size, "prefix": [*prefix], "suffix": [*suffix], "before": ""}
         return cls._of(record | {"target_prefix": [*target_prefix]})
 
