@@ -1,18 +1,19 @@
 """Imported tokenizers, and runs whose tokenizers are imported."""
 
 import io
-import json
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from tests.helpers import data_config, refused
-from tests.test_generation import make_run
+from tests.helpers import data_config, logits_of, refused
+from tests.test_generation import MARGIN, make_run
 from transformer import load
 from transformer.config import RunConfig
+from transformer.data.batches import make_batch
 from transformer.data.corpus import Tokenizers, saved_tokenizers
 from transformer.data.imported import CODECS, ImportedTokenizer, TokenIds
 from transformer.data.tokenizer import EOS, PAD, TOKENIZERS, ByteTokenizer
@@ -110,7 +111,7 @@ def test_every_row_has_an_id_and_text_comes_back(kind):
             for special in filter(None, (first.pieces[PAD], first.pieces[EOS])):
                 inside = source.encode(f"{special}{text} {special}")[len(source.prefix) : -1]
                 assert not {PAD, EOS} & {*inside}
-        assert target.decode([tokenizer.start, size + 3, *target.encode(text)]).endswith("�")
+        assert target.decode([size + 3, *target.encode(text)]).endswith("�")
     if kind in ("tokenizers", "bytes"):
         assert source.decode(source.encode("☃ é")) == "☃ é"
 
@@ -170,7 +171,6 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 def test_both_sides_are_saved_in_one_file_or_in_two(tmp_path):
     one, other = marian(), make("pieces")
-    config = data_config(tokenizer="imported")
     for tokenizers, files, changes in (
         (Tokenizers(*one.sides()), {"shared"}, {}),
         (Tokenizers(one, other.sides()[1]), {"source", "target"}, {"target_tokenizer": "imported"}),
@@ -183,5 +183,54 @@ def test_both_sides_are_saved_in_one_file_or_in_two(tmp_path):
         assert read.digests() == tokenizers.digests()
         for own, wanted in zip(read, tokenizers, strict=True):
             assert own.encode("low tiefer") == wanted.encode("low tiefer")
-    assert config.target_tokenizer is None
     refused("imported tokenizers come with a run", TOKENIZERS["imported"].learn, TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An imported run: the first token is German, and the decoder starts with padding."""
+    german = VOCABULARY.index(">>deu<<")
+    tokenizer = marian(MARIAN._replace(forced_first=german, forced_last=0), suffix=[german])
+    knobs = {"data.tokenizer": "imported", "decoding.beam_size": 2, "decoding.penalty": "length"}
+    knobs |= {"decoding.early_stopping": "true", "decoding.unfinished": "equal"}
+    return make_run(tmp_path_factory.mktemp("runs") / "imported", tokenizer=tokenizer, **knobs)
+
+
+def test_an_imported_model_decodes_by_its_own_settings(run):
+    model = load(str(run.path), mesh=one_device_mesh())
+    own, text = model.tokenizers, "low lower"
+    for output in model.generate([text], n_best=2)[0]:  # two beams are the run's default
+        assert output.tokens[0] == own.target.forced_first
+        assert not output.truncated  # the last token is forced
+        assert ">>deu<<" not in output.text
+    ((greedy,),) = model.generate([text], beam_size=1)
+    source, target = (np.array([tokens]) for tokens in (own.source.encode(text), greedy.ids()))
+    batch = make_batch(jnp.asarray(source), jnp.asarray(target), start=own.target.start)
+    log_p = np.array(jax.nn.log_softmax(logits_of(model.model, model.variables, batch)))[0]
+    chosen = log_p[np.arange(target.shape[1]), target[0]]
+    (scored,) = model.score([text], [greedy])
+    np.testing.assert_allclose(scored.log_p, chosen.sum(), rtol=1e-4)
+    free = chosen[1:] if len(chosen) < source.shape[1] + MARGIN else chosen[1:-1]
+    np.testing.assert_allclose(greedy.score, free.sum(), rtol=1e-4)  # forced tokens cost nothing
+    log_p[:, [*own.target.banned]] = -np.inf
+    assert (log_p[1:-1].argmax(1) == target[0, 1:-1]).all()
+    french = load(str(run.path), mesh=one_device_mesh(), target_prefix=">>fra<<")
+    assert french.generate(["low"])[0][0].tokens[0] == own.target.numbers[">>fra<<"]
+    refused("the target has token 0; outputs have those from 1", model.score, ["low"], [[0]])
+
+
+def test_training_an_imported_model_starts_with_its_token(run, data_dir):
+    """Whichever way its batches come; tokens after EOS cannot be packed."""
+
+    def tuned(**changes):
+        data, model = data_config(tokenizer="imported", **changes), Run.saved(run.path).config.model
+        config = RunConfig(init_from=str(run.path), batch_size=4, steps=90, data=data, model=model)
+        return Run(config, data_dir=data_dir, mesh=one_device_mesh())
+
+    for workers in (0, 1):
+        own = tuned(num_workers=workers, max_length=20)
+        batch = own.feed.batch(jax.random.key(0), jnp.int32(3))
+        assert (np.asarray(batch.target_in)[:, 0] == PAD).all()
+        assert (np.asarray(batch.target_out)[:, 0] == own.tokenizers.target.forced_first).all()
+        assert own.feed.empty_window().start == PAD
+    refused("data.pack_length=64: a packed row", lambda: tuned(pack_length=64, max_length=20).rows)
