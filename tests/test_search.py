@@ -123,3 +123,11 @@ def test_greedy_decoding_starts_forces_and_bans_likewise():
                 break
         assert tokens[row, 0, : len(own) - 1].tolist() == own[1:]
         np.testing.assert_allclose(scores[row, 0], total, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_that_outputs_may_contain_counts_as_one_of_their_tokens():
+    scores, output = jnp.ones((1, VOCAB)), jnp.full((1, LENGTH), 4)
+    found = Constraints(repetition_penalty=2.0, start=5).apply(scores, output, jnp.int32(2))
+    np.testing.assert_allclose(found[0], [1, 1, 1, 1, 0.5, 0.5, 1])
+    found = Constraints(no_repeat_ngram_size=1, start=5).apply(scores, output, jnp.int32(0))
+    np.testing.assert_array_equal(np.isfinite(found[0]), np.arange(VOCAB) != 5)
