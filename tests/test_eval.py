@@ -155,7 +155,7 @@ def test_file_names_and_flags_start_from_the_settings_of_the_run():
             assert module.file_name("test", found, own, "text_pairs/0123456789/1.0.0") == name
             assert found.penalty == ("gnmt" if "gnmt" in name else "length")
     with program("eval.py", "--workdir=none", "--temperature=1"):
-        refused(
+        helpers.refused(
             "sampling excludes beam search: set temperature=0 or beam_size=1", cli.decoding, own
         )
 
