@@ -1,6 +1,7 @@
 """Tokenizers of imported models: the original vocabulary, with its tokens renumbered."""
 
 import base64
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -128,40 +129,34 @@ class ImportedTokenizer(Tokenizer):
 
     def __init__(self, saved: bytes):
         self.saved, self.record = saved, json.loads(saved)
-        self.roles = ids = TokenIds(*self.record["ids"])
-        given = self.record["models"]
-        models = [None if each is None else base64.b64decode(each) for each in given]
-        make, pieces = CODECS[self.record["kind"]], self.record["pieces"]
-        codecs = [make(models[0], pieces)] * 2
-        if models[1] is not None:
-            codecs[1] = make(models[1], pieces)
-        size, names = self.record["size"], list(codecs[0].pieces)
+        record, ids = self.record, TokenIds(*self.record["ids"])
+        models = [base64.b64decode(each) for each in record["models"] if each is not None]
+        codecs = [CODECS[record["kind"]](model, record["pieces"]) for model in models]
+        self.codec, target_codec = codecs[0], codecs[-1]
+        size, names = record["size"], list(self.codec.pieces)
         if len(names) > size:
             more = f"the tokenizer has {len(names):,} tokens and the model's table {size:,} rows"
             raise UserError(f"{more}; take the tokenizer that belongs to the model")
-        names += [f"<{number}>" for number in range(len(names), size)]
-        self._original = np.array(_order(ids, size))
+        rows = [f"<{number}>" for number in range(len(names), size)]  # that have no piece
+        names += rows
+        sides = record["prefix"], record["suffix"], record["target_prefix"]
+        roles = {each for each in itertools.chain(ids[:-1], *sides) if each is not None}
+        self.roles, self._original = ids, np.array(_order(ids, size, roles | {*ids.banned}))
         self._ours = np.argsort(self._original)
         self.pieces = [names[number] for number in self._original.tolist()]
         self.numbers = {piece: number for number, piece in enumerate(self.pieces)}
-        self.unknown_id, self.forced_first, self.forced_last = map(
-            self._own, (ids.unk, ids.forced_first, ids.forced_last)
+        self.special = {names[number] for number in roles} | {*rows}
+        self.special |= self.codec.special & target_codec.special
+        self.special -= set() if ids.unk is None else {names[ids.unk]}
+        (self.start,), self.banned = self._own(ids.start), (*self._own(*ids.banned),)
+        self.unknown_id, self.forced_first, self.forced_last = (
+            None if number is None else self._own(number)[0]
+            for number in (ids.unk, ids.forced_first, ids.forced_last)
         )
-        self.start = int(self._ours[ids.start])
-        self.banned = tuple(self._ours[[*ids.banned]].tolist()) if ids.banned else ()
-        roles = {ids.pad, ids.eos, ids.bos, *self.record["prefix"], *self.record["suffix"]}
-        roles |= {*self.record["target_prefix"], ids.forced_first}
-        self.special = {names[number] for number in roles - {None}}
-        unknown = set() if ids.unk is None else {names[ids.unk]}
-        self.special |= (codecs[0].special & codecs[1].special) - unknown
-        self.special |= {*names[len(codecs[0].pieces) :]}
-        self.codec, self.before = codecs[0], self.record["before"]
-        self.prefix, self.suffix = (
-            self._ours[np.array(self.record[name], int)].tolist() for name in ("prefix", "suffix")
-        )
+        self.prefix, self.suffix, target_prefix = (self._own(*side) for side in sides)
+        self.before = record["before"]
         other = copy(self)
-        other.codec, other.suffix, other.before = codecs[1], (), ""
-        other.prefix = self._ours[np.array(self.record["target_prefix"], int)].tolist()
+        other.codec, other.prefix, other.suffix, other.before = target_codec, target_prefix, (), ""
         self._sides = other._sides = (self, other)
 
     @classmethod
@@ -200,8 +195,9 @@ class ImportedTokenizer(Tokenizer):
     def _of(cls, record: Mapping[str, Any]) -> "ImportedTokenizer":
         return cls(json.dumps(record).encode())
 
-    def _own(self, number: int | None) -> int | None:
-        return None if number is None else int(self._ours[number])
+    def _own(self, *numbers: int) -> list[int]:
+        """Our ids of original ones."""
+        return self._ours[[*numbers]].tolist() if numbers else []
 
     @property
     def vocab_size(self) -> int:
@@ -281,9 +277,9 @@ class ImportedTokenizer(Tokenizer):
         return self.saved
 
 
-def _order(ids: TokenIds, size: int) -> list[int]:
-    """The original ids in the order of ours."""
-    if wrong := [each for each in (ids.pad, ids.eos, ids.start) if not 0 <= each < size]:
+def _order(ids: TokenIds, size: int, named: set[int]) -> list[int]:
+    """The original ids in the order of ours; `named` are those that have a role."""
+    if wrong := [each for each in named if not 0 <= each < size]:
         raise UserError(f"token id {wrong[0]} is not in the model's table of {size:,} rows")
     if ids.pad == ids.eos or ids.bos in (ids.pad, ids.eos):
         found = f"pad, bos, eos = {ids.pad}, {ids.bos}, {ids.eos}"
