@@ -140,7 +140,14 @@ class RunConfig(Population):
         load_plugins(values.get("plugins", ()))
         for name, section in sections(cls).items():
             if name in values:
-                values[name] = section(**values[name])
+                try:
+                    values[name] = section(**values[name])
+                except UserError as error:
+                    if section is not DecodingConfig:
+                        raise
+                    # Its messages are those of flags, which have no section.
+                    knob = str(error).partition("=")[0] in values[name]
+                    raise UserError(f"decoding{'.' if knob else ': '}{error}") from error
         run = cls(**values)
         for knob, value, constraint in () if run.plugins else run.constrained():
             if isinstance(constraint, Choice) and value not in constraint.built_in:
