@@ -1,5 +1,6 @@
 import importlib
 import re
+from dataclasses import fields
 from functools import cache, cached_property, partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,7 +16,8 @@ from tests.helpers import TOKENIZER, refused, strings
 from tests.test_programs import results
 from transformer.config import RunConfig, default_config, differences, flat_knobs, load_config
 from transformer.inference import evaluation, plots
-from transformer.inference.decoding import Hypotheses
+from transformer.inference.decoding import DecodingConfig
+from transformer.inference.search import Hypotheses
 from transformer.knobs import Choice
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place
@@ -77,6 +79,7 @@ OTHER = {
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
     **of("optimizer.", beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=0.1),
     **of("mesh.", replica=1, data=2, fsdp=2, tensor=2, context=2),
+    **of("decoding.", **{each.name: each.default for each in fields(DecodingConfig)}),
 }
 BESIDES = {
     **{knob: TWO for knob in OTHER if knob.startswith("per_replica.")},
@@ -241,9 +244,10 @@ def left(workdir, state):
 
 
 # Tested in test_health.py, test_datasets.py, test_checkpoint.py, test_saved_runs.py,
-# test_init_from.py and test_text.py.
+# test_init_from.py, test_text.py and test_imported.py.
 ELSEWHERE = ["debug_nans", "data.metrics", "data.bleu_tokenizer", "best_metric", "plugins"]
 ELSEWHERE += ["init_from", "init_new", "data.tokenizer_model", "data.target_tokenizer_model"]
+ELSEWHERE += [knob for knob in OTHER if knob.startswith("decoding.")]
 OUTSIDE = [knob for knob in OTHER if knob not in INSIDE + ELSEWHERE]
 SLOW = ["data.size", "data.vocab_size", "data.num_workers"]  # prepare much, or start processes
 UNCHANGED = {}  # fingerprints of the unchanged runs, made when first asked for
@@ -393,7 +397,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
 
 
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
-    free = {"mesh.fsdp": 2, "keep_checkpoints": 9}
+    free = {"mesh.fsdp": 2, "keep_checkpoints": 9, "decoding.beam_size": 4}
     changes = free | {"model.norm": "rms", "optimizer.beta1": 0.5, "data.pack_length": 8}
     found = differences(config_of({}), config_of(changes))
     expected = "data.pack_length: 0 → 8", "model.norm: layer → rms", "optimizer.beta1: 0.9 → 0.5"

@@ -27,7 +27,8 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers, open_corpus
 from transformer.data.tokenizer import EOS, PAD, SymbolTokenizer
 from transformer.inference import evaluation, plots
-from transformer.inference.decoding import DecodingConfig, Hypotheses, Sources
+from transformer.inference.decoding import GREEDY, DecodingConfig
+from transformer.inference.search import Hypotheses, Sources
 from transformer.loss import cross_entropy
 from transformer.metrics import METRICS, finalize, token_sums
 from transformer.modules.model import Model
@@ -130,11 +131,33 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
         ("test_data=a.de,a.en-012345", "--data=x/a.de, x/a.en"),
     ):
         with program("eval.py", "--workdir=none", *words) as module:
-            found = module.file_name("test", cli.decoding(), "text_pairs/0123456789/1.0.0")
+            found = module.file_name(
+                "test", cli.decoding(GREEDY), GREEDY, "text_pairs/0123456789/1.0.0"
+            )
         assert found == name
     with pytest.raises(SystemExit), program("eval.py"):
         pass
     assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err
+
+
+def test_file_names_and_flags_start_from_the_settings_of_the_run():
+    own = DecodingConfig(beam_size=4, min_length=5, penalty="length")
+    for name, *words in (
+        ("test",),
+        ("test", "--beam_size=4"),
+        ("test_beam_size=1", "--beam_size=1"),
+        ("test_min_length=0", "--min_length=0"),
+        ("test_penalty=gnmt", "--penalty=gnmt", "--nodistinct"),
+        ("test_temperature=1.0_beam_size=1", "--temperature=1", "--beam_size=1"),
+    ):
+        with program("eval.py", "--workdir=none", *words) as module:
+            found = cli.decoding(own)
+            assert module.file_name("test", found, own, "text_pairs/0123456789/1.0.0") == name
+            assert found.penalty == ("gnmt" if "gnmt" in name else "length")
+    with program("eval.py", "--workdir=none", "--temperature=1"):
+        helpers.refused(
+            "sampling excludes beam search: set temperature=0 or beam_size=1", cli.decoding, own
+        )
 
 
 def test_the_limit_of_outputs_names_the_flags_that_lift_it():
