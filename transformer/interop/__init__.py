@@ -1,0 +1,1 @@
+"""Weights of other ecosystems: their files and the names of their tensors. Imports `errors`."""
