@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -91,6 +92,7 @@ def test_logits_of_pegasus_are_those_of_its_own_class():
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes["activation_function"] = "relu"
     config = hf.PegasusConfig(
         vocab_size=11, d_model=8, scale_embedding=True, max_position_embeddings=16, **sizes, **heads
     )
@@ -121,5 +123,6 @@ def test_logits_of_pegasus_are_those_of_its_own_class():
         expected = reference(
             input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target)
         ).logits.numpy()
-    found = forward(model, params, source, target)
+    tokens = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
+    found = model.bind({name: jnp.asarray(value) for name, value in params.items()})(*tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
