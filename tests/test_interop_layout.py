@@ -126,3 +126,24 @@ def test_logits_of_pegasus_are_those_of_its_own_class():
     tokens = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
     found = model.bind({name: jnp.asarray(value) for name, value in params.items()})(*tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["Marian", "Bart", "MBart", "Pegasus", "M2M100", "T5", "UMT5"])
+def test_layouts_name_the_tensors_of_their_classes(name):
+    hf = pytest.importorskip("transformers")
+    if "T5" in name:
+        config = {"d_ff": 24, "d_kv": 3, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
+        layout, head = t5_layout(2, 3, gated=name == "UMT5"), "ForConditionalGeneration"
+    else:
+        config = {f"{stack}_{key}": 2 for stack in ("encoder", "decoder") for key in KEYS}
+        config |= {"decoder_layers": 3, "max_position_embeddings": 16, "pad_token_id": 0}
+        layout = bart_layout(2, 3, final_norm=name not in ("Marian", "Bart"))
+        head = "MTModel" if name == "Marian" else "ForConditionalGeneration"
+    made = getattr(hf, f"{name}Config")(vocab_size=11, d_model=8, **config)
+    found = getattr(hf, name + head)(made).state_dict()
+    others = ("shared", "embed", "relative", "lm_head", "final_logits_bias")
+    check_names(found, layout, frozenset(n for n in found if any(word in n for word in others)))
+
+
+KEYS = ("layers", "attention_heads", "ffn_dim")
