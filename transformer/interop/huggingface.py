@@ -164,6 +164,7 @@ class HuggingFaceModel:
     target_vocab_size: int
     ids: Values  # the fields of `TokenIds`
     decoding: Values  # of DecodingConfig
+    tokenizer_class: str | None
     tensors: Tensors = field(repr=False)
 
 
@@ -207,6 +208,7 @@ def read_model(folder: Path) -> HuggingFaceModel:
         target_vocab_size=config.get("decoder_vocab_size") or vocab,
         ids=_token_ids(generation),
         decoding=_decoding(generation),
+        tokenizer_class=config.get("tokenizer_class"),
         tensors=tensors,
     )
 
