@@ -97,9 +97,10 @@ class RunConfig(Population):
         if parts > 1 and model.norm == "batch":
             yield f"accumulation_steps={parts}: model.norm=batch needs the whole batch; set it to 1"
         for knob in ("target_tokenizer", "target_tokenizer_model"):
-            if model.tie_embeddings and (value := getattr(data, knob)) is not None:
-                needed = "model.tie_embeddings needs one vocabulary"
-                yield f"data.{knob}={value}: {needed}; set it to False"
+            shared, value = model.tie_embeddings in ("all", "inputs"), getattr(data, knob)
+            if shared and value is not None:
+                needed = f"model.tie_embeddings={model.tie_embeddings} needs one vocabulary"
+                yield f"data.{knob}={value}: {needed}; set it to target_output or none"
         if self.init_new and not self.init_from:
             yield f"init_new={self.init_new}: there is no init_from; set it to a folder of a run"
         if self.best_metric in TEXT_METRICS and not self.decode_every:
@@ -192,7 +193,8 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
     config = default_config()
     flat, known = flat_knobs(ConfigDict(saved)).items(), flat_knobs(config)
     knobs = {renamed.KNOBS.get(k, k): value for k, value in flat if k not in renamed.REMOVED}
-    for name in knobs:
+    for name, value in knobs.items():
+        knobs[name] = renamed.VALUES.get(name, {}).get(value, value)
         if name not in known:
             unknown = f"this version does not know the run's knob {name}{nearest(name, known)}"
             raise UserError(f"{unknown}; use the version that saved it")

@@ -38,7 +38,8 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
     source, target = (constrain(side, "batch", "length") for side in sides)
     module, batch = model.bind(variables), make_batch(source, target)
     inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
-    _, sums = linear_cross_entropy(*inputs, batch.weights, measure=token_sums)
+    options = {"measure": token_sums, "bias": module.output_bias()}
+    _, sums = linear_cross_entropy(*inputs, batch.weights, **options)
     totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
     return totals | {"tokens": batch.weights.sum(-1)}
 
