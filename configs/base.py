@@ -114,6 +114,31 @@ def get_config():
     config.model.remat = "none"  # what the backward pass recomputes
     config.model.dtype = "float32"  # of the computation; params are float32
 
+    # Greedy decoding by default; sampling if temperature > 0; beam search if beam_size > 1.
+    config.decoding.beam_size = 1  # hypotheses per source; above 1: beam search
+    config.decoding.length_penalty = 0.6  # α; larger ones favour longer outputs
+    config.decoding.temperature = 0.0  # divides the logits; 0: no sampling
+    config.decoding.top_k = 0  # sample among the k most likely tokens; 0: all
+    config.decoding.top_p = 1.0  # sample among the likeliest, up to probability p
+    config.decoding.seed = 0  # for sampling
+    # Tokens by which an output may exceed its source; None: the run's.
+    config.decoding.decode_margin = None
+    config.decoding.length_ratio = 1.0  # times the source, before the margin
+    config.decoding.max_length = None  # of an output, EOS included; None: ratio and margin alone
+    config.decoding.min_length = 0  # tokens before EOS at least
+    config.decoding.prefix = ""  # the text that every hypothesis starts with
+    config.decoding.distinct = False  # among hypotheses of the same text only the best is an output
+    config.decoding.no_repeat_ngram_size = 0  # n: no n tokens occur twice in an output; 0: any may
+    # Divides the positive scores of tokens that the output has, multiplies the negative ones.
+    config.decoding.repetition_penalty = 1.0
+    # Of beam search: what is raised to α, ((5 + length) / 6) or the length.
+    config.decoding.penalty = "gnmt"
+    # When a row is done: never before no hypothesis can improve; false: nor at its present length;
+    # true: as soon as beam_size have finished.
+    config.decoding.early_stopping = "never"
+    # How hypotheses without EOS rank at the length limit: last, or equal to finished ones.
+    config.decoding.unfinished = "last"
+
     # The optimizer section of a config.
     config.optimizer.name = "adam"  # OPTIMIZERS in training/optimizer.py
     config.optimizer.learning_rate = 0.004  # the peak

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from transformer import renamed
 from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
+from transformer.inference.decoding import DecodingConfig
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, VALIDATION_METRICS
 from transformer.knobs import Choice, Count, Range, Rate, Size, SizeOrZero, constrained
 from transformer.metrics import METRICS
@@ -29,6 +30,7 @@ loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
 FREE_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
+FREE_KNOBS += ("decoding.",)
 # Likewise, unless early stopping (`patience`) depends on them.
 EVALUATION_KNOBS = ("eval_every", "save_every", "best_metric", "decode_every", "decode_examples")
 EVALUATION_KNOBS += ("data.metrics", "data.bleu_tokenizer")
@@ -66,6 +68,7 @@ class RunConfig(Population):
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)  # unless flags say otherwise
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
