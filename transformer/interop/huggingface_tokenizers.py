@@ -147,11 +147,11 @@ def _pieces(
     return _with_added(folder, pieces, settings, model.vocab_size)
 
 
-def _with_added(
-    folder: Path, pieces: list[str], settings: dict[str, Any], size: int
-) -> list[str]:
+def _with_added(folder: Path, pieces: list[str], settings: dict[str, Any], size: int) -> list[str]:
     """The pieces with the tokens that other files of the folder add."""
-    added = {int(n): each["content"] for n, each in settings.get("added_tokens_decoder", {}).items()}
+    added = {
+        int(n): each["content"] for n, each in settings.get("added_tokens_decoder", {}).items()
+    }
     added |= {number: name for name, number in _optional(folder / "added_tokens.json").items()}
     if not added:  # languages, in the order of their ids
         listed = _optional(folder / "special_tokens_map.json").get("additional_special_tokens", ())

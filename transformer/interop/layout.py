@@ -14,6 +14,13 @@ Layout = dict[str, tuple[str, ...]]
 
 PARTS = ("query", "key", "value", "out")
 LINEAR = {"weight": "kernel", "bias": "bias"}
+# Parameters with a row a token, and the side whose tokens they are.
+TABLES = {
+    "embedding/embedding": "source",
+    "target_embedding/embedding": "target",
+    "output_embedding/embedding": "target",
+    "logits_bias": "target",
+}
 NORM = {"weight": "scale", "bias": "bias"}
 
 
