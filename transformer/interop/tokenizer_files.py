@@ -120,7 +120,7 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
         if tokenizer.separator:
             made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         else:
-            made.pre_tokenizer = pre_tokenizers.Split(library.Regex("(?s)."), "isolated")
+            made.pre_tokenizer = pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
             made.decoder = decoders.Fuse()
     else:
         raise UserError(f"{type(tokenizer).__name__} has no files there: use --to=stablehlo")
