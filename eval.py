@@ -30,7 +30,8 @@ from transformer.config import RunConfig
 from transformer.console import facts, table
 from transformer.errors import UserError
 from transformer.inference import evaluation
-from transformer.inference.decoding import DecodingConfig, Hypotheses
+from transformer.inference.decoding import DecodingConfig
+from transformer.inference.search import Hypotheses
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, Texts, score_texts, show_scores
 from transformer.metrics import PRINTED
 from transformer.parallel import hosts

@@ -88,9 +88,13 @@ def main() -> None:
     report: Report = {what: {} for what in (INVALID, UNKNOWN, TRUNCATED, CAPPED, MISSING)}
     lines = enumerate(read_lines(sys.stdin.buffer, report[INVALID]), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
-        prefixes = {each.name: each.value for each in (SOURCE_PREFIX, TARGET_PREFIX)}
-        options = {"checkpoint": CHECKPOINT.value, "replica": REPLICA.value}
-        model = transformer.load(WORKDIR.value, **options, **prefixes)
+        model = transformer.load(
+            WORKDIR.value,
+            checkpoint=CHECKPOINT.value,
+            replica=REPLICA.value,
+            source_prefix=SOURCE_PREFIX.value,
+            target_prefix=TARGET_PREFIX.value,
+        )
         try:
             while window := dict(itertools.islice(lines, WINDOW.value)):
                 write(model, decoding, window, alignments, report)

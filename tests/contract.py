@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from tests.helpers import TOKENIZER, random_params
 from transformer.data.batches import Batch, make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference.decoding import GREEDY, Sources, beam_search
+from transformer.inference.decoding import GREEDY
 from transformer.inference.logits import next_log_p
+from transformer.inference.search import Sources, beam_search
 from transformer.modules.linear import Embed
 from transformer.modules.model import Model, Params
 from transformer.parallel import mesh

@@ -15,7 +15,7 @@ from tests.helpers import TOKENIZER, refused, strings
 from tests.test_programs import results
 from transformer.config import RunConfig, default_config, differences, flat_knobs, load_config
 from transformer.inference import evaluation, plots
-from transformer.inference.decoding import Hypotheses
+from transformer.inference.search import Hypotheses
 from transformer.knobs import Choice
 from transformer.modules.model import Model
 from transformer.parallel.mesh import place

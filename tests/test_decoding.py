@@ -10,9 +10,10 @@ import scipy
 from tests.helpers import logits_of, random_params, small_model, strings
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.inference import decoding
-from transformer.inference.decoding import GREEDY, Sources, beam_search, sample
+from transformer.inference import search as methods
+from transformer.inference.decoding import GREEDY
 from transformer.inference.logits import Constraints, truncate
+from transformer.inference.search import Sources, beam_search, sample
 from transformer.modules.model import Model
 
 BATCH = strings(("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
@@ -98,7 +99,7 @@ def test_outputs_do_not_depend_on_when_the_cache_grows(changes, monkeypatch):
     model, params = tiny_tokens(**changes)
     found = []
     for entries in (1, 4 * 40):
-        monkeypatch.setattr(decoding, "SMALL_CACHE", entries)
+        monkeypatch.setattr(methods, "SMALL_CACHE", entries)
         found.append(search(model, params, 4, 9.0, length=40))  # α prefers long outputs
     assert (found[0].tokens != PAD).sum(-1).max() > SOURCE.shape[1] + 8
     np.testing.assert_array_equal(found[0].tokens, found[1].tokens)

@@ -27,7 +27,8 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers, open_corpus
 from transformer.data.tokenizer import EOS, PAD, SymbolTokenizer
 from transformer.inference import evaluation, plots
-from transformer.inference.decoding import DecodingConfig, Hypotheses, Sources
+from transformer.inference.decoding import GREEDY, DecodingConfig
+from transformer.inference.search import Hypotheses, Sources
 from transformer.loss import cross_entropy
 from transformer.metrics import METRICS, finalize, token_sums
 from transformer.modules.model import Model
@@ -130,7 +131,9 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
         ("test_data=a.de,a.en-012345", "--data=x/a.de, x/a.en"),
     ):
         with program("eval.py", "--workdir=none", *words) as module:
-            found = module.file_name("test", cli.decoding(), "text_pairs/0123456789/1.0.0")
+            found = module.file_name(
+                "test", cli.decoding(GREEDY), GREEDY, "text_pairs/0123456789/1.0.0"
+            )
         assert found == name
     with pytest.raises(SystemExit), program("eval.py"):
         pass

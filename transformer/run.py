@@ -19,8 +19,9 @@ from transformer.data.streaming import StreamedDataset
 from transformer.data.tokenizer import PAD
 from transformer.errors import UserError, choose
 from transformer.inference import evaluation
-from transformer.inference.decoding import DecodingConfig, Hypotheses
+from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import TrainedModel
+from transformer.inference.search import Hypotheses
 from transformer.knobs import Range
 from transformer.metrics import finalize
 from transformer.modules.model import Model

@@ -59,7 +59,8 @@ class StreamedDataset:
         begin = int(step)
         drawn = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)
         source, target = drawn(begin)
-        return make_batch(*map(jnp.asarray, (source, target)), self.rows.packed, self.start)
+        sides = jnp.asarray(source), jnp.asarray(target)
+        return make_batch(*sides, self.rows.packed, self.start)
 
     def empty_window(self) -> BatchWindow:
         return self.place_window(0, [])

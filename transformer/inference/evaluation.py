@@ -14,8 +14,9 @@ from transformer.console import table
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import EOS, PAD
-from transformer.inference.decoding import GREEDY, DecodingConfig, Hypotheses, Sources, scaled
+from transformer.inference.decoding import GREEDY, DecodingConfig
 from transformer.inference.logits import Constraints
+from transformer.inference.search import Hypotheses, Sources, scaled
 from transformer.loss import linear_cross_entropy
 from transformer.metrics import PRINTED, Totals, finalize, token_sums
 from transformer.modules.attention import MultiHeadAttention

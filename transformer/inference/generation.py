@@ -17,7 +17,8 @@ from transformer.data.text import cleaned, numbered
 from transformer.data.tokenizer import EOS, PAD, Tokenizer, before_end
 from transformer.errors import UserError, explained, out_of_memory
 from transformer.inference import evaluation
-from transformer.inference.decoding import DecodingConfig, DecodingOptions, Module, check_types
+from transformer.inference.decoding import DecodingConfig, DecodingOptions, check_types
+from transformer.inference.search import Module
 from transformer.knobs import Range
 from transformer.modules.model import Params
 

@@ -1,6 +1,7 @@
 """What is done to the scores of the next token, logits or log p, before one is selected."""
 
 import operator
+from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -19,8 +20,12 @@ def next_log_p(
     The others are not renormalised: their log p is that of teacher forcing.
     """
     token = jnp.arange(logits.shape[-1])
-    tests = *(token != each for each in banned), token < (num_tokens or logits.shape[-1])
-    allowed = reduce(operator.and_, tests)
+
+    def tests() -> Iterator[Bool[Array, "V"]]:
+        yield from (token != each for each in banned)
+        yield token < (num_tokens or logits.shape[-1])
+
+    allowed = reduce(operator.and_, tests())
     return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
 
 
@@ -61,14 +66,15 @@ class Constraints(NamedTuple):
         self, scores: Float[Array, "B *J V"], index: Int[Array, ""], limits: Int[Array, "B"] | None
     ) -> Float[Array, "B *J V"]:
         """The scores of the next token, 0 for a forced one and -inf for the others."""
-        token = jnp.arange(scores.shape[-1])
+
+        def only(token: int) -> Float[Array, "V"]:
+            return jnp.where(jnp.arange(scores.shape[-1]) == token, 0.0, -jnp.inf)
+
         if self.forced_first is not None:
-            only = jnp.where(token == self.forced_first, 0.0, -jnp.inf)
-            scores = jnp.where(index == 0, only, scores)
+            scores = jnp.where(index == 0, only(self.forced_first), scores)
         if self.forced_last is not None and limits is not None:
             last = (index == limits - 1).reshape(-1, *[1] * (scores.ndim - 1))
-            only = jnp.where(token == self.forced_last, 0.0, -jnp.inf)
-            scores = jnp.where(last, only, scores)
+            scores = jnp.where(last, only(self.forced_last), scores)
         return scores
 
     def apply(
