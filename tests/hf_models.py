@@ -70,9 +70,10 @@ def make_model(name: str, folder: Path) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**values))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.5)
+                gain = "norm" in key and key.endswith("weight")
+                parameter.normal_(mean=float(gain), std=0.5)
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()
     state = {key: value.clone() for key, value in model.state_dict().items()}
