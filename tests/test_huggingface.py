@@ -5,8 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.hf_models import MODELS, make_model
 
+from tests.hf_models import MODELS, make_model
 from transformer.interop.importing import import_run
 
 TEXTS = 200
