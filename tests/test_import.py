@@ -87,11 +87,11 @@ def test_a_frozen_encoder_survives_fine_tuning(folder, tmp_path, data_dir):
     config = transformer.config_of(path / "run")
     config.init_from, config.freeze, config.steps = str(path / "run"), ("encoder/*",), 2
     config.update({"batch_size": 8, "eval_every": 2, "save_every": 2, "log_every": 2})
-    config.data.update({"train": "train[:16]", "validation": "train[:4]", "test": "train[:4]"})
-    pairs = tmp_path / "pairs.tsv"
-    pairs.write_text("a b c\tc b a\nd e\te d\n" * 8)
-    config.data.update({"dataset": "files", "train": str(pairs), "validation": str(pairs)})
-    config.data.test = str(pairs)
+    config.data.dataset, sides = "files", {"train": "a b c", "validation": "d e", "test": "f g"}
+    for side, text in sides.items():
+        file = tmp_path / f"{side}.tsv"
+        file.write_text("".join(f"{text} {x}\t{x} {text}\n" for x in "abcdefgh"))
+        config.data[side] = str(file)
     config.optimizer.update({"name": "adam", "warmup_steps": 0, "learning_rate": 1e-3})
     run = Run(RunConfig.from_config_dict(config), tmp_path / "tuned", data_dir=str(data_dir))
     run.train()
