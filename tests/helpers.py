@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from flax import nnx
 from jaxtyping import Array, Float
 
 from transformer import cli
@@ -24,6 +25,7 @@ from transformer.errors import UserError
 from transformer.modules.config import ModelConfig
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
+from transformer.modules.transformer import Transformer
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 # Whose flags stay, whichever program is tried.
@@ -120,3 +122,36 @@ def program(path: str, *words: str) -> Iterator[Any]:
         take()
         for name, flag in others.items():
             known[name] = flag
+
+
+class MarkovCache(NamedTuple):
+    """The state of decoding with a `Markov` module."""
+
+    filled: Array
+    row: Array  # which of the tables a source has
+
+    def pick(self, parents: Array) -> "MarkovCache":
+        return self
+
+    def grow(self, length: int) -> "MarkovCache":
+        return self
+
+
+class Markov(Transformer):
+    """A module whose next token depends on its position and the last token.
+
+    The logits are `tables[row, position, last]`; the first token of a source names its row.
+    """
+
+    def __init__(self, tables: np.ndarray):
+        self.tables = nnx.data(jnp.asarray(tables, jnp.float32))
+
+    def encode(self, source: Any, *_: Any, **__: Any) -> Any:
+        return source[:, 0]
+
+    def start_cache(self, memory: Any, *_: Any) -> Any:
+        return MarkovCache(jnp.int32(0), memory)
+
+    def decode_step(self, tokens: Any, cache: Any) -> Any:
+        logits = self.tables[cache.row[:, None], cache.filled, tokens]
+        return logits, cache._replace(filled=cache.filled + 1)

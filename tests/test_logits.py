@@ -1,5 +1,6 @@
 """Constraints on outputs, against Hugging Face's `generate` and its logits processors."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import logits_of, random_params, small_model
+from tests.helpers import Markov, logits_of, random_params, small_model
 from transformer.data.batches import make_batch
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.logits import Constraints
-from transformer.modules.model import Model
+from transformer.inference.search import EARLY_STOPPING, Sources, beam_search
+from transformer.modules.model import Model, OutputTokens
 
 pytestmark = pytest.mark.oracle
 
@@ -125,3 +127,31 @@ def test_outputs_are_those_of_hugging_faces_generate(beams, prefix):
                 assert own[:size].tolist() == other[:size].tolist()
             compared += len(theirs)
     assert compared > 8
+
+
+@pytest.mark.parametrize("stop", EARLY_STOPPING)
+def test_beams_are_those_of_hugging_faces_generate(stop, rng):
+    """With its length penalty, stopping rules and rank of unfinished hypotheses, n-best of 4."""
+    torch = pytest.importorskip("torch")
+    tables = np.asarray(1.5 * rng.normal(size=(30, LENGTH, VOCAB, VOCAB)), np.float32)
+    source = jnp.asarray(np.arange(30)[:, None] + 1)
+    sources = Sources(source, LENGTH, outputs=OutputTokens(start=3, banned=(PAD, 6)))
+    for alpha, forced in itertools.product((0.0, 0.6, 1.0, 2.0), (None, EOS)):
+        own = sources._replace(constraints=Constraints(forced_first=None, forced_last=forced))
+        options = {"penalty": "length", "early_stopping": stop, "unfinished": "equal"}
+        module = Markov(np.concatenate([tables[:1], tables]))
+        tokens, scores = jax.jit(partial(beam_search, module, own, 4, alpha, **options))()
+        given = {"true": True, "false": False, "never": "never"}[stop]
+        for row, table in enumerate(tables):
+            theirs = peer(lambda x, t=table: t[np.arange(x.shape[1]), x]).generate(
+                torch.tensor([[3]]),
+                **{"num_beams": 4, "num_return_sequences": 4, "do_sample": False},
+                **{"early_stopping": given, "length_penalty": alpha, "output_scores": True},
+                **{"max_new_tokens": LENGTH, "bad_words_ids": [[PAD], [6]], "use_cache": False},
+                **{"return_dict_in_generate": True, "forced_eos_token_id": forced},
+            )
+            np.testing.assert_allclose(scores[row], theirs.sequences_scores, rtol=1e-4, atol=1e-5)
+            found = theirs.sequences.numpy()[:, 1:]
+            after = np.cumsum(found == EOS, axis=1) - (found == EOS) > 0  # filled with EOS there
+            found = np.where(after, PAD, found)
+            np.testing.assert_array_equal(tokens[row, :, : found.shape[1]], found)

@@ -218,7 +218,7 @@ def beam_search(
         log_p = next_log_p(logits, sources.num_tokens, sources.outputs.banned)
         log_p = sources.constraints.apply(log_p, state.live, index, limits)
         at_limit = index == limits - 1 if unfinished == "equal" else None
-        parents, grown = _expand(state, index, log_p, norm(index + 1), at_limit)
+        parents, grown = _expand(state, index, log_p, norm, at_limit)
         if early_stopping != "never":  # a row that is done takes no more
             worst = grown.finished.scores[:, -1]  # -inf until J have finished
             done = worst > -jnp.inf
@@ -251,14 +251,14 @@ def _expand(
     state: _Beams,
     index: Int[Array, ""],
     log_p: Float[Array, "B J V"],
-    norm: Float[Array, ""],
+    norm: Callable[[Array], Array],
     at_limit: Bool[Array, "B"] | None,
 ) -> tuple[Int[Array, "B J"], _Beams]:
     """The parents of the next live hypotheses, which have `index` tokens, and the next state.
 
     Of the 2J most likely extensions, those among the first J that end compete with the finished
-    hypotheses by their score, log p / `norm`; the J most likely of the others stay live. All end
-    in rows that are `at_limit`.
+    hypotheses by their score, log p / norm(length); the J most likely of the others stay live. All
+    end in rows that are `at_limit`.
     """
     rows, width, vocab_size = log_p.shape
     total = (state.log_p[..., None] + log_p).reshape(rows, -1)
@@ -271,7 +271,7 @@ def _expand(
     if at_limit is not None:
         ends |= at_limit[:, None]
     finishes = ends & (jnp.arange(2 * width) < width)
-    scores = jnp.where(finishes, total, -jnp.inf) / norm
+    scores = jnp.where(finishes, total, -jnp.inf) / norm(index + 1)
     scores = jnp.concatenate([state.finished.scores, scores], axis=1)
     scores, best = jax.lax.top_k(scores, width)
     tokens = jnp.concatenate([state.finished.tokens, longer], axis=1)
