@@ -36,18 +36,13 @@ HOLDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def head_width(config: ModelConfig) -> int:
-    """H, the width of a query or key."""
-    return config.d_k or config.d_model // config.num_heads
-
-
 def check(config: ModelConfig) -> None:
     """Raises a UserError for a model that CTranslate2 cannot hold, with the knob's name."""
     for knob, values in HOLDS.items():
         if (value := getattr(config, knob)) not in values:
             names = " or ".join(map(str, values))
             raise UserError(f"CTranslate2 cannot hold model.{knob}={value}: train with {names}")
-    if (config.d_v or head_width(config)) != head_width(config):
+    if config.values_width() != config.attention_width():
         raise UserError("CTranslate2 cannot hold model.d_v unlike model.d_k: train with d_v=None")
 
 
@@ -141,7 +136,7 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
         "ffn_glu": FEED_FORWARDS[config.feed_forward][1],
         "rms_norm": config.norm == "rms",
         "num_heads_kv": config.num_kv_heads,
-        "head_dim": head_width(config),
+        "head_dim": config.attention_width(),
     }
     if config.position_encoding == "rotary":
         options |= {"rotary_dim": 0, "rotary_interleave": False}
@@ -155,13 +150,8 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
         *path, last = name.split("/")
         node = built
         for part in path:
-            _, _, index = part.rpartition("_")
-            if part.startswith("layer_") and index.isdigit():
-                node = node.layer[int(index)]
-            elif part == "embeddings_0":
-                node = node.embeddings[0]
-            else:
-                node = getattr(node, part)
+            name, _, index = part.rpartition("_")  # layer_0 is an element of the list `layer`
+            node = getattr(node, part) if hasattr(node, part) else getattr(node, name)[int(index)]
         setattr(node, last, array)
     return built
 
