@@ -48,8 +48,8 @@ def check(config: ModelConfig) -> None:
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> list[str]:
     """A distinct text for each of `size` token ids; the ids themselves if symbols coincide."""
-    known = range(tokenizer.vocab_size)
-    texts = [SPECIAL.get(i) or tokenizer.symbol(i) for i in known]
+    known = range(len(tokenizer.pieces))
+    texts = [SPECIAL.get(i) or tokenizer.pieces[i] for i in known]
     if len(set(texts)) < len(texts):  # bytes, whose parts of characters look alike
         texts = [SPECIAL.get(i) or str(i) for i in known]
     return texts + [f"<unused {i}>" for i in range(len(texts), size)]
