@@ -52,7 +52,7 @@ def test_ctranslate2_gives_the_same_log_probabilities(changes, tmp_path, rng):
     with program("scripts/export.py", *words) as export:
         export.main()
         refused("not an empty folder", export.main)
-    model = load(workdir.path)
+    model = load(str(workdir.path))
     names = ctranslate2.vocabulary(model.tokenizers.source, model.tokenizers.source.vocab_size)
     texts = ["abc", "b", "cab"]
     tokens = [[names[i] for i in model.tokenizers.source.encode(text)[:-1]] for text in texts]
