@@ -5,7 +5,7 @@
     python eval.py --workdir=runs/translate --data=other.tsv [--out=results] [--plots=none]
 
 Writes `eval_<split>.json`, `samples_<split>.tsv` and `plots/` to the run's folder or to `--out`.
-File names contain the settings that differ from the defaults: `eval_test_beam_size=4.json`.
+File names contain the settings that differ from the run's: `eval_test_beam_size=4.json`.
 """
 
 import gc
@@ -56,8 +56,8 @@ cli.define_host_flags()
 
 def main() -> None:
     """Restores the run, scores and decodes a split, then writes, prints and draws the results."""
-    decoding = cli.decoding()
     config = Run.saved(WORKDIR.value).config
+    decoding = cli.decoding(config.decoding)
     cli.set_up_jax(config)
     cli.join_hosts()
     run = Run.saved(WORKDIR.value, data_dir=DATA_DIR.value, mesh=evaluation_mesh(config))
@@ -69,7 +69,8 @@ def main() -> None:
     data, references = corpus.load(split, config.batch_size), corpus.references(split)
     split = corpus.dataset.split(split)  # its name in the dataset, where the config names a file
     config.model.check_length(data.longest(), f"the longest example of {split}")
-    name, out = file_name(split, decoding, corpus.dataset.name), Path(OUT.value or run.workdir.path)
+    name = file_name(split, decoding, config.decoding, corpus.dataset.name)
+    out = Path(OUT.value or run.workdir.path)
     hosts.once(partial(make_folder, out))
     facts({"data": f"{corpus.dataset.name}, {split}: {len(data):,} examples"})
     facts({"filtered": corpus.left_out(), "unknown": corpus.unknown(split)})
@@ -128,11 +129,12 @@ def evaluation_mesh(config: RunConfig) -> Mesh:
         return one_device_mesh()
 
 
-def file_name(split: str, decoding: DecodingConfig, dataset: str) -> str:
-    """The name of an evaluation's files: the split, and what differs from the defaults."""
-    defaults, settings = DecodingConfig(), decoding.describe()
-    differs = {k: v for k, v in settings.items() if v != getattr(defaults, k)}
-    if decoding.prefix:  # of any length and characters
+def file_name(split: str, decoding: DecodingConfig, defaults: DecodingConfig, dataset: str) -> str:
+    """The name of an evaluation's files: the split, and what differs from the run's defaults."""
+    names = decoding.describe() | defaults.describe()
+    differs = {name: getattr(decoding, name) for name in names}
+    differs = {k: v for k, v in differs.items() if v != getattr(defaults, k)}
+    if "prefix" in differs:  # of any length and characters
         differs["prefix"] = hashlib.sha256(decoding.prefix.encode(errors="replace")).hexdigest()[:6]
     parts = [split, *(f"{name}={value}" for name, value in differs.items())]
     if CHECKPOINT.value != "latest":

@@ -69,34 +69,75 @@ def get_config():
     # The architecture; a UserError names an option that is invalid or contradicts another.
     config.model.architecture = "transformer"  # or recurrent
     config.model.num_layers = 1  # L, of the encoder and of the decoder
+    config.model.decoder_layers = None  # None: num_layers
     config.model.d_model = 64  # D, model width
     config.model.num_heads = 4  # N, attention heads
     config.model.d_k = None  # H, width of a query or key; None: d_model / num_heads
     config.model.d_v = None  # E, width of a value; None: d_k
     config.model.num_kv_heads = None  # K, heads of keys and values; None: num_heads
     config.model.d_ff = 256  # F, feed-forward width; gated kinds use 2/3 of it
+    config.model.scale_gated = True  # False: gated kinds are as wide as d_ff says
     config.model.feed_forward = "relu"  # modules/layers.py
+    config.model.ff_bias = True  # on the projections of the feed-forward
     config.model.cell = "lstm"  # for architecture=recurrent; modules/cells.py
     config.model.kernel_init = "glorot_uniform"  # modules/linear.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights
     config.model.norm = "layer"  # NORMS in modules/normalization.py
     config.model.norm_placement = "pre"  # pre, post (paper) or both
+    config.model.final_norm = None  # after the last layer; None: unless norm_placement is post
     config.model.norm_epsilon = 1e-06  # added to the variance
     config.model.position_encoding = "sinusoidal"  # modules/positions.py
     config.model.max_length = 512  # tokens, for learned or random positions
+    config.model.position_offset = 0  # number of the first sinusoidal or learned position
+    config.model.sinusoid_layout = "neighbours"  # of sine and cosine
+    config.model.sinusoid_rates = "paper"  # modules/positions.py
+    config.model.rotary_base = 10000.0  # of rotary positions' wavelengths
+    config.model.relative_buckets = 32  # of distances, for relative positions
+    config.model.relative_distance = 128  # from which distances share the last bucket
+    config.model.relative_per_layer = False  # a relative bias for each layer, not for each stack
     config.model.random_positions = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
     config.model.window = None  # width of local self-attention, each side; None: no limit
-    config.model.tie_embeddings = True  # one embedding for source, target and logits
+    config.model.tie_embeddings = "all"  # which sides share a table; TIES
     # vocabulary size per side; False: the larger for both
     config.model.separate_vocabularies = True
+    config.model.embedding_scale = None  # of embedded tokens; None: √d_model
+    config.model.embedding_norm = False  # a norm of embedded tokens, after absolute positions
+    config.model.logits_scale = 1.0  # of the decoder's output, before the product with the table
+    config.model.logits_bias = False  # one number for each target token
     config.model.attention_bias = False  # on the four projections of attention
+    config.model.attention_scale = None  # of the scores; None: 1/√d_k
     config.model.normalize_qk = False  # RMS norm of queries and keys, per head
     config.model.qk_norm_epsilon = None  # for normalize_qk; None: norm_epsilon
     config.model.attention_backend = "einsum"  # modules/dot_product_attention.py
     config.model.scan_layers = False  # scan over the layers, which compiles one for all
     config.model.remat = "none"  # what the backward pass recomputes
     config.model.dtype = "float32"  # of the computation; params are float32
+
+    # Greedy decoding by default; sampling if temperature > 0; beam search if beam_size > 1.
+    config.decoding.beam_size = 1  # hypotheses per source; above 1: beam search
+    config.decoding.length_penalty = 0.6  # α; larger ones favour longer outputs
+    config.decoding.temperature = 0.0  # divides the logits; 0: no sampling
+    config.decoding.top_k = 0  # sample among the k most likely tokens; 0: all
+    config.decoding.top_p = 1.0  # sample among the likeliest, up to probability p
+    config.decoding.seed = 0  # for sampling
+    # Tokens by which an output may exceed its source; None: the run's.
+    config.decoding.decode_margin = None
+    config.decoding.length_ratio = 1.0  # times the source, before the margin
+    config.decoding.max_length = None  # of an output, EOS included; None: ratio and margin alone
+    config.decoding.min_length = 0  # tokens before EOS at least
+    config.decoding.prefix = ""  # the text that every hypothesis starts with
+    config.decoding.distinct = False  # among hypotheses of the same text only the best is an output
+    config.decoding.no_repeat_ngram_size = 0  # n: no n tokens occur twice in an output; 0: any may
+    # Divides the positive scores of tokens that the output has, multiplies the negative ones.
+    config.decoding.repetition_penalty = 1.0
+    # Of beam search: what is raised to α, ((5 + length) / 6) or the length.
+    config.decoding.penalty = "gnmt"
+    # When a row is done: never before no hypothesis can improve; false: nor at its present length;
+    # true: as soon as beam_size have finished.
+    config.decoding.early_stopping = "never"
+    # How hypotheses without EOS rank at the length limit: last, or equal to finished ones.
+    config.decoding.unfinished = "last"
 
     # The optimizer section of a config.
     config.optimizer.name = "adam"  # OPTIMIZERS in training/optimizer.py

@@ -31,7 +31,7 @@ def get_config():
     config.model.num_heads = 4
     config.model.d_ff = 512
     config.model.dropout_rate = 0.1
-    config.model.tie_embeddings = False
+    config.model.tie_embeddings = "none"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 250
     return config

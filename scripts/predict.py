@@ -56,6 +56,15 @@ TOKENS = flags.DEFINE_bool("tokens", False, "Write outputs, or read targets, as 
 STRICT = flags.DEFINE_bool("strict", False, "A line that cannot be processed is an error.")
 ALIGNMENTS = flags.DEFINE_string("alignments", None, "A file to write alignments to.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Lines processed at once at most.")
+SOURCE_PREFIX = flags.DEFINE_string(
+    "source_prefix",
+    None,
+    "Of an imported model: tokens before each source, such as >>deu<<; text "
+    "if it ends in a space. Default the run's.",
+)
+TARGET_PREFIX = flags.DEFINE_string(
+    "target_prefix", None, "Of an imported model: the first token of outputs. Default the run's."
+)
 WINDOW = flags.DEFINE_integer("window", 10_000, "Lines read before any is written.", 1)
 cli.define_decoding_flags()
 cli.define_plugins_flag()
@@ -69,17 +78,19 @@ Report = dict[str, dict[int, int]]  # what is counted → line → count
 
 def main() -> None:
     """Reads, processes and writes a window of lines at a time."""
-    decoding = cli.decoding()
     decoders = ("n_best", "scores", "alignments", *(each.name for each in fields(DecodingConfig)))
     if SCORE.value and (given := [name for name in decoders if flags.FLAGS[name].present]):
         raise UserError(f"--score decodes nothing: leave out --{given[0]}")
-    cli.set_up_jax(Run.saved(WORKDIR.value).config)
+    config = Run.saved(WORKDIR.value).config
+    decoding = cli.decoding(config.decoding)
+    cli.set_up_jax(config)
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")  # like the input
     report: Report = {what: {} for what in (INVALID, UNKNOWN, TRUNCATED, CAPPED, MISSING)}
     lines = enumerate(read_lines(sys.stdin.buffer, report[INVALID]), 1)
     with Path(ALIGNMENTS.value or os.devnull).open("w", encoding="utf-8") as alignments:
+        prefixes = {each.name: each.value for each in (SOURCE_PREFIX, TARGET_PREFIX)}
         options = {"checkpoint": CHECKPOINT.value, "replica": REPLICA.value}
-        model = transformer.load(WORKDIR.value, **options)
+        model = transformer.load(WORKDIR.value, **options, **prefixes)
         try:
             while window := dict(itertools.islice(lines, WINDOW.value)):
                 write(model, decoding, window, alignments, report)

@@ -62,6 +62,7 @@ def program(model: Model):
     def loss(params, nudge, batch, weights):
         module = model.bind(params)
         embed = module.target_embedding or module.embedding
+        module.output_embedding = module.output  # which may be the same
         module.target_embedding = Nudged(embed, nudge / model.config.d_model**0.5)
         if not packed:
             batch = batch._replace(source_positions=None, target_positions=None)

@@ -36,7 +36,7 @@ def of(section, **values):
 RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adamw"}
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
-UNTIED = {"model.tie_embeddings": False}
+UNTIED = {"model.tie_embeddings": "none"}
 
 # A run of seconds that the knobs are changed in.
 SMALL = {
@@ -63,7 +63,7 @@ OTHER = {
     **of("model.", d_v=4, num_kv_heads=1, d_ff=64, feed_forward="gelu", cell="gru"),
     **of("model.", kernel_init="normal", dropout_rate=0.1, attention_dropout_rate=0.1, norm="rms"),
     **of("model.", norm_placement="post", norm_epsilon=1e-2, position_encoding="learned"),
-    **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings=False),
+    **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings="none"),
     **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2),
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
     **of("model.", separate_vocabularies=False),

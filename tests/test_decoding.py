@@ -41,7 +41,7 @@ def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE):
 
 def steady(logits):
     """A model with the same logits at each step: these, and 0 for all other tokens."""
-    model = small_model(tie_embeddings=False)
+    model = small_model(tie_embeddings="none")
     params = random_params(model, 0)
     gain, table = params["decoder/final_norm/scale"], 0 * params["output_embedding/embedding"]
     params |= {"decoder/final_norm/scale": 0 * gain, "decoder/final_norm/bias": 0 * gain + 1}
@@ -174,7 +174,7 @@ def test_a_beam_that_holds_every_sequence_has_those_that_the_constraints_allow(s
 
 
 def test_constraints_come_before_the_truncation_of_samples_and_do_not_change_scores():
-    model, params = tiny_tokens(tie_embeddings=False)
+    model, params = tiny_tokens(tie_embeddings="none")
     limits = {"min_length": 4, "no_repeat_ngram_size": 2, "repetition_penalty": 1.5}
     constraints = Constraints(jnp.array([3, 3]), **limits)
     source = jnp.broadcast_to(SOURCE[0], (64, 4))
@@ -231,7 +231,7 @@ def searched_by_definition(log_p_after, width, alpha, length):
 )
 def test_beam_search_finds_what_its_definition_finds(alpha, changes):
     """A hypothesis that can still become the best is followed, however long it gets."""
-    model, _ = tiny_tokens(tie_embeddings=False, **changes)
+    model, _ = tiny_tokens(tie_embeddings="none", **changes)
     width, length = 3, 6
     for seed in range(6):
         params = random_params(model, seed)
@@ -249,7 +249,7 @@ def test_beam_search_finds_what_its_definition_finds(alpha, changes):
 @each_method
 def test_an_outputs_length_limit_depends_on_its_own_source(method):
     """With a margin a batch has the outputs of each source alone with that maximal length."""
-    model, _ = tiny_tokens(tie_embeddings=False)
+    model, _ = tiny_tokens(tie_embeddings="none")
     lengths, margin, ratio = (3, 2, 4), 2, 1.0
     if method is greedy:
         lengths, margin, ratio = (5, 3, 6), 0, 1.5  # ⌈1.5 · 3⌉, …

@@ -253,7 +253,7 @@ def test_a_learning_curve_is_the_mean_and_the_range_of_the_replicas(tmp_path, mo
 
 TEXTS = ("abc", "d", "efgh", "ij", "klmno", "pq", "rst")
 BATCH = strings(*((text, text[::-1]) for text in TEXTS))
-MODEL = small_model(tie_embeddings=False)
+MODEL = small_model(tie_embeddings="none")
 PARAMS = random_params(MODEL, 0)
 score = jax.jit(partial(evaluation.score, MODEL, PARAMS))
 decode = partial(evaluation.decode, MODEL, PARAMS, max_length=9)

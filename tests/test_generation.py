@@ -38,7 +38,7 @@ def make_run(
     knobs: dict[str, Any] = {"replicas": replicas, "decode_margin": MARGIN, "model.num_layers": 1}
     knobs["model.architecture"] = kind
     knobs |= {"model.position_encoding": "learned", "model.max_length": REACH}
-    knobs |= {"model.tie_embeddings": False}
+    knobs |= {"model.tie_embeddings": "none"}
     knobs["data.tokenizer"] = "characters" if tokenizer is TOKENIZER else "bytes"
 
     def state(model: Model, like: TrainState, *_: Any) -> TrainState:

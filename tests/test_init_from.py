@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused_or_initialised_anew(
 
 
 def test_the_embeddings_of_a_side_are_compared_with_its_tokens(tmp_path, rng, data_dir):
-    untied = {"model.tie_embeddings": False}
+    untied = {"model.tie_embeddings": "none"}
     folder, _ = source(tmp_path / "a", rng, **untied)
     give_tokenizers(folder, "characters", "words", source=TOKENIZER, target=REVERSED)
     own = opened(folder, data_dir, **untied, **{"data.target_tokenizer": "characters"})

@@ -19,7 +19,7 @@ from transformer.modules.model import Model
 pytestmark = pytest.mark.oracle
 
 LENGTH, VOCAB = 14, 12  # of outputs
-MODEL = Model(small_model(tie_embeddings=False).config, VOCAB)
+MODEL = Model(small_model(tie_embeddings="none").config, VOCAB)
 SOURCE = jnp.array([[4, 5, EOS, PAD], [3, EOS, PAD, PAD], [9, 11, 3, EOS]])
 PREFIX = (4, 7)
 SETTINGS = [

@@ -25,6 +25,7 @@ from transformer.modules.model import Model, flatten
 from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
 
+PER_LAYER = {"position_encoding": "relative", "relative_per_layer": True}
 RECURRENT = {"architecture": "recurrent"}
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)
@@ -46,7 +47,16 @@ ENTRIES = [
 # Other options, and some together.
 OTHERS = [
     {},
-    {"tie_embeddings": False},
+    {"tie_embeddings": "none", "logits_bias": True},
+    {"tie_embeddings": "inputs", "embedding_norm": True, "final_norm": False},
+    {"tie_embeddings": "target_output", "logits_bias": True, "logits_scale": 0.5},
+    {"embedding_scale": 1.5, "sinusoid_layout": "halves", "position_offset": 2},
+    {"sinusoid_rates": "tensor2tensor", "norm_placement": "post", "final_norm": True},
+    {"position_encoding": "learned", "position_offset": 2, "decoder_layers": 2},
+    {"position_encoding": "rotary", "rotary_base": 100.0, "attention_scale": 0.5},
+    {"position_encoding": "relative", "relative_buckets": 6, "relative_distance": 7},
+    {"feed_forward": "swiglu", "scale_gated": False, "ff_bias": False},
+    PER_LAYER | {"num_layers": 2, "decoder_layers": 3},
     {"normalize_qk": True},
     {"d_k": 3, "d_v": 5},
     {"num_heads": 4, "num_kv_heads": 2},
@@ -62,18 +72,23 @@ RARE = [
     {"num_kv_heads": 1},
     {"attention_bias": True},
     {"num_layers": 2},
+    PER_LAYER | {"num_layers": 2, "scan_layers": True, "remat": "full"},
+    PER_LAYER | {"num_layers": 2, "remat": "dots", "attention_backend": "chunked"},
+    {"embedding_norm": True, "norm": "batch", "norm_placement": "post"},
+    *({"attention_scale": 0.7, "attention_backend": name} for name in ("xla", "splash", "auto")),
     {"num_layers": 2, "scan_layers": True, "norm": "batch"},
     {"num_layers": 2, "remat": "dots", "norm": "batch"},
     {"norm": "batch", "norm_placement": "both"},
     *({"random_positions": 64, "position_encoding": name} for name in PLACED),
-    RECURRENT | {"num_layers": 2, "tie_embeddings": False},
+    RECURRENT | {"num_layers": 2, "tie_embeddings": "none"},
+    RECURRENT | {"tie_embeddings": "target_output", "logits_bias": True, "logits_scale": 0.5},
 ]
 
 
 LOW: list = [
     {"attention_bias": True, "normalize_qk": True, "norm": "rms"},
     {"attention_bias": True, "position_encoding": "learned", "feed_forward": "swiglu"},
-    {"tie_embeddings": False, "position_encoding": "relative", "norm": "batch"},
+    {"tie_embeddings": "none", "position_encoding": "relative", "norm": "batch"},
     RECURRENT,
 ]
 ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]

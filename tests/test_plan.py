@@ -81,7 +81,7 @@ def check_gradients_are_sent_once(plan):
 
 
 def test_devices_send_their_gradients_once_and_a_single_device_sends_nothing():
-    plan, alone = toy(model__tie_embeddings=False), toy("cpu:1")
+    plan, alone = toy(model__tie_embeddings="none"), toy("cpu:1")
     assert set(plan.traffic.sent) == {"all-reduce"}
     check_gradients_are_sent_once(plan)
     assert (alone.traffic.sent, alone.chips, alone.tokens) == ({}, 1, load().batch_size * 16)
@@ -170,7 +170,7 @@ def test_a_shipped_config_compiles_for_a_tpu(case):
 
 @on_tpu
 def test_a_tpu_sends_its_gradients_once_and_every_topology_of_the_table_is_known():
-    plan = toy("v5e:2x2", model__tie_embeddings=False)
+    plan = toy("v5e:2x2", model__tie_embeddings="none")
     check_gradients_are_sent_once(plan)
     assert sum(plan.memory.values()) < plan.topology.chip.memory == CHIPS["v5e"].memory
     for name in planning.TPUS:

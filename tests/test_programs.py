@@ -210,7 +210,7 @@ LEARNED = "--config.model.position_encoding=learned --config.model.max_length=4"
         ("--config.modl.norm=rms", r"modl.norm: unknown option \(did you mean model.norm\?\)"),
         ("--config.steps=1e3", r"--config.steps=1e3: it takes a whole number"),
         ("--config.optimizer.learning_rate=fast", r"it takes a number"),
-        ("--config.model.tie_embeddings=maybe", r"it takes true or false"),
+        ("--config.model.scan_layers=maybe", r"it takes true or false"),
         ("--config.model.d_k=x", r"--config.model.d_k=x: it takes a whole number"),
         ("--config.model=3", r"--config.model is a section"),
         ("--config.mesh.data=64", r"needs 64 devices and there are 8 \(cpu\); lower mesh.data"),

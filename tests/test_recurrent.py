@@ -59,7 +59,7 @@ def transparent(layers):
     The first layer of the decoder gives ones at each step, the others the tanh of what
     they read, and the first D logits are the output.
     """
-    model = recurrent(cell="gru", num_layers=layers, dropout_rate=0.5, tie_embeddings=False)
+    model = recurrent(cell="gru", num_layers=layers, dropout_rate=0.5, tie_embeddings="none")
     width = model.config.d_model
     params = {name: jnp.zeros(leaf.shape) for name, leaf in model.shapes.items()}
     for i in range(layers):

@@ -157,7 +157,7 @@ def test_every_dimension_that_a_rule_names_is_split(sizes):
         assert [size // way for size, way in zip(whole, ways, strict=True)] == [*part], name
         split += np.prod(ways) > 1
     assert (split > len(model.axes) / 3) == (sizes != (8, 1, 1))  # all matrices, or none
-    for name, axes in small_model(position_encoding="learned", tie_embeddings=False).axes.items():
+    for name, axes in small_model(position_encoding="learned", tie_embeddings="none").axes.items():
         if len(axes) > 1 and "position" not in axes:
             assert {RULES[axis] for axis in axes} - {None} == {"fsdp", "tensor"}, name
 

@@ -84,6 +84,8 @@ def load(
     replica: int = 0,
     mesh: "Mesh | None" = None,
     plugins: Sequence[str] = (),
+    source_prefix: str | None = None,
+    target_prefix: str | None = None,
 ) -> "TrainedModel":
     """A trained model for texts: `load("runs/x").generate(["hello"])`.
 
@@ -93,6 +95,8 @@ def load(
       replica: which one of a population.
       mesh: the devices; None: batches are sharded over all.
       plugins: modules to import, which the run names as its plugins.
+      source_prefix, target_prefix: of an imported model, instead of its own: tokens before each
+        source (text, if it ends in a space), and the first token of outputs.
 
     Raises:
       UserError: the folder holds no run, or the checkpoint is missing or damaged.
@@ -102,4 +106,7 @@ def load(
     from transformer.run import Run
 
     load_plugins(plugins)
-    return Run.saved(workdir, mesh=mesh or make_mesh()).trained_model(checkpoint, replica)
+    run = Run.saved(workdir, mesh=mesh or make_mesh())
+    if (source_prefix, target_prefix) != (None, None):
+        run.tokenizers = run.tokenizers.prefixed(source_prefix, target_prefix)
+    return run.trained_model(checkpoint, replica)

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -157,7 +157,7 @@ def define_host_flags() -> None:
 
 
 def define_decoding_flags() -> None:
-    """Defines a flag for each setting of `DecodingConfig`; see `decoding`."""
+    """Defines a flag for each setting of `DecodingConfig`, by default the run's; see `decoding`."""
     meanings = {
         "beam_size": "Beam size; 1: greedy decoding.",
         "length_penalty": "Of beam search; 0: none, larger values favour longer outputs.",
@@ -165,25 +165,28 @@ def define_decoding_flags() -> None:
         "top_k": "Samples among the k most likely tokens; 0: all.",
         "top_p": "Samples among the likeliest of total probability p; 1: all.",
         "seed": "Of sampling.",
-        "decode_margin": "Tokens by which an output may exceed its source; default the run's.",
+        "decode_margin": "Tokens by which an output may exceed its source.",
         "length_ratio": "Multiplies the source's length in this limit.",
-        "max_length": "Tokens in an output at most, EOS included; default: no other limit.",
+        "max_length": "Tokens in an output at most, EOS included.",
         "min_length": "Tokens before EOS at least.",
         "prefix": "The text that every output starts with.",
         "distinct": "Leaves out hypotheses whose text a better one has.",
         "no_repeat_ngram_size": "n: no n tokens occur twice in an output; 0: any may.",
         "repetition_penalty": "Above 1: makes tokens that the output has less likely; 1: none.",
+        "penalty": "Of beam search, raised to length_penalty: gnmt, (5 + length) / 6; length.",
+        "early_stopping": "Of beam search: never, false, true, as in Hugging Face's generate.",
+        "unfinished": "How hypotheses at the length limit rank: last; equal to finished ones.",
     }
     kinds = {float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
     for each in fields(DecodingConfig):
         define: Any = kinds.get(type(each.default), flags.DEFINE_integer)
-        define(each.name, each.default, meanings[each.name])
+        define(each.name, None, f"{meanings[each.name]} Default: config.decoding of the run.")
 
 
-def decoding() -> DecodingConfig:
-    """Returns the settings given by the flags of `define_decoding_flags`."""
+def decoding(defaults: DecodingConfig) -> DecodingConfig:
+    """Returns the settings given by the flags of `define_decoding_flags`, else the run's."""
     given: Any = {each.name: flags.FLAGS[each.name].value for each in fields(DecodingConfig)}
-    return DecodingConfig(**given)
+    return replace(defaults, **{name: x for name, x in given.items() if x is not None})
 
 
 def host_command(text: str) -> list[str]:

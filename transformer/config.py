@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from transformer import renamed
 from transformer.data.datasets import DataConfig
 from transformer.errors import UserError, explained, nearest
+from transformer.inference.decoding import DecodingConfig
 from transformer.inference.text_metrics import BLEU_TOKENIZERS, TEXT_METRICS, VALIDATION_METRICS
 from transformer.knobs import Choice, Count, Range, Rate, Size, SizeOrZero, constrained
 from transformer.metrics import METRICS
@@ -29,6 +30,7 @@ loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
 FREE_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
+FREE_KNOBS += ("decoding.",)
 # Likewise, unless early stopping (`patience`) depends on them.
 EVALUATION_KNOBS = ("eval_every", "save_every", "best_metric", "decode_every", "decode_examples")
 EVALUATION_KNOBS += ("data.metrics", "data.bleu_tokenizer")
@@ -66,6 +68,7 @@ class RunConfig(Population):
     per_replica: PerReplica = field(default_factory=PerReplica)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)  # unless flags say otherwise
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -97,9 +100,10 @@ class RunConfig(Population):
         if parts > 1 and model.norm == "batch":
             yield f"accumulation_steps={parts}: model.norm=batch needs the whole batch; set it to 1"
         for knob in ("target_tokenizer", "target_tokenizer_model"):
-            if model.tie_embeddings and (value := getattr(data, knob)) is not None:
-                needed = "model.tie_embeddings needs one vocabulary"
-                yield f"data.{knob}={value}: {needed}; set it to False"
+            shared, value = model.tie_embeddings in ("all", "inputs"), getattr(data, knob)
+            if shared and value is not None:
+                needed = f"model.tie_embeddings={model.tie_embeddings} needs one vocabulary"
+                yield f"data.{knob}={value}: {needed}; set it to target_output or none"
         if self.init_new and not self.init_from:
             yield f"init_new={self.init_new}: there is no init_from; set it to a folder of a run"
         if self.best_metric in TEXT_METRICS and not self.decode_every:
@@ -192,7 +196,8 @@ def saved_config(saved: Mapping[str, Any]) -> Any:
     config = default_config()
     flat, known = flat_knobs(ConfigDict(saved)).items(), flat_knobs(config)
     knobs = {renamed.KNOBS.get(k, k): value for k, value in flat if k not in renamed.REMOVED}
-    for name in knobs:
+    for name, value in knobs.items():
+        knobs[name] = renamed.VALUES.get(name, {}).get(value, value)
         if name not in known:
             unknown = f"this version does not know the run's knob {name}{nearest(name, known)}"
             raise UserError(f"{unknown}; use the version that saved it")

@@ -86,13 +86,13 @@ def differing(run: "Run", source: "Run", knobs: tuple[str, ...]) -> str:
 
 
 def foreign_tables(run: "Run", source: "Run") -> set[str]:
-    """The embedding tables whose tokens are not those of the table in `source`."""
+    """The embedding tables, and bias of the logits, whose tokens are not those in `source`."""
     here, there = (each.tokenizers.digests() for each in (run, source))
     source_differs, target_differs = (here[side] != there[side] for side in here)
-    shared = run.config.model.tie_embeddings and target_differs
-    tables = ["embedding"] if source_differs or shared else []
-    tables += ["target_embedding", "output_embedding"] if target_differs else []
-    return {f"{table}/embedding" for table in tables}
+    shared = run.config.model.tie_embeddings in ("all", "inputs") and target_differs
+    names = {"embedding/embedding"} if source_differs or shared else set()
+    of_target = {"target_embedding/embedding", "output_embedding/embedding", "logits_bias"}
+    return names | of_target if target_differs else names
 
 
 def initial_state(run: "Run") -> TrainState:

@@ -53,14 +53,19 @@ def linear_cross_entropy(
     smoothing: Smoothing = 0.0,
     *,
     measure: Callable[[Predictions], Measured],
+    bias: Float[Array, " V"] | None = None,
 ) -> tuple[Float[Array, ""], Measured]:
-    """The sum of weights · objective for the logits hidden · tableᵀ, and `measure` of each token.
+    """The sum of weights · objective for the logits hidden · tableᵀ + bias, and each `measure`.
 
     B · T · V logits never exist: those of `CHUNK` tokens at a time are computed and used, in
-    training for their gradient too. Only the loss is differentiable, and only by `hidden` and
-    `table`. Products are in the dtype of `hidden`, their sums in float32.
+    training for their gradient too. Only the loss is differentiable, and only by `hidden`, `table`
+    and `bias`. Products are in the dtype of `hidden`, their sums in float32.
+
+    Args:
+      measure: of the `Predictions` of some tokens, one number for each.
+      bias: None: no bias.
     """
-    return _loss(measure, hidden, table, targets, weights, smoothing)
+    return _loss(measure, hidden, table, bias, targets, weights, smoothing)
 
 
 def _pad(x: Array, *sizes: int) -> Array:
@@ -73,11 +78,12 @@ def _in_chunks(
     measure: Callable[[Predictions], Measured],
     hidden: Array,
     table: Array,
+    bias: Array | None,
     targets: Array,
     weights: Array,
     smoothing: Smoothing,
 ) -> tuple[tuple[Array, Measured], Any]:
-    """The results of `linear_cross_entropy`; and None, or its gradients by hidden and table."""
+    """The results of `linear_cross_entropy`; and None, or its gradients by hidden, table, bias."""
     (rows, length), vocab_size = targets.shape, len(table)
     # A token stays on its device: axes [devices over rows, devices over positions, their tokens].
     shards = axis_shards("batch"), axis_shards("length")
@@ -102,30 +108,36 @@ def _in_chunks(
     kernel = constrain(table.astype(hidden.dtype), "vocab", "width")
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def step(table_gradient: Any, chunk: Any) -> tuple[Any, Any]:
+    def step(sums: Any, chunk: Any) -> tuple[Any, Any]:
         x, target, weight = chunk
-        logits = constrain(product("...CD,VD->...CV", x, kernel), "batch", "length", None, "vocab")
+        logits = product("...CD,VD->...CV", x, kernel)
+        logits = logits if bias is None else logits + bias
+        logits = constrain(logits, "batch", "length", None, "vocab")
         found = cross_entropy(logits, target, smoothing)
         result = (found.objective * weight).sum(-1), measure(found)
         if not with_gradient:
-            return table_gradient, (result, None)
+            return sums, (result, None)
         # Of a token's objective by its logits: softmax(logits) - (1 - ε) · one_hot - ε / V.
         softmax = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1)[..., None])
         is_target = jnp.arange(vocab_size) == target[..., None]
         gradient = softmax - jnp.where(is_target, 1.0 - smoothing, 0.0) - smoothing / vocab_size
-        gradient = (gradient * weight[..., None]).astype(x.dtype)
-        table_gradient += product("...CV,...CD->...VD", gradient, x)
+        gradient, (of_table, of_bias) = gradient * weight[..., None], sums
+        of_bias = None if of_bias is None else of_bias + gradient.sum(-2)
+        gradient = gradient.astype(x.dtype)
+        of_table += product("...CV,...CD->...VD", gradient, x)
         x_gradient = product("...CV,VD->...CD", gradient, kernel).astype(x.dtype)
-        return table_gradient, (result, x_gradient)
+        return (of_table, of_bias), (result, x_gradient)
 
-    start = jnp.zeros((*shards, *table.shape)) if with_gradient else None
+    start = jax.tree.map(lambda x: jnp.zeros((*shards, *x.shape)), (table, bias))
     inputs = tuple(map(fold, (hidden, targets, weights)))
-    table_gradient, ((losses, measured), x_gradient) = jax.lax.scan(step, start, inputs)
+    sums, outputs = jax.lax.scan(step, start if with_gradient else None, inputs)
+    (losses, measured), x_gradient = outputs
     result = losses.sum(), jax.tree.map(unfold, measured)
     if not with_gradient:
         return result, None
-    # Only now are the devices' gradients of the table added up.
-    return result, (unfold(x_gradient), table_gradient.sum((0, 1)).astype(table.dtype))
+    # Only now are the devices' gradients of table and bias added up.
+    add = partial(jax.tree.map, lambda x, total: total.sum((0, 1)).astype(x.dtype))
+    return result, (unfold(x_gradient), *add((table, bias), sums))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,7 +146,7 @@ def _loss(measure: Callable, *inputs: Any) -> Any:
 
 
 def _backward(measure: Callable, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
-    scaled = (each * cotangents[0].astype(each.dtype) for each in gradients)
+    scaled = jax.tree.map(lambda each: each * cotangents[0].astype(each.dtype), gradients)
     return *scaled, None, None, None
 
 

@@ -27,6 +27,9 @@ KNOBS = {
     "per_replica.dropout": "per_replica.dropout_rate",
 }
 
+# Values of knobs, by today's name of the knob.
+VALUES: dict[str, dict[Any, Any]] = {"model.tie_embeddings": {True: "all", False: "none"}}
+
 # Knobs that are no more.
 REMOVED = {"steps_per_call", "model.fused_qkv"}
 

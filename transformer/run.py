@@ -107,6 +107,9 @@ class Run:
     def evaluation_corpus(self, file: str | None = None) -> Corpus:
         """The run's dataset, found by its recorded name; or a file of pairs, as split `test`."""
         recorded = self.workdir.read_record()["corpus"]["dataset"]
+        if not (file or recorded):
+            fault = f"{self.workdir.path} is an imported model without a dataset"
+            raise UserError(f"{fault}: name a file of pairs by --data=FILE")
         opened = datasets.open_test_files if file else datasets.reopen_dataset
         dataset = hosts.in_turn(partial(opened, self.config.data, file or recorded, self.data_dir))
         corpus = Corpus(dataset, self.tokenizers)
@@ -136,6 +139,9 @@ class Run:
     def rows(self) -> TokenRows:
         """The training rows, packed if `data.pack_length` is set."""
         rows, length = self.examples[0], self.config.data.pack_length
+        if length and self.tokenizers.source.suffix:
+            where = "a packed row cannot hold the source's tokens after EOS"
+            raise UserError(f"data.pack_length={length}: {where}; set it to 0")
         return pack_rows(rows, length) if length else rows
 
     @cached_property
@@ -151,9 +157,11 @@ class Run:
     def feed(self) -> Dataset | StreamedDataset:
         """The source of batches: rows on the devices, or a stream from worker processes."""
         config, workers = self.config, self.config.data.num_workers
+        start = self.model.outputs.start
         if not workers:
-            return self.place(Dataset.from_rows(self.rows, config.batch_size))
+            return self.place(Dataset.from_rows(self.rows, config.batch_size, start))
         options = {"num_steps": config.steps, "num_workers": workers, "mesh": self.mesh}
+        options |= {"start": start}
         keys = step.data_keys(config.seeds())
         return StreamedDataset(self.rows, config.batch_size, keys, **options)
 

@@ -43,16 +43,16 @@ class Batch(NamedTuple):
         return {name: given[name] for name in given if name not in ("target_out", "weights")}
 
 
-def make_batch(source: Source, target: Target, packed: bool = False) -> Batch:
+def make_batch(source: Source, target: Target, packed: bool = False, start: int = BOS) -> Batch:
     """A batch of rows of tokens, each sequence with EOS at its end, padded at the end.
 
     A packed row may hold several examples: the k-th target belongs to the k-th source, and
-    positions restart in each.
+    positions restart in each. `start` is what the decoder reads first.
     """
     real = target != PAD
-    before = jnp.concatenate([jnp.full_like(target[:, :1], BOS), target[:, :-1]], axis=1)
+    before = jnp.concatenate([jnp.full_like(target[:, :1], start), target[:, :-1]], axis=1)
     if packed:
-        before = jnp.where(before == EOS, BOS, before)
+        before = jnp.where(before == EOS, start, before)
     return Batch(
         source,
         _segment_ids(source, packed),
@@ -89,10 +89,11 @@ class Dataset:
     target: Array | np.ndarray  # [rows, T] int32, likewise
     batch_size: int = field(metadata={"static": True})  # in rows
     packed: bool = field(default=False, metadata={"static": True})  # see `packing.pack_rows`
+    start: int = field(default=BOS, metadata={"static": True})  # see `make_batch`
 
     @classmethod
-    def from_rows(cls, rows: TokenRows, batch_size: int) -> "Dataset":
-        return cls(*rows.take(np.arange(len(rows))), batch_size, rows.packed)
+    def from_rows(cls, rows: TokenRows, batch_size: int, start: int = BOS) -> "Dataset":
+        return cls(*rows.take(np.arange(len(rows))), batch_size, rows.packed, start)
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -144,6 +145,7 @@ class BatchWindow:
     target: Array | np.ndarray  # [steps, B, T] int32, likewise
     first: Int[Array, "*replicas"] | np.ndarray  # the first step
     packed: bool = field(metadata={"static": True})
+    start: int = field(default=BOS, metadata={"static": True})
 
     def batch(self, key: Array, step: Int[Array, ""]) -> Batch:
         """The batch of a step of this window; `key` is unused, as the rows are already drawn."""
@@ -155,7 +157,7 @@ def _placed(data: Dataset | BatchWindow, index: Array) -> Batch:
     source, target = (
         constrain(tokens[index], "batch", "length") for tokens in (data.source, data.target)
     )
-    return make_batch(source, target, data.packed)
+    return make_batch(source, target, data.packed, data.start)
 
 
 def round_keys(key: Array, epoch: UInt32[Array, ""]) -> RoundKeys:

@@ -24,7 +24,7 @@ Kind = str | Path  # of a tokenizer: an entry of TOKENIZERS, or the file of a Se
 
 
 class Tokenizers(NamedTuple):
-    """The tokenizers of both sides; the same object twice if they share a vocabulary."""
+    """The tokenizers of both sides; of a shared vocabulary the same, or two sides of one."""
 
     source: Tokenizer
     target: Tokenizer
@@ -33,13 +33,24 @@ class Tokenizers(NamedTuple):
         tokens = self.source.encode_all(sources), self.target.encode_all(targets)
         return TokenPairs(*map(RaggedArray.from_lists, tokens))
 
+    def prefixed(self, source: str | None, target: str | None) -> "Tokenizers":
+        """Tokenizers with other prefixes; None: as they are. See `ImportedTokenizer.prefixed`."""
+        if self.shared():
+            return Tokenizers(*self.source.prefixed(source, target).sides())
+        sides = self.source.prefixed(source), self.target.prefixed(None, target)
+        return Tokenizers(sides[0].sides()[0], sides[1].sides()[1])
+
+    def shared(self) -> bool:
+        """Whether both are one tokenizer, or the two sides of one."""
+        return self.source.sides() == self.target.sides()
+
     def digests(self) -> dict[str, str]:
         """Hashes of their pieces, for the record of a run."""
         return {f"{side}_tokenizer": each.digest() for side, each in self._asdict().items()}
 
     def save(self, folder: Path) -> None:
         """Writes them for `saved_tokenizers`."""
-        sides = {"shared": self.source} if self.source is self.target else self._asdict()
+        sides = {"shared": self.source} if self.shared() else self._asdict()
         for name, tokenizer in sides.items():
             write_atomically(folder / name, tokenizer.to_bytes())
 
@@ -135,8 +146,9 @@ def _for_sides(config: DataConfig, make: Callable[[str, Kind], Tokenizer]) -> To
     file = config.target_tokenizer_model
     target: Kind | None = Path(file) if file else config.target_tokenizer
     if target is None:
-        return Tokenizers(*[make("shared", source)] * 2)
-    return Tokenizers(make("source", source), make("target", target))
+        return Tokenizers(*make("shared", source).sides())
+    sides = make("source", source).sides(), make("target", target).sides()
+    return Tokenizers(sides[0][0], sides[1][1])
 
 
 def _read(kind: Kind, path: Path, fault: str) -> Tokenizer:

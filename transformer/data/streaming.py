@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from transformer.data.batches import Batch, BatchWindow, make_batch, permute_numpy, round_keys
 from transformer.data.packing import Sides, TokenRows
+from transformer.data.tokenizer import BOS
 from transformer.errors import explained, needs
 from transformer.parallel.mesh import partition_spec, place
 
@@ -41,6 +42,7 @@ class StreamedDataset:
     num_steps: int  # of the run
     num_workers: int
     mesh: Mesh
+    start: int = BOS  # see `make_batch`
 
     def __post_init__(self):
         with needs("text"):
@@ -57,7 +59,7 @@ class StreamedDataset:
         begin = int(step)
         drawn = HostBatches(self.rows, self.batch_size, key, begin, begin + 1)
         source, target = drawn(begin)
-        return make_batch(jnp.asarray(source), jnp.asarray(target), self.rows.packed)
+        return make_batch(*map(jnp.asarray, (source, target)), self.rows.packed, self.start)
 
     def empty_window(self) -> BatchWindow:
         return self.place_window(0, [])
@@ -124,7 +126,7 @@ class StreamedDataset:
             length = "length" if width % self.mesh.shape["context"] == 0 else None
             sides.append(on_mesh(tokens, None, "batch", length))
         step = on_mesh(np.full(self.keys.shape, first, np.int32))
-        return BatchWindow(sides[0], sides[1], step, self.rows.packed)
+        return BatchWindow(sides[0], sides[1], step, self.rows.packed, self.start)
 
 
 class HostBatches:

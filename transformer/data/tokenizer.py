@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from transformer.errors import UserError, nearest, needs, reason
 
@@ -33,11 +34,33 @@ class Tokenizer(abc.ABC):
 
     pieces: Sequence[str]  # the text of each id
     unknown_id: int | None = None  # None: all symbols are known, or unknown ones raise an error
+    suffix: Sequence[int] = ()  # tokens after EOS, of an imported tokenizer
+    # Of a target:
+    start: int = BOS  # what the decoder reads first
+    banned: tuple[int, ...] = (PAD, BOS)  # tokens that no output has
+    forced_first: int | None = None  # the first token of every output
+    forced_last: int | None = None  # the token of an output's last step, at its length limit
 
     @property
     def vocab_size(self) -> int:
         """The number of ids, rounded up to a multiple of 8, so that a mesh can divide it."""
         return -(-len(self.pieces) // 8) * 8
+
+    @property
+    def theirs(self) -> Int[np.ndarray, "V"]:
+        """The id that each of our ids had where an imported tokenizer comes from."""
+        return np.arange(self.vocab_size)
+
+    def sides(self) -> "tuple[Tokenizer, Tokenizer]":
+        """The tokenizers of source and target, if this one serves both."""
+        return self, self
+
+    def prefixed(self, source: str | None = None, target: str | None = None) -> "Tokenizer":
+        """This tokenizer with other prefixes, if it is imported; a UserError otherwise."""
+        for knob, given in (("source_prefix", source), ("target_prefix", target)):
+            if given is not None:
+                raise UserError(f"{knob}={given!r}: only imported models have one; leave it out")
+        return self
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -162,8 +185,8 @@ class PieceTokenizer(Tokenizer):
         special = given.pad_id(), given.bos_id(), given.eos_id()  # -1: the model has none
         others = [each for each in range(given.GetPieceSize()) if each not in special]
         # The model's id of each of ours, and the reverse; they are equal if we learned the model.
-        self.theirs = (*(each if each >= 0 else unknown for each in special), *others)
-        self.ours = {each: number for number, each in enumerate(self.theirs)}
+        self.model_ids = (*(each if each >= 0 else unknown for each in special), *others)
+        self.ours = {each: number for number, each in enumerate(self.model_ids)}
         self.unknown_id = self.ours[unknown]
         self.pieces = (*SPECIALS, *map(given.IdToPiece, others))
 
@@ -214,7 +237,7 @@ class PieceTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         size, unknown = len(self.pieces), self.processor.unk_id()
-        own = [self.theirs[each] if each < size else unknown for each in before_end(tokens)]
+        own = [self.model_ids[each] if each < size else unknown for each in before_end(tokens)]
         return self.processor.Decode(own)
 
     def to_bytes(self) -> bytes:
@@ -227,6 +250,17 @@ class GivenTokenizer(PieceTokenizer):
     def digest(self) -> str:
         """The SHA-256 of the model: its scores and normalisation matter, too."""
         return hashlib.sha256(self.model).hexdigest()
+
+
+def _learn_imported(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    remedy = "set init_from to the folder of such a run, or choose another tokenizer"
+    raise UserError(f"data.tokenizer=imported: imported tokenizers come with a run; {remedy}")
+
+
+def _read_imported(saved: bytes) -> Tokenizer:
+    from transformer.data.imported import ImportedTokenizer  # which imports this file
+
+    return ImportedTokenizer(saved)
 
 
 class TokenizerKind(NamedTuple):
@@ -242,4 +276,5 @@ TOKENIZERS = {
     "bytes": TokenizerKind(lambda texts, vocab_size: ByteTokenizer(), lambda _: ByteTokenizer()),
     "bpe": TokenizerKind(partial(PieceTokenizer.learn, "bpe"), PieceTokenizer),
     "unigram": TokenizerKind(partial(PieceTokenizer.learn, "unigram"), PieceTokenizer),
+    "imported": TokenizerKind(_learn_imported, _read_imported),
 }

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from transformer.data.tokenizer import EOS, PAD, Tokenizer
 from transformer.errors import UserError, check_choice, explained
 from transformer.inference.logits import Constraints, next_log_p, truncate
-from transformer.knobs import Range, Size, SizeOrZero, validate
+from transformer.knobs import Choice, Range, Size, SizeOrZero, validate
+from transformer.modules.model import OutputTokens
 from transformer.modules.recurrent import Recurrent
 from transformer.modules.transformer import Transformer
 
@@ -45,6 +46,7 @@ class Sources(NamedTuple):
     margin: int | None = None  # tokens by which an output may exceed ratio · source; None: any
     ratio: float = 1.0
     constraints: Constraints = Constraints()
+    outputs: OutputTokens = OutputTokens()
 
     def rooms(self, model: Module, hypotheses: int = 1) -> tuple[int, ...]:
         """The lengths that the cache has in turn; few outputs are much longer than their source."""
@@ -76,7 +78,8 @@ def scaled(lengths: Int[np.ndarray, "B"], ratio: float) -> Int[np.ndarray, "B"]:
 class Hypotheses(NamedTuple):
     """The J best hypotheses of each source, best first.
 
-    One that reached its length limit has no EOS; it ranks behind those that finished.
+    One that reached its length limit has no EOS; it ranks behind those that finished, unless
+    `DecodingConfig.unfinished` is equal.
     """
 
     tokens: Int[Array, "*B J T"]  # up to and including EOS, then padding
@@ -97,11 +100,11 @@ def sample(
     def step(cache, state):
         tokens, total, last, done = state
         logits, advanced = model.decode_step(last, cache)
-        log_p = next_log_p(logits[:, 0], sources.num_tokens)
-        scores = log_p
+        log_p = next_log_p(logits[:, 0], sources.num_tokens, sources.outputs.banned)
+        scores = log_p = constraints.force(log_p, cache.filled, limits)
         if constraints.repetition_penalty != 1.0:  # depends on the sign of the logits
             scores = jnp.where(log_p == -jnp.inf, log_p, logits[:, 0].astype(jnp.float32))
-        scores = constraints.apply(scores, tokens, cache.filled)
+        scores = constraints.apply(scores, tokens, cache.filled, limits)
         if temperature:
             likely = truncate(scores / temperature, top_k, top_p)
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(sources.keys, cache.filled)
@@ -125,7 +128,12 @@ def sample(
         return ~state[-1].all()
 
     tokens = jnp.full((rows, sources.max_length), PAD, jnp.int32)
-    state = tokens, jnp.zeros(rows), jnp.full((rows, 1), BOS, jnp.int32), ~has_source
+    state = (
+        tokens,
+        jnp.zeros(rows),
+        jnp.full((rows, 1), sources.outputs.start, jnp.int32),
+        ~has_source,
+    )
     tokens, total, *_ = _loop(is_live, step, cache, state, sources.rooms(model))
     return Hypotheses(tokens[:, None], total[:, None])
 
@@ -176,27 +184,43 @@ class _Beams(NamedTuple):
     finished: Hypotheses  # the J best with EOS
 
 
-def penalty(length: Int[Array, "*B"], alpha: float) -> Float[Array, "*B"]:
-    """((5 + length) / 6)^α, which divides the log p of a hypothesis (Wu et al. 2016, section 7)."""
-    return ((5.0 + length.astype(jnp.float32)) / 6.0) ** alpha
+# What a score's log p is divided by, to the power of α.
+PENALTIES: dict[str, Callable[[Array], Array]] = {
+    "gnmt": lambda length: (5.0 + length) / 6.0,  # Wu et al. 2016, section 7
+    "length": lambda length: length,  # Hugging Face's
+}
+EARLY_STOPPING = ("never", "false", "true")
+UNFINISHED = ("last", "equal")
 
 
 def beam_search(
-    model: Module, sources: Sources, beam_size: int = 4, length_penalty: float = 0.6
+    model: Module,
+    sources: Sources,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+    penalty: str = "gnmt",
+    early_stopping: str = "never",
+    unfinished: str = "last",
 ) -> Hypotheses:
-    """The J = `beam_size` best hypotheses by log p / `penalty`.
+    """The J = `beam_size` best hypotheses by log p / penalty(length)^α, α = `length_penalty`.
 
     A repetition penalty multiplies the log p of a token, which its scores include.
 
     A row is done when no live hypothesis can still enter its J best finished ones (log p only
     falls, and the penalty of the longest output divides it the most), or at its length limit.
-    With J = 1 and no length penalty it is greedy decoding.
+    `early_stopping` false assumes that no output gets longer, and true takes the first J finished
+    hypotheses. `unfinished` says how those without EOS at the length limit rank: last, or equal to
+    finished ones. With J = 1 and no length penalty it is greedy decoding.
     """
     cache, has_source, limits = sources.start(model, beam_size)
     blank = jnp.full((len(sources.tokens), beam_size, sources.max_length), PAD, jnp.int32)
     missing = jnp.full(blank.shape[:2], -jnp.inf)
     log_p = missing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf))
-    longest_penalty = penalty(limits, length_penalty)
+
+    def norm(length: Int[Array, "*B"]) -> Float[Array, "*B"]:
+        return PENALTIES[penalty](length.astype(jnp.float32)) ** length_penalty
+
+    longest_penalty = norm(limits)
 
     def can_improve(cache: Any, state: _Beams) -> Bool[Array, ""]:
         bound = state.log_p[:, 0] / longest_penalty
@@ -205,10 +229,17 @@ def beam_search(
     def step(cache: Any, state: _Beams) -> tuple[Any, _Beams]:
         index = cache.filled
         last = jax.lax.dynamic_index_in_dim(state.live, jnp.maximum(index - 1, 0), 2, False)
-        logits, cache = model.decode_step(jnp.where(index == 0, BOS, last), cache)
-        log_p = next_log_p(logits, sources.num_tokens)
-        log_p = sources.constraints.apply(log_p, state.live, index)
-        parents, grown = _expand(state, index, log_p, length_penalty)
+        logits, cache = model.decode_step(jnp.where(index == 0, sources.outputs.start, last), cache)
+        log_p = next_log_p(logits, sources.num_tokens, sources.outputs.banned)
+        log_p = sources.constraints.apply(log_p, state.live, index, limits)
+        at_limit = index == limits - 1 if unfinished == "equal" else None
+        parents, grown = _expand(state, index, log_p, norm(index + 1), at_limit)
+        if early_stopping != "never":  # a row that is done takes no more
+            worst = grown.finished.scores[:, -1]  # -inf until J have finished
+            done = worst > -jnp.inf
+            if early_stopping == "false":
+                done &= grown.log_p[:, 0] / norm(index + 1) <= worst
+            grown = grown._replace(log_p=jnp.where(done[:, None], -jnp.inf, grown.log_p))
         if sources.margin is not None:  # a row at its limit waits for the others
             select = partial(jax.vmap(jnp.where), index < limits)
             grown = jax.tree.map(select, grown, state)
@@ -227,12 +258,17 @@ def beam_search(
 
 
 def _expand(
-    state: _Beams, index: Int[Array, ""], log_p: Float[Array, "B J V"], alpha: float
+    state: _Beams,
+    index: Int[Array, ""],
+    log_p: Float[Array, "B J V"],
+    norm: Float[Array, ""],
+    at_limit: Bool[Array, "B"] | None,
 ) -> tuple[Int[Array, "B J"], _Beams]:
     """The parents of the next live hypotheses, which have `index` tokens, and the next state.
 
     Of the 2J most likely extensions, those among the first J that end compete with the finished
-    hypotheses by their score; the J most likely of the others stay live.
+    hypotheses by their score, log p / `norm`; the J most likely of the others stay live. All end
+    in rows that are `at_limit`.
     """
     rows, width, vocab_size = log_p.shape
     total = (state.log_p[..., None] + log_p).reshape(rows, -1)
@@ -242,8 +278,10 @@ def _expand(
     longer = jax.lax.dynamic_update_slice(longer, token[..., None], (0, 0, index))
 
     ends = token == EOS
+    if at_limit is not None:
+        ends |= at_limit[:, None]
     finishes = ends & (jnp.arange(2 * width) < width)
-    scores = jnp.where(finishes, total, -jnp.inf) / penalty(index + 1, alpha)
+    scores = jnp.where(finishes, total, -jnp.inf) / norm
     scores = jnp.concatenate([state.finished.scores, scores], axis=1)
     scores, best = jax.lax.top_k(scores, width)
     tokens = jnp.concatenate([state.finished.tokens, longer], axis=1)
@@ -274,6 +312,9 @@ class DecodingOptions(TypedDict, total=False):
     distinct: bool
     no_repeat_ngram_size: int
     repetition_penalty: float
+    penalty: str
+    early_stopping: str
+    unfinished: str
 
 
 def check_types(options: Mapping[str, object]) -> None:
@@ -311,6 +352,13 @@ class DecodingConfig:
     no_repeat_ngram_size: SizeOrZero = 0  # n: no n tokens occur twice in an output; 0: any may
     # Divides the positive scores of tokens that the output has, multiplies the negative ones.
     repetition_penalty: Annotated[float, Range(0.01, 100)] = 1.0
+    # Of beam search: what is raised to α, ((5 + length) / 6) or the length.
+    penalty: Annotated[str, Choice(PENALTIES)] = "gnmt"
+    # When a row is done: never before no hypothesis can improve; false: nor at its present length;
+    # true: as soon as beam_size have finished.
+    early_stopping: Annotated[str, Choice(EARLY_STOPPING)] = "never"
+    # How hypotheses without EOS rank at the length limit: last, or equal to finished ones.
+    unfinished: Annotated[str, Choice(UNFINISHED)] = "last"
 
     def __post_init__(self):
         validate(self, "")
@@ -372,7 +420,8 @@ class DecodingConfig:
         """The decoding method with its settings."""
         names, method = ("temperature", "top_k", "top_p"), sample
         if self.beam_size > 1:
-            names, method = ("beam_size", "length_penalty"), beam_search
+            names = ("beam_size", "length_penalty", "penalty", "early_stopping", "unfinished")
+            method = beam_search
         return partial(method, **{name: getattr(self, name) for name in names})
 
 

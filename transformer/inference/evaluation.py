@@ -36,9 +36,10 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
     """The totals of each example under teacher forcing, [examples] float32, for `finalize`."""
     sides = jnp.asarray(data.source), jnp.asarray(data.target)
     source, target = (constrain(side, "batch", "length") for side in sides)
-    module, batch = model.bind(variables), make_batch(source, target)
+    module, batch = model.bind(variables), make_batch(source, target, start=model.outputs.start)
     inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
-    _, sums = linear_cross_entropy(*inputs, batch.weights, measure=token_sums)
+    options = {"measure": token_sums, "bias": module.output_bias()}
+    _, sums = linear_cross_entropy(*inputs, batch.weights, **options)
     totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
     return totals | {"tokens": batch.weights.sum(-1)}
 
@@ -117,7 +118,7 @@ def decode(
     max_length: int | None = None,  # of outputs; None: the limit of a source of this width
 ) -> Hypotheses:
     """Decodes a batch, of which each device has adjacent rows and stops when these have ended."""
-    (rows, width), shards = source.shape, row_shards()
+    (rows, width), shards, outputs = source.shape, row_shards(), model.outputs
     margin, ratio = decoding.margin(margin), decoding.length_ratio
     (limit,) = decoding.limits(np.array([width]), margin or 0).tolist()
     length = max_length or model.config.reach(limit)
@@ -129,9 +130,16 @@ def decode(
         fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
         keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
         constraints = Constraints(
-            prefix, decoding.min_length, decoding.no_repeat_ngram_size, decoding.repetition_penalty
+            prefix,
+            decoding.min_length,
+            decoding.no_repeat_ngram_size,
+            decoding.repetition_penalty,
+            outputs.forced_first,
+            outputs.forced_last,
+            None if outputs.start in outputs.banned else outputs.start,
         )
-        sources = Sources(source, length, keys, model.tokens, margin, ratio, constraints)
+        limits = length, keys, model.tokens, margin, ratio
+        sources = Sources(source, *limits, constraints, outputs)
         return decoding.method()(model.bind(variables), sources)
 
     padding = ((0, -rows % shards), (0, 0))
@@ -157,7 +165,8 @@ def compiler_options(*, once: bool = False) -> dict[str, str]:
 
 def attention_maps(model: Model, variables: Params, data: Dataset) -> dict[str, list[Array]]:
     """The attention weights [examples, N, T, S] of each layer under teacher forcing."""
-    batch = make_batch(jnp.asarray(data.source), jnp.asarray(data.target))
+    sides = jnp.asarray(data.source), jnp.asarray(data.target)
+    batch = make_batch(*sides, start=model.outputs.start)
     module = model.bind(variables)
     module.set_attributes(MultiHeadAttention, sow_weights=True)
     # Inside a scan or a checkpoint nothing can be sown.

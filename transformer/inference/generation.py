@@ -3,6 +3,7 @@
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from transformer.data.batches import Dataset
 from transformer.data.packing import RaggedArray
 from transformer.data.text import cleaned, numbered
-from transformer.data.tokenizer import BOS, EOS, Tokenizer, before_end
+from transformer.data.tokenizer import EOS, PAD, Tokenizer, before_end
 from transformer.errors import UserError, explained, out_of_memory
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, DecodingOptions, Module, check_types
@@ -148,8 +149,11 @@ class TrainedModel:
         else:
             with explained("the target is neither a text, nor an Output, nor token ids", TypeError):
                 tokens = [*map(operator.index, target)]
-        if wrong := [token for token in tokens if not BOS < token <= last]:
-            raise UserError(f"the target has token {wrong[0]}; outputs have those from 2 to {last}")
+        banned = self.model.outputs.banned
+        if wrong := [each for each in tokens if not PAD < each <= last or each in banned]:
+            first = min({*range(1, len(banned) + 2)} - {*banned})
+            message = f"the target has token {wrong[0]}; outputs have those from {first} to {last}"
+            raise UserError(message)
         for name, own in (("", source), ("the target's ", tokens)):
             if len(own) > self.positions:
                 most = f"the model's {self.positions:,} positions; shorten or split the text"
@@ -183,14 +187,14 @@ class TrainedModel:
             fewer, if the options leave fewer or they are to be distinct.
           batch_size: the most texts decoded at once; outputs do not depend on it.
           offset: the index of the first text; samples depend on a text's index.
-          decoding: fields of `DecodingConfig`: `beam_size=4`.
+          decoding: fields of `DecodingConfig`, `beam_size=4`; the others are those of the run.
 
         Raises:
           UserError: a text is refused, or an option is wrong.
           TypeError: a text is not a str.
         """
         check_types(decoding)
-        settings = DecodingConfig(**decoding)
+        settings = replace(self.config.decoding, **decoding)
         Range(1, 2**20).check("n_best", n_best)
         samples = n_best if settings.temperature else 1
         if n_best > max(settings.beam_size, samples):

@@ -1,5 +1,7 @@
 """What is done to the scores of the next token, logits or log p, before one is selected."""
 
+import operator
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -9,13 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer.data.tokenizer import BOS, EOS, PAD
 
 
-def next_log_p(logits: Float[Array, "*B V"], num_tokens: int | None) -> Float[Array, "*B V"]:
-    """log p of each next token; -inf for PAD, BOS and the entries that pad the vocabulary.
+def next_log_p(
+    logits: Float[Array, "*B V"], num_tokens: int | None, banned: tuple[int, ...] = (PAD, BOS)
+) -> Float[Array, "*B V"]:
+    """log p of each next token; -inf for banned ones and the entries that pad the vocabulary.
 
     The others are not renormalised: their log p is that of teacher forcing.
     """
     token = jnp.arange(logits.shape[-1])
-    allowed = (token != PAD) & (token != BOS) & (token < (num_tokens or logits.shape[-1]))
+    tests = *(token != each for each in banned), token < (num_tokens or logits.shape[-1])
+    allowed = reduce(operator.and_, tests)
     return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
 
 
@@ -48,18 +53,46 @@ class Constraints(NamedTuple):
     min_length: int = 0  # tokens before EOS at least
     no_repeat_ngram_size: int = 0  # n: no n tokens occur twice in this order; 0: any may
     repetition_penalty: float = 1.0  # divides positive scores of tokens that occur, times negative
+    forced_first: int | None = None  # the first token, whose log p is then 0
+    forced_last: int | None = None  # likewise that of the last step, at the length limit
+    start: int | None = None  # counts as an output's first token where these must not recur
+
+    def force(
+        self, scores: Float[Array, "B *J V"], index: Int[Array, ""], limits: Int[Array, "B"] | None
+    ) -> Float[Array, "B *J V"]:
+        """The scores of the next token, 0 for a forced one and -inf for the others."""
+        token = jnp.arange(scores.shape[-1])
+        if self.forced_first is not None:
+            only = jnp.where(token == self.forced_first, 0.0, -jnp.inf)
+            scores = jnp.where(index == 0, only, scores)
+        if self.forced_last is not None and limits is not None:
+            last = (index == limits - 1).reshape(-1, *[1] * (scores.ndim - 1))
+            only = jnp.where(token == self.forced_last, 0.0, -jnp.inf)
+            scores = jnp.where(last, only, scores)
+        return scores
 
     def apply(
-        self, scores: Float[Array, "*B V"], output: Int[Array, "*B T"], index: Int[Array, ""]
+        self,
+        scores: Float[Array, "*B V"],
+        output: Int[Array, "*B T"],
+        index: Int[Array, ""],
+        limits: Int[Array, "B"] | None = None,
     ) -> Float[Array, "*B V"]:
-        """The scores of the next token after the first `index` tokens of an output."""
+        """The scores of the next token after the first `index` tokens of an output.
+
+        `limits` are the most tokens in the outputs of each row, for `forced_last`.
+        """
         given, size = scores, scores.shape[-1]
+        seen, count = output, index
+        if self.start is not None:
+            pad = [*[(0, 0)] * (output.ndim - 1), (1, 0)]
+            seen, count = jnp.pad(output, pad, constant_values=self.start), index + 1
         if self.repetition_penalty != 1.0:
             factor = self.repetition_penalty
             lower = jnp.where(scores < 0, scores * factor, scores / factor)
-            scores = jnp.where(_continues(output, index, 1, size), lower, scores)
+            scores = jnp.where(_continues(seen, count, 1, size), lower, scores)
         if self.no_repeat_ngram_size:
-            repeats = _continues(output, index, self.no_repeat_ngram_size, size)
+            repeats = _continues(seen, count, self.no_repeat_ngram_size, size)
             scores = jnp.where(repeats, -jnp.inf, scores)
         if self.min_length:
             end, early = jnp.arange(size) == EOS, index < self.min_length
@@ -70,7 +103,7 @@ class Constraints(NamedTuple):
             forced = jnp.arange(size) == self.prefix[jnp.minimum(index, len(self.prefix) - 1)]
             chosen = jnp.where(forced, given, -jnp.inf)
             scores = jnp.where(index < len(self.prefix), chosen, scores)
-        return scores
+        return self.force(scores, index, limits)
 
 
 def _continues(

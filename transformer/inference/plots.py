@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformer.console import facts
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
-from transformer.data.tokenizer import BOS, PAD, Tokenizer
+from transformer.data.tokenizer import PAD, Tokenizer
 from transformer.errors import reason
 from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.metrics import METRICS, percent
@@ -153,7 +153,7 @@ def draw_evaluation(
         keys, outputs = map(partial(_labels, missing), tokenizers, (source[i], target[i]))
         text = tokenizers.source.decode(source[i].tolist())
         text = text if _characters() >= {*text} else f"example {example + 1}"
-        inputs = [tokenizers.target.symbol(BOS), *outputs[:-1]]
+        inputs = ["⊢", *outputs[:-1]]
         labels = {"encoder": (keys, keys), "decoder": (inputs, inputs), "cross": (inputs, keys)}
         kinds = labels if everything else ("cross",)
         for kind in filter(maps.get, kinds):  # recurrence: no self-attention

@@ -1,4 +1,1 @@
-"""Conversion of trained models to the formats of other libraries.
-
-Imports `inference`, `data`, `modules` and the base files of the package; only programs import it.
-"""
+"""Conversion of models from and to the formats of other libraries; only programs import it."""

@@ -72,6 +72,7 @@ class MultiHeadAttention(Moded):
       value_features: N · E, of values; None: qkv_features.
       qk_norm: constructor of the norms of `normalize_qk`; None: as Flax, LayerNorm without bias.
       backend: one of `ATTENTION_BACKENDS`.
+      scale: of the scores, applied to the queries; None: 1/√H.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class MultiHeadAttention(Moded):
         value_features: int | None = None,
         qk_norm: Callable[..., Any] | None = None,
         backend: str = "einsum",
+        scale: float | None = None,
     ):
         self.backend = choose(core.ATTENTION_BACKENDS, backend, "backend")
         if dropout_rate > 0.0 and backend not in core.FLEXIBLE_BACKENDS:
@@ -122,6 +124,8 @@ class MultiHeadAttention(Moded):
         self.query_ln = nnx.data(qk_norm(features // num_heads) if normalize_qk else None)
         self.key_ln = nnx.data(qk_norm(features // num_heads) if normalize_qk else None)
         self.num_heads, self.in_features = num_heads, in_features
+        # Backends divide by √H.
+        self.query_scale = scale and scale * (features // num_heads) ** 0.5
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.rngs = nnx.data(kept_stream(rngs, dropout_rate))
         self.sow_weights = False
@@ -168,10 +172,11 @@ class MultiHeadAttention(Moded):
         return out.reshape(*batch, *out.shape[1:])
 
     def project_query(self, x: Tokens, rotate: Rotate = None) -> Float[Array, "B N T H"]:
-        """The queries of `x`, normalised and rotated if configured."""
+        """The queries of `x`, normalised, rotated and scaled if configured."""
         query = self.query(x)
         query = query if self.query_ln is None else self.query_ln(query)
         query = query if rotate is None else rotate(query)
+        query = query if self.query_scale is None else query * self.query_scale
         return constrain(query, "batch", "length", "heads", "head").swapaxes(1, 2)
 
     def project_kv(self, x: Tokens, y: Tokens | None = None, rotate: Rotate = None) -> KeyValue:

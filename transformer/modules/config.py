@@ -15,16 +15,22 @@ from transformer.modules.cells import CELLS
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
-from transformer.modules.positions import POSITIONS, Position
+from transformer.modules.positions import POSITIONS, RATES, SINUSOID_LAYOUTS, Position
 from transformer.modules.stacks import REMATS
 
 ARCHITECTURES = ("transformer", "recurrent")  # modules/model.py: MODULES
+
+# The tables of embeddings: one of all; or one of source and target and one of the logits; or one of
+# the source and one of target and logits; or three.
+TIES = ("all", "inputs", "target_output", "none")
 
 Backend = Annotated[str, Choice(backends.ATTENTION_BACKENDS)]
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
 # A normal float32 number, since the norms compute in float32.
-Epsilon = Annotated[float, Range(float(np.finfo(np.float32).tiny), 1)]
+TINY = float(np.finfo(np.float32).tiny)
+Epsilon = Annotated[float, Range(TINY, 1)]
+Factor = Annotated[float, Range(TINY, 1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +39,43 @@ class ModelConfig:
 
     architecture: Annotated[str, Choice(ARCHITECTURES)] = "transformer"  # or recurrent
     num_layers: Annotated[int, Range(1, 1_000)] = 1  # L, of the encoder and of the decoder
+    decoder_layers: Annotated[int, Range(1, 1_000)] | None = None  # None: num_layers
     d_model: Size = 64  # D, model width
     num_heads: Size = 4  # N, attention heads
     d_k: Size | None = None  # H, width of a query or key; None: d_model / num_heads
     d_v: Size | None = None  # E, width of a value; None: d_k
     num_kv_heads: Size | None = None  # K, heads of keys and values; None: num_heads
     d_ff: Size = 256  # F, feed-forward width; gated kinds use 2/3 of it
+    scale_gated: bool = True  # False: gated kinds are as wide as d_ff says
     feed_forward: Annotated[str, Choice(FEED_FORWARDS)] = "relu"  # modules/layers.py
+    ff_bias: bool = True  # on the projections of the feed-forward
     cell: Annotated[str, Choice(CELLS)] = "lstm"  # for architecture=recurrent; modules/cells.py
     kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/linear.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
     norm: Annotated[str, Choice(NORMS)] = "layer"  # NORMS in modules/normalization.py
     norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # pre, post (paper) or both
+    final_norm: bool | None = None  # after the last layer; None: unless norm_placement is post
     norm_epsilon: Epsilon = 1e-6  # added to the variance
     position_encoding: Annotated[str, Choice(POSITIONS)] = "sinusoidal"  # modules/positions.py
     max_length: Size = 512  # tokens, for learned or random positions
+    position_offset: SizeOrZero = 0  # number of the first sinusoidal or learned position
+    sinusoid_layout: Annotated[str, Choice(SINUSOID_LAYOUTS)] = "neighbours"  # of sine and cosine
+    sinusoid_rates: Annotated[str, Choice(RATES)] = "paper"  # modules/positions.py
+    rotary_base: Annotated[float, Range(1, 1e12)] = 10_000.0  # of rotary positions' wavelengths
+    relative_buckets: Annotated[int, Range(4, 2**20)] = 32  # of distances, for relative positions
+    relative_distance: Size = 128  # from which distances share the last bucket
+    relative_per_layer: bool = False  # a relative bias for each layer, not for each stack
     random_positions: SizeOrZero = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
     window: Size | None = None  # width of local self-attention, each side; None: no limit
-    tie_embeddings: bool = True  # one embedding for source, target and logits
+    tie_embeddings: Annotated[str, Choice(TIES)] = "all"  # which sides share a table; TIES
     separate_vocabularies: bool = True  # vocabulary size per side; False: the larger for both
+    embedding_scale: Factor | None = None  # of embedded tokens; None: √d_model
+    embedding_norm: bool = False  # a norm of embedded tokens, after absolute positions
+    logits_scale: Factor = 1.0  # of the decoder's output, before the product with the table
+    logits_bias: bool = False  # one number for each target token
     attention_bias: bool = False  # on the four projections of attention
+    attention_scale: Factor | None = None  # of the scores; None: 1/√d_k
     normalize_qk: bool = False  # RMS norm of queries and keys, per head
     qk_norm_epsilon: Epsilon | None = None  # for normalize_qk; None: norm_epsilon
     attention_backend: Backend = "einsum"  # modules/dot_product_attention.py
@@ -93,8 +115,19 @@ class ModelConfig:
         if random and (random < self.max_length or encoding == "none"):
             least = f": it must be at least model.max_length={self.max_length}, with a "
             yield "random_positions", least + "model.position_encoding other than none; or 0"
+        if self.relative_per_layer and encoding != "relative":
+            yield "relative_per_layer", " needs model.position_encoding=relative; or set False"
+        if encoding == "relative" and self.relative_distance <= self.relative_buckets // 2:
+            half = f"half of model.relative_buckets={self.relative_buckets}"
+            yield "relative_distance", f" is not above {half}; raise it"
+        if recurrent and self.decoder_layers:
+            yield "decoder_layers", ": model.architecture=recurrent has num_layers twice; set None"
         if recurrent and self.d_model % 2:
             yield "d_model", ": each direction of the encoder has half of it; choose an even one"
+
+    def decoder_depth(self) -> int:
+        """The number of layers of the decoder."""
+        return self.decoder_layers or self.num_layers
 
     def attention_width(self) -> int:
         """H, the width of a head's queries and keys."""

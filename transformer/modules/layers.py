@@ -19,7 +19,8 @@ from transformer.parallel.mesh import constrain
 # The kinds of feed-forward: activation, and whether it gates a second product (Shazeer 2020).
 FEED_FORWARDS = {
     "relu": (jax.nn.relu, False),
-    "gelu": (jax.nn.gelu, False),
+    "gelu": (jax.nn.gelu, False),  # approximated by tanh
+    "gelu_erf": (partial(jax.nn.gelu, approximate=False), False),
     "swish": (jax.nn.swish, False),
     "glu": (jax.nn.sigmoid, True),
     "reglu": (jax.nn.relu, True),
@@ -39,20 +40,27 @@ class FeedForward(nnx.Module):
     """FFN(x) = activation(x W₁ + b₁) W₂ + b₂ at each position. (Section 3.3, equation 2.)
 
     The gated kinds are (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer 2020, with biases),
-    2/3 as wide, rounded to a multiple of 8, which keeps the number of parameters.
+    2/3 as wide, rounded to a multiple of 8, which keeps the number of parameters, unless
+    `scale_gated` is False.
 
     Args:
       d_ff: F; None: 4 · D.
       activation: one of `FEED_FORWARDS`.
-      **options: `rngs`, `kernel_init`, `dtype` and `param_dtype` of `Linear`.
+      **options: `rngs`, `use_bias`, `kernel_init`, `dtype` and `param_dtype` of `Linear`.
     """
 
     def __init__(
-        self, d_model: int, d_ff: int | None = None, *, activation: str = "relu", **options: Any
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        *,
+        activation: str = "relu",
+        scale_gated: bool = True,
+        **options: Any,
     ):
         self.activation, gated = choose(FEED_FORWARDS, activation, "activation")
         hidden = 4 * d_model if d_ff is None else d_ff
-        hidden = max(8, round(hidden * 2 / 3 / 8) * 8) if gated else hidden
+        hidden = max(8, round(hidden * 2 / 3 / 8) * 8) if gated and scale_gated else hidden
         expand = partial(Linear, d_model, hidden, **linear_axes("embed", "mlp"), **options)
         self.expand = expand()
         self.gate = expand() if gated else nnx.data(None)
@@ -115,7 +123,7 @@ class Layer(nnx.Module):
       d_ff: F; None: 4 · D.
       dropout_rate: of the sublayers' outputs; that of the weights is `attention_dropout_rate`.
       norm: one of `NORMS`, placed by `norm_placement`, one of `NORM_PLACEMENTS`.
-      feed_forward: one of `FEED_FORWARDS`.
+      feed_forward: one of `FEED_FORWARDS`; `ff_bias` and `scale_gated`: see `FeedForward`.
       **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
     """
 
@@ -135,6 +143,8 @@ class Layer(nnx.Module):
         norm_placement: str = "pre",
         norm_epsilon: float = 1e-6,
         feed_forward: str = "relu",
+        ff_bias: bool = True,
+        scale_gated: bool = True,
         kernel_init: Initializer = lecun_normal,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -146,7 +156,8 @@ class Layer(nnx.Module):
         attention |= {"dropout_rate": attention_dropout_rate, "deterministic": False} | matrices
         for name in self.attentions:
             setattr(self, name, MultiHeadAttention(num_heads, d_model, **attention))
-        self.feed_forward = FeedForward(d_model, d_ff, activation=feed_forward, **matrices)
+        inner: dict[str, Any] = {"activation": feed_forward, "scale_gated": scale_gated}
+        self.feed_forward = FeedForward(d_model, d_ff, use_bias=ff_bias, **inner, **matrices)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
         residual = partial(Residual, d_model, placement=norm_placement, **common)
         self.residuals = nnx.List(residual() for _ in (*self.attentions, "feed_forward"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -17,6 +17,15 @@ MODULES: dict[str, Callable[..., Any]] = {"transformer": Transformer, "recurrent
 
 # Name → array; or its ShapeDtypeStruct or sharding, where only those are known.
 Params = dict[str, Any]
+
+
+class OutputTokens(NamedTuple):
+    """The tokens with a role in outputs; see `data.tokenizer.Tokenizer` for the names."""
+
+    start: int = 1
+    banned: tuple[int, ...] = (0, 1)
+    forced_first: int | None = None
+    forced_last: int | None = None
 
 
 class Model:
@@ -34,10 +43,11 @@ class Model:
         vocab_size: int,  # V of the source
         target_vocab_size: int | None = None,  # V of the target and the logits; None: the same
         tokens: int | None = None,  # of the target, without those that pad V; None: all
+        outputs: OutputTokens | None = None,  # None: those of our own tokenizers
     ):
         self.config, self.vocab_size = config, vocab_size
         self.target_vocab_size = target_vocab_size or vocab_size
-        self.tokens = tokens or self.target_vocab_size
+        self.tokens, self.outputs = tokens or self.target_vocab_size, outputs or OutputTokens()
 
         def split() -> nnx.State:  # `nnx.eval_shape` would shard the shapes where a mesh is set
             module = self.build(jax.random.key(0))
@@ -60,7 +70,8 @@ class Model:
         sizes = source.vocab_size, target.vocab_size
         if not config.separate_vocabularies:
             sizes = (max(sizes),) * 2
-        return cls(config, *sizes, tokens=len(target.pieces))
+        outputs = OutputTokens(*(getattr(target, name) for name in OutputTokens._fields))
+        return cls(config, *sizes, tokens=len(target.pieces), outputs=outputs)
 
     def build(self, key: Array) -> Any:
         """The module with variables from `key`, without RNG streams: calls are passed `rngs`."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from transformer.errors import check_choice
 from transformer.modules.linear import axis_names
 
 Tokens = Float[Array, "B T D"]
@@ -16,14 +17,23 @@ Queries = Int[Array, "#B T"]
 Keys = Int[Array, "#B S"]
 Bias = Float[Array, "#B N T S"]
 
+SINUSOID_LAYOUTS = ("neighbours", "halves")  # of sines and cosines
+# Exponents of the base of D/2 wavelengths, by their number: -2i/D of Vaswani et al. 2017, or
+# -i/(D/2 - 1) of tensor2tensor, in which the last is the base.
+RATES = {
+    "paper": lambda half: -jnp.arange(0, 2 * half, 2, dtype=jnp.float32) / (2 * half),
+    "tensor2tensor": lambda half: -jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1),
+}
+
 
 class Position(nnx.Module):
     """A position encoding: three hooks, which do nothing here and which subclasses override.
 
     Each stack has one, shared by its layers. `rotate` and `bias` apply only to self-attention,
     since source and target positions are not comparable. Positions are by default 0 … T - 1.
-    `causal`: no key is later than the query, as in the decoder. `max_length` and `rngs` are for
-    subclasses: those that are `limited`, and those with parameters.
+    `causal`: no key is later than the query, as in the decoder. `max_length`, `offset` and `rngs`
+    are for subclasses: those that are `limited`, those in which the number of the first position
+    matters, and those with parameters.
     """
 
     limited = False  # whether positions end at `max_length`
@@ -35,9 +45,10 @@ class Position(nnx.Module):
         num_heads: int = 1,
         causal: bool = False,
         max_length: int | None = None,
+        offset: int = 0,
         rngs: nnx.Rngs | None = None,
     ):
-        self.num_heads, self.causal = num_heads, causal
+        self.num_heads, self.causal, self.offset = num_heads, causal, offset
 
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
         """Adds the encoding of the positions to x."""
@@ -51,15 +62,22 @@ class Position(nnx.Module):
         """The bias that is added to the scores between these positions; None: no bias."""
         return None
 
+    def numbers(self, x: Tokens, positions: Places) -> Int[Array, "#B T"]:
+        """The positions of x plus `offset`."""
+        positions = in_row(x, positions)
+        return positions + self.offset if self.offset else positions
+
 
 def in_row(x: Array, positions: Places) -> Int[Array, "#B T"]:
     """The given positions, or by default 0 … T - 1 for x of shape [B, T, …]."""
     return jnp.arange(x.shape[1])[None] if positions is None else positions
 
 
-def _angles(positions: Int[Array, "#B T"], width: int) -> Float[Array, "#B T half"]:
-    """p / 10000^(2i/width) for i = 0 … width/2 - 1, in float32."""
-    rate = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+def _angles(
+    positions: Int[Array, "#B T"], width: int, base: float = 10_000.0, rates: str = "paper"
+) -> Float[Array, "#B T half"]:
+    """p / base^(2i/width) for i = 0 … width/2 - 1, or by the other `RATES`, in float32."""
+    rate = base ** RATES[rates](width // 2)
     return positions[..., None].astype(jnp.float32) * rate
 
 
@@ -67,15 +85,27 @@ class Sinusoidal(Position):
     """Adds PE(p, 2i) = sin(p / 10000^(2i/D)) and PE(p, 2i+1) = cos(p / 10000^(2i/D)).
 
     Computed in float32 from the positions, for any length. (Vaswani et al. 2017, section 3.5.)
+
+    Args:
+      layout: one of `SINUSOID_LAYOUTS`; halves: all sines, then all cosines.
+      rates: one of `RATES`.
     """
 
+    def __init__(
+        self, features: int, *, layout: str = "neighbours", rates: str = "paper", **options: Any
+    ):
+        super().__init__(features, **options)
+        check_choice(SINUSOID_LAYOUTS, layout, "sinusoid_layout")
+        check_choice(RATES, rates, "sinusoid_rates")
+        self.axis, self.rates = -1 if layout == "neighbours" else -2, rates
+
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
-        positions = in_row(x, positions)
-        angles = _angles(positions, x.shape[-1])
+        positions = self.numbers(x, positions)
+        angles = _angles(positions, x.shape[-1], rates=self.rates)
         waves = jnp.sin(angles), jnp.cos(angles)
         if len(positions) == 1:  # fused with the sum, these would be computed again for each row
             waves = jax.lax.optimization_barrier(waves)
-        encoding = jnp.stack(waves, axis=-1).reshape(*positions.shape, x.shape[-1])
+        encoding = jnp.stack(waves, axis=self.axis).reshape(*positions.shape, x.shape[-1])
         return x + encoding.astype(x.dtype)
 
 
@@ -83,29 +113,35 @@ class Learned(Position):
     """Adds a learned vector for each position; NaN past `max_length`.
 
     Their variance begins as 1, as that of tokens. (Vaswani et al. 2017, Table 3, row E.)
+    `offset` is the row of the first position, in a table of `max_length` + `offset` rows.
     """
 
     limited = True
 
     def __init__(self, features: int, *, max_length: int = 512, rngs: nnx.Rngs, **options: Any):
         super().__init__(features, **options)
-        value = nnx.initializers.normal(1.0)(rngs.params(), (max_length, features))
+        shape = max_length + self.offset, features
+        value = nnx.initializers.normal(1.0)(rngs.params(), shape)
         self.embedding = nnx.Param(value, **axis_names("position", "embed"))
 
     def __call__(self, x: Tokens, positions: Places = None) -> Tokens:
-        rows = self.embedding[...].at[in_row(x, positions)].get(mode="fill")
+        rows = self.embedding[...].at[self.numbers(x, positions)].get(mode="fill")
         return x + rows.astype(x.dtype)
 
 
 class Rotary(Position):
     """Rotates queries and keys by their positions, so that scores depend only on the distance.
 
-    Coordinates i and i + H/2 are a pair that is rotated by p / 10000^(2i/H). (Su et al. 2021,
+    Coordinates i and i + H/2 are a pair that is rotated by p / base^(2i/H). (Su et al. 2021,
     section 3.2, who pair neighbours: equivalent up to numbering, and slower.)
     """
 
+    def __init__(self, features: int, *, base: float = 10_000.0, **options: Any):
+        super().__init__(features, **options)
+        self.base = base
+
     def rotate(self, x: Heads, positions: Places = None) -> Heads:
-        angles = _angles(in_row(x, positions), x.shape[-1])[:, :, None]
+        angles = _angles(in_row(x, positions), x.shape[-1], self.base)[:, :, None]
         sin, cos = jnp.sin(angles), jnp.cos(angles)
         one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         turned = jnp.concatenate([one * cos - other * sin, one * sin + other * cos], axis=-1)
@@ -115,14 +151,16 @@ class Rotary(Position):
 class RelativeBias(Position):
     """Adds a learned scalar for each head and bucket of distances to the scores.
 
-    Of 32 buckets, half hold one distance each and the others grow logarithmically up to 128. The
-    encoder divides them between earlier and later keys. (T5: Raffel et al. 2020, section 2.1.)
+    Half of the `buckets` hold one distance each and the others grow logarithmically up to
+    `distance`. The encoder divides them between earlier and later keys. (T5: Raffel et al.
+    2020, section 2.1.)
     """
 
-    buckets, farthest = 32, 128
-
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **options: Any):
-        super().__init__(features, **options)
+    def __init__(
+        self, features: int, *, buckets: int = 32, distance: int = 128, rngs: nnx.Rngs, **rest: Any
+    ):
+        super().__init__(features, **rest)
+        self.buckets, self.distance = buckets, distance
         shape = self.buckets, self.num_heads
         value = nnx.initializers.normal(features**-0.5)(rngs.params(), shape)
         self.embedding = nnx.Param(value, **axis_names("position", "heads"))
@@ -133,13 +171,23 @@ class RelativeBias(Position):
         first = 0 if self.causal else jnp.where(distance > 0, buckets, 0)
         distance, exact = jnp.abs(distance), buckets // 2
         steps = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
-        steps = steps / jnp.log(self.farthest / exact) * (buckets - exact)
+        steps = steps / jnp.log(self.distance / exact) * (buckets - exact)
         far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
         return first + jnp.where(distance < exact, distance, far)
 
     def bias(self, queries: Queries, keys: Keys) -> Bias:
         bucket = self.bucket(keys[:, None, :] - queries[:, :, None])
         return jnp.moveaxis(self.embedding[...][bucket], -1, 1)
+
+
+class PerLayer(nnx.List, Position):
+    """A position encoding for each layer of a stack; `bias` is the tuple of theirs.
+
+    They may bias the scores, as `RelativeBias` does, and neither add to x nor rotate.
+    """
+
+    def bias(self, queries: Queries, keys: Keys) -> Any:
+        return tuple(each.bias(queries, keys) for each in self)
 
 
 class ALiBi(Position):

@@ -145,6 +145,6 @@ class Recurrent(EncoderDecoder):
             weights = jnp.moveaxis(weights[:, :, :, 0], 0, 2)
             attention.sow(nnx.Intermediate, "attention_weights", weights)
         x = constrain(jnp.swapaxes(outputs, 0, 1), "batch", "length", "width")
-        hidden = self.dropout(x, **mode)
+        hidden = self.scaled(self.dropout(x, **mode))
         filled = cache.filled + tokens.shape[1]
         return hidden, cache._replace(filled=filled, states=carry[0], attended=carry[1])

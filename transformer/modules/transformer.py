@@ -14,9 +14,10 @@ from transformer.modules.attention import KeyValueCache, MultiHeadAttention
 from transformer.modules.config import DTYPES, ModelConfig
 from transformer.modules.dot_product_attention import SHORT_MASK_BACKENDS
 from transformer.modules.dropout import Dropout, Moded, stream_of
-from transformer.modules.linear import INITIALIZERS, Embed
+from transformer.modules.layers import apply_norm, make_norm
+from transformer.modules.linear import INITIALIZERS, Embed, axis_names
 from transformer.modules.normalization import RMSNorm
-from transformer.modules.positions import POSITIONS, in_row
+from transformer.modules.positions import POSITIONS, PerLayer, in_row
 from transformer.modules.stacks import Caches, Decoder, Encoder
 from transformer.parallel.mesh import constrain
 
@@ -68,11 +69,16 @@ class EncoderDecoder(Moded):
         init = nnx.initializers.normal(config.d_model**-0.5)
         options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "rngs": rngs}
         embed = partial(Embed, features=config.d_model, embedding_init=init, **options)
-        tied, size = config.tie_embeddings, target_vocab_size or vocab_size
+        ties, size = config.tie_embeddings, target_vocab_size or vocab_size
+        if ties in ("all", "inputs") and size != vocab_size:
+            problem = f"{vocab_size:,} tokens of the source and {size:,} of the target"
+            raise UserError(f"model.tie_embeddings={ties}: {problem}; set target_output or none")
         self.config = config
         self.embedding = embed(vocab_size)
-        self.target_embedding = nnx.data(None if tied else embed(size))
-        self.output_embedding = nnx.data(None if tied else embed(size))
+        self.target_embedding = nnx.data(None if ties in ("all", "inputs") else embed(size))
+        self.output_embedding = nnx.data(embed(size) if ties in ("inputs", "none") else None)
+        bias = nnx.Param(jnp.zeros(size), **axis_names("vocab")) if config.logits_bias else None
+        self.logits_bias = nnx.data(bias)
         self._build(config, rngs)
 
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -106,23 +112,40 @@ class EncoderDecoder(Moded):
         return self.logits(self.hidden(source, target_in, **segments, **positions, **mode))
 
     def hidden(self, source: Source, target_in: Target, **options: Any) -> Hidden:
-        """The decoder's output, which `logits` takes; arguments are those of a call."""
+        """The decoder's output times `logits_scale`, for `logits`; arguments as of a call."""
         raise NotImplementedError
 
     def embed(self, tokens: Target, table: Embed | None = None) -> Float[Array, "B T D"]:
-        """The tokens' vectors in a table, by default the source's, times √D. (Section 3.4.)"""
-        table = table or self.embedding
-        return constrain(table(tokens) * table.features**0.5, "batch", "length", "width")
+        """The tokens' vectors in a table, by default the source's, times √D. (Section 3.4.)
+
+        Or times `embedding_scale`, if that is set.
+        """
+        table, scale = table or self.embedding, self.config.embedding_scale
+        scale = table.features**0.5 if scale is None else scale
+        return constrain(table(tokens) * scale, "batch", "length", "width")
+
+    def scaled(self, decoded: Hidden) -> Hidden:
+        """The decoder's output times `logits_scale`."""
+        return decoded if self.config.logits_scale == 1.0 else decoded * self.config.logits_scale
 
     def logits(self, hidden: Hidden) -> Logits:
-        """The logits of the next target token: hidden Eᵀ, summed in float32."""
-        table = self.output_embedding or self.embedding
-        logits = table.attend(hidden, preferred_element_type=jnp.float32)
+        """The logits of the next target token: hidden Eᵀ + b, summed in float32."""
+        logits = self.output.attend(hidden, preferred_element_type=jnp.float32)
+        logits = logits if self.logits_bias is None else logits + self.logits_bias[...]
         return constrain(logits, "batch", "length", "vocab")
+
+    @property
+    def output(self) -> Embed:
+        """The embedding whose table gives the logits."""
+        return self.output_embedding or self.target_embedding or self.embedding
 
     def output_table(self) -> Float[Array, "V D"]:
         """The vectors E of the target tokens in `logits`."""
-        return (self.output_embedding or self.embedding).embedding[...]
+        return self.output.embedding[...]
+
+    def output_bias(self) -> Float[Array, " V"] | None:
+        """The bias b of `logits`; None: no bias."""
+        return None if self.logits_bias is None else self.logits_bias[...]
 
 
 class Transformer(EncoderDecoder):
@@ -137,14 +160,16 @@ class Transformer(EncoderDecoder):
     def _build(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         if config.architecture != "transformer":
             raise UserError(f"model.architecture={config.architecture} is no Transformer; use Run")
-        options = {"num_heads": config.num_heads, "rngs": rngs}
-        length = config.random_positions or config.max_length
-        position = partial(POSITIONS[config.position_encoding], config.d_model, max_length=length)
-        self.source_position = position(causal=False, **options)
-        self.target_position = position(causal=True, **options)
+        stack, depth = stack_arguments(config), config.decoder_depth()
+        self.source_position = _position(config, config.num_layers, causal=False, rngs=rngs)
+        self.target_position = _position(config, depth, causal=True, rngs=rngs)
+        names = ("d_model", "norm", "norm_epsilon", "dtype")
+        norm = partial(make_norm, **{name: stack[name] for name in names}, rngs=rngs)
+        self.source_embedding_norm = nnx.data(norm() if config.embedding_norm else None)
+        self.target_embedding_norm = nnx.data(norm() if config.embedding_norm else None)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
-        self.encoder = Encoder(**stack_arguments(config), rngs=rngs)
-        self.decoder = Decoder(**stack_arguments(config), rngs=rngs)
+        self.encoder = Encoder(**stack, rngs=rngs)
+        self.decoder = Decoder(**stack | {"num_layers": depth}, rngs=rngs)
 
     def hidden(
         self,
@@ -158,14 +183,18 @@ class Transformer(EncoderDecoder):
     ) -> Hidden:
         source_segments = masking.segments_of(source, source_segments)
         segments = masking.segments_of(target_in, target_segments)
+        if target_segments is None:  # the first token is no padding, even if it has its number
+            segments = segments.at[:, 0].set(1)
         memory = self.encode(source, source_segments, source_positions, **mode)
         positions = self.positions(in_row(target_in, target_positions), **mode)
         mask = self._mask(segments, segments, causal=True, window=self.config.window)
         masks = {"mask": mask, "memory_mask": self._mask(segments, source_segments)}
         encoding = _attention_positions(self.target_position, positions, positions)
         x = self.target_position(self.embed(target_in, self.target_embedding), positions)
-        x, tokens = self.dropout(x, **mode), segments > 0
-        return self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
+        tokens = segments > 0
+        x = self._enter(self.target_embedding_norm, x, tokens, **mode)
+        x = self.decoder(x, memory, token_mask=tokens, **masks, **encoding, **mode)
+        return self.scaled(x)
 
     def encode(
         self, source: Source, source_segments: Any = None, positions: Any = None, **mode: Any
@@ -175,9 +204,13 @@ class Transformer(EncoderDecoder):
         index = self.positions(in_row(source, positions), **mode)
         mask = self._mask(segments, segments, window=self.config.window)
         encoding = _attention_positions(self.source_position, index, index)
-        x = self.source_position(self.embed(source), index)
-        x, tokens = self.dropout(x, **mode), segments > 0
+        x, tokens = self.source_position(self.embed(source), index), segments > 0
+        x = self._enter(self.source_embedding_norm, x, tokens, **mode)
         return self.encoder(x, mask=mask, token_mask=tokens, **encoding, **mode)
+
+    def _enter(self, norm: Any, x: Hidden, token_mask: Any = None, **mode: Any) -> Hidden:
+        """Embedded tokens as a stack takes them, after their norm, if any, and dropout."""
+        return self.dropout(apply_norm(norm, x, token_mask, mode.get("deterministic")), **mode)
 
     def positions(
         self, index: Positions, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
@@ -218,7 +251,7 @@ class Transformer(EncoderDecoder):
         read = (layer.cross_attention.project_kv(memory) for layer in self.decoder.layers)
         return Cache(
             filled=jnp.zeros((), jnp.int32),
-            decoded=(KeyValueCache(key, value),) * config.num_layers,
+            decoded=(KeyValueCache(key, value),) * config.decoder_depth(),
             own=jnp.zeros((len(memory), hypotheses, entries), bool),
             memory=tuple(map(KeyValueCache.of, read)),
             source_segments=source_segments,
@@ -248,17 +281,19 @@ class Transformer(EncoderDecoder):
         masks = {"mask": mask, "memory_mask": masking.padding(cache.source_segments > 0)}
         encoding = _attention_positions(self.target_position, positions, keys)
         x = self.target_position(self.embed(tokens, self.target_embedding), positions)
+        x = self._enter(self.target_embedding_norm, x, deterministic=True)
         caches = cache.memory, cache.decoded, filled * hypotheses
         x, decoded = self.decoder.decode_step(x, *caches, **masks, **encoding)
-        logits = jnp.where(filled + steps <= room, self.logits(x), jnp.nan)
+        logits = jnp.where(filled + steps <= room, self.logits(self.scaled(x)), jnp.nan)
         return logits, cache._replace(filled=filled + steps, decoded=decoded)
 
 
 def stack_arguments(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `Encoder` and `Decoder`, except `rngs`."""
     shared = (
-        "num_layers d_model num_heads num_kv_heads d_ff feed_forward norm norm_placement "
-        "norm_epsilon dropout_rate attention_dropout_rate normalize_qk scan_layers remat"
+        "num_layers d_model num_heads num_kv_heads d_ff feed_forward ff_bias scale_gated norm "
+        "norm_placement norm_epsilon final_norm dropout_rate attention_dropout_rate normalize_qk "
+        "scan_layers remat"
     )
     return {name: getattr(config, name) for name in shared.split()} | {
         "kernel_init": INITIALIZERS[config.kernel_init],
@@ -268,7 +303,28 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
         "use_bias": config.attention_bias,
         "qk_norm": partial(RMSNorm, epsilon=config.qk_norm_epsilon or config.norm_epsilon),
         "backend": config.attention_backend,
+        "scale": config.attention_scale,
     }
+
+
+# Arguments of position encodings, and the knobs that set them.
+OFFSET = {"offset": "position_offset"}
+POSITION_KNOBS = {
+    "sinusoidal": {"layout": "sinusoid_layout", "rates": "sinusoid_rates"} | OFFSET,
+    "learned": OFFSET,
+    "rotary": {"base": "rotary_base"},
+    "relative": {"buckets": "relative_buckets", "distance": "relative_distance"},
+}
+
+
+def _position(config: ModelConfig, num_layers: int, **options: Any) -> Any:
+    """The position encoding of a stack with so many layers."""
+    encoding, length = config.position_encoding, config.random_positions or config.max_length
+    knobs = POSITION_KNOBS.get(encoding, {}).items()
+    options |= {name: getattr(config, knob) for name, knob in knobs}
+    options |= {"num_heads": config.num_heads, "max_length": length}
+    make = partial(POSITIONS[encoding], config.d_model, **options)
+    return PerLayer(make() for _ in range(num_layers)) if config.relative_per_layer else make()
 
 
 def _attention_positions(position: Any, queries: Array, keys: Array) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def model_of(vocab_size: int, **changes: Any) -> Model:
 def dependence(backend: str, length: int, seed: int) -> Float[np.ndarray, "T T"]:
     """The largest |∂ logit at position t / ∂ embedding of the token at position u|."""
     first = 3  # after the special tokens; a token per position, so that a row is a position
-    model = model_of(first + length, attention_backend=backend, tie_embeddings=False)
+    model = model_of(first + length, attention_backend=backend, tie_embeddings="none")
     params = model.init(jax.random.key(seed))
     tokens = jnp.arange(first, first + length)[None]
     (name,) = (name for name in params if name.startswith("target_embedding/"))
