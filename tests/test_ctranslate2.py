@@ -4,7 +4,7 @@ import pytest
 from tests.helpers import program, random_params, refused, small_model
 from tests.test_average import make_run
 from transformer import load
-from transformer.inference.decoding import BOS, EOS
+from transformer.data.tokenizer import BOS, EOS
 from transformer.interop import ctranslate2
 from transformer.modules.config import ModelConfig
 
