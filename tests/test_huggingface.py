@@ -5,8 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from hf_models import MODELS, make_model
+
 from transformer.interop.importing import import_run
 
 TEXTS = 200
@@ -17,7 +17,7 @@ STOPPING = ("false", "true", "never")
 def sources_of(run, size):
     """Random texts of pieces without special tokens, and their ids there, padded, with a mask."""
     source, rng = run.tokenizers.source, np.random.default_rng(0)
-    roles = {source.roles.pad, source.roles.eos, source.roles.bos}
+    roles = {source.roles.pad, source.roles.eos, source.roles.bos, source.roles.forced_first}
     plain = [number for number in range(size) if number not in roles]
     texts = [" ".join(f"p{n}" for n in rng.choice(plain, k)) for k in rng.integers(2, 8, TEXTS)]
     rows = [source.theirs[source.encode(text)] for text in texts]

@@ -129,7 +129,8 @@ class ImportedTokenizer(Tokenizer):
     def __init__(self, saved: bytes):
         self.saved, self.record = saved, json.loads(saved)
         self.roles = ids = TokenIds(*self.record["ids"])
-        models = [each and base64.b64decode(each) for each in self.record["models"]]
+        given = self.record["models"]
+        models = [None if each is None else base64.b64decode(each) for each in given]
         make, pieces = CODECS[self.record["kind"]], self.record["pieces"]
         codecs = [make(models[0], pieces)] * 2
         if models[1] is not None:

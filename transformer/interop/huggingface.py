@@ -187,16 +187,16 @@ def read_model(folder: Path) -> HuggingFaceModel:
     ties, tables = _tables(prefix, tensors, config)
     knobs["tie_embeddings"], vocab = ties, _required(config, "vocab_size")
     if family.is_t5:
-        positions = _relative_tables(knobs)
+        positions = relative_tables(knobs)
         depths = knobs["num_layers"], knobs["decoder_layers"] or knobs["num_layers"]
         gated = knobs["feed_forward"] in ("geglu", "swiglu", "reglu")
         layout = t5_layout(*depths, gated=gated) | positions
         knobs["logits_scale"] = _t5_logits_scale(name, config)
     else:
-        positions = _absolute_tables(knobs, tensors, config)
+        positions = _position_tables(knobs, tensors, config)
         depths = knobs["num_layers"], knobs["decoder_layers"] or knobs["num_layers"]
         layout = bart_layout(*depths, final_norm=knobs["norm_placement"] == "pre") | positions
-        layout |= _embedding_norms() if knobs.get("embedding_norm") else {}
+        layout |= embedding_norms() if knobs.get("embedding_norm") else {}
         if "final_logits_bias" in tensors and np.any(tensors["final_logits_bias"]):
             knobs["logits_bias"], layout["final_logits_bias"] = True, ("logits_bias",)
     return HuggingFaceModel(
@@ -302,7 +302,8 @@ def _ignored(prefix: str) -> Iterator[str]:
     yield "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-def _relative_tables(knobs: Values) -> Layout:
+def relative_tables(knobs: Values) -> Layout:
+    """The relative biases of each stack, or of each of its layers."""
     layout: Layout = {}
     for stack, side, depth in (
         ("encoder", "source", knobs["num_layers"]),
@@ -316,12 +317,17 @@ def _relative_tables(knobs: Values) -> Layout:
     return layout
 
 
-def _absolute_tables(knobs: Values, tensors: Tensors, config: Values) -> Layout:
-    """The tables of positions; if they are sinusoids, there is none. Sets the knobs of it."""
-    names = {
+def absolute_tables() -> Layout:
+    """The learned tables of positions of both stacks."""
+    return {
         f"model.{stack}.embed_positions.weight": (f"{side}_position/embedding",)
         for stack, side in (("encoder", "source"), ("decoder", "target"))
     }
+
+
+def _position_tables(knobs: Values, tensors: Tensors, config: Values) -> Layout:
+    """The tables of positions; if they are sinusoids, there is none. Sets the knobs of it."""
+    names = absolute_tables()
     if knobs["position_encoding"] == "learned":
         return names
     stored = [name for name in names if name in tensors]
@@ -335,10 +341,11 @@ def _absolute_tables(knobs: Values, tensors: Tensors, config: Values) -> Layout:
     return names
 
 
-def sinusoids(length: int, width: int) -> np.ndarray:
-    """The paper's sinusoids, all sines before all cosines, as Transformers computes them."""
-    rates = np.power(10000.0, -2 * np.arange(width // 2) / width)
-    angles = np.arange(length)[:, None] * rates
+def sinusoids(length: int, width: int, rates: str = "paper") -> np.ndarray:
+    """Sinusoids, all sines before all cosines, computed in float64 as Transformers does."""
+    half = width // 2
+    divisor = half if rates == "paper" else max(half - 1, 1)
+    angles = np.arange(length)[:, None] * np.power(10000.0, -np.arange(half) / divisor)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
@@ -347,7 +354,8 @@ def is_sinusoid(table: np.ndarray) -> bool:
     return table.shape[1] % 2 == 0 and np.allclose(table, sinusoids(*table.shape), atol=1e-5)
 
 
-def _embedding_norms() -> Layout:
+def embedding_norms() -> Layout:
+    """The norms of the embedded tokens of both stacks."""
     return {
         f"model.{stack}.layernorm_embedding.{theirs}": (f"{side}_embedding_norm/{ours}",)
         for stack, side in (("encoder", "source"), ("decoder", "target"))
