@@ -176,7 +176,7 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
         scale = config.embedding_scale
         stack.scale_embeddings = True if scale is None else np.float32(scale)
         if config.final_norm and config.norm_placement == "post":
-            stack.layer_norm = specs.LayerNormSpec(rms_norm=rms)
+            stack.layer_norm = specs.common_spec.LayerNormSpec(rms_norm=rms)
         for layer in stack.layer:
             own = layer.self_attention
             for attention in (own, layer.attention) if stack is decoder else (own,):
