@@ -12,7 +12,7 @@ from transformer.data.tokenizer import SymbolTokenizer
 from transformer.errors import UserError
 from transformer.inference.generation import TrainedModel
 from transformer.interop.importing import import_run
-from transformer.interop.to_huggingface import check, export
+from transformer.interop.to_huggingface import export, find_class
 from transformer.modules.config import ModelConfig
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
@@ -60,8 +60,9 @@ def logits_of(model: TrainedModel) -> np.ndarray:
 def test_an_exported_model_comes_back(name, tmp_path):
     pytest.importorskip("safetensors")
     model = random_model(MODELS[name])
-    found = export(model, tmp_path / "out")
-    assert found.startswith(CLASSES[list(MODELS).index(name)])
+    export(model, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert record["architectures"][0].startswith(CLASSES[list(MODELS).index(name)])
     for file in tmp_path.glob("out/token*"):
         file.unlink()
     pieces = {piece: number for number, piece in enumerate(model.tokenizers.source.pieces)}
@@ -92,7 +93,7 @@ def test_the_class_computes_the_same(name, tmp_path):
 
 
 def test_what_no_class_holds_is_named():
-    check(ModelConfig())
+    find_class(ModelConfig())
     for knobs, words in (
         ({"position_encoding": "alibi"}, "position_encoding=alibi"),
         ({"norm_placement": "both"}, "norm_placement=both"),
@@ -102,4 +103,4 @@ def test_what_no_class_holds_is_named():
         ({"norm": "rms", "position_encoding": "rotary"}, "position_encoding=rotary"),
     ):
         with pytest.raises(UserError, match=words):
-            check(ModelConfig(**knobs))
+            find_class(ModelConfig(**knobs))

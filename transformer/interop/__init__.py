@@ -1,1 +1,1 @@
-"""Weights of other ecosystems: their files and the names of their tensors. Imports `errors`."""
+"""Conversion of models from and to the formats of other libraries; only programs import it."""

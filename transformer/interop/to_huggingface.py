@@ -130,16 +130,8 @@ def find_class(config: ModelConfig, pad: int | None = None) -> str:
     return name
 
 
-def check(config: ModelConfig) -> None:
-    """Raises a UserError for a model that no class holds, with the names of the knobs."""
-    find_class(config)
-
-
-def export(model: TrainedModel, out: Path, quantization: None = None) -> str:
-    """Writes the folder `out` for `AutoModelForSeq2SeqLM`; returns the name of the class.
-
-    `quantization` is there because other formats have one.
-    """
+def export(model: TrainedModel, out: Path) -> None:
+    """Writes the folder `out` for `AutoModelForSeq2SeqLM`."""
     with explained("export to Hugging Face: pip install safetensors", ImportError):
         from safetensors.numpy import save_file
     name = find_class(model.model.config, int(model.tokenizers.source.theirs[0]))
@@ -151,7 +143,6 @@ def export(model: TrainedModel, out: Path, quantization: None = None) -> str:
     write_json(out / "config.json", _config(name, model, weights))
     write_json(out / "generation_config.json", _generation(model))
     write_tokenizers(model.tokenizers, name, out)
-    return CLASSES[name]
 
 
 def _folded(name: str, model: Model, weights: Weights) -> Weights:
