@@ -21,7 +21,7 @@ T5 = {
     "d_kv": 3,
     "d_ff": 20,
     "num_layers": 2,
-    "num_decoder_layers": 3,
+    "num_decoder_layers": 1,  # Transformers has too small a cache for more than num_layers
     "num_heads": 2,
     "decoder_start_token_id": 0,
     "relative_attention_num_buckets": 8,
@@ -73,7 +73,7 @@ def make_model(name: str, folder: Path) -> Any:
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 gain = "norm" in key and key.endswith("weight")
-                parameter.normal_(mean=float(gain), std=0.5)
+                parameter.normal_(mean=float(gain), std=0.3 if "t5" in name else 0.5)
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()
     state = {key: value.clone() for key, value in model.state_dict().items()}

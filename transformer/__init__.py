@@ -121,9 +121,16 @@ def config_of(workdir: str | Path) -> Any:
             config.init_from = "runs/opus"
             return config
 
+    That of an imported run has the default optimizer and freezes nothing.
+
     Raises:
       UserError: the folder holds no run.
     """
+    from transformer.config import default_config
     from transformer.workdir import Workdir
 
-    return Workdir(str(workdir)).read_config()
+    folder = Workdir(str(workdir))
+    config = folder.read_config()
+    if "imported" in folder.read_record():
+        config.freeze, config.optimizer = (), default_config().optimizer
+    return config

@@ -20,6 +20,7 @@ from transformer.training.checkpoint import Checkpoints
 from transformer.training.step import TrainState
 from transformer.workdir import Workdir, commit, versions, write_json
 
+FROZEN = ("*kernel", "*embedding")
 Shapes = Mapping[str, tuple[int, ...]]  # of parameters
 
 
@@ -101,14 +102,14 @@ def import_run(
 
 
 def _config(imported: Imported, *, shared: bool) -> Any:
-    """The config of the run; its optimizer has no state."""
+    """The config of the run, in which large parameters are frozen: they have no optimizer state."""
     config = default_config()
     config.model.update(imported.knobs)
     config.decoding.update(imported.decoding)
     config.data.tokenizer = "imported"
     if not shared:
         config.data.target_tokenizer = "imported"
-    config.optimizer.name, config.optimizer.beta1 = "sgd", 0.0
+    config.optimizer.name, config.freeze = "sgd", FROZEN
     return config
 
 
