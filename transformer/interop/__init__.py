@@ -1,1 +1,5 @@
-"""Conversion of models from and to the formats of other libraries; only programs import it."""
+"""Weights of other libraries, in and out: formats, names of tensors, run folders, exported folders.
+
+Imports `data`, `inference`, `modules`, `parallel`, `training`, and the runs and base files of the
+package.
+"""

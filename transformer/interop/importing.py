@@ -51,8 +51,8 @@ def read_huggingface(folder: Path, tokenizer: Path | None) -> Imported:
 
     def params(shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         for theirs, (name,) in model.layout.items():
-            side = TABLES.get(name)
-            yield name, to_ours(model.tensors[theirs], name, shapes[name], side and rows[side])
+            tokens = rows[TABLES[name]] if name in TABLES else None
+            yield name, to_ours(model.tensors[theirs], name, shapes[name], tokens)
 
     return Imported(model.family, model.knobs, model.decoding, tokenizers, params)
 

@@ -1,7 +1,7 @@
 """Export to Hugging Face Transformers: the class that can hold a model, its files, its tensors."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformer.data.imported import ImportedTokenizer
 from transformer.errors import UserError, explained
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import TrainedModel
-from transformer.interop.huggingface import (
+from transformer.interop.families import (
     ACTIVATIONS,
     BART_KEYS,
     FAMILIES,
@@ -208,9 +208,9 @@ def _tensors(name: str, model: TrainedModel, weights: Weights) -> Iterator[tuple
         theirs = getattr(model.tokenizers, side).theirs
         rows[side] = theirs if len(theirs) == size else np.arange(size)
     for theirs, (ours,) in _layout(name, config, weights).items():
-        side = TABLES.get(ours)
         if ours in weights:
-            tensor = to_theirs(weights[ours], ours, side and rows[side])
+            side = TABLES.get(ours)
+            tensor = to_theirs(weights[ours], ours, None if side is None else rows[side])
             yield theirs, tensor[None] if ours == "logits_bias" else tensor
         else:  # a bias that the class has
             yield theirs, np.zeros(_bias_shape(ours, weights), np.float32)
@@ -353,7 +353,7 @@ def _generation(model: TrainedModel) -> dict[str, Any]:
     return values | _search(model, decoding)
 
 
-def _search(model: TrainedModel, decoding: DecodingConfig) -> Mapping[str, Any]:
+def _search(model: TrainedModel, decoding: DecodingConfig) -> dict[str, Any]:
     longest = decoding.max_length or model.model.config.max_length
     stopping = {"true": True, "false": False}.get(decoding.early_stopping, "never")
     return {
