@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -112,6 +113,22 @@ def broken(source, target, **changes):
     record = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(record | changes))
     return target
+
+
+def test_tokens_are_renumbered(folder, tmp_path):
+    path, model = folder
+    ids = {"pad_token_id": 5, "bos_token_id": 3, "eos_token_id": 7, "decoder_start_token_id": 5}
+    theirs = broken(path / "theirs", tmp_path / "theirs", **ids)
+    (theirs / "generation_config.json").unlink()
+    imported = import_run(theirs, tmp_path / "run").trained_model()
+    order = imported.tokenizers.source.theirs
+    assert order[:3].tolist() == [5, 3, 7]
+    assert imported.tokenizers.target.start == 0
+    source, target = np.random.default_rng(0).integers(8, 13, (2, 3, 6)).astype(np.int32)
+    ours = np.argsort(order).astype(np.int32)
+    found = imported.module(jnp.asarray(ours[source]), jnp.asarray(ours[target]))
+    expected = model.module(jnp.asarray(source), jnp.asarray(target))
+    np.testing.assert_array_equal(found, np.asarray(expected)[..., order])
 
 
 def test_errors_name_the_thing(folder, tmp_path):
