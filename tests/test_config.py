@@ -36,6 +36,7 @@ def of(section, **values):
 RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adamw"}
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
+RELATIVE = {"model.position_encoding": "relative"}
 UNTIED = {"model.tie_embeddings": "none"}
 
 # A run of seconds that the knobs are changed in.
@@ -66,7 +67,12 @@ OTHER = {
     **of("model.", max_length=16, random_positions=64, window=2, tie_embeddings="none"),
     **of("model.", attention_bias=True, normalize_qk=True, qk_norm_epsilon=1e-2),
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
-    **of("model.", separate_vocabularies=False),
+    **of("model.", separate_vocabularies=False, decoder_layers=3, final_norm=False),
+    **of("model.", scale_gated=False, ff_bias=False, position_offset=2, rotary_base=100.0),
+    **of("model.", sinusoid_layout="halves", sinusoid_rates="tensor2tensor"),
+    **of("model.", relative_buckets=8, relative_distance=20, relative_per_layer=True),
+    **of("model.", embedding_scale=3.0, embedding_norm=True, attention_scale=1.0),
+    **of("model.", logits_scale=0.5, logits_bias=True),
     **of("", plugins=("tests.helpers",), freeze=("encoder/*",), init_from="x", init_new=("*",)),
     **of("data.", tokenizer_model="x", target_tokenizer_model="x"),
     **of("optimizer.", name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=3),
@@ -79,6 +85,9 @@ BESIDES = {
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer=UNTIED),
     **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),
+    "model.scale_gated": {"model.feed_forward": "glu"},
+    "model.rotary_base": {"model.position_encoding": "rotary"},
+    **dict.fromkeys(of("model.relative_", buckets=0, distance=0, per_layer=0), RELATIVE),
     "model.qk_norm_epsilon": {"model.normalize_qk": True},
     **of("model.", random_positions={"model.max_length": 16}),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
@@ -333,7 +342,9 @@ max_skipped_steps=2147483648: .* at most 2,147,483,646 | model.num_heads=3 & mod
 label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* passes 2\*\*32 examples
 model.num_kv_heads=3 does not divide model.num_heads=2
 model.attention_backend=xla & model.d_v=4 .*einsum | accumulation_steps=3 does not divide batch
-optimizer.warmup_steps=8 is not below steps=8
+optimizer.warmup_steps=8 is not below steps=8 | model.relative_buckets=3: it must be at least 4
+model.position_encoding=relative & model.relative_distance=16 is not above half of model.relative_b
+model.architecture=recurrent & model.decoder_layers=2: model.architecture=recurrent has num_layers
 """
 
 
@@ -345,6 +356,7 @@ def mistakes():
         yield {knob: read[knob](value) for knob, value in pairs}, "^" + each.split(" & ")[-1]
 
 
+INPUTS, PER_LAYER = {"model.tie_embeddings": "inputs"}, "model.relative_per_layer"
 ONLY_DATA = r"model.architecture=recurrent is sharded by mesh.data alone; set all"
 RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
 
@@ -357,6 +369,11 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         *((RECURRENT | {f"mesh.{a}": 2}, f"mesh.{a}=2.*{ONLY_DATA}") for a in ("fsdp", "context")),
         ({"data.target_tokenizer_model": "x"}, r"target_tokenizer_model=x: model.tie_embeddings"),
+        ({PER_LAYER: True}, r"per_layer=True needs model.position_encoding=relative; or set False"),
+        (
+            INPUTS | {"data.target_tokenizer": "bytes"},
+            r"=bytes: .*inputs needs one .*target_output",
+        ),
         ({"init_new": ("*",)}, r"init_new=.*there is no init_from; set it"),
         ({RATES: (0.1,)}, r"per_replica.dropout_rate has 1 values and replicas=1"),
         (TWO | {RATES: (0.1, 0.2, 0.3)}, r"per_replica.dropout_rate has 3 values and replicas=2"),

@@ -130,6 +130,14 @@ def test_the_embeddings_of_a_side_are_compared_with_its_tokens(tmp_path, rng, da
     refused(pair, start, own)
 
 
+def test_a_bias_of_the_logits_is_of_the_targets_tokens(tmp_path, rng, data_dir):
+    knobs = {"model.tie_embeddings": "target_output", "model.logits_bias": True}
+    folder, _ = source(tmp_path / "a", rng, **knobs)
+    give_tokenizers(folder, "characters", "words", source=TOKENIZER, target=REVERSED)
+    own = opened(folder, data_dir, **knobs, **{"data.target_tokenizer": "characters"})
+    refused("fit: logits_bias is of another .*, target_embedding/embedding is of", start, own)
+
+
 def test_a_mistake_is_a_line(tmp_path, rng, data_dir):
     folder, _ = source(tmp_path / "a", rng)
     two, _ = source(tmp_path / "two", rng, **TWO)

@@ -23,21 +23,24 @@ def inputs(rng, dtype=jnp.float32):
     return hidden.astype(dtype), table, targets, jnp.asarray(rng.integers(2, size=(B, T)), float)
 
 
-def plain(hidden, table, targets, weights, smoothing, *, measure):
+def plain(hidden, table, targets, weights, smoothing, *, measure, bias=None):
     """`linear_cross_entropy` with all logits at once."""
     product = partial(jnp.einsum, "BTD,VD->BTV", preferred_element_type=jnp.float32)
-    found = cross_entropy(product(hidden, table.astype(hidden.dtype)), targets, smoothing)
+    logits = product(hidden, table.astype(hidden.dtype))
+    logits = logits if bias is None else logits + bias
+    found = cross_entropy(logits, targets, smoothing)
     return (found.objective * weights).sum(), measure(found)
 
 
-def value_and_gradients(function, hidden, table, *labels):
+def value_and_gradients(function, hidden, table, *labels, bias=None):
     """The loss, what is measured, and the gradients of three times the loss."""
 
-    def scaled(hidden, table):
-        value, measured = function(hidden, table, *labels, measure=token_sums)
+    def scaled(hidden, table, bias):
+        value, measured = function(hidden, table, *labels, measure=token_sums, bias=bias)
         return 3.0 * value, measured
 
-    return jax.value_and_grad(scaled, (0, 1), has_aux=True)(hidden, table)
+    numbers = (0, 1) if bias is None else (0, 1, 2)
+    return jax.value_and_grad(scaled, numbers, has_aux=True)(hidden, table, bias)
 
 
 def assert_close(found, expected, dtype=jnp.float32):
@@ -81,6 +84,15 @@ def test_chunks_give_the_values_and_gradients_of_the_formula(
     without_gradient = linear_cross_entropy(*values, measure=token_sums)
     assert_close(without_gradient, (found[0][0] / 3.0, found[0][1]), dtype)
 
+    # Its gradient is summed in float32, before the products round it.
+    options = {"bias": jnp.asarray(rng.normal(size=V), jnp.float32)}
+    biased = value_and_gradients(linear_cross_entropy, *values, **options)
+    expected = value_and_gradients(plain, *values, **options)
+    assert_close(biased, expected, dtype)
+    assert_close(biased[1][2], expected[1][2])
+    found = linear_cross_entropy(*values, measure=token_sums, **options)
+    assert_close(found, (biased[0][0] / 3.0, biased[0][1]), dtype)
+
 
 def test_replicas_have_their_own_smoothing(rng, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 7)
@@ -96,12 +108,13 @@ def test_replicas_have_their_own_smoothing(rng, monkeypatch):
 )
 def test_a_mesh_gives_the_values_and_gradients_of_one_device(sizes, rng, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 5)
-    values = *inputs(rng), 0.1
-    expected = value_and_gradients(linear_cross_entropy, *values)
+    values, bias = (*inputs(rng), 0.1), jnp.asarray(rng.normal(size=V), jnp.float32)
+    expected = value_and_gradients(linear_cross_entropy, *values, bias=bias)
     axes = dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
     with jax.set_mesh(make_mesh(MeshConfig(**axes))):
-        found = jax.jit(partial(value_and_gradients, linear_cross_entropy)).lower(*values).compile()
-    assert_close(found(*values), expected)
+        function = jax.jit(partial(value_and_gradients, linear_cross_entropy))
+        found = function.lower(*values, bias=bias).compile()
+    assert_close(found(*values, bias=bias), expected)
     in_loop = re.search(r"all-reduce.*while/body", found.as_text())
     assert bool(in_loop) == (axes["tensor"] > 1)  # each chunk needs the logits of all devices
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import normal, random_params, small_model
+from tests.helpers import normal, random_params, refused, small_model
 from transformer.data.batches import Dataset
 from transformer.inference.evaluation import attention_maps
-from transformer.modules.positions import POSITIONS
+from transformer.modules.positions import POSITIONS, RATES, SINUSOID_LAYOUTS
+
+FEW = {"buckets": 12, "distance": 50}
 
 
 def make(name, width=8, heads=2, **options):
@@ -32,11 +34,36 @@ def test_the_encoder_knows_the_order_of_tokens_unless_positions_are_none(name):
     assert difference < 1e-5 if name == "none" else difference > 1e-2
 
 
-def test_sinusoidal_positions_are_the_papers():
-    out = make("sinusoidal", 6)(jnp.zeros((1, 50, 6)))[0]
-    angles = np.arange(50)[:, None] / 10000 ** (2 * np.arange(3) / 6)
-    np.testing.assert_allclose(out[:, 0::2], np.sin(angles), atol=1e-5)
-    np.testing.assert_allclose(out[:, 1::2], np.cos(angles), atol=1e-5)
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("layout", SINUSOID_LAYOUTS)
+@pytest.mark.parametrize(("rates", "last"), [("paper", 4 / 6), ("tensor2tensor", 1)])
+def test_sinusoidal_positions_are_those_of_the_paper_or_of_tensor2tensor(
+    rates, last, layout, offset
+):
+    position = make("sinusoidal", 6, rates=rates, layout=layout, offset=offset)
+    out = position(jnp.zeros((1, 50, 6)))[0]
+    angles = offset + np.arange(50)[:, None]
+    angles = angles / 10000 ** (last * np.arange(3) / 2)
+    sines = np.s_[:, 0::2] if layout == "neighbours" else np.s_[:, :3]
+    cosines = np.s_[:, 1::2] if layout == "neighbours" else np.s_[:, 3:]
+    np.testing.assert_allclose(out[sines], np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(out[cosines], np.cos(angles), atol=1e-5)
+
+
+def test_the_least_sinusoidal_width_has_one_rate():
+    out = [make("sinusoidal", 2, rates=rates)(jnp.zeros((1, 3, 2))) for rates in RATES]
+    np.testing.assert_array_equal(*out)
+    refused("sinusoid_layout=half: .*halves", make, "sinusoidal", layout="half")
+    refused("sinusoid_rates=papers: .*paper", make, "sinusoidal", rates="papers")
+
+
+def test_learned_positions_begin_at_the_row_of_their_offset():
+    learned = make("learned", 4, max_length=3, offset=2)
+    out = learned(jnp.zeros((1, 4, 4)))[0]
+    np.testing.assert_array_equal(out[:3], learned.embedding[...][2:])
+    assert jnp.isnan(out[3]).all()
+    shapes = small_model(position_encoding="learned", position_offset=2).shapes
+    assert shapes["source_position/embedding"].shape == (32 + 2, 16)
 
 
 def test_learned_positions_are_trained_and_end_in_nan():
@@ -51,10 +78,11 @@ def test_learned_positions_are_trained_and_end_in_nan():
     assert not finite[3].any()
 
 
-def test_rotary_turns_pairs_as_complex_numbers(rng):
-    """x_i + j x_{i + H/2}, times e^(j p / 10000^(2i/H)), in float64."""
-    x, positions, rotary = normal(rng, 1, 4, 2, 6), np.array([0, 1, 17, 300]), make("rotary")
-    angles = positions[:, None, None] * 10000.0 ** (-2 * np.arange(3) / 6)
+@pytest.mark.parametrize(("own", "base"), [({}, 10_000.0), ({"base": 100.0}, 100.0)], ids=str)
+def test_rotary_turns_pairs_as_complex_numbers(own, base, rng):
+    """x_i + j x_{i + H/2}, times e^(j p / base^(2i/H)), in float64."""
+    x, positions, rotary = normal(rng, 1, 4, 2, 6), np.array([0, 1, 17, 300]), make("rotary", **own)
+    angles = positions[:, None, None] * base ** (-2 * np.arange(3) / 6)
     pairs = (np.float64(x[..., :3]) + 1j * np.float64(x[..., 3:])) * np.exp(1j * angles)
     out = rotary.rotate(x, at(*positions))
     np.testing.assert_allclose(out, np.concatenate([pairs.real, pairs.imag], -1), atol=2e-4)
@@ -62,21 +90,23 @@ def test_rotary_turns_pairs_as_complex_numbers(rng):
     assert rotary.rotate(x.astype(jnp.bfloat16), at(*positions)).dtype == jnp.bfloat16
 
 
-def published_bucket(distance, causal):
-    """T5's rule in whole numbers: the k-th far bucket begins at n · (128 / n)^(k / n)."""
-    buckets, first = (32, 0) if causal else (16, 16 * (distance > 0))
+def published_bucket(distance, causal, buckets=32, most=128):
+    """T5's rule in whole numbers: the k-th far bucket begins at n · (most / n)^(k / n)."""
+    half = buckets // 2
+    buckets, first = (buckets, 0) if causal else (half, half * (distance > 0))
     distance, n = abs(distance), buckets // 2
-    begun = (distance**n * n**k >= n**n * 128**k for k in range(1, n))
+    begun = (distance**n * n**k >= n**n * most**k for k in range(1, n))
     return first + (distance if distance < n else n + sum(begun))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_relative_buckets_are_the_published_ones(causal):
+@pytest.mark.parametrize(("own", "sizes"), [({}, (32, 128)), (FEW, (*FEW.values(),))], ids=str)
+def test_relative_buckets_are_the_published_ones(own, sizes, causal):
     distances = np.arange(-300, 1 if causal else 301)  # no key of the decoder is later
-    ours = make("relative", causal=causal).bucket(jnp.asarray(distances))
-    expected = [published_bucket(int(distance), causal) for distance in distances]
+    ours = make("relative", causal=causal, **own).bucket(jnp.asarray(distances))
+    expected = [published_bucket(int(distance), causal, *sizes) for distance in distances]
     np.testing.assert_array_equal(ours, expected)
-    assert set(expected) == set(range(32)) - (set() if causal else {16})
+    assert set(expected) == set(range(sizes[0])) - (set() if causal else {sizes[0] // 2})
 
 
 def test_relative_bias_is_the_heads_entry_for_the_distance():

@@ -81,6 +81,13 @@ def test_a_knob_that_a_run_was_saved_without_has_its_default_and_an_unknown_one_
         saved_config(saved)
 
 
+@pytest.mark.parametrize(("saved", "ties"), [(True, "all"), (False, "none"), ("inputs", "inputs")])
+def test_embeddings_that_were_tied_or_not_still_are(saved, ties):
+    config = default_config().to_dict()
+    config["model"]["tie_embeddings"] = saved
+    assert saved_config(config).model.tie_embeddings == ties
+
+
 def test_a_plugin_of_a_saved_run_is_imported_only_if_the_command_names_it(old):
     workdir, _ = old
     record = json.loads(workdir.config.read_text())

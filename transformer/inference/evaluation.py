@@ -39,8 +39,8 @@ def score(model: Model, variables: Params, data: Dataset) -> Totals:
     source, target = (constrain(side, "batch", "length") for side in sides)
     module, batch = model.bind(variables), make_batch(source, target, start=model.outputs.start)
     inputs = module.hidden(**batch.inputs()), module.output_table(), batch.target_out
-    options = {"measure": token_sums, "bias": module.output_bias()}
-    _, sums = linear_cross_entropy(*inputs, batch.weights, **options)
+    bias = module.output_bias()
+    _, sums = linear_cross_entropy(*inputs, batch.weights, bias=bias, measure=token_sums)
     totals = {name: (each * batch.weights).sum(-1) for name, each in sums.items()}
     return totals | {"tokens": batch.weights.sum(-1)}
 

@@ -157,7 +157,8 @@ class Layer(nnx.Module):
         for name in self.attentions:
             setattr(self, name, MultiHeadAttention(num_heads, d_model, **attention))
         inner: dict[str, Any] = {"activation": feed_forward, "scale_gated": scale_gated}
-        self.feed_forward = FeedForward(d_model, d_ff, use_bias=ff_bias, **inner, **matrices)
+        inner |= {"use_bias": ff_bias} | matrices
+        self.feed_forward = FeedForward(d_model, d_ff, **inner)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
         residual = partial(Residual, d_model, placement=norm_placement, **common)
         self.residuals = nnx.List(residual() for _ in (*self.attentions, "feed_forward"))

@@ -169,7 +169,8 @@ class Transformer(EncoderDecoder):
         self.target_embedding_norm = nnx.data(norm() if config.embedding_norm else None)
         self.dropout = Dropout(config.dropout_rate, rngs=rngs)
         self.encoder = Encoder(**stack, rngs=rngs)
-        self.decoder = Decoder(**stack | {"num_layers": depth}, rngs=rngs)
+        stack["num_layers"] = depth
+        self.decoder = Decoder(**stack, rngs=rngs)
 
     def hidden(
         self,

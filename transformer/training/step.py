@@ -127,9 +127,10 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
             set_dropout_rates(module, *dropout_rates)
             hidden = module.hidden(**part.inputs(), deterministic=False, rngs=training_rngs(key))
             labels = part.target_out, part.weights, label_smoothing
-            table, options = module.output_table(), {"measure": token_metrics}
-            options["bias"] = module.output_bias()
-            loss, measured = linear_cross_entropy(hidden, table, *labels, **options)
+            table, bias = module.output_table(), module.output_bias()
+            loss, measured = linear_cross_entropy(
+                hidden, table, *labels, bias=bias, measure=token_metrics
+            )
             sums = {name: (each * part.weights).sum() for name, each in measured.items()}
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
             return loss, (sums | {"tokens": part.weights.sum()}, batch_stats)
