@@ -88,7 +88,6 @@ def main() -> None:
     stopped = is_stopped(state.skipped, config.max_skipped_steps)
     for k in np.flatnonzero(stopped):  # only the counts are valid
         replicas[k] = jax.tree.map(lambda x: np.nan if isinstance(x, float) else x, replicas[k])
-
     margin = decoding.margin(config.decode_margin)
     truncated = [each["outputs_cut"] for each in replicas]
     beyond, limit = evaluation.limit_report(decoding, margin, data, truncated)

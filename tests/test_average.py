@@ -40,10 +40,11 @@ def make_run(path, rng, steps=(10, 20, 30), tokenizer=TOKENIZER, drawn=drawn, **
     workdir = Workdir(str(path))
     config = default_config()
     config.update_from_flattened_dict(KNOBS | changes)
-    tokenizers = Tokenizers(tokenizer, tokenizer)
+    tokenizers = Tokenizers(*tokenizer.sides())
     tokenizers.save(workdir.tokenizers)
     workdir.write_config(config, {"dataset": "toy"} | tokenizers.digests())
     run = Run.saved(workdir.path, mesh=one_device_mesh())
+    run.tokenizers = tokenizers
     model, like = run.model, run.abstract_state
     states = [drawn(model, like, step, rng) for step in steps]
     with Checkpoints(workdir.checkpoints, keep=len(steps), best="sequence_accuracy") as checkpoints:

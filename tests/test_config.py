@@ -401,7 +401,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
 
 
 def test_differences_name_what_changes_a_result_and_leave_out_what_does_not():
-    free = {"mesh.fsdp": 2, "keep_checkpoints": 9}
+    free = {"mesh.fsdp": 2, "keep_checkpoints": 9, "decoding.beam_size": 4}
     changes = free | {"model.norm": "rms", "optimizer.beta1": 0.5, "data.pack_length": 8}
     found = differences(config_of({}), config_of(changes))
     expected = "data.pack_length: 0 → 8", "model.norm: layer → rms", "optimizer.beta1: 0.9 → 0.5"

@@ -140,6 +140,26 @@ def test_file_names_have_the_settings_that_differ_from_their_defaults(capsys):
     assert "--workdir is missing; set --workdir=…" in capsys.readouterr().err
 
 
+def test_file_names_and_flags_start_from_the_settings_of_the_run():
+    own = DecodingConfig(beam_size=4, min_length=5, penalty="length")
+    for name, *words in (
+        ("test",),
+        ("test", "--beam_size=4"),
+        ("test_beam_size=1", "--beam_size=1"),
+        ("test_min_length=0", "--min_length=0"),
+        ("test_penalty=gnmt", "--penalty=gnmt", "--nodistinct"),
+        ("test_temperature=1.0_beam_size=1", "--temperature=1", "--beam_size=1"),
+    ):
+        with program("eval.py", "--workdir=none", *words) as module:
+            found = cli.decoding(own)
+            assert module.file_name("test", found, own, "text_pairs/0123456789/1.0.0") == name
+            assert found.penalty == ("gnmt" if "gnmt" in name else "length")
+    with program("eval.py", "--workdir=none", "--temperature=1"):
+        helpers.refused(
+            "sampling excludes beam search: set temperature=0 or beam_size=1", cli.decoding, own
+        )
+
+
 def test_the_limit_of_outputs_names_the_flags_that_lift_it():
     data = Dataset(BATCH.source, BATCH.target_out, 7)  # of 2 to 6 tokens on both sides
     for settings, margin, truncated, beyond, line in (

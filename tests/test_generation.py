@@ -32,7 +32,11 @@ TEXTS = ["abcde", "", "q", "zyxwvutsrqponmlkj", "abcde", "fedcba"]
 
 
 def make_run(
-    folder: Any, replicas: int = 1, tokenizer: Tokenizer = TOKENIZER, kind: str = "transformer"
+    folder: Any,
+    replicas: int = 1,
+    tokenizer: Tokenizer = TOKENIZER,
+    kind: str = "transformer",
+    **changes: Any,
 ) -> Workdir:
     """The folder of a run that was never trained, of so many replicas."""
     knobs: dict[str, Any] = {"replicas": replicas, "decode_margin": MARGIN, "model.num_layers": 1}
@@ -40,6 +44,7 @@ def make_run(
     knobs |= {"model.position_encoding": "learned", "model.max_length": REACH}
     knobs |= {"model.tie_embeddings": "none"}
     knobs["data.tokenizer"] = "characters" if tokenizer is TOKENIZER else "bytes"
+    knobs |= changes
 
     def state(model: Model, like: TrainState, *_: Any) -> TrainState:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)

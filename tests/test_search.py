@@ -14,8 +14,8 @@ from transformer.inference.logits import Constraints
 from transformer.inference.search import EARLY_STOPPING, UNFINISHED, Sources, beam_search, sample
 from transformer.modules.model import OutputTokens
 
-ALPHAS = 0.0, 1.5
-VOCAB, LENGTH, ROWS, BEAMS = 7, 9, 60, 3
+ALPHAS = 0.0, 0.6
+VOCAB, LENGTH, ROWS, BEAMS = 7, 9, 40, 3
 NUMBERS = np.random.default_rng(0)
 TABLES = 1.5 * NUMBERS.normal(size=(ROWS, LENGTH, VOCAB, VOCAB)).astype(np.float32)
 TABLES[..., EOS] -= 0.5  # so that several hypotheses reach the length limit
@@ -77,8 +77,7 @@ CASES = [*itertools.product(EARLY_STOPPING, UNFINISHED, ALPHAS)]
 
 @pytest.mark.parametrize(("stop", "unfinished", "alpha"), CASES)
 def test_each_rule_is_followed(stop, unfinished, alpha):
-    kind = "gnmt" if alpha == 0.0 else "length"
-    options = STARTS, alpha, stop, unfinished, kind
+    options = STARTS, alpha, stop, unfinished, "length"
     for row, (tokens, scores) in enumerate(zip(*found(*options), strict=True)):
         expected = rules(row, *options)
         np.testing.assert_allclose(scores[: len(expected)], [x[0] for x in expected], rtol=1e-4)
@@ -124,3 +123,11 @@ def test_greedy_decoding_starts_forces_and_bans_likewise():
                 break
         assert tokens[row, 0, : len(own) - 1].tolist() == own[1:]
         np.testing.assert_allclose(scores[row, 0], total, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_that_outputs_may_contain_counts_as_one_of_their_tokens():
+    scores, output = jnp.ones((1, VOCAB)), jnp.full((1, LENGTH), 4)
+    found = Constraints(repetition_penalty=2.0, start=5).apply(scores, output, jnp.int32(2))
+    np.testing.assert_allclose(found[0], [1, 1, 1, 1, 0.5, 0.5, 1])
+    found = Constraints(no_repeat_ngram_size=1, start=5).apply(scores, output, jnp.int32(0))
+    np.testing.assert_array_equal(np.isfinite(found[0]), np.arange(VOCAB) != 5)

@@ -190,9 +190,9 @@ class ImportedTokenizer(Tokenizer):
         """
         if target_prefix is None:
             target_prefix = () if ids.forced_first is None else (ids.forced_first,)
-        models = [each and base64.b64encode(each).decode() for each in (model, target_model)]
-        models = [models[0] or "", models[1]]
-        record = {"kind": kind, "models": models, "pieces": pieces and [*pieces], "ids": ids}
+        given = model, target_model
+        models = [None if each is None else base64.b64encode(each).decode() for each in given]
+        record = {"kind": kind, "models": models, "pieces": [*(pieces or ())], "ids": ids}
         record |= {"size": size, "prefix": [*prefix], "suffix": [*suffix], "before": ""}
         return cls._of(record | {"target_prefix": [*target_prefix]})
 
