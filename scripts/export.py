@@ -1,11 +1,14 @@
 """Writes a trained model in the format of another library.
 
+    python scripts/export.py --workdir=runs/x --to=huggingface --out=exported
     python scripts/export.py --workdir=runs/x --to=ctranslate2 --out=exported [--quantization=int8]
     python scripts/export.py --workdir=runs/x --to=stablehlo --out=exported --beam_size=4
+    python scripts/export.py --workdir=runs/x --to=onnx --out=exported --shapes=1x16,8x32
 
 CTranslate2 takes the tokens of its vocabulary files, and ends a source with EOS by itself. Decode
 with `suppress_sequences=[["<pad>"], ["<s>"]]` and `min_decoding_length=0`, as this library does.
 StableHLO is the whole loop of decoding with the given settings; `load.py` in the folder loads it.
+ONNX has greedy decoding, the encoder and a step of the decoder for each shape of sources.
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from transformer.console import facts
 from transformer.errors import UserError, explained
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import TrainedModel
-from transformer.interop import ctranslate2, stablehlo, to_huggingface
+from transformer.interop import ctranslate2, onnx, stablehlo, to_huggingface
 from transformer.run import Run
 
 
@@ -43,10 +46,16 @@ def to_stablehlo(model: TrainedModel, out: Path) -> None:
     stablehlo.export(model, out, cli.decoding(model.config.decoding), longest)
 
 
+def to_onnx(model: TrainedModel, out: Path) -> None:
+    """Writes graphs for ONNX runtimes."""
+    onnx.export(model, out, onnx.parse_shapes(SHAPES.value))
+
+
 TARGETS = {
     "huggingface": Target((), to_huggingface.export),
     "ctranslate2": Target(("quantization",), to_ctranslate2),
     "stablehlo": Target(("longest", *(x.name for x in fields(DecodingConfig))), to_stablehlo),
+    "onnx": Target(("shapes",), to_onnx),
 }
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 TO = flags.DEFINE_enum("to", None, list(TARGETS), "The format.", required=True)
@@ -59,6 +68,7 @@ QUANTIZATION = flags.DEFINE_enum(
 LONGEST = flags.DEFINE_integer(
     "longest", None, "Tokens in a source at most; default 512, or the positions.", lower_bound=1
 )
+SHAPES = flags.DEFINE_list("shapes", ["1x32"], "Rows x length of sources, such as 1x16,8x32.")
 cli.define_decoding_flags()
 cli.define_plugins_flag()
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,8 +34,8 @@ def padded(model, texts, width=None):
     return tokens.to_padded(width or int(tokens.lengths().max())).astype(np.int32)
 
 
-def exported(workdir, out, *words):
-    words = f"--workdir={workdir.path}", "--to=stablehlo", f"--out={out}", "--longest=24", *words
+def exported(workdir, out, *words, to="stablehlo", longest=("--longest=24",)):
+    words = f"--workdir={workdir.path}", f"--to={to}", f"--out={out}", *longest, *words
     with program("scripts/export.py", *words) as export:
         export.main()
 
@@ -76,3 +77,51 @@ def test_what_a_program_cannot_do_is_refused_in_a_line(tmp_path, rng):
         ("--longest=21", "sources of 21 tokens exceed the model's 20"),
     ):
         refused(message, exported, workdir, tmp_path / "out", word)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "rms", "position_encoding": "rotary", "feed_forward": "swiglu"},
+        {"position_encoding": "relative", "norm_placement": "post", "scan_layers": True},
+    ],
+)
+def test_onnx_runtime_gives_the_same_outputs_and_logits(changes, tmp_path, rng):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    knobs = {f"model.{name}": value for name, value in changes.items()}
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), decode_margin=4, **knobs)
+    model, out = load(str(workdir.path)), tmp_path / "out"
+    exported(workdir, out, "--shapes=3x6", to="onnx", longest=())
+
+    def run(name, inputs):
+        session = runtime.InferenceSession(str(out / "3x6" / f"{name}.onnx"))
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, session.run(None, inputs), strict=True))
+
+    source = padded(model, TEXTS, 6)
+    found = run("greedy", {"source": source})
+    for row, (each,) in enumerate(model.generate(TEXTS)):
+        assert found["tokens"][row, 0, : len(each.ids())].tolist() == each.ids()
+        np.testing.assert_allclose(found["scores"][row, 0], each.score, rtol=1e-5)
+    module, cache = model.module, run("encoder", {"source": source})
+    source = jnp.asarray(source)
+    segments = (source != 0).astype(jnp.int32)
+    ours = module.start_cache(module.encode(source, segments), segments, 10)
+    for last in (1, 5, 7):
+        token = np.full((3, 1), last, np.int32)
+        logits, ours = module.decode_step(jnp.asarray(token), ours)
+        after = run("decoder_step", {"token": token} | cache)
+        np.testing.assert_allclose(after.pop("logits"), logits[:, 0], rtol=1e-4, atol=1e-4)
+        cache |= {name.removeprefix("next_"): value for name, value in after.items()}
+
+
+def test_shapes_are_checked(tmp_path, rng):
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
+    for text in ("8", "0x4", "8x-1", "ax3"):
+        words = f"--shapes={text}"
+        refused(
+            "is not rows x length", exported, workdir, tmp_path / "o", words, to="onnx", longest=()
+        )

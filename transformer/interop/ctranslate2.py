@@ -150,18 +150,18 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
     with explained("export to CTranslate2: pip install ctranslate2", ImportError):
         from ctranslate2 import specs
     check(config)
-    both, rms = config.norm_placement == "both", config.norm == "rms"
+    both, pre = config.norm_placement == "both", config.norm_placement != "post"
     options: dict[str, Any] = {
-        "pre_norm": config.norm_placement != "post",
+        "pre_norm": True,  # has the final norm
         "pre_post_layer_norm": both,
         "activation": specs.Activation[ACTIVATIONS[config.feed_forward]],
         "ffn_glu": FEED_FORWARDS[config.feed_forward][1],
-        "rms_norm": rms,
+        "rms_norm": config.norm == "rms",
         "layernorm_embedding": config.embedding_norm,
         "relative_attention_bias": config.position_encoding == "relative",
         "num_heads_kv": config.num_kv_heads,
         "head_dim": config.attention_width(),
-        "no_final_norm": config.final_norm is False,
+        "no_final_norm": not (pre if config.final_norm is None else config.final_norm),
     }
     if config.position_encoding == "rotary":
         options |= {"rotary_dim": 0, "rotary_interleave": False, "rotary_base": config.rotary_base}
@@ -173,10 +173,8 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
     if config.logits_scale != 1.0:
         decoder.scale_outputs = np.float32(config.logits_scale)
     for stack in (encoder, decoder):
-        scale = config.embedding_scale
+        scale, stack.pre_norm = config.embedding_scale, pre
         stack.scale_embeddings = True if scale is None else np.float32(scale)
-        if config.final_norm and config.norm_placement == "post":
-            stack.layer_norm = specs.common_spec.LayerNormSpec(rms_norm=rms)
         for layer in stack.layer:
             own = layer.self_attention
             for attention in (own, layer.attention) if stack is decoder else (own,):
