@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import transformer
+from tests.test_from_ctranslate2 import small as ctranslate2_model
+from tests.test_from_ctranslate2 import variables_of, write
 from tests.test_to_huggingface import T5, logits_of, random_model
 from transformer.config import RunConfig
 from transformer.errors import UserError
@@ -103,6 +105,21 @@ def test_a_frozen_encoder_survives_fine_tuning(folder, tmp_path, data_dir):
     same = {name for name, tensor in before.items() if np.array_equal(tensor, after[name])}
     assert {name for name in before if name.startswith("model.encoder.layers")} <= same
     assert not any(name.startswith("model.decoder.layers") for name in same)
+
+
+def test_a_ctranslate2_folder_makes_a_run(tmp_path):
+    model, weights = ctranslate2_model()
+    write(tmp_path / "theirs", *variables_of(model, weights))
+    imported = import_run(tmp_path / "theirs", tmp_path / "run").trained_model()
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["imported"]["format"] == "CTranslate2"
+    order = imported.tokenizers.source.theirs
+    ours = np.argsort(order).astype(np.int32)
+    source, target = np.random.default_rng(0).integers(3, 9, (2, 3, 6)).astype(np.int32)
+    found = imported.module(jnp.asarray(ours[source]), jnp.asarray(ours[target]))
+    variables = {name: jnp.asarray(value) for name, value in weights.items()}
+    expected = model.bind(variables)(jnp.asarray(source), jnp.asarray(target))
+    np.testing.assert_allclose(found, np.asarray(expected)[..., order], atol=1e-5)
 
 
 def broken(source, target, **changes):

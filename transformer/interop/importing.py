@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from transformer.config import RunConfig, default_config
 from transformer.data.corpus import Tokenizers
-from transformer.errors import UserError
-from transformer.interop import huggingface
+from transformer.data.imported import ImportedTokenizer, TokenIds
+from transformer.errors import UserError, explained
+from transformer.interop import from_ctranslate2, huggingface
 from transformer.interop.huggingface_tokenizers import read_tokenizers
 from transformer.interop.layout import TABLES, check_names, to_ours
 from transformer.parallel.mesh import one_device_mesh, place
@@ -57,7 +59,28 @@ def read_huggingface(folder: Path, tokenizer: Path | None) -> Imported:
     return Imported(model.family, model.knobs, model.decoding, tokenizers, params)
 
 
-FORMATS = {"Hugging Face": Format(lambda path: (path / "config.json").is_file(), read_huggingface)}
+def read_ctranslate2(folder: Path, tokenizer: Path | None) -> Imported:
+    """Reads a model folder of CTranslate2, which holds a vocabulary; see `import_run`."""
+    model, made = from_ctranslate2.read(folder), []
+    kind, data = "pieces", b""
+    if tokenizer is not None:
+        with explained(f"{tokenizer}: name a SentencePiece model that can be read", OSError):
+            kind, data = "sentencepiece", tokenizer.read_bytes()
+    for side in ("target", "source"):
+        ids, pieces = TokenIds(**model.ids[side]), model.pieces[side]
+        size = len(pieces)
+        made.append(ImportedTokenizer.make(kind, data, pieces=pieces, ids=ids, size=size).sides())
+    shared = model.pieces["source"] is model.pieces["target"]
+    tokenizers = Tokenizers(made[0 if shared else 1][0], made[0][1])
+    rows = {"source": tokenizers.source.theirs, "target": tokenizers.target.theirs}
+    params = partial(model.params, rows=rows)
+    return Imported("Transformer", model.knobs, model.decoding, tokenizers, params)
+
+
+FORMATS = {
+    "CTranslate2": Format(lambda path: (path / "model.bin").is_file(), read_ctranslate2),
+    "Hugging Face": Format(lambda path: (path / "config.json").is_file(), read_huggingface),
+}
 
 
 def import_run(
