@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each imports only what stands before it, and files of its own folder.
 ORDER = """
 errors files knobs renamed console | parallel | modules | loss metrics | data | inference |
-training | config | workdir | init_from run run_training averaging | cli | __init__
+training | config | workdir | init_from run run_training averaging | interop | cli | __init__
 """
 RANK = {name: rank for rank, names in enumerate(ORDER.split("|")) for name in names.split()}
 FOLDERS = {path.parent.name: path for path in sorted(ROOT.glob("transformer/*/__init__.py"))}

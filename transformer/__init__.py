@@ -25,6 +25,7 @@ Nouns, with their shapes and dtypes:
 # ruff: noqa: F401
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ PUBLIC = {
 
 
 def __dir__() -> list[str]:
-    return ["load", *(name for names in PUBLIC.values() for name in names)]
+    return ["load", "config_of", *(name for names in PUBLIC.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
@@ -110,3 +111,26 @@ def load(
     if (source_prefix, target_prefix) != (None, None):
         run.tokenizers = run.tokenizers.prefixed(source_prefix, target_prefix)
     return run.trained_model(checkpoint, replica)
+
+
+def config_of(workdir: str | Path) -> Any:
+    """The config of a run, as a ConfigDict that a config file may change and return.
+
+        def get_config():
+            config = transformer.config_of("runs/opus")
+            config.init_from = "runs/opus"
+            return config
+
+    That of an imported run has the default optimizer and freezes nothing.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    from transformer.config import default_config
+    from transformer.workdir import Workdir
+
+    folder = Workdir(str(workdir))
+    config = folder.read_config()
+    if "imported" in folder.read_record():
+        config.freeze, config.optimizer = (), default_config().optimizer
+    return config

@@ -108,6 +108,9 @@ class Run:
     def evaluation_corpus(self, file: str | None = None) -> Corpus:
         """The run's dataset, found by its recorded name; or a file of pairs, as split `test`."""
         recorded = self.workdir.read_record()["corpus"]["dataset"]
+        if not (file or recorded):
+            fault = f"{self.workdir.path} is an imported model without a dataset"
+            raise UserError(f"{fault}: name a file of pairs by --data=FILE")
         opened = datasets.open_test_files if file else datasets.reopen_dataset
         dataset = hosts.in_turn(partial(opened, self.config.data, file or recorded, self.data_dir))
         corpus = Corpus(dataset, self.tokenizers)

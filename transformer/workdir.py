@@ -77,6 +77,8 @@ class Workdir:
             longer = steps[0] < steps[1] and changes == [f"steps: {steps[0]} → {steps[1]}"]
             if "averaged" in record:
                 fault = f"an average of checkpoints, which cannot be trained further; {other}"
+            elif "imported" in record:
+                fault = f"an imported model; {other}, and name this folder in --config.init_from"
             elif fixed:
                 fault = f"a run with other tokens ({'; '.join(fixed)}), kept to its end; {other}"
             elif changes and not (longer or allow_changes):

@@ -121,8 +121,9 @@ def decode(
     """Decodes a batch, of which each device has adjacent rows and stops when these have ended."""
     (rows, width), shards, outputs = source.shape, row_shards(), model.outputs
     margin, ratio = decoding.margin(margin), decoding.length_ratio
-    (limit,) = decoding.limits(np.array([width]), margin or 0).tolist()
-    length = max_length or model.config.reach(limit)
+    if max_length is None:
+        (limit,) = decoding.limits(np.array([width]), margin or 0).tolist()
+        max_length = model.config.reach(limit)
     if streams is None:
         streams = jnp.stack([jnp.arange(rows), jnp.zeros(rows, jnp.int32)], axis=1)
 
@@ -139,7 +140,7 @@ def decode(
             outputs.forced_last,
             None if outputs.start in outputs.banned else outputs.start,
         )
-        limits = length, keys, model.tokens, margin, ratio
+        limits = max_length, keys, model.tokens, margin, ratio
         sources = Sources(source, *limits, constraints, outputs)
         return decoding.method()(model.bind(variables), sources)
 

@@ -40,7 +40,8 @@ class Sources(NamedTuple):
     def rooms(self, model: Module, hypotheses: int = 1) -> tuple[int, ...]:
         """The lengths that the cache has in turn; few outputs are much longer than their source."""
         likely = self.tokens.shape[1] + 8
-        if isinstance(model, Recurrent) or hypotheses * self.max_length <= SMALL_CACHE:
+        short = hypotheses * self.max_length <= SMALL_CACHE
+        if isinstance(model, Recurrent) or short or jax.export.is_symbolic_dim(likely):
             return (self.max_length,)
         return *(n for n in (likely // 2, likely) if n < self.max_length), self.max_length
 
@@ -83,7 +84,7 @@ def sample(
     The temperature divides the logits; 0 selects the most likely token, which is greedy decoding
     and needs no keys. See `truncate`. A score is the model's log p, whatever the constraints are.
     """
-    rows, constraints = len(sources.tokens), sources.constraints
+    rows, constraints = sources.tokens.shape[0], sources.constraints
     cache, has_source, limits = sources.start(model)
 
     def step(cache, state):
@@ -198,7 +199,7 @@ def beam_search(
     finished ones. With J = 1 and no length penalty it is greedy decoding.
     """
     cache, has_source, limits = sources.start(model, beam_size)
-    blank = jnp.full((len(sources.tokens), beam_size, sources.max_length), PAD, jnp.int32)
+    blank = jnp.full((sources.tokens.shape[0], beam_size, sources.max_length), PAD, jnp.int32)
     missing = jnp.full(blank.shape[:2], -jnp.inf)
     log_p = missing.at[:, 0].set(jnp.where(has_source, 0.0, -jnp.inf))
 

@@ -218,7 +218,7 @@ class MultiHeadAttention(Moded):
         return self.out(heads.swapaxes(1, 2))
 
 
-def _four_axes(x: Array | None, batch: list[int]) -> Array | None:
+def _four_axes(x: Array | None, batch: list[Any]) -> Array | None:
     """Reshapes a mask or bias broadcastable to [*batch, N, T, S] to four axes."""
     if x is None:
         return None

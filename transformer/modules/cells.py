@@ -31,7 +31,7 @@ class Cell(nnx.Module):
         self.input = linear(in_features, kernel_init=glorot)
         self.recurrent = linear(width, kernel_init=orthogonal, use_bias=False)
 
-    def start(self, rows: int) -> State:
+    def start(self, rows: Any) -> State:
         """The state before the first step."""
         return (jnp.zeros((rows, self.width), self.dtype),) * self.arrays
 

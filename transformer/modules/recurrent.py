@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
     def pick(self, parents: Int[Array, "B J"]) -> "Cache":
         """The cache in which hypothesis j continues hypothesis parents[:, j]."""
-        rows = (jnp.arange(len(parents))[:, None] * parents.shape[1] + parents).reshape(-1)
+        rows = (jnp.arange(parents.shape[0])[:, None] * parents.shape[1] + parents).reshape(-1)
         states, attended = jax.tree.map(lambda each: each[rows], (self.states, self.attended))
         return self._replace(states=states, attended=attended)
 
@@ -109,7 +109,7 @@ class Recurrent(EncoderDecoder):
 
     def decode_step(self, tokens: Target, cache: Cache) -> tuple[Logits, Cache]:
         """As `Transformer.decode_step`; with several hypotheses, the next token of each."""
-        rows = tokens.reshape(len(cache.attended), -1)
+        rows = tokens.reshape(cache.attended.shape[0], -1)
         hidden, cache = self._advance(rows, cache, deterministic=True)
         return self.logits(hidden).reshape(*tokens.shape, -1), cache
 

@@ -246,14 +246,14 @@ class Transformer(EncoderDecoder):
     ) -> Cache:
         """An empty cache for up to `length` target positions per hypothesis."""
         config, entries = self.config, length * hypotheses
-        shape = len(memory), config.num_kv_heads or config.num_heads
+        shape = memory.shape[0], config.num_kv_heads or config.num_heads
         key = jnp.zeros((*shape, config.attention_width(), entries), memory.dtype)
         value = jnp.zeros((*shape, entries, config.values_width()), memory.dtype)
         read = (layer.cross_attention.project_kv(memory) for layer in self.decoder.layers)
         return Cache(
             filled=jnp.zeros((), jnp.int32),
             decoded=(KeyValueCache(key, value),) * config.decoder_depth(),
-            own=jnp.zeros((len(memory), hypotheses, entries), bool),
+            own=jnp.zeros((memory.shape[0], hypotheses, entries), bool),
             memory=tuple(map(KeyValueCache.of, read)),
             source_segments=source_segments,
         )
@@ -271,7 +271,7 @@ class Transformer(EncoderDecoder):
             index = filled + jnp.arange(steps)[None]
             mask = masking.causal(steps, room, filled)
         else:
-            new = jnp.eye(hypotheses, dtype=bool)[None].repeat(len(tokens), axis=0)
+            new = jnp.eye(hypotheses, dtype=bool)[None].repeat(tokens.shape[0], axis=0)
             own = jax.lax.dynamic_update_slice_in_dim(cache.own, new, filled * hypotheses, axis=2)
             cache, mask = cache._replace(own=own), own[:, None]
         if self.config.window is not None:

@@ -1,0 +1,158 @@
+"""Tokenizers of Hugging Face folders, read and written."""
+
+import io
+import json
+
+import pytest
+
+from transformer.data.corpus import Tokenizers
+from transformer.data.tokenizer import ByteTokenizer, PieceTokenizer, SymbolTokenizer
+from transformer.errors import UserError
+from transformer.interop.huggingface import HuggingFaceModel
+from transformer.interop.huggingface_tokenizers import read_tokenizers
+from transformer.interop.tokenizer_files import write_tokenizers
+
+spm = pytest.importorskip("sentencepiece")
+TEXTS = ["low lower lowest", "new newer newest", "wide wider widest", "a low new wide bed"]
+FAIRSEQ = {"pad": 1, "eos": 2, "start": 2, "bos": 0}
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """Trains a SentencePiece model with special tokens of these ids; -1: none."""
+
+    def train(**ids):
+        model = io.BytesIO()
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=iter(TEXTS),
+            model_writer=model,
+            vocab_size=32,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **ids,
+        )
+        return model.getvalue()
+
+    return train
+
+
+def model_of(family, size, ids, target_size=None):
+    """What the config of a folder says about its tokens."""
+    given = {"forced_first": None, "forced_last": None, "banned": ()} | {"bos": None} | ids
+    sizes = {"vocab_size": size, "target_vocab_size": target_size or size}
+    names = {"family": family, "knobs": {}, "layout": {}, "ignored": frozenset()}
+    return HuggingFaceModel(
+        **names, **sizes, ids=given, decoding={}, tokenizer_class=None, tensors={}
+    )
+
+
+def ids_of(tokenizer, text):
+    """Their ids of a text."""
+    return tokenizer.theirs[tokenizer.encode(text)].tolist()
+
+
+def pieces_of(data):
+    own = spm.SentencePieceProcessor(model_proto=data)
+    return own, [own.IdToPiece(number) for number in range(own.GetPieceSize())]
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_marian_has_numbers_of_its_own(two, sentences, tmp_path):
+    data = sentences()
+    own, pieces = pieces_of(data)
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).write_bytes(data)
+    names = ["</s>", "<unk>", *reversed(pieces[3:]), ">>deu<<", "<pad>"]
+    size = len(names)
+    (tmp_path / "vocab.json").write_text(json.dumps({n: k for k, n in enumerate(names)}))
+    if two:
+        (tmp_path / "target_vocab.json").write_text((tmp_path / "vocab.json").read_text())
+    ids = {"pad": size - 1, "eos": 0, "start": size - 1}
+    read = read_tokenizers(tmp_path, model_of("marian", size, ids), None)
+    assert read.shared() == (not two)
+    expected = [names.index(piece) for piece in own.Encode(TEXTS[0], out_type=str)]
+    assert ids_of(read.source, TEXTS[0]) == [*expected, 0]
+    assert read.target.decode(read.target.encode(TEXTS[0])) == TEXTS[0]
+    german = read.prefixed(">>deu<<", None)
+    assert ids_of(german.source, TEXTS[0]) == [names.index(">>deu<<"), *expected, 0]
+    assert ids_of(read.source, "low ☃")[-2:] == [1, 0]
+
+
+def test_t5_has_sentinels_after_its_pieces(sentences, tmp_path):
+    data = sentences(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    own, pieces = pieces_of(data)
+    (tmp_path / "spiece.model").write_bytes(data)
+    size = len(pieces) + 104
+    ids = {"pad": 0, "eos": 1, "start": 0}
+    read = read_tokenizers(tmp_path, model_of("t5", size, ids), None)
+    assert ids_of(read.source, TEXTS[1]) == [*own.Encode(TEXTS[1]), 1]
+    assert read.source.pieces[len(pieces) + 99] == "<extra_id_0>"
+    assert len(read.source.theirs) == size
+
+
+def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
+    data = sentences(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    own, pieces = pieces_of(data)
+    for family in ("pegasus", "mbart"):
+        (tmp_path / family).mkdir()
+    (tmp_path / "pegasus" / "spiece.model").write_bytes(data)
+    ids = {"pad": 0, "eos": 1, "start": 0}
+    size = len(pieces) + 103
+    read = read_tokenizers(tmp_path / "pegasus", model_of("pegasus", size, ids), None)
+    assert ids_of(read.source, TEXTS[2]) == [*(n + 103 for n in own.Encode(TEXTS[2])), 1]
+    assert int(read.source.theirs[read.source.unknown_id]) == 105
+
+    data = sentences()  # <unk>, <s>, </s>
+    own, pieces = pieces_of(data)
+    folder = tmp_path / "mbart"
+    (folder / "sentencepiece.bpe.model").write_bytes(data)
+    size = len(pieces) + 3
+    added = {"en_XX": size - 2, "de_DE": size - 1}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    read = read_tokenizers(folder, model_of("mbart", size, FAIRSEQ | {"start": size - 1}), None)
+    shifted = [number + 1 for number in own.Encode(TEXTS[2])]
+    assert ids_of(read.source, TEXTS[2]) == [*shifted, 2, size - 2]  # the language follows EOS
+    read = read_tokenizers(folder, model_of("mbart", size, FAIRSEQ), None)  # mBART-50
+    assert ids_of(read.source, TEXTS[2]) == [size - 2, *shifted, 2]
+
+
+def test_m2m_100_has_a_vocabulary_and_languages(sentences, tmp_path):
+    data = sentences()
+    own, pieces = pieces_of(data)
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(data)
+    names = ["<s>", "<pad>", "</s>", "<unk>", *reversed(pieces[3:])]
+    (tmp_path / "vocab.json").write_text(json.dumps({n: k for k, n in enumerate(names)}))
+    languages = {"additional_special_tokens": ["__de__", "__en__"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(languages))
+    size = len(names) + 10
+    read = read_tokenizers(tmp_path, model_of("m2m_100", size, FAIRSEQ), None)
+    expected = [names.index(piece) for piece in own.Encode(TEXTS[3], out_type=str)]
+    assert ids_of(read.source, TEXTS[3]) == [len(names) + 1, *expected, 2]
+    german = read.prefixed("__de__", "__en__")
+    assert ids_of(german.source, TEXTS[3])[0] == len(names)
+    assert ids_of(german.target, TEXTS[3])[0] == len(names) + 1
+    with pytest.raises(UserError, match="source_prefix='__xx__'"):
+        read.prefixed("__xx__", None)
+
+
+OWN = {
+    "characters": lambda: SymbolTokenizer(" abdehilnorstw"),
+    "words": lambda: SymbolTokenizer(["a", "bed", "low", "new", "wide"], " ", unknown=True),
+    "bytes": ByteTokenizer,
+    "bpe": lambda: PieceTokenizer.learn("bpe", iter(TEXTS), 300),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+@pytest.mark.parametrize("kind", OWN)
+def test_the_library_reads_our_tokenizers(kind, tmp_path):
+    hf = pytest.importorskip("transformers")
+    own = OWN[kind]()
+    write_tokenizers(Tokenizers(own, own), "pegasus", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "pegasus"}))
+    there = hf.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a low new wide bed", "low bed"):
+        tokens = own.encode(text)
+        assert there(text).input_ids == tokens
+        assert there.decode(tokens, skip_special_tokens=True) == own.decode(tokens) == text

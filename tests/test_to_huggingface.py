@@ -1,0 +1,106 @@
+"""Our models, exported to Hugging Face's classes and imported again."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.config import RunConfig, default_config
+from transformer.data.corpus import Tokenizers
+from transformer.data.tokenizer import SymbolTokenizer
+from transformer.errors import UserError
+from transformer.inference.generation import TrainedModel
+from transformer.interop.importing import import_run
+from transformer.interop.to_huggingface import export, find_class
+from transformer.modules.config import ModelConfig
+from transformer.parallel.mesh import one_device_mesh
+from transformer.run import Run
+
+SIZES = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 24, "max_length": 24}
+LEARNED = {"position_encoding": "learned"}
+T5 = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
+MODELS = {
+    "default": {"norm_epsilon": 1e-5},
+    "bias": {"norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True},
+    "learned": {"norm_epsilon": 1e-5, "feed_forward": "gelu", **LEARNED},
+    "untied": {"norm_epsilon": 1e-5, "tie_embeddings": "none", "decoder_layers": 3},
+    "paper": {"norm_epsilon": 1e-5, "norm_placement": "post", "attention_bias": True},
+    "post learned": {"norm_epsilon": 1e-5, "norm_placement": "post", **LEARNED},
+    "t5": {**T5, "d_k": 3},
+    "t5 gated": {**T5, "feed_forward": "geglu", "tie_embeddings": "inputs"},
+}
+CLASSES = ["Pegasus"] * 4 + ["Marian"] * 2 + ["T5"] * 2
+
+
+def random_model(knobs, **sections) -> TrainedModel:
+    """A model of characters with random variables, as if it were trained."""
+    config = default_config()
+    config.model.update(SIZES | knobs)
+    for name, values in sections.items():
+        config[name].update(values)
+    run = Run(RunConfig.from_config_dict(config), mesh=one_device_mesh())
+    run.tokenizers = Tokenizers(*[SymbolTokenizer("abcdefghij")] * 2)
+    rng = np.random.default_rng(0)
+    shapes = run.model.shapes
+    values = {name: rng.normal(size=leaf.shape) for name, leaf in shapes.items()}
+    for name, value in values.items():
+        if name.endswith("/scale"):
+            value[...] = 1 + 0.1 * value
+    return TrainedModel(run, {name: jnp.asarray(x, jnp.float32) for name, x in values.items()})
+
+
+def logits_of(model: TrainedModel) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    source, target = jnp.asarray(rng.integers(3, 13, (2, 3, 6)), jnp.int32)
+    return np.asarray(model.module(source, target))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_model_comes_back(name, tmp_path):
+    pytest.importorskip("safetensors")
+    model = random_model(MODELS[name])
+    export(model, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert record["architectures"][0].startswith(CLASSES[list(MODELS).index(name)])
+    for file in tmp_path.glob("out/token*"):
+        file.unlink()
+    pieces = {piece: number for number, piece in enumerate(model.tokenizers.source.pieces)}
+    (tmp_path / "out" / "vocab.json").write_text(json.dumps(pieces))
+    again = import_run(tmp_path / "out", tmp_path / "run").trained_model()
+    expected = logits_of(model)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits_of(again), expected, atol=1e-5 * scale)
+    assert again.config.decoding.max_length == 24
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", MODELS)
+def test_the_class_computes_the_same(name, tmp_path):
+    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = random_model(MODELS[name])
+    export(model, tmp_path)
+    there, info = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    rng = np.random.default_rng(0)
+    source, target = torch.tensor(rng.integers(3, 13, (2, 3, 6)))
+    with torch.no_grad():
+        found = there.eval()(input_ids=source, decoder_input_ids=target).logits.numpy()
+    expected = logits_of(model)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_no_class_holds_is_named():
+    find_class(ModelConfig())
+    for knobs, words in (
+        ({"position_encoding": "alibi"}, "position_encoding=alibi"),
+        ({"norm_placement": "both"}, "norm_placement=both"),
+        ({"window": 4}, "window=4"),
+        ({"num_kv_heads": 2}, "num_kv_heads=2"),
+        ({"normalize_qk": True}, "normalize_qk=True"),
+        ({"norm": "rms", "position_encoding": "rotary"}, "position_encoding=rotary"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_class(ModelConfig(**knobs))
