@@ -359,7 +359,7 @@ def _sinusoidal(layout: str, rates: str, offset: int) -> Values:
     return {"position_encoding": "sinusoidal"} | knobs
 
 
-SINUSOIDS = (
+SINUSOIDS: tuple[Values, ...] = (
     {"position_encoding": "none"},
     _sinusoidal("neighbours", "paper", 0),
     _sinusoidal("halves", "paper", 0),

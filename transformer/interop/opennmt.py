@@ -124,7 +124,7 @@ def _knobs(tensors: Mapping[str, np.ndarray], options: Values) -> Values:
     if kind not in SINUSOIDS:
         raise UserError(f"position_encoding_type={kind} is none of {', '.join(SINUSOIDS)}")
     layout, rates = SINUSOIDS[kind]
-    inputs = np.array_equal(*tables)
+    inputs = np.array_equal(tables[0], tables[1])
     outputs = np.array_equal(tables[1], tensors[LOGITS])
     ties = {(True, True): "all", (True, False): "inputs", (False, True): "target_output"}
     kv_heads = keys.shape[0] * heads // width
