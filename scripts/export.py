@@ -6,7 +6,8 @@
     python scripts/export.py --workdir=runs/x --to=onnx --out=exported --shapes=1x16,8x32
 
 CTranslate2 takes the tokens of its vocabulary files, and ends a source with EOS by itself. Decode
-with `suppress_sequences=[["<pad>"], ["<s>"]]` and `min_decoding_length=0`, as this library does.
+with `min_decoding_length=0` and `suppress_sequences` of `<pad>`, `<s>` and all `<unused …>`, which
+this library never outputs.
 StableHLO is the whole loop of decoding with the given settings; `load.py` in the folder loads it.
 ONNX has greedy decoding, the encoder and a step of the decoder for each shape of sources.
 """

@@ -34,10 +34,12 @@ def write(folder, variables, aliases=(), version=6, kind="TransformerSpec"):
     folder.mkdir(exist_ok=True)
     (folder / "model.bin").write_bytes(b"".join(parts))
     if version == 5:
-        (folder / "shared_vocabulary.txt").write_text("\n".join(PIECES) + "\n")
+        (folder / "shared_vocabulary.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
     else:
-        (folder / "shared_vocabulary.json").write_text(json.dumps(PIECES))
-        (folder / "config.json").write_text(json.dumps({"layer_norm_epsilon": 1e-6}))
+        (folder / "shared_vocabulary.json").write_text(json.dumps(PIECES), encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps({"layer_norm_epsilon": 1e-6}), encoding="utf-8"
+        )
 
 
 def variables_of(model, weights):
@@ -109,7 +111,7 @@ def test_a_vocabulary_without_padding_gets_a_row_that_the_softmax_leaves_out(tmp
     model, weights = small()
     write(tmp_path, *variables_of(model, weights))
     names = json.dumps(["x", *PIECES[1:]])
-    (tmp_path / "shared_vocabulary.json").write_text(names)
+    (tmp_path / "shared_vocabulary.json").write_text(names, encoding="utf-8")
     found = read(tmp_path)
     _, params = params_of(found)
     assert found.ids["source"]["pad"] == len(PIECES)

@@ -166,9 +166,9 @@ def spec(config: ModelConfig, weights: Weights) -> "TransformerSpec":
     if config.position_encoding == "rotary":
         options |= {"rotary_dim": 0, "rotary_interleave": False, "rotary_base": config.rotary_base}
     depths, heads = (config.num_layers, config.decoder_depth()), config.num_heads
-    encoder = specs.TransformerEncoderSpec(depths[0], heads, **options)
+    encoder: Any = specs.TransformerEncoderSpec(depths[0], heads, **options)
     options["external_pre_post_encoder_layers"] = both
-    decoder = specs.TransformerDecoderSpec(depths[1], heads, **options)
+    decoder: Any = specs.TransformerDecoderSpec(depths[1], heads, **options)
     built = specs.TransformerSpec(encoder, decoder)
     if config.logits_scale != 1.0:
         decoder.scale_outputs = np.float32(config.logits_scale)
@@ -206,7 +206,7 @@ def export(model: TrainedModel, out: Path, quantization: str | None = None) -> N
             f"CTranslate2 ends a source with EOS, and this tokenizer does not: {remedy}"
         )
     weights = {name: np.asarray(array, np.float32) for name, array in model.variables.items()}
-    built = spec(config, weights)
+    built: Any = spec(config, weights)
     sizes = (built.encoder.embeddings[0].weight, built.decoder.embeddings.weight)
     source, target = map(vocabulary, model.tokenizers, map(len, sizes))
     built.register_source_vocabulary(source)

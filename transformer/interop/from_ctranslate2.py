@@ -81,7 +81,7 @@ class CTranslate2Model:
             parts = np.split(value, np.cumsum(sizes)[:-1])
             for name, part in zip(ours, parts, strict=True):
                 side = TABLES.get(name)
-                yield name, to_ours(part, name, shapes[name], side and rows[side])
+                yield name, to_ours(part, name, shapes[name], rows[side] if side else None)
             done |= {*ours}
 
 
@@ -152,7 +152,7 @@ def read(path: Path) -> CTranslate2Model:
     variables, config = read_variables(folder / "model.bin"), dict(DEFAULTS)
     if (file := folder / "config.json").is_file():
         with explained(f"{file} is damaged ({{reason}})", ValueError):
-            config |= json.loads(file.read_text())
+            config |= json.loads(file.read_text(encoding="utf-8"))
     pieces = _vocabularies(folder)
     ids = {side: _ids(own, config) for side, own in pieces.items()}
     start = config.get("decoder_start_token") or config["bos_token"]
@@ -359,7 +359,7 @@ def _sinusoidal(layout: str, rates: str, offset: int) -> Values:
     return {"position_encoding": "sinusoidal"} | knobs
 
 
-SINUSOIDS = (
+SINUSOIDS: tuple[Values, ...] = (
     {"position_encoding": "none"},
     _sinusoidal("neighbours", "paper", 0),
     _sinusoidal("halves", "paper", 0),

@@ -92,7 +92,8 @@ def _write(path: Path, function: Callable, inputs: dict[str, Any], outputs: list
 
     It is traced here: jax2onnx has rules of its own for modules of Flax, which subclasses break.
     """
-    with explained("export to ONNX: pip install jax2onnx", ImportError):
+    # It asks for an older orbax-checkpoint, which it does not need for this.
+    with explained("export to ONNX: pip install --no-deps jax2onnx onnx onnx-ir", ImportError):
         from jax2onnx import to_onnx
     with jax.enable_x64(False):
         traced = jaxpr_as_fun(jax.make_jaxpr(function)(*inputs.values()))
