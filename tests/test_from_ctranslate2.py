@@ -8,8 +8,9 @@ import pytest
 from tests.helpers import TOKENIZER, random_params, refused, small_model
 from tests.test_average import make_run
 from transformer import load
-from transformer.interop import ctranslate2
-from transformer.interop.from_ctranslate2 import read
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.interop import ctranslate2, from_ctranslate2
+from transformer.interop.layout import parameters
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
 
@@ -50,16 +51,17 @@ def variables_of(model, weights):
     return found, [(f"decoder/{name}/weight", tied) for name in ("embeddings", "projection")]
 
 
-def identity(size):
-    return dict.fromkeys(("source", "target"), np.arange(size))
+def read(folder):
+    return from_ctranslate2.read(folder, None)
 
 
 def params_of(found):
-    sizes = map(len, found.pieces.values())
-    model = Model(ModelConfig(**found.knobs), *sizes)
+    """The model, and its parameters with the rows of the file."""
+    sizes = {name: side.vocab_size for name, side in found.tokenizers._asdict().items()}
+    model = Model(ModelConfig(**found.knobs), *sizes.values())
     shapes = {name: leaf.shape for name, leaf in model.shapes.items()}
-    rows = {side: np.arange(len(own)) for side, own in found.pieces.items()}
-    params = dict(found.params(shapes, rows))
+    rows = {side: np.arange(size) for side, size in sizes.items()}
+    params = dict(parameters(found.tensors, found.layout, shapes, rows))
     assert {name: value.shape for name, value in params.items()} == shapes
     return model, params
 
@@ -75,10 +77,11 @@ def test_weights_and_knobs_are_those_in_the_file(version, tmp_path):
     model, weights = small()
     write(tmp_path, *variables_of(model, weights), version)
     found = read(tmp_path)
-    assert found.pieces["source"] is found.pieces["target"]
-    assert found.pieces["source"] == PIECES
-    assert found.ids["target"]["start"] == 1
-    assert found.ids["source"]["banned"] == (0, 1)
+    source, target = found.tokenizers
+    assert found.tokenizers.shared()
+    assert source.pieces == PIECES
+    assert (target.start, target.banned) == (BOS, (PAD, BOS))
+    assert list(source.end) == [] if version == 5 else [EOS]  # its default is not to add EOS
     read_model, params = params_of(found)
     np.testing.assert_equal(params, weights)
     wanted = "d_model num_heads num_layers position_encoding norm norm_placement tie_embeddings"
@@ -98,6 +101,7 @@ def test_narrow_weights_are_read_as_float32(kind, tmp_path):
             scale = 127 / np.abs(value).max(1)
             variables[f"{name}_scale"] = scale.astype(np.float32)
             variables[name] = np.rint(value * scale[:, None]).astype(np.int8)
+            aliases += [(f"{x}_scale", f"{y}_scale") for x, y in aliases if y == name]
         else:
             variables[name] = value.astype(jnp.dtype(kind))
     write(tmp_path, variables, aliases)
@@ -114,8 +118,8 @@ def test_a_vocabulary_without_padding_gets_a_row_that_the_softmax_leaves_out(tmp
     (tmp_path / "shared_vocabulary.json").write_text(names, encoding="utf-8")
     found = read(tmp_path)
     _, params = params_of(found)
-    assert found.ids["source"]["pad"] == len(PIECES)
-    assert found.pieces["target"][-1] == "<padding>"
+    assert found.tokenizers.target.theirs[PAD] == len(PIECES)
+    assert found.tokenizers.target.pieces[PAD] == "<padding>"
     assert not params["embedding/embedding"][-1].any()
     np.testing.assert_array_equal(
         params["embedding/embedding"][:-1], weights["embedding/embedding"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import refused
-from transformer.interop.layout import to_ours
+from transformer.data.tokenizer import BOS, EOS
+from transformer.interop.layout import parameters
 from transformer.interop.opennmt import read
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
@@ -120,23 +121,26 @@ def forward(state, source, target, activation, concat):
 )
 def test_logits_are_those_of_a_plain_forward_pass(changes, activation, tmp_path):
     state = checkpoint(tmp_path / "model.pt", **changes)
-    found = read(tmp_path / "model.pt")
-    assert found.ids["target"]["start"] == SPECIALS.index("<s>")
-    assert found.ids["source"]["pad"] == SPECIALS.index("<blank>")
-    assert not found.source_eos
-    model = Model(ModelConfig(**found.knobs), *map(len, found.pieces.values()))
+    found = read(tmp_path / "model.pt", None)
+    source, target = found.tokenizers
+    roles = SPECIALS.index("<blank>"), SPECIALS.index("<s>"), SPECIALS.index("</s>")
+    assert tuple(source.theirs[:3]) == tuple(target.theirs[:3]) == roles
+    assert target.start == BOS
+    assert EOS not in source.encode("a b")
+    assert source.encode("") == [EOS]
+    model = Model(ModelConfig(**found.knobs), source.vocab_size, target.vocab_size)
     assert (model.config.tie_embeddings == "all") == changes.get("shared", False)
-    params = {
-        ours: jnp.asarray(to_ours(found.tensors[theirs], ours, model.shapes[ours].shape))
-        for theirs, (ours,) in found.layout.items()
-    }
-    assert params.keys() == model.shapes.keys()
-    source, target = np.array([[4, 6, 5, 8, 7]], np.int32), np.array([[2, 5, 9, 4]], np.int32)
+    shapes = {name: leaf.shape for name, leaf in model.shapes.items()}
+    rows = {"source": np.arange(source.vocab_size), "target": np.arange(target.vocab_size)}
+    held = parameters(found.tensors, found.layout, shapes, rows)
+    params = {name: jnp.asarray(value) for name, value in held}
+    assert params.keys() == shapes.keys()
+    given, outputs = np.array([[4, 6, 5, 8, 7]], np.int32), np.array([[2, 5, 9, 4]], np.int32)
     segments = {"source_segments": jnp.ones((1, 5), jnp.int32)}
     segments["target_segments"] = jnp.ones((1, 4), jnp.int32)
-    ours = model.bind(params)(jnp.asarray(source), jnp.asarray(target), **segments)
+    ours = model.bind(params)(jnp.asarray(given), jnp.asarray(outputs), **segments)
     concat = "position_encoding_type" in changes
-    tokens = torch.tensor(source).long(), torch.tensor(target).long()
+    tokens = torch.tensor(given).long(), torch.tensor(outputs).long()
     theirs = forward(state, *tokens, activation, concat)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
 
@@ -144,10 +148,10 @@ def test_logits_are_those_of_a_plain_forward_pass(changes, activation, tmp_path)
 def test_what_cannot_be_read_is_refused_in_a_line(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"nothing")
-    refused("is not a checkpoint of OpenNMT-py", read, path)
+    refused("is not a file of PyTorch", read, path, None)
     torch.save({"model": {}}, path)
-    refused("lacks model, generator, vocab or opt", read, path)
+    refused("lacks model, generator, vocab or opt", read, path, None)
     checkpoint(path, max_relative_positions=-1)
-    refused("max_relative_positions=-1 is not supported", read, path)
+    refused("max_relative_positions=-1 is not supported", read, path, None)
     checkpoint(path, pos_ffn_activation_fn="fast_gelu")
-    refused("pos_ffn_activation_fn=fast_gelu", read, path)
+    refused("pos_ffn_activation_fn=fast_gelu", read, path, None)

@@ -16,7 +16,7 @@ from transformer.data.batches import Dataset
 from transformer.data.corpus import Corpus, Tokenizers, open_corpus, saved_tokenizers
 from transformer.data.packing import TokenRows, filter_by_length, pack_rows, unpacked_rows
 from transformer.data.streaming import StreamedDataset
-from transformer.data.tokenizer import PAD
+from transformer.data.tokenizer import EOS, PAD
 from transformer.errors import UserError, choose
 from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig
@@ -140,8 +140,8 @@ class Run:
     def rows(self) -> TokenRows:
         """The training rows, packed if `data.pack_length` is set."""
         rows, length = self.examples[0], self.config.data.pack_length
-        if length and self.tokenizers.source.suffix:
-            where = "a packed row cannot hold the source's tokens after EOS"
+        if length and [*self.tokenizers.source.end] != [EOS]:
+            where = "packed rows need sources that end with EOS, and those of this tokenizer do not"
             raise UserError(f"data.pack_length={length}: {where}; set it to 0")
         return pack_rows(rows, length) if length else rows
 

@@ -124,7 +124,8 @@ class ImportedTokenizer(Tokenizer):
 
     Every row of the imported table has an id. Ids are permuted: padding, BOS (without one the first
     other token) and EOS become 0, 1 and 2, and the others follow in their order. Sources are
-    prefix, pieces, EOS, suffix; targets are prefix, pieces, EOS. A text without pieces is EOS.
+    prefix, pieces, EOS, suffix, or have no EOS and suffix; targets are prefix, pieces, EOS. A text
+    without pieces is EOS.
     """
 
     def __init__(self, saved: bytes):
@@ -153,10 +154,10 @@ class ImportedTokenizer(Tokenizer):
             None if number is None else self._own(number)[0]
             for number in (ids.unk, ids.forced_first, ids.forced_last)
         )
-        self.prefix, self.suffix, target_prefix = (self._own(*side) for side in sides)
-        self.before = record["before"]
+        self.prefix, suffix, target_prefix = (self._own(*side) for side in sides)
+        self.before, self.end = record["before"], [EOS, *suffix] if record["source_eos"] else []
         other = copy(self)
-        other.codec, other.prefix, other.suffix, other.before = target_codec, target_prefix, (), ""
+        other.codec, other.prefix, other.end, other.before = target_codec, target_prefix, [EOS], ""
         self._sides = other._sides = (self, other)
 
     @classmethod
@@ -172,6 +173,7 @@ class ImportedTokenizer(Tokenizer):
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
         target_prefix: Sequence[int] | None = None,
+        source_eos: bool = True,
     ) -> "ImportedTokenizer":
         """The tokenizer of a vocabulary with `size` rows; all ids are the original ones.
 
@@ -182,6 +184,7 @@ class ImportedTokenizer(Tokenizer):
           pieces: the vocabulary by id, language tokens included; None: the model's.
           prefix, suffix: tokens before a source, and after its EOS.
           target_prefix: tokens before a target; None: the forced first token.
+          source_eos: whether a source ends with EOS and `suffix`.
         """
         if target_prefix is None:
             target_prefix = () if ids.forced_first is None else (ids.forced_first,)
@@ -189,7 +192,7 @@ class ImportedTokenizer(Tokenizer):
         models = [None if each is None else base64.b64encode(each).decode() for each in given]
         record = {"kind": kind, "models": models, "pieces": [*(pieces or ())], "ids": ids}
         record |= {"size": size, "prefix": [*prefix], "suffix": [*suffix], "before": ""}
-        return cls._of(record | {"target_prefix": [*target_prefix]})
+        return cls._of(record | {"target_prefix": [*target_prefix], "source_eos": source_eos})
 
     @classmethod
     def _of(cls, record: Mapping[str, Any]) -> "ImportedTokenizer":
@@ -248,7 +251,7 @@ class ImportedTokenizer(Tokenizer):
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         found = self.codec.encode([self.before + text for text in texts])
         return [
-            [*self.prefix, *map(self._number, own), EOS, *self.suffix]
+            [*self.prefix, *map(self._number, own), *self.end]
             if own and (text.strip() or not self.before)
             else [EOS]
             for own, text in zip(found, texts, strict=True)

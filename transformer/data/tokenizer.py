@@ -34,7 +34,7 @@ class Tokenizer(abc.ABC):
 
     pieces: Sequence[str]  # the text of each id
     unknown_id: int | None = None  # None: all symbols are known, or unknown ones raise an error
-    suffix: Sequence[int] = ()  # tokens after EOS, of an imported tokenizer
+    end: Sequence[int] = (EOS,)  # what ends each text; a source of an imported model may differ
     # Of a target:
     start: int = BOS  # what the decoder reads first
     banned: tuple[int, ...] = (PAD, BOS)  # tokens that no output has

@@ -1,8 +1,6 @@
 """`import_run`, an ordinary run folder of the weights of another library."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +8,9 @@ import jax
 import numpy as np
 
 from transformer.config import RunConfig, default_config
-from transformer.data.corpus import Tokenizers
-from transformer.data.imported import ImportedTokenizer, TokenIds
-from transformer.errors import UserError, explained
-from transformer.interop import from_ctranslate2, huggingface
-from transformer.interop.huggingface_tokenizers import read_tokenizers
-from transformer.interop.layout import TABLES, check_names, to_ours
+from transformer.errors import UserError
+from transformer.interop import from_ctranslate2, huggingface, opennmt
+from transformer.interop.layout import Imported, parameters
 from transformer.parallel.mesh import one_device_mesh, place
 from transformer.run import Run
 from transformer.training.checkpoint import Checkpoints
@@ -23,18 +18,6 @@ from transformer.training.step import TrainState
 from transformer.workdir import Workdir, commit, versions, write_json
 
 FROZEN = ("*kernel", "*embedding")
-Shapes = Mapping[str, tuple[int, ...]]  # of parameters
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A model of another library in our terms."""
-
-    family: str
-    knobs: dict[str, Any]  # of ModelConfig
-    decoding: dict[str, Any]  # knobs of DecodingConfig
-    tokenizers: Tokenizers
-    params: Callable[[Shapes], Iterator[tuple[str, np.ndarray]]]  # names and values, in turn
 
 
 class Format(NamedTuple):
@@ -44,42 +27,10 @@ class Format(NamedTuple):
     read: Callable[[Path, Path | None], Imported]  # of a path, and of a SentencePiece model
 
 
-def read_huggingface(folder: Path, tokenizer: Path | None) -> Imported:
-    """Reads a folder of Hugging Face Transformers."""
-    model = huggingface.read_model(folder)
-    check_names(model.tensors, model.layout, model.ignored)
-    tokenizers = read_tokenizers(folder, model, tokenizer)
-    rows = {"source": tokenizers.source.theirs, "target": tokenizers.target.theirs}
-
-    def params(shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-        for theirs, (name,) in model.layout.items():
-            tokens = rows[TABLES[name]] if name in TABLES else None
-            yield name, to_ours(model.tensors[theirs], name, shapes[name], tokens)
-
-    return Imported(model.family, model.knobs, model.decoding, tokenizers, params)
-
-
-def read_ctranslate2(folder: Path, tokenizer: Path | None) -> Imported:
-    """Reads a model folder of CTranslate2, which holds a vocabulary; see `import_run`."""
-    model, made = from_ctranslate2.read(folder), []
-    kind, data = "pieces", b""
-    if tokenizer is not None:
-        with explained(f"{tokenizer}: name a SentencePiece model that can be read", OSError):
-            kind, data = "sentencepiece", tokenizer.read_bytes()
-    for side in ("target", "source"):
-        ids, pieces = TokenIds(**model.ids[side]), model.pieces[side]
-        size = len(pieces)
-        made.append(ImportedTokenizer.make(kind, data, pieces=pieces, ids=ids, size=size).sides())
-    shared = model.pieces["source"] is model.pieces["target"]
-    tokenizers = Tokenizers(made[0 if shared else 1][0], made[0][1])
-    rows = {"source": tokenizers.source.theirs, "target": tokenizers.target.theirs}
-    params = partial(model.params, rows=rows)
-    return Imported("Transformer", model.knobs, model.decoding, tokenizers, params)
-
-
 FORMATS = {
-    "CTranslate2": Format(lambda path: (path / "model.bin").is_file(), read_ctranslate2),
-    "Hugging Face": Format(lambda path: (path / "config.json").is_file(), read_huggingface),
+    "CTranslate2": Format(lambda path: (path / "model.bin").is_file(), from_ctranslate2.read),
+    "Hugging Face": Format(lambda path: (path / "config.json").is_file(), huggingface.read),
+    "OpenNMT-py": Format(Path.is_file, opennmt.read),
 }
 
 
@@ -141,10 +92,9 @@ def _write_checkpoint(run: Run, into: Workdir, imported: Imported) -> None:
     like = run.abstract_state
     shapes = {name: leaf.shape for name, leaf in like.params.items()}
     params = {}
-    for name, value in imported.params(shapes):
+    rows = {side: getattr(run.tokenizers, side).theirs for side in ("source", "target")}
+    for name, value in parameters(imported.tensors, imported.layout, shapes, rows):
         params[name] = place(value, like.params[name].sharding)
-    if lacking := sorted(shapes.keys() - params.keys()):
-        raise UserError(f"the weights lack what {lacking[0]} holds: check the config file")
 
     def zeros(leaf: Any) -> jax.Array:
         return place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)

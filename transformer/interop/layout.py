@@ -96,7 +96,7 @@ def _tensors(naming: Naming, theirs: str, ours: str) -> Iterator[tuple[str, tupl
             yield theirs + suffix, tuple(f"{path}/{part}/{kind}" for part in last.split("+"))
 
 
-def count_layers(naming: Naming, tensors: Container[str] | Tensors) -> dict[str, int]:
+def count_layers(naming: Naming, tensors: Tensors) -> dict[str, int]:
     """Returns the number of layers of each stack that `tensors` name."""
     depths = {}
     for stack in SIDES:

@@ -1,21 +1,49 @@
-"""`read`, a checkpoint of OpenNMT-py in the words of this code; needs PyTorch, not OpenNMT-py."""
+"""`read`, a checkpoint of OpenNMT-py 3 in the words of this code; needs PyTorch, not OpenNMT-py."""
 
-from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from transformer.errors import UserError, explained
-from transformer.interop.layout import LINEAR, NORM, PARTS, Layout, check_names
-from transformer.interop.readers import TorchTensors
+from transformer.errors import UserError
+from transformer.interop.layout import (
+    SIDES,
+    Imported,
+    Naming,
+    Values,
+    count_layers,
+    expand,
+    find,
+    infer_knobs,
+    tied,
+)
+from transformer.interop.readers import load_torch, plain_tokenizers, token_ids, torch_tensors
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
 
-Values = dict[str, Any]
-
+NAMING = Naming(
+    both="""
+    *.transformer.#.self_attn.linear_{query,keys}  */layers/#/self_attention/{query,key}
+    *.transformer.#.self_attn.linear_values        */layers/#/self_attention/value
+    *.transformer.#.self_attn.final_linear         */layers/#/self_attention/out
+    *.transformer.#.feed_forward.{w_1,w_3,w_2}     */layers/#/feed_forward/{expand,gate,contract}
+    *.layer_norm                                   */final_norm
+    """,
+    encoder="""
+    *.transformer.#.layer_norm                     */layers/#/residuals/0/norm
+    *.transformer.#.feed_forward.layer_norm        */layers/#/residuals/1/norm
+    *.embeddings.make_embedding.emb_luts.0.weight  embedding/embedding
+    """,
+    decoder="""
+    *.transformer.#.context_attn.linear_{query,keys}  */layers/#/cross_attention/{query,key}
+    *.transformer.#.context_attn.linear_values     */layers/#/cross_attention/value
+    *.transformer.#.context_attn.final_linear      */layers/#/cross_attention/out
+    *.transformer.#.layer_norm_1                   */layers/#/residuals/0/norm
+    *.transformer.#.layer_norm_2                   */layers/#/residuals/1/norm
+    *.transformer.#.feed_forward.layer_norm        */layers/#/residuals/2/norm
+    *.embeddings.make_embedding.emb_luts.0.weight  target_embedding/embedding
+    generator.weight                               output_embedding/embedding
+    generator.bias                                 logits_bias
+    """,
+)
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu_erf", "silu": "swish", "gated-silu": "swiglu"}
 SINUSOIDS = {"SinusoidalInterleaved": ("neighbours", "paper")}
 SINUSOIDS |= {"SinusoidalConcat": ("halves", "tensor2tensor")}
@@ -32,153 +60,56 @@ HOLDS: dict[str, tuple[Any, ...]] = {
     "feat_merge": ("concat", None),
     "aan_useffn": (False,),
     "generator_function": ("softmax",),
+    "pos_ffn_activation_fn": tuple(ACTIVATIONS),
+    "position_encoding_type": (None, *SINUSOIDS),
 }
+TABLES = [f"{stack}.embeddings.make_embedding.emb_luts.0.weight" for stack in SIDES]
+TABLES += ["generator.weight"]
+POSITIONS = [f"{stack}.embeddings.make_embedding.pe.pe" for stack in SIDES]
+DECODING: Values = {"beam_size": 5, "penalty": "length", "length_penalty": 0.0}
+DECODING |= {"early_stopping": "true", "unfinished": "equal", "decode_margin": 2**16}
 
 
-@dataclass(frozen=True)
-class OpenNMTModel:
-    """A checkpoint's model in our terms; token ids are theirs."""
-
-    knobs: Values  # of ModelConfig
-    layout: Layout
-    pieces: dict[str, list[str]]  # of source and target, by id
-    ids: dict[str, Values]  # the fields of `TokenIds` for source and target
-    source_eos: bool  # whether a source ends with EOS: it does not
-    tensors: Mapping[str, np.ndarray] = field(repr=False)
-
-
-def read(path: Path) -> OpenNMTModel:
-    """Returns the model in a checkpoint file.
+def read(path: Path, tokenizer: Path | None) -> Imported:
+    """Returns the model in a checkpoint file; see `plain_tokenizers` for `tokenizer`.
 
     Raises:
       UserError: it is no such file, or our model has no such part.
     """
-    with explained("OpenNMT-py checkpoints: pip install torch", ImportError):
-        import torch
-    message = f"{path} is not a checkpoint of OpenNMT-py that can be read safely"
-    kinds = Exception  # of a file that is not PyTorch's, torch.load raises nearly anything
-    with explained(message, kinds), torch.serialization.safe_globals([Namespace]):
-        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
-    if not isinstance(saved, dict) or not {"model", "generator", "vocab", "opt"} <= saved.keys():
+    saved = load_torch(path)
+    if not {"model", "generator", "vocab", "opt"} <= saved.keys():
         raise UserError(f"{path} lacks model, generator, vocab or opt: not from OpenNMT-py 3")
-    state = dict(saved["model"]) | {f"generator.{k}": v for k, v in saved["generator"].items()}
-    tensors, options = TorchTensors(state), vars(saved["opt"])
+    state = {name.replace("_layers.", "."): value for name, value in saved["model"].items()}
+    tensors = torch_tensors(state | {f"generator.{k}": v for k, v in saved["generator"].items()})
+    options, vocab = vars(saved["opt"]), saved["vocab"]
     for name, values in HOLDS.items():
         if name in options and options[name] not in values:
             raise UserError(f"{path}: {name}={options[name]} is not supported")
-    knobs = _knobs(tensors, options)
-    vocab = saved["vocab"]
+    depths = count_layers(NAMING, tensors)
+    knobs = _knobs(tensors, options, depths)
     pieces = {"source": list(vocab["src"]), "target": list(vocab["tgt"])}
-    if pieces["source"] == pieces["target"]:
-        pieces["target"] = pieces["source"]
-    start = vocab.get("decoder_start_token") or "<s>"
-    ids = {side: _ids(own, start if side == "target" else "<s>") for side, own in pieces.items()}
     model = Model(ModelConfig(**knobs), len(pieces["source"]), len(pieces["target"]))
-    full = _layout(model.config)
-    layout = {theirs: ours for theirs, ours in full.items() if ours[0] in model.shapes}
-    tables = {f"{stack}.embeddings.make_embedding.emb_luts.0.weight" for stack in STACKS}
-    positions = {f"{stack}.embeddings.make_embedding.pe.pe" for stack in STACKS}
-    check_names(dict.fromkeys(tensors), layout, frozenset(tables | positions | {LOGITS}))
-    return OpenNMTModel(knobs, layout, pieces, ids, False, tensors)
-
-
-LOGITS = "generator.weight"
-STACKS = {"encoder": "transformer", "decoder": "transformer_layers"}
-
-
-def _ids(pieces: list[str], start: str) -> Values:
-    """The fields of `TokenIds`."""
-    places = {piece: number for number, piece in enumerate(pieces)}
-    for name in ("<blank>", "</s>", start):
-        if name not in places:
-            raise UserError(f"the checkpoint's vocabulary lacks {name}: not from OpenNMT-py 3")
-    pad, bos = places["<blank>"], places.get("<s>")
-    return {
-        "pad": pad,
-        "eos": places["</s>"],
-        "start": places[start],
-        "bos": bos,
-        "unk": places.get("<unk>"),
-        "forced_first": None,
-        "forced_last": None,
-        "banned": tuple(sorted({pad, bos} - {None})),
+    layout = find(expand(NAMING, depths, model.shapes), tensors, {*TABLES, *POSITIONS})
+    first = {"source": "<s>", "target": vocab.get("decoder_start_token") or "<s>"}
+    ids = {
+        side: token_ids(own, "<blank>", "</s>", first[side], "<s>", "<unk>")
+        for side, own in pieces.items()
     }
+    tokenizers = plain_tokenizers(pieces, ids, tokenizer, source_eos=False)
+    return Imported("Transformer", knobs, dict(DECODING), tokenizers, layout, tensors)
 
 
-def _knobs(tensors: Mapping[str, np.ndarray], options: Values) -> Values:
+def _knobs(tensors: Any, options: Values, depths: Values) -> Values:
     """The knobs of `ModelConfig`."""
-    names, first = set(tensors), "encoder.transformer.0"
-    depths = [
-        len({name.split(".")[2] for name in names if name.startswith(f"{stack}.{layers}.")})
-        for stack, layers in STACKS.items()
-    ]
-    if 0 in depths:
-        raise UserError("the checkpoint has no layers of a Transformer: not from OpenNMT-py 3")
     heads = options.get("heads", 8)
-    tables = [tensors[f"{stack}.embeddings.make_embedding.emb_luts.0.weight"] for stack in STACKS]
-    keys, width = tensors[f"{first}.self_attn.linear_keys.weight"], tables[0].shape[1]
-    activation = options.get("pos_ffn_activation_fn", "relu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"pos_ffn_activation_fn={activation} is none of {', '.join(ACTIVATIONS)}")
     kind = options.get("position_encoding_type") or "SinusoidalInterleaved"
-    if kind not in SINUSOIDS:
-        raise UserError(f"position_encoding_type={kind} is none of {', '.join(SINUSOIDS)}")
     layout, rates = SINUSOIDS[kind]
-    inputs = np.array_equal(tables[0], tables[1])
-    outputs = np.array_equal(tables[1], tensors[LOGITS])
-    ties = {(True, True): "all", (True, False): "inputs", (False, True): "target_output"}
-    kv_heads = keys.shape[0] * heads // width
-    return {
-        "num_layers": depths[0],
-        "decoder_layers": None if depths[0] == depths[1] else depths[1],
-        "d_model": width,
-        "num_heads": heads,
-        "num_kv_heads": None if kv_heads == heads else kv_heads,
-        "d_ff": tensors[f"{first}.feed_forward.w_1.weight"].shape[0],
-        "scale_gated": False,
-        "feed_forward": ACTIVATIONS[activation],
-        "ff_bias": f"{first}.feed_forward.w_1.bias" in names,
-        "attention_bias": f"{first}.self_attn.linear_query.bias" in names,
-        "norm": "layer" if f"{first}.layer_norm.bias" in names else "rms",
-        "norm_placement": "pre",
+    return infer_knobs(tensors, expand(NAMING, depths), heads, pre=True) | {
+        "num_layers": depths["encoder"],
+        "decoder_layers": depths["decoder"],
+        "feed_forward": ACTIVATIONS[options.get("pos_ffn_activation_fn", "relu")],
         "norm_epsilon": options.get("norm_eps", 1e-6),
-        "position_encoding": "sinusoidal",
         "sinusoid_layout": layout,
         "sinusoid_rates": rates,
-        "tie_embeddings": ties.get((inputs, outputs), "none"),
-        "logits_bias": "generator.bias" in names,
+        "tie_embeddings": tied(*(tensors[name] for name in TABLES)),
     }
-
-
-def _layout(config: ModelConfig) -> Layout:
-    """Their tensors, and the parameter of each, if the model has it."""
-    out: Layout = {}
-
-    def add(theirs: str, ours: str, parts: Mapping[str, str]) -> None:
-        out.update({f"{theirs}.{name}": (f"{ours}/{part}",) for name, part in parts.items()})
-
-    for (stack, layers), depth in zip(
-        STACKS.items(), (config.num_layers, config.decoder_depth()), strict=True
-    ):
-        attentions = {"self_attn": "self_attention"}
-        attentions |= {"context_attn": "cross_attention"} if stack == "decoder" else {}
-        for i in range(depth):
-            theirs, ours = f"{stack}.{layers}.{i}", f"{stack}/layers/{i}"
-            for k, (name, attention) in enumerate(attentions.items()):
-                linears = "linear_query", "linear_keys", "linear_values", "final_linear"
-                for linear, part in zip(linears, PARTS, strict=True):
-                    add(f"{theirs}.{name}.{linear}", f"{ours}/{attention}/{part}", LINEAR)
-                norm = f"layer_norm_{k + 1}" if stack == "decoder" else "layer_norm"
-                add(f"{theirs}.{norm}", f"{ours}/residuals/{k}/norm", NORM)
-            for linear, part in (("w_1", "expand"), ("w_3", "gate"), ("w_2", "contract")):
-                add(f"{theirs}.feed_forward.{linear}", f"{ours}/feed_forward/{part}", LINEAR)
-            last = f"{ours}/residuals/{len(attentions)}/norm"
-            add(f"{theirs}.feed_forward.layer_norm", last, NORM)
-        add(f"{stack}.layer_norm", f"{stack}/final_norm", NORM)
-    table = "{}.embeddings.make_embedding.emb_luts.0.weight".format
-    out[table("encoder")] = ("embedding/embedding",)
-    if config.tie_embeddings in ("target_output", "none"):
-        out[table("decoder")] = ("target_embedding/embedding",)
-    if config.tie_embeddings in ("inputs", "none"):
-        out[LOGITS] = ("output_embedding/embedding",)
-    return out | {"generator.bias": ("logits_bias",)}
