@@ -142,12 +142,13 @@ EOS_LAST, STARTS_WITH_EOS = {"forced_eos_token_id": 2}, {"decoder_start_token_id
 STARTS_WITH_PAD = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 RELU = {"activation_function": "relu", "scale_embedding": True, "attention_dropout": 0.1}
 HEAD = "ForConditionalGeneration"
+# Several may hold a model here; the first is exported, so PEGASUS follows M2M100.
 FAMILIES = {
     "marian": _bart("MarianMTModel", POST | SINUSOIDS, {}),
+    "m2m_100": _bart(f"M2M100{HEAD}", M2M100, FAIRSEQ | STARTS_WITH_EOS | RELU),
     "pegasus": _bart(
         f"Pegasus{HEAD}", PRE | SINUSOIDS, STARTS_WITH_PAD | {"forced_eos_token_id": 1}
     ),
-    "m2m_100": _bart(f"M2M100{HEAD}", M2M100, FAIRSEQ | STARTS_WITH_EOS | RELU),
     "bart": _bart(f"Bart{HEAD}", POST | LEARNED, FAIRSEQ | STARTS_WITH_EOS | EOS_LAST),
     "mbart": _bart(f"MBart{HEAD}", PRE | LEARNED, FAIRSEQ | EOS_LAST),
     "t5": _t5(f"T5{HEAD}", T5_KEYS, "relu"),
@@ -180,8 +181,8 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
         generation |= {key: value for key, value in read_json(path).items() if value is not None}
     tables = _tables(family, tensors, config)
     values = {table: tensors[table] for table in tables}  # each is read once
-    knobs = knobs_of(name, config) | {"tie_embeddings": tied(*(values[each] for each in tables))}
-    knobs |= _knobs_of_tensors(name, tensors)
+    knobs: Values = knobs_of(name, config) | _knobs_of_tensors(name, tensors)
+    knobs["tie_embeddings"] = tied(*(values[each] for each in tables))
     size = required(config, "vocab_size")
     sizes = size, config.get("decoder_vocab_size") or size
     shapes = Model(ModelConfig(**knobs), *sizes).shapes

@@ -41,8 +41,9 @@ from transformer.workdir import write_json
 Weights = dict[str, np.ndarray]  # our names
 BIASES = ("attention_bias", "ff_bias", "logits_bias")  # a class that has them gets zeros
 # Knobs that say nothing about what a trained model computes, or that are in the others.
-UNSEEN = "cell kernel_init scale_gated max_length separate_vocabularies qk_norm_epsilon remat dtype"
-UNSEEN = set(f"{UNSEEN} attention_backend scan_layers dropout_rate attention_dropout_rate".split())
+UNSEEN = {"cell", "kernel_init", "scale_gated", "max_length", "separate_vocabularies", "dtype"}
+UNSEEN |= {"qk_norm_epsilon", "attention_backend", "scan_layers", "remat", "dropout_rate"}
+UNSEEN |= {"attention_dropout_rate"}
 
 
 def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
@@ -197,7 +198,8 @@ def _weights(name: str, model: TrainedModel) -> Weights:
     """Our weights as the class needs them: with all its biases and tables of positions."""
     config, fixed = model.model.config, FAMILIES[name].knobs
     biases = {knob: bool(fixed.get(knob, getattr(ModelConfig, knob))) for knob in BIASES}
-    like = Model(replace(config, **biases), *_sizes(model).values())
+    sizes = _sizes(model)
+    like = Model(replace(config, **biases), sizes["source"], sizes["target"])
     weights = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in like.shapes.items()}
     weights |= {key: np.asarray(jax.device_get(x)) for key, x in model.variables.items()}
     if config.position_encoding in POSITIONS.get(name, ()):
