@@ -25,7 +25,7 @@ from transformer.console import facts
 from transformer.errors import UserError, explained
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import TrainedModel
-from transformer.interop import ctranslate2, onnx, stablehlo, to_huggingface
+from transformer.interop import ctranslate2, huggingface_export, onnx, stablehlo
 from transformer.run import Run
 
 
@@ -53,7 +53,7 @@ def to_onnx(model: TrainedModel, out: Path) -> None:
 
 
 TARGETS = {
-    "huggingface": Target((), to_huggingface.export),
+    "huggingface": Target((), huggingface_export.export),
     "ctranslate2": Target(("quantization",), to_ctranslate2),
     "stablehlo": Target(("longest", *(x.name for x in fields(DecodingConfig))), to_stablehlo),
     "onnx": Target(("shapes",), to_onnx),

@@ -12,26 +12,25 @@ from tests.test_from_ctranslate2 import variables_of, write
 from tests.test_to_huggingface import T5, logits_of, random_model
 from transformer.config import RunConfig
 from transformer.errors import UserError
+from transformer.interop.huggingface_export import export
 from transformer.interop.importing import import_run
-from transformer.interop.to_huggingface import export
 from transformer.run import Run
 from transformer.workdir import Workdir
 
 files = pytest.importorskip("safetensors.numpy")
 
-BART = {"norm_epsilon": 1e-5, "attention_bias": True, "feed_forward": "gelu_erf"}
+BART = {"attention_bias": True, "feed_forward": "gelu_erf"}
 LEARNED = {"position_encoding": "learned", "position_offset": 2, "embedding_norm": True}
 HALVES = {"sinusoid_layout": "halves"}
+GATED = {"feed_forward": "geglu", "scale_gated": False}
 FAMILIES = {
     "marian": BART | HALVES | {"norm_placement": "post", "logits_bias": True},
     "pegasus": BART | HALVES | {"decoder_layers": 1},
     "m2m_100": BART | HALVES | {"sinusoid_rates": "tensor2tensor", "position_offset": 1},
     "bart": BART | LEARNED | {"norm_placement": "post", "embedding_scale": 1.0},
     "mbart": BART | LEARNED,
-    "t5": T5 | {"attention_scale": 1.0, "embedding_scale": 1.0, "logits_scale": 8**-0.5},
-    "umt5": T5
-    | {"relative_per_layer": True, "attention_scale": 1.0, "embedding_scale": 1.0}
-    | {"scale_gated": False, "feed_forward": "geglu", "tie_embeddings": "inputs"},
+    "t5": T5 | {"logits_scale": 8**-0.5},
+    "umt5": T5 | GATED | {"relative_per_layer": True, "tie_embeddings": "inputs"},
 }
 
 
@@ -58,7 +57,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_and_configs_survive_the_round_trip_bit_for_bit(family, tmp_path):
-    model = write_folder(tmp_path / "theirs", FAMILIES[family], decoding={"beam_size": 2})
+    model = write_folder(
+        tmp_path / "theirs", FAMILIES[family], decoding={"beam_size": 2, "penalty": "length"}
+    )
     record = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert record["model_type"] == family
     imported = import_run(tmp_path / "theirs", tmp_path / "run").trained_model()
@@ -163,8 +164,11 @@ def test_errors_name_the_thing(folder, tmp_path):
         import_run(theirs, tmp_path)
     check(broken(theirs, tmp_path / "a", model_type="fsmt"), "fsmt is not supported; these are: m")
     heads = broken(theirs, tmp_path / "b", decoder_attention_heads=4)
-    check(heads, "encoder_attention_heads=2 and decoder_attention_heads=4")
-    check(broken(theirs, tmp_path / "c", encoder_ffn_dim=32, decoder_ffn_dim=32), "check config")
+    check(heads, "decoder_attention_heads=4, and 2 in the other stack: model.num_heads")
+    check(
+        broken(theirs, tmp_path / "c", encoder_ffn_dim=32, decoder_ffn_dim=32),
+        "fc1.weight of shape .24, 8. needs 32 rows",
+    )
     check(broken(theirs, tmp_path / "d", decoder_layers=2), "lack model.decoder.layers.1")
     check(broken(theirs, tmp_path / "e", encoder_layers=1), "no parameter holds model.encoder")
     check(broken(theirs, tmp_path / "f", activation_function="mish"), "activation_function=mish")
@@ -175,5 +179,5 @@ def test_errors_name_the_thing(folder, tmp_path):
     path = short / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     check(short, "cut short")
-    check(theirs, "no such file", tokenizer=tmp_path / "missing.model")
+    check(theirs, "cannot be read: name", tokenizer=tmp_path / "missing.model")
     check(theirs, "source_prefix='>>deu<<'", source_prefix=">>deu<<")

@@ -1,12 +1,19 @@
-import jax.numpy as jnp
+"""Names and layouts of tensors of other libraries."""
+
 import numpy as np
 import pytest
 
 from transformer.errors import UserError
+from transformer.interop.huggingface import BART, T5
 from transformer.interop.layout import (
-    bart_layout,
-    check_names,
-    t5_layout,
+    COMPUTED,
+    TABLES,
+    expand,
+    find,
+    parameters,
+    position_knobs,
+    position_table,
+    tied,
     to_ours,
     to_theirs,
 )
@@ -14,43 +21,37 @@ from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
 
 SMALL = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_k": 3, "d_v": 3, "d_ff": 24}
+DEPTHS = {"encoder": 2, "decoder": 3}
+BIASED = {"attention_bias": True, "logits_bias": True}
+RELATIVE = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
 FAMILIES = {
-    "post": (
-        bart_layout(2, 2, final_norm=False),
-        {"norm_placement": "post", "attention_bias": True},
-    ),
-    "pre": (bart_layout(2, 2, final_norm=True), {"norm_placement": "pre", "attention_bias": True}),
-    "t5": (
-        t5_layout(2, 2, gated=False),
-        {"norm": "rms", "position_encoding": "relative", "attention_bias": False},
-    ),
-    "t5 gated": (
-        t5_layout(2, 2, gated=True),
-        {"norm": "rms", "position_encoding": "relative", "feed_forward": "geglu"},
-    ),
+    "post": (BART, BIASED | {"norm_placement": "post", "embedding_norm": True}),
+    "pre": (BART, BIASED | {"position_encoding": "learned"}),
+    "t5": (T5, RELATIVE),
+    "t5 gated": (T5, RELATIVE | {"feed_forward": "geglu", "relative_per_layer": True}),
 }
 
 
+def model_of(knobs):
+    return Model(ModelConfig(**{"decoder_layers": 3} | SMALL | knobs), 11, 11)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layout_names_every_parameter_of_the_layers_once(family):
-    layout, knobs = FAMILIES[family]
-    model = Model(ModelConfig(**{**SMALL, **knobs}), 11, 11)
-    named = [name for names in layout.values() for name in names]
-    assert len(named) == len(set(named))
-    layers = {name for name in model.shapes if "embedding" not in name}
-    if family.startswith("t5"):
-        layers -= {name for name in layers if "feed_forward" in name and name.endswith("bias")}
-    assert set(named) == layers
+def test_a_layout_names_every_parameter_but_the_tables_of_embeddings(family):
+    naming, knobs = FAMILIES[family]
+    shapes = model_of(knobs).shapes
+    layout = expand(naming, DEPTHS, shapes)
+    named = {name for names in layout.values() for name in names}
+    assert named == shapes.keys() - {name for name in TABLES if name != "logits_bias"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversions_are_inverse_bit_for_bit(family):
-    layout, knobs = FAMILIES[family]
-    model, rng = Model(ModelConfig(**{**SMALL, **knobs}), 11, 11), np.random.default_rng(0)
-    for (name,) in layout.values():
-        ours = rng.normal(size=model.shapes[name].shape).astype(np.float32)
+    shapes, rng = model_of(FAMILIES[family][1]).shapes, np.random.default_rng(0)
+    for name, leaf in shapes.items():
+        ours = rng.normal(size=leaf.shape).astype(np.float32)
         theirs = to_theirs(ours, name)
-        assert theirs.ndim == (2 if name.endswith("kernel") else 1)
+        assert theirs.ndim == (2 if name.endswith(("kernel", "embedding")) else 1)
         assert theirs.flags.c_contiguous
         again = to_ours(theirs, name, ours.shape)
         assert again.flags.c_contiguous
@@ -74,76 +75,36 @@ def test_rows_of_tables_follow_the_tokenizer():
     np.testing.assert_array_equal(to_theirs(ours, "embedding/embedding", theirs), table)
 
 
+def test_a_tensor_may_hold_several_parameters():
+    rows, tensor = {"source": np.arange(2), "target": np.array([1, 0])}, np.arange(24.0)
+    shapes = {"a/query/kernel": (3, 1, 2), "a/key/kernel": (3, 1, 2), "logits_bias": (2,)}
+    layout = {"qk": ("a/query/kernel", "a/key/kernel"), "b": ("logits_bias",)}
+    tensors = {"qk": tensor[:12].reshape(4, 3), "b": tensor[:2].reshape(1, 2)}
+    found = dict(parameters(tensors, layout, shapes, rows))
+    np.testing.assert_array_equal(found["a/key/kernel"][:, 0].T, tensors["qk"][2:])
+    assert found["logits_bias"].tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"qk of shape \(3, 3\) needs 4 rows"):
+        list(parameters(tensors | {"qk": np.zeros((3, 3))}, layout, shapes, rows))
+
+
 def test_mismatches_name_the_tensor():
-    with pytest.raises(UserError, match=r"query/kernel needs \(6, 8\), not \(8, 6\)"):
+    with pytest.raises(UserError, match=r"query/kernel needs a tensor of shape \(6, 8\), not \(8,"):
         to_ours(np.zeros((8, 6)), "query/kernel", (8, 2, 3))
-    with pytest.raises(UserError, match="x/bias of shape"):
-        to_ours(np.zeros(3), "x/bias", (4,))
-    layout = {"a": ("x",), "b": ("y",)}
-    check_names({"a": 0, "b": 0, "c": 0}, layout, frozenset("c"))
+    layout, one = {"a": ("x",), "old a": ("x",), "b": ("y",)}, np.zeros(1)
+    assert find(layout, {"old a": one, "b": one, "c": one}, {"c"}).keys() == {"old a", "b"}
     with pytest.raises(UserError, match="lack b"):
-        check_names({"a": 0}, layout, frozenset())
+        find(layout, {"a": one})
     with pytest.raises(UserError, match="no parameter holds c"):
-        check_names({"a": 0, "b": 0, "c": 0}, layout, frozenset())
+        find(layout, {"a": one, "b": one, "c": one})
 
 
-@pytest.mark.oracle
-def test_logits_of_pegasus_are_those_of_its_own_class():
-    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes["activation_function"] = "relu"
-    config = hf.PegasusConfig(
-        vocab_size=11, d_model=8, scale_embedding=True, max_position_embeddings=16, **sizes, **heads
-    )
-    torch.manual_seed(0)
-    reference = hf.PegasusForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.normal_(std=0.5)
-        for stack in ("encoder", "decoder"):  # positions are random: the learned table holds them
-            reference.state_dict()[f"model.{stack}.embed_positions.weight"].normal_()
-    state = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-
-    knobs = {"attention_bias": True, "norm_epsilon": 1e-5, "position_encoding": "learned"}
-    model = Model(ModelConfig(**{**SMALL, "d_k": 4, "d_v": 4, "max_length": 16, **knobs}), 11, 11)
-    tables = {"model.shared.weight": ("embedding/embedding",)}
-    for stack, side in (("encoder", "source"), ("decoder", "target")):
-        tables[f"model.{stack}.embed_positions.weight"] = (f"{side}_position/embedding",)
-    layout = bart_layout(2, 2, final_norm=True) | tables
-    copies = {f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")}
-    check_names(state, layout, frozenset(copies | {"lm_head.weight", "final_logits_bias"}))
-    params = {
-        name: to_ours(state[theirs], name, model.shapes[name].shape)
-        for theirs, (name,) in layout.items()
-    }
-    assert params.keys() == model.shapes.keys()
-    source, target = np.random.default_rng(0).integers(3, 11, (2, 3, 6))
-    with torch.no_grad():
-        expected = reference(
-            input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target)
-        ).logits.numpy()
-    tokens = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
-    found = model.bind({name: jnp.asarray(value) for name, value in params.items()})(*tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", ["Marian", "Bart", "MBart", "Pegasus", "M2M100", "T5", "UMT5"])
-def test_layouts_name_the_tensors_of_their_classes(name):
-    hf = pytest.importorskip("transformers")
-    if "T5" in name:
-        config = {"d_ff": 24, "d_kv": 3, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
-        layout, head = t5_layout(2, 3, gated=name == "UMT5"), "ForConditionalGeneration"
-    else:
-        config = {f"{stack}_{key}": 2 for stack in ("encoder", "decoder") for key in KEYS}
-        config |= {"decoder_layers": 3, "max_position_embeddings": 16, "pad_token_id": 0}
-        layout = bart_layout(2, 3, final_norm=name not in ("Marian", "Bart"))
-        head = "MTModel" if name == "Marian" else "ForConditionalGeneration"
-    made = getattr(hf, f"{name}Config")(vocab_size=11, d_model=8, **config)
-    found = getattr(hf, name + head)(made).state_dict()
-    others = ("shared", "embed", "relative", "lm_head", "final_logits_bias")
-    check_names(found, layout, frozenset(n for n in found if any(word in n for word in others)))
-
-
-KEYS = ("layers", "attention_heads", "ffn_dim")
+def test_tables_tell_ties_and_positions():
+    one, other = np.zeros((3, 2)), np.ones((3, 2))
+    assert tied(one, one, one) == "all"
+    assert tied(one, one, other) == "inputs"
+    assert tied(other, one, one) == "target_output"
+    assert tied(one, other, one) == "none"
+    for knobs in COMPUTED:
+        table = position_table(ModelConfig(d_model=8, num_heads=1, **knobs), 5)
+        assert position_knobs(table, table) == knobs
+        assert position_knobs(table, table + 1) == {"position_encoding": "learned", "max_length": 5}

@@ -6,11 +6,10 @@ import json
 import pytest
 
 from transformer.data.corpus import Tokenizers
+from transformer.data.imported import TokenIds
 from transformer.data.tokenizer import ByteTokenizer, PieceTokenizer, SymbolTokenizer
 from transformer.errors import UserError
-from transformer.interop.huggingface import HuggingFaceModel
-from transformer.interop.huggingface_tokenizers import read_tokenizers
-from transformer.interop.tokenizer_files import write_tokenizers
+from transformer.interop import tokenizer_files
 
 spm = pytest.importorskip("sentencepiece")
 TEXTS = ["low lower lowest", "new newer newest", "wide wider widest", "a low new wide bed"]
@@ -36,14 +35,10 @@ def sentences():
     return train
 
 
-def model_of(family, size, ids, target_size=None):
-    """What the config of a folder says about its tokens."""
-    given = {"forced_first": None, "forced_last": None, "banned": ()} | {"bos": None} | ids
-    sizes = {"vocab_size": size, "target_vocab_size": target_size or size}
-    names = {"family": family, "knobs": {}, "layout": {}, "ignored": frozenset()}
-    return HuggingFaceModel(
-        **names, **sizes, ids=given, decoding={}, tokenizer_class=None, tensors={}
-    )
+def read(folder, family, size, ids, **config):
+    """The tokenizers of a folder; ids without a role are left out."""
+    config = {"model_type": family, "vocab_size": size} | config
+    return tokenizer_files.read(folder, config, TokenIds(**ids), (size, size), None)
 
 
 def ids_of(tokenizer, text):
@@ -68,14 +63,14 @@ def test_marian_has_numbers_of_its_own(two, sentences, tmp_path):
     if two:
         (tmp_path / "target_vocab.json").write_text((tmp_path / "vocab.json").read_text())
     ids = {"pad": size - 1, "eos": 0, "start": size - 1}
-    read = read_tokenizers(tmp_path, model_of("marian", size, ids), None)
-    assert read.shared() == (not two)
+    found = read(tmp_path, "marian", size, ids)
+    assert found.shared() == (not two)
     expected = [names.index(piece) for piece in own.Encode(TEXTS[0], out_type=str)]
-    assert ids_of(read.source, TEXTS[0]) == [*expected, 0]
-    assert read.target.decode(read.target.encode(TEXTS[0])) == TEXTS[0]
-    german = read.prefixed(">>deu<<", None)
+    assert ids_of(found.source, TEXTS[0]) == [*expected, 0]
+    assert found.target.decode(found.target.encode(TEXTS[0])) == TEXTS[0]
+    german = found.prefixed(">>deu<<", None)
     assert ids_of(german.source, TEXTS[0]) == [names.index(">>deu<<"), *expected, 0]
-    assert ids_of(read.source, "low ☃")[-2:] == [1, 0]
+    assert ids_of(found.source, "low ☃")[-2:] == [1, 0]
 
 
 def test_t5_has_sentinels_after_its_pieces(sentences, tmp_path):
@@ -84,10 +79,10 @@ def test_t5_has_sentinels_after_its_pieces(sentences, tmp_path):
     (tmp_path / "spiece.model").write_bytes(data)
     size = len(pieces) + 104
     ids = {"pad": 0, "eos": 1, "start": 0}
-    read = read_tokenizers(tmp_path, model_of("t5", size, ids), None)
-    assert ids_of(read.source, TEXTS[1]) == [*own.Encode(TEXTS[1]), 1]
-    assert read.source.pieces[len(pieces) + 99] == "<extra_id_0>"
-    assert len(read.source.theirs) == size
+    found = read(tmp_path, "t5", size, ids)
+    assert ids_of(found.source, TEXTS[1]) == [*own.Encode(TEXTS[1]), 1]
+    assert found.source.pieces[len(pieces) + 99] == "<extra_id_0>"
+    assert len(found.source.theirs) == size
 
 
 def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
@@ -98,9 +93,9 @@ def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
     (tmp_path / "pegasus" / "spiece.model").write_bytes(data)
     ids = {"pad": 0, "eos": 1, "start": 0}
     size = len(pieces) + 103
-    read = read_tokenizers(tmp_path / "pegasus", model_of("pegasus", size, ids), None)
-    assert ids_of(read.source, TEXTS[2]) == [*(n + 103 for n in own.Encode(TEXTS[2])), 1]
-    assert int(read.source.theirs[read.source.unknown_id]) == 105
+    found = read(tmp_path / "pegasus", "pegasus", size, ids)
+    assert ids_of(found.source, TEXTS[2]) == [*(n + 103 for n in own.Encode(TEXTS[2])), 1]
+    assert int(found.source.theirs[found.source.unknown_id]) == 105
 
     data = sentences()  # <unk>, <s>, </s>
     own, pieces = pieces_of(data)
@@ -109,11 +104,11 @@ def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
     size = len(pieces) + 3
     added = {"en_XX": size - 2, "de_DE": size - 1}
     (folder / "added_tokens.json").write_text(json.dumps(added))
-    read = read_tokenizers(folder, model_of("mbart", size, FAIRSEQ | {"start": size - 1}), None)
+    found = read(folder, "mbart", size, FAIRSEQ | {"start": size - 1})
     shifted = [number + 1 for number in own.Encode(TEXTS[2])]
-    assert ids_of(read.source, TEXTS[2]) == [*shifted, 2, size - 2]  # the language follows EOS
-    read = read_tokenizers(folder, model_of("mbart", size, FAIRSEQ), None)  # mBART-50
-    assert ids_of(read.source, TEXTS[2]) == [size - 2, *shifted, 2]
+    assert ids_of(found.source, TEXTS[2]) == [*shifted, 2, size - 2]  # the language follows EOS
+    found = read(folder, "mbart", size, FAIRSEQ)  # mBART-50
+    assert ids_of(found.source, TEXTS[2]) == [size - 2, *shifted, 2]
 
 
 def test_m2m_100_has_a_vocabulary_and_languages(sentences, tmp_path):
@@ -125,14 +120,14 @@ def test_m2m_100_has_a_vocabulary_and_languages(sentences, tmp_path):
     languages = {"additional_special_tokens": ["__de__", "__en__"]}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(languages))
     size = len(names) + 10
-    read = read_tokenizers(tmp_path, model_of("m2m_100", size, FAIRSEQ), None)
+    found = read(tmp_path, "m2m_100", size, FAIRSEQ)
     expected = [names.index(piece) for piece in own.Encode(TEXTS[3], out_type=str)]
-    assert ids_of(read.source, TEXTS[3]) == [len(names) + 1, *expected, 2]
-    german = read.prefixed("__de__", "__en__")
+    assert ids_of(found.source, TEXTS[3]) == [len(names) + 1, *expected, 2]
+    german = found.prefixed("__de__", "__en__")
     assert ids_of(german.source, TEXTS[3])[0] == len(names)
     assert ids_of(german.target, TEXTS[3])[0] == len(names) + 1
     with pytest.raises(UserError, match="source_prefix='__xx__'"):
-        read.prefixed("__xx__", None)
+        found.prefixed("__xx__", None)
 
 
 OWN = {
@@ -149,7 +144,7 @@ OWN = {
 def test_the_library_reads_our_tokenizers(kind, tmp_path):
     hf = pytest.importorskip("transformers")
     own = OWN[kind]()
-    write_tokenizers(Tokenizers(own, own), "pegasus", tmp_path)
+    tokenizer_files.write(Tokenizers(own, own), "pegasus", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "pegasus"}))
     there = hf.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("a low new wide bed", "low bed"):

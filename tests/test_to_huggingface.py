@@ -11,23 +11,27 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.errors import UserError
 from transformer.inference.generation import TrainedModel
+from transformer.interop.huggingface_export import export, find_class
 from transformer.interop.importing import import_run
-from transformer.interop.to_huggingface import export, find_class
 from transformer.modules.config import ModelConfig
+from transformer.modules.model import Model
 from transformer.parallel.mesh import one_device_mesh
 from transformer.run import Run
 
 SIZES = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 24, "max_length": 24}
+SIZES["norm_epsilon"] = 1e-5
 LEARNED = {"position_encoding": "learned"}
 T5 = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
+T5 |= {"attention_scale": 1.0, "embedding_scale": 1.0}
+POST = {"norm_placement": "post"}
 MODELS = {
-    "default": {"norm_epsilon": 1e-5},
-    "bias": {"norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True},
-    "learned": {"norm_epsilon": 1e-5, "feed_forward": "gelu", **LEARNED},
-    "untied": {"norm_epsilon": 1e-5, "tie_embeddings": "none", "decoder_layers": 3},
-    "paper": {"norm_epsilon": 1e-5, "norm_placement": "post", "attention_bias": True},
-    "post learned": {"norm_epsilon": 1e-5, "norm_placement": "post", **LEARNED},
-    "t5": {**T5, "d_k": 3},
+    "default": {},
+    "bias": {"attention_bias": True, "logits_bias": True},
+    "learned": {"feed_forward": "gelu", **LEARNED},
+    "untied": {"tie_embeddings": "none", "decoder_layers": 3},
+    "paper": {**POST, "attention_bias": True},
+    "post learned": {**POST, **LEARNED, "tie_embeddings": "target_output"},
+    "t5": {**T5, "d_k": 3, "logits_scale": 8**-0.5},
     "t5 gated": {**T5, "feed_forward": "geglu", "tie_embeddings": "inputs"},
 }
 CLASSES = ["Pegasus"] * 4 + ["Marian"] * 2 + ["T5"] * 2
@@ -93,14 +97,22 @@ def test_the_class_computes_the_same(name, tmp_path):
 
 
 def test_what_no_class_holds_is_named():
-    find_class(ModelConfig())
+    find_class(Model(ModelConfig(norm_epsilon=1e-5), 8))
     for knobs, words in (
+        ({"norm_epsilon": 1e-6}, "PegasusFor.*model.norm_epsilon=1e-06 \\(it has 1e-05\\): train"),
         ({"position_encoding": "alibi"}, "position_encoding=alibi"),
         ({"norm_placement": "both"}, "norm_placement=both"),
         ({"window": 4}, "window=4"),
         ({"num_kv_heads": 2}, "num_kv_heads=2"),
+        ({"d_k": 3, "num_heads": 5}, "d_k=3"),
+        ({"feed_forward": "geglu"}, "feed_forward=geglu"),
+        ({"embedding_scale": 3.0}, "embedding_scale=3.0"),
         ({"normalize_qk": True}, "normalize_qk=True"),
         ({"norm": "rms", "position_encoding": "rotary"}, "position_encoding=rotary"),
+        (T5 | {"ff_bias": True}, "T5For.*hold model.ff_bias=True \\(it has False\\)"),
+        (T5 | {"embedding_scale": None}, "T5For.*hold model.embedding_scale=8.0"),
+        (T5 | {"tie_embeddings": "none"}, "hold model.tie_embeddings=none"),
+        ({"architecture": "recurrent"}, "architecture=recurrent"),
     ):
         with pytest.raises(UserError, match=words):
-            find_class(ModelConfig(**knobs))
+            find_class(Model(ModelConfig(**{"norm_epsilon": 1e-5} | knobs), 8))

@@ -1,246 +1,295 @@
-"""`read_model`, what the config files of a Hugging Face folder say, in the words of this code."""
+"""Models of Hugging Face Transformers: their classes in our terms, and `read`, for folders."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer.data.imported import TokenIds
 from transformer.errors import UserError
-from transformer.interop.families import (
-    ACTIVATIONS,
-    BART_KEYS,
-    EQUAL,
-    FAMILIES,
-    HALVES,
-    T5_KEYS,
-    Family,
+from transformer.inference.decoding import GREEDY
+from transformer.interop import tokenizer_files
+from transformer.interop.layout import (
+    SIDES,
+    TABLES,
+    Imported,
+    Naming,
+    Tensors,
     Values,
-    absolute_tables,
-    embedding_norms,
-    relative_tables,
-    sinusoids,
+    expand,
+    find,
+    position_knobs,
+    tied,
 )
-from transformer.interop.layout import Layout, bart_layout, t5_layout
 from transformer.interop.readers import open_tensors, read_json
+from transformer.modules.config import ModelConfig
+from transformer.modules.model import Model
 
-Tensors = Mapping[str, np.ndarray]
-
-# Values of generation_config.json that change outputs and that decoding here cannot do.
-UNSUPPORTED = {
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "begin_suppress_tokens": None,
-    "forced_decoder_ids": None,
-    "sequence_bias": None,
-    "guidance_scale": None,
-    "exponential_decay_length_penalty": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
+BART = Naming(
+    both="""
+    model.*.layers.#.self_attn.{q,k,v,out}_proj  */layers/#/self_attention/{query,key,value,out}
+    model.*.layers.#.self_attn_layer_norm        */layers/#/residuals/0/norm
+    model.*.layers.#.{fc1,fc2}                   */layers/#/feed_forward/{expand,contract}
+    model.*.layer_norm                           */final_norm
+    model.*.layernorm_embedding                  @_embedding_norm
+    model.*.embed_positions.weight               @_position/embedding
+    final_logits_bias                            logits_bias
+    """,
+    encoder="model.*.layers.#.final_layer_norm */layers/#/residuals/1/norm",
+    decoder="""
+    model.*.layers.#.encoder_attn.{q,k,v,out}_proj */layers/#/cross_attention/{query,key,value,out}
+    model.*.layers.#.encoder_attn_layer_norm       */layers/#/residuals/1/norm
+    model.*.layers.#.final_layer_norm              */layers/#/residuals/2/norm
+    """,
+)
+FF = "{expand,expand,gate,contract}"  # without a gate, the first is wi
+T5 = Naming(
+    both="""
+    *.block.#.layer.0.SelfAttention.{q,k,v,o}    */layers/#/self_attention/{query,key,value,out}
+    *.block.#.layer.0.SelfAttention.relative_attention_bias.weight  @_position/#/embedding
+    *.block.0.layer.0.SelfAttention.relative_attention_bias.weight  @_position/embedding
+    *.block.#.layer.{0,1}.layer_norm             */layers/#/residuals/{0,1}/norm
+    *.final_layer_norm                           */final_norm
+    """,
+    encoder=f"*.block.#.layer.1.DenseReluDense.{{wi,wi_0,wi_1,wo}} */layers/#/feed_forward/{FF}",
+    decoder=f"""
+    *.block.#.layer.1.EncDecAttention.{{q,k,v,o}} */layers/#/cross_attention/{{query,key,value,out}}
+    *.block.#.layer.2.layer_norm                  */layers/#/residuals/2/norm
+    *.block.#.layer.2.DenseReluDense.{{wi,wi_0,wi_1,wo}}  */layers/#/feed_forward/{FF}
+    """,
+)
+# Keys of config.json, and the knobs of `ModelConfig` that hold their values.
+BART_KEYS = {
+    "d_model": "d_model",
+    "encoder_layers": "num_layers",
+    "decoder_layers": "decoder_layers",
+    "encoder_attention_heads": "num_heads",
+    "decoder_attention_heads": "num_heads",
+    "encoder_ffn_dim": "d_ff",
+    "decoder_ffn_dim": "d_ff",
+    "activation_function": "feed_forward",
+    "scale_embedding": "embedding_scale",
+    "max_position_embeddings": "max_length",
+    "dropout": "dropout_rate",
+    "attention_dropout": "attention_dropout_rate",
 }
+MT5_KEYS = {
+    "d_model": "d_model",
+    "d_kv": "d_k",
+    "d_ff": "d_ff",
+    "num_layers": "num_layers",
+    "num_decoder_layers": "decoder_layers",
+    "num_heads": "num_heads",
+    "feed_forward_proj": "feed_forward",
+    "relative_attention_num_buckets": "relative_buckets",
+    "relative_attention_max_distance": "relative_distance",
+    "layer_norm_epsilon": "norm_epsilon",
+    "dropout_rate": "dropout_rate",
+}
+T5_KEYS = MT5_KEYS | {"scale_decoder_outputs": "logits_scale"}
+# Keys of generation_config.json, and knobs of `DecodingConfig`.
+SEARCH_KEYS = {
+    "num_beams": "beam_size",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "repetition_penalty": "repetition_penalty",
+}
+# The same for what changes outputs and decoding here cannot do; the value that changes nothing.
+UNSUPPORTED = {"num_beam_groups": 1, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
+UNSUPPORTED |= {"encoder_no_repeat_ngram_size": 0, "begin_suppress_tokens": None}
+UNSUPPORTED |= {"forced_decoder_ids": None, "sequence_bias": None, "guidance_scale": None}
+UNSUPPORTED |= {"exponential_decay_length_penalty": None, "penalty_alpha": None}
+UNSUPPORTED |= {"dola_layers": None}
+# Names of activations; the first of several with the same value is written.
+PLAIN = {"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+PLAIN |= {"swish": "swish", "silu": "swish"}
+GATED = {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
+GATED |= {"gated-relu": "reglu"}
 
 
-@dataclass(frozen=True)
-class HuggingFaceModel:
-    """A folder's model in our terms; token ids are theirs."""
+class Family(NamedTuple):
+    """A class of models: its tensors' names, its config's keys, the knobs that it fixes."""
 
-    family: str
-    knobs: Values  # of ModelConfig
-    layout: Layout
-    ignored: frozenset[str]  # tensors that may be in the file and hold nothing of their own
-    vocab_size: int
-    target_vocab_size: int
-    ids: Values  # the fields of `TokenIds`
-    decoding: Values  # of DecodingConfig
-    tokenizer_class: str | None
-    tensors: Tensors = field(repr=False)
+    head: str  # the name of the class
+    naming: Naming
+    keys: Mapping[str, str]
+    knobs: Values
+    defaults: Values  # of config.json, whose old files leave them out
 
 
-def read_model(folder: Path) -> HuggingFaceModel:
-    """Returns the model that `config.json` of `folder` describes, its tensors not yet read."""
+def _bart(name: str, knobs: Values, defaults: Values) -> Family:
+    fixed = {"norm": "layer", "norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True}
+    usual = {"activation_function": "gelu", "scale_embedding": False, "dropout": 0.1}
+    usual["attention_dropout"] = 0.0
+    return Family(name, BART, BART_KEYS, fixed | knobs, usual | defaults)
+
+
+def _t5(name: str, keys: Mapping[str, str], activation: str, **knobs: Any) -> Family:
+    fixed = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
+    fixed |= {"scale_gated": False, "attention_scale": 1.0, "embedding_scale": 1.0} | knobs
+    defaults = {"d_kv": 64, "feed_forward_proj": activation, "dropout_rate": 0.1}
+    defaults |= {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+    return Family(name, T5, keys, fixed, defaults | {"layer_norm_epsilon": 1e-6} | STARTS_WITH_PAD)
+
+
+POST, PRE = {"norm_placement": "post"}, {"norm_placement": "pre"}
+SINUSOIDS = {"position_encoding": "sinusoidal", "sinusoid_layout": "halves"}
+LEARNED = {"position_encoding": "learned", "position_offset": 2, "embedding_norm": True}
+M2M100 = PRE | SINUSOIDS | {"sinusoid_rates": "tensor2tensor", "logits_bias": False}
+FAIRSEQ = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+EOS_LAST, STARTS_WITH_EOS = {"forced_eos_token_id": 2}, {"decoder_start_token_id": 2}
+STARTS_WITH_PAD = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+RELU = {"activation_function": "relu", "scale_embedding": True, "attention_dropout": 0.1}
+HEAD = "ForConditionalGeneration"
+# Several may hold a model here; the first is exported, so PEGASUS follows M2M100.
+FAMILIES = {
+    "marian": _bart("MarianMTModel", POST | SINUSOIDS, {}),
+    "m2m_100": _bart(f"M2M100{HEAD}", M2M100, FAIRSEQ | STARTS_WITH_EOS | RELU),
+    "pegasus": _bart(
+        f"Pegasus{HEAD}", PRE | SINUSOIDS, STARTS_WITH_PAD | {"forced_eos_token_id": 1}
+    ),
+    "bart": _bart(f"Bart{HEAD}", POST | LEARNED, FAIRSEQ | STARTS_WITH_EOS | EOS_LAST),
+    "mbart": _bart(f"MBart{HEAD}", PRE | LEARNED, FAIRSEQ | EOS_LAST),
+    "t5": _t5(f"T5{HEAD}", T5_KEYS, "relu"),
+    "mt5": _t5(f"MT5{HEAD}", MT5_KEYS, "gated-gelu"),
+    "umt5": _t5(f"UMT5{HEAD}", T5_KEYS, "gated-gelu", relative_per_layer=True),
+}
+# The position encodings that a file may hold as a table.
+POSITIONS = {"marian": ("learned",), "pegasus": ("none", "sinusoidal", "learned")}
+
+
+def read(folder: Path, tokenizer: Path | None) -> Imported:
+    """Returns the model in `folder`; `tokenizer` is a SentencePiece model that it lacks.
+
+    Raises:
+      UserError: the class or a setting is not supported, or a file lacks something.
+    """
     config = read_json(folder / "config.json")
     name = config.get("model_type")
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{folder}: model_type {name} is not supported; these are: {known}")
     family, tensors = FAMILIES[name], open_tensors(folder)
-    config = family.defaults | config
+    # Before the key existed, only T5 1.0 scaled its logits, and its tables are tied.
+    scaled = config.get("tie_word_embeddings") is not False
+    config = family.defaults | {"scale_decoder_outputs": scaled} | config
     generation = config
     if (path := folder / "generation_config.json").is_file():
         ids = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
         generation = {key: config.get(key) for key in ids}
-        generation |= {k: v for k, v in read_json(path).items() if v is not None}
-    knobs = _knobs(family, config)
-    prefix = "" if family.is_t5 else "model."
-    ties, tables = _tables(prefix, tensors, config)
-    knobs["tie_embeddings"], vocab = ties, _required(config, "vocab_size")
-    if family.is_t5:
-        positions = relative_tables(knobs)
-        depths = knobs["num_layers"], knobs["decoder_layers"] or knobs["num_layers"]
-        gated = knobs["feed_forward"] in ("geglu", "swiglu", "reglu")
-        layout = t5_layout(*depths, gated=gated) | positions
-        knobs["logits_scale"] = _t5_logits_scale(name, config)
-    else:
-        positions = _position_tables(knobs, tensors, config)
-        depths = knobs["num_layers"], knobs["decoder_layers"] or knobs["num_layers"]
-        layout = bart_layout(*depths, final_norm=knobs["norm_placement"] == "pre") | positions
-        layout |= embedding_norms() if knobs.get("embedding_norm") else {}
-        if "final_logits_bias" in tensors and np.any(tensors["final_logits_bias"]):
-            knobs["logits_bias"], layout["final_logits_bias"] = True, ("logits_bias",)
-    return HuggingFaceModel(
-        family=name,
-        knobs=knobs,
-        layout=layout | tables,
-        ignored=frozenset(_ignored(prefix)),
-        vocab_size=vocab,
-        target_vocab_size=config.get("decoder_vocab_size") or vocab,
-        ids=_token_ids(generation),
-        decoding=_decoding(generation),
-        tokenizer_class=config.get("tokenizer_class"),
-        tensors=tensors,
-    )
+        generation |= {key: value for key, value in read_json(path).items() if value is not None}
+    tables = _tables(family, tensors, config)
+    values = {table: tensors[table] for table in tables}  # each is read once
+    knobs: Values = knobs_of(name, config) | _knobs_of_tensors(name, tensors)
+    knobs["tie_embeddings"] = tied(*(values[each] for each in tables))
+    size = required(config, "vocab_size")
+    sizes = size, config.get("decoder_vocab_size") or size
+    shapes = Model(ModelConfig(**knobs), *sizes).shapes
+    depths = dict(zip(SIDES, (knobs["num_layers"], knobs["decoder_layers"]), strict=True))
+    layout = expand(family.naming, depths, shapes)
+    layout |= {name: (ours,) for name, ours in zip(tables, TABLES, strict=False) if ours in shapes}
+    layout = find(layout, tensors, _without_parameter(family))
+    tokenizers = tokenizer_files.read(folder, config, _token_ids(generation), sizes, tokenizer)
+    return Imported(name, knobs, _decoding(generation), tokenizers, layout, tensors)
 
 
-def _knobs(family: Family, config: Values) -> Values:
-    """The knobs that do not depend on tensors."""
-    for one, other in EQUAL:
-        if one in config and config[one] != _required(config, other):
-            both = f"{one}={config[one]} and {other}={config[other]}"
-            raise UserError(f"config.json has {both}: one knob holds both; they must be equal")
-    keys = T5_KEYS if family.is_t5 else BART_KEYS
-    optional = {"num_decoder_layers"}
-    knobs = dict(family.knobs)
-    for key, knob in keys.items():
-        knobs[knob] = config.get(key) if key in optional else _required(config, key)
-    if knobs["decoder_layers"] == knobs["num_layers"]:
-        knobs["decoder_layers"] = None
-    key = "feed_forward_proj" if family.is_t5 else "activation_function"
-    if (activation := config[key]) not in ACTIVATIONS:
-        raise UserError(f"config.json: {key}={activation} is none of {', '.join(ACTIVATIONS)}")
-    knobs["feed_forward"] = ACTIVATIONS[activation]
-    if not family.is_t5:
-        knobs["embedding_scale"] = None if config["scale_embedding"] else 1.0
-    if knobs.get("sinusoid_rates") == "tensor2tensor":
-        knobs["position_offset"] = config["pad_token_id"] + 1
+def knobs_of(name: str, config: Values) -> Values:
+    """The knobs that the class and config.json tell; tensors tell the others."""
+    family, knobs = FAMILIES[name], dict(FAMILIES[name].knobs)
+    words = words_of(family, required(config, "d_model"))
+    for key, knob in family.keys.items():
+        value = config.get(key)
+        if value is None:
+            value = knobs["num_layers"] if knob == "decoder_layers" else required(config, key)
+        if knob in words and value not in words[knob]:
+            known = ", ".join(map(str, words[knob]))
+            raise UserError(f"config.json: {key}={value} is none of {known}")
+        value = words[knob][value] if knob in words else value
+        if knobs.setdefault(knob, value) != value:
+            problem = f"config.json has {key}={value}, and {knobs[knob]} in the other stack"
+            raise UserError(f"{problem}: model.{knob} holds both, which must be equal")
+    if name == "m2m_100":
+        knobs["position_offset"] = required(config, "pad_token_id") + 1
     return knobs
 
 
-def _required(config: Values, key: str) -> Any:
+def words_of(family: Family, width: int) -> dict[str, dict[Any, Any]]:
+    """The values of some keys of config.json as those of the knobs that hold them."""
+    return {
+        "feed_forward": PLAIN | (GATED if family.naming is T5 else {}),
+        "embedding_scale": {True: None, False: 1.0},
+        "logits_scale": {True: width**-0.5, False: 1.0},
+    }
+
+
+def required(config: Values, key: str) -> Any:
+    """The value of a key."""
     if config.get(key) is None:
         raise UserError(f"config.json lacks {key}: take that of the original model")
     return config[key]
 
 
-def _t5_logits_scale(name: str, config: Values) -> float:
-    """1/√D for T5 1.0; later ones, known by their separate logits table, are not scaled."""
-    scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
-    return config["d_model"] ** -0.5 if scaled and name != "mt5" else 1.0
+def table_names(family: Family) -> tuple[str, str, str, str]:
+    """The names of tables of embeddings: of the source, the target, both, and the logits."""
+    prefix = "" if family.naming is T5 else "model."
+    source, target = (f"{prefix}{stack}.embed_tokens.weight" for stack in SIDES)
+    return source, target, f"{prefix}shared.weight", "lm_head.weight"
 
 
-def _names(prefix: str) -> dict[str, str]:
-    """The names that a file may give to the tables of embeddings."""
-    return {
-        "encoder": f"{prefix}encoder.embed_tokens.weight",
-        "decoder": f"{prefix}decoder.embed_tokens.weight",
-        "shared": f"{prefix}shared.weight",
-        "output": "lm_head.weight",
-    }
+def _tables(family: Family, tensors: Tensors, config: Values) -> list[str]:
+    """The names of the tables of source, target and logits in a file.
 
-
-def _tables(prefix: str, tensors: Tensors, config: Values) -> tuple[str, Layout]:
-    """The ties of the embeddings, and the layout of their tables.
-
-    A file holds a tied table once, under any of its names, or several times.
+    The file holds a tied table once, under any of its names, or several times.
     """
-    names = _names(prefix)
-    orders: dict[str, tuple[str, ...]] = {
-        "embedding": ("encoder", "shared", "decoder", "output"),
-        "target_embedding": ("decoder", "shared", "encoder", "output"),
-        "output_embedding": ("output", "decoder", "shared", "encoder"),
-    }
+    source, target, shared, logits = table_names(family)
+    both = [shared, source]
     if config.get("share_encoder_decoder_embeddings") is False:
-        orders["embedding"] = ("encoder",)
-        orders["target_embedding"] = ("decoder", "output")
-        orders["output_embedding"] = ("output", "decoder")
-    found = {}
-    for ours, order in orders.items():
-        present = [names[key] for key in order if names[key] in tensors]
-        found[ours] = (present or [names[order[min(1, len(order) - 1)]]])[0]
-
-    def same(one: str, other: str) -> bool:
-        one, other = found[one], found[other]
-        return one == other or np.array_equal(tensors[one], tensors[other])
-
-    inputs = same("embedding", "target_embedding")
-    outputs = same("target_embedding", "output_embedding")
-    ties = {(True, True): "all", (True, False): "inputs", (False, True): "target_output"}
-    held = ["embedding"] + ["target_embedding"] * (not inputs)
-    held += ["output_embedding"] * (not outputs)
-    layout = {found[ours]: (f"{ours}/embedding",) for ours in held}
-    return ties.get((inputs, outputs), "none"), layout
+        both = []
+    orders = [source, shared, target, logits], [target, *both, logits], [logits, target, *both]
+    found = [next((each for each in order if each in tensors), None) for order in orders]
+    if None in found:
+        raise UserError(f"the weights lack {shared}: take the files of one whole model")
+    return [name for name in found if name]
 
 
-def _ignored(prefix: str) -> Iterator[str]:
-    yield from _names(prefix).values()
-    yield "final_logits_bias"
-    for stack in ("encoder", "decoder"):
-        yield f"model.{stack}.embed_positions.weight"
-        yield f"model.{stack}.embed_positions.weights"  # of old M2M100 files
-        yield f"model.{stack}.version"
-    yield "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+def _knobs_of_tensors(name: str, tensors: Tensors) -> Values:
+    """The knobs that depend on what is in a tensor."""
+    bias, knobs = "final_logits_bias", {}
+    if FAMILIES[name].naming is BART:
+        knobs["logits_bias"] = bias in tensors and bool(np.any(tensors[bias]))
+    names = [f"model.{stack}.embed_positions.weight" for stack in SIDES]
+    stored = [tensors[each] for each in names if each in tensors and name in POSITIONS]
+    return knobs | (position_knobs(*stored) if stored else {})
 
 
-def _position_tables(knobs: Values, tensors: Tensors, config: Values) -> Layout:
-    """The tables of positions; if they are sinusoids, there is none. Sets the knobs of it."""
-    names = absolute_tables()
-    if knobs["position_encoding"] == "learned":
-        return names
-    stored = [name for name in names if name in tensors]
-    if not stored or knobs.get("sinusoid_rates"):  # M2M100 computes them
-        return {}
-    if all(is_sinusoid(tensors[name]) for name in stored):
-        return {}
-    for knob in HALVES:
-        del knobs[knob]
-    knobs["position_encoding"] = "learned"
-    return names
+def _without_parameter(family: Family) -> set[str]:
+    """The tensors of a file that may hold nothing of their own."""
+    stacks = [f"model.{stack}." for stack in SIDES]
+    names = {stack + name for stack in stacks for name in ("version", "embed_positions.weight")}
+    names |= {f"{stack}embed_positions.weights" for stack in stacks}  # of old M2M100 files
+    names.add("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
+    return names | {"final_logits_bias", *table_names(family)}
 
 
-def is_sinusoid(table: np.ndarray) -> bool:
-    """Whether `table` holds `sinusoids`; a rounded one is read as a learned table."""
-    return table.shape[1] % 2 == 0 and np.allclose(table, sinusoids(*table.shape), atol=1e-5)
+def _token_ids(generation: Values) -> TokenIds:
+    """The ids of tokens with a role; that of unknown tokens is the tokenizer's."""
 
+    def one(key: str) -> Any:
+        value = generation.get(key)
+        if isinstance(value, list) and len(value) != 1:
+            raise UserError(f"{key}={value}: outputs begin and end in one way here; keep one")
+        return value[0] if isinstance(value, list) else value
 
-def _token_ids(generation: Values) -> Values:
-    """The fields of `TokenIds`, their numbers; `unk` is the tokenizer's."""
-    eos = _required(generation, "eos_token_id")
+    words = generation.get("bad_words_ids") or ()
+    if long := [word for word in words if len(word) != 1]:
+        raise UserError(f"bad_words_ids has {long[0]}, not a single token: remove it")
+    banned = {*(generation.get("suppress_tokens") or ()), *(word[0] for word in words)}
+    pad, _ = (required(generation, key) for key in ("pad_token_id", "eos_token_id"))
     start = generation.get("decoder_start_token_id")
-    banned = set(generation.get("suppress_tokens") or ())
-    for word in generation.get("bad_words_ids") or ():
-        if len(word) != 1:
-            raise UserError(f"bad_words_ids has {word}, not a single token: remove it")
-        banned |= set(word)
-    return {
-        "pad": _required(generation, "pad_token_id"),
-        "eos": one_id(eos, "eos_token_id"),
-        "start": _required(generation, "bos_token_id") if start is None else start,
-        "bos": generation.get("bos_token_id"),
-        "forced_first": one_id(generation.get("forced_bos_token_id"), "forced_bos_token_id"),
-        "forced_last": one_id(generation.get("forced_eos_token_id"), "forced_eos_token_id"),
-        "banned": tuple(sorted(banned)),
-    }
-
-
-def one_id(value: Any, key: str) -> Any:
-    """The only id of `value`, which may be a list."""
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise UserError(f"{key}={value}: outputs end in one way here; keep one of them")
-        return value[0]
-    return value
+    start = required(generation, "bos_token_id") if start is None else start
+    forced = one("forced_bos_token_id"), one("forced_eos_token_id"), tuple(sorted(banned))
+    return TokenIds(pad, one("eos_token_id"), start, generation.get("bos_token_id"), None, *forced)
 
 
 def _decoding(generation: Values) -> Values:
@@ -249,19 +298,19 @@ def _decoding(generation: Values) -> Values:
         if generation.get(key, neutral) not in (neutral, None, [], {}):
             value = f"{key}={generation[key]}"
             raise UserError(f"generation_config.json: {value} is not supported; remove it")
-    get = lambda key, default: generation.get(key) or default  # noqa: E731  null: the default
+    given = {"length_penalty": 1.0} | {k: v for k, v in generation.items() if v is not None}
+    knobs = {
+        knob: type(getattr(GREEDY, knob))(given[key])
+        for key, knob in SEARCH_KEYS.items()
+        if key in given
+    }
     # Their lengths count the start token, except max_new_tokens.
-    longest = get("max_new_tokens", 0) or get("max_length", 20) - 1
-    length_penalty = generation.get("length_penalty")
-    return {
-        "beam_size": get("num_beams", 1),
+    longest = given.get("max_new_tokens") or given.get("max_length", 20) - 1
+    return knobs | {
         "penalty": "length",
-        "length_penalty": 1.0 if length_penalty is None else float(length_penalty),
-        "early_stopping": str(get("early_stopping", False)).lower(),
+        "early_stopping": str(given.get("early_stopping", False)).lower(),
         "unfinished": "equal",
         "decode_margin": 2**16,  # no limit: max_length alone
         "max_length": longest,
-        "min_length": max(0, get("min_length", 0) - 1),
-        "no_repeat_ngram_size": get("no_repeat_ngram_size", 0),
-        "repetition_penalty": float(get("repetition_penalty", 1.0)),
+        "min_length": max(0, given.get("min_length", 0) - 1),
     }

@@ -1,99 +1,202 @@
-"""`write_tokenizers`, the tokenizer files of an exported folder."""
+"""The tokenizer files of Hugging Face folders: `read` and `write`."""
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformer.data.corpus import Tokenizers
-from transformer.data.imported import ImportedTokenizer
+from transformer.data.imported import CODECS, ImportedTokenizer, TokenIds
 from transformer.data.tokenizer import (
     EOS,
+    SPECIALS,
     ByteTokenizer,
     PieceTokenizer,
     SymbolTokenizer,
     Tokenizer,
 )
-from transformer.errors import UserError, needs
+from transformer.errors import UserError, explained, needs
 from transformer.files import write_atomically
+from transformer.interop.layout import Values
+from transformer.interop.readers import read_json
 from transformer.workdir import write_json
 
-NAMES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+UNKNOWNS = ("<unk>", "[UNK]")
+FAIRSEQ = ["<s>", "<pad>", "</s>", "<unk>"]  # before the other pieces
+# The source's languages where tokenizer_config.json names none: of M2M100 and of NLLB, of mBART.
+LANGUAGES = {"m2m_100": ("__en__", "eng_Latn"), "mbart": ("en_XX",)}
+ROLES = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=True))
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def write_tokenizers(tokenizers: Tokenizers, family: str, out: Path) -> None:
+def read(
+    folder: Path, config: Values, ids: TokenIds, sizes: tuple[int, int], file: Path | None
+) -> Tokenizers:
+    """Returns the tokenizers of `folder`.
+
+    Args:
+      config: the values of its config.json.
+      ids: tokens with a role, without the unknown token, which is known by its name.
+      sizes: the rows of the tables of source and target.
+      file: a SentencePiece model to use instead of the folder's.
+    """
+    family, settings = config["model_type"], _optional(folder / "tokenizer_config.json")
+
+    def make(kind: str, model: bytes, pieces: Sequence[str], size: int, **options: Any) -> Any:
+        names = CODECS[kind](model, pieces).pieces
+        numbers = {piece: number for number, piece in enumerate(names)}
+        unknown = next((numbers[name] for name in UNKNOWNS if name in numbers), None)
+        prefix, suffix = _frame(family, settings, numbers, ids)
+        roles = ids._replace(unk=unknown)
+        options |= {"ids": roles, "pieces": pieces, "prefix": prefix, "suffix": suffix}
+        return ImportedTokenizer.make(kind, model, size=size, **options)
+
+    if family != "marian":
+        return Tokenizers(*make(*_find(folder, config, settings, file), sizes[0]).sides())
+    paths = [file or folder / "source.spm", file or folder / "target.spm"]
+    kind = "sentencepiece" if paths[0].is_file() else "pieces"
+    models = [_read(path) for path in paths] if paths[0].is_file() else [b"", b""]
+    vocabulary, other = folder / "vocab.json", folder / "target_vocab.json"
+    if not other.is_file():
+        given = kind, models[0], _vocabulary(vocabulary), sizes[0]
+        return Tokenizers(*make(*given, target_model=models[1]).sides())
+    given = zip(models, (vocabulary, other), sizes, strict=True)
+    both = [make(kind, model, _vocabulary(path), size) for model, path, size in given]
+    return Tokenizers(both[0].sides()[0], both[1].sides()[1])
+
+
+def _frame(
+    family: str, settings: Values, numbers: dict[str, int], ids: TokenIds
+) -> tuple[list[int], list[int]]:
+    """The ids before a source, and those after its EOS."""
+    if family == "bart" and ids.bos is not None:
+        return [ids.bos], []
+    language = settings.get("src_lang")
+    names = (language, f"__{language}__", *LANGUAGES.get(family, ()))
+    known = [numbers[name] for name in names if name in numbers and family in LANGUAGES][:1]
+    # mBART's decoder starts with a language, and its source ends with one.
+    return ([], known) if family == "mbart" and ids.start != ids.eos else (known, [])
+
+
+def _find(
+    folder: Path, config: Values, settings: Values, file: Path | None
+) -> tuple[str, bytes, Sequence[str]]:
+    """The kind, the model and the pieces (none: the model's) of the tokenizer in `folder`."""
+    names = [folder / name for name in ("spiece.model", "sentencepiece.bpe.model")]
+    path = file or next((name for name in names if name.is_file()), None)
+    fast, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
+    # Of T5 and PEGASUS, and where vocab.json numbers them, the SentencePiece model is enough.
+    enough = file or path == names[0] or vocabulary.is_file() or not fast.is_file()
+    if path and enough:
+        return "sentencepiece", _read(path), _pieces(folder, path, config, settings)
+    if fast.is_file():
+        return "tokenizers", fast.read_bytes(), ()
+    if "ByT5Tokenizer" in (settings.get("tokenizer_class"), config.get("tokenizer_class")):
+        return "bytes", b"", ()
+    if vocabulary.is_file() and not (folder / "merges.txt").is_file():
+        return "pieces", b"", _vocabulary(vocabulary)
+    wanted = ", ".join(each.name for each in (*names, fast))
+    raise UserError(f"{folder} has no tokenizer ({wanted}): add it, or name one by --tokenizer")
+
+
+def _pieces(folder: Path, path: Path, config: Values, settings: Values) -> list[str]:
+    """The pieces of a SentencePiece model and of the files beside it, in the order of their ids."""
+    with explained(f"{path} is no SentencePiece model: name another file"):
+        own = CODECS["sentencepiece"](path.read_bytes(), ()).pieces
+    family, size = config["model_type"], config["vocab_size"]
+    if (folder / "vocab.json").is_file():
+        own = _vocabulary(folder / "vocab.json")
+    elif family == "pegasus":
+        masks = ["<mask_1>", "<mask_2>", *(f"<unk_{n}>" for n in range(2, 103))]
+        own = ["<pad>", "</s>", *masks[: settings.get("offset", 103)], *own[2:]]
+    elif family in LANGUAGES:
+        own = [*FAIRSEQ, *own[3:]]
+    elif family == "t5" and "added_tokens_decoder" not in settings:
+        extra = [f"<extra_id_{n}>" for n in reversed(range(settings.get("extra_ids", 100)))]
+        own += extra if len(own) + len(extra) <= size else []
+    tokens = settings.get("added_tokens_decoder", {})
+    added = {int(number): each["content"] for number, each in tokens.items()}
+    added |= {number: name for name, number in _optional(folder / "added_tokens.json").items()}
+    if not added:  # languages, in the order of their ids
+        listed = _optional(folder / "special_tokens_map.json").get("additional_special_tokens", ())
+        names = [each["content"] if isinstance(each, dict) else each for each in listed]
+        added = dict(enumerate((name for name in names if name not in own), len(own)))
+    named = dict(enumerate(own)) | {n: name for n, name in added.items() if n < max(size, len(own))}
+    return [named.get(number, f"<{number}>") for number in range(max(named) + 1)]
+
+
+def _vocabulary(path: Path) -> list[str]:
+    """The pieces of a vocab.json in the order of their ids."""
+    named = {number: piece for piece, number in read_json(path).items()}
+    return [named.get(number, f"<{number}>") for number in range(max(named, default=-1) + 1)]
+
+
+def _optional(path: Path) -> Values:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read(path: Path) -> bytes:
+    with explained(f"{path} cannot be read: name a SentencePiece model", OSError):
+        return path.read_bytes()
+
+
+def write(tokenizers: Tokenizers, family: str, out: Path) -> None:
     """Writes the files that `AutoTokenizer` reads; of an imported model those it came with."""
     source, target = tokenizers
-    if isinstance(source, ImportedTokenizer):
-        _write_imported(tokenizers, family, out)
-    elif isinstance(source, PieceTokenizer) and isinstance(target, PieceTokenizer):
-        _write_pieces(source, target, out)
-    else:
+    shared = tokenizers.shared()
+    if isinstance(source, PieceTokenizer) and isinstance(target, PieceTokenizer):
+        _write_marian(tokenizers, [source.model, target.model], out)
+    elif not isinstance(source, ImportedTokenizer):
         _write_symbols(source, out)
-        if not tokenizers.shared():  # the class has one tokenizer; targets are decoded by hand
+        if not shared:  # the class has one tokenizer; targets are decoded by hand
             _write_symbols(target, out / "target")
+    elif family == "marian":
+        models = [*_models(source), *_models(target)]
+        _write_marian(tokenizers, models[:: len(models) - 1], out)
+    else:
+        _write_imported(source, family, out)
 
 
-def _write_imported(tokenizers: Tokenizers, family: str, out: Path) -> None:
-    source, target = tokenizers
-    if not (isinstance(source, ImportedTokenizer) and isinstance(target, ImportedTokenizer)):
-        raise UserError("only one side has an imported tokenizer: export with --to=stablehlo")
-    record = source.record
-    models = [base64.b64decode(each) for each in record["models"] if each is not None]
-    if family == "marian" and record["kind"] in ("sentencepiece", "pieces"):
-        if not tokenizers.shared():
-            models = [models[0], base64.b64decode(target.record["models"][0])]
-        for name, model in zip(("source.spm", "target.spm"), (models[0], models[-1]), strict=True):
-            if model:
-                write_atomically(out / name, model)
-        shared = tokenizers.shared()
-        _write_marian(source, None if shared else target, out)
-        return
-    if record["kind"] == "tokenizers":
-        write_atomically(out / "tokenizer.json", models[0])
-        write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    elif record["kind"] == "sentencepiece":
-        own = "spiece.model" if family in ("t5", "umt5", "pegasus") else "sentencepiece.bpe.model"
-        write_atomically(out / own, models[0])
-    elif record["kind"] == "bytes":
-        write_json(out / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
-    if record["pieces"] and (record["kind"] == "pieces" or family == "m2m_100"):
-        write_json(out / "vocab.json", _numbered(record["pieces"]))
-    elif record["pieces"]:
-        write_json(out / "added_tokens.json", _added(source, record["pieces"]))
-
-
-def _added(tokenizer: ImportedTokenizer, pieces: Sequence[str]) -> dict[str, int]:
-    """The tokens that no text has, apart from those with a role: sentinels and languages."""
-    return {piece: n for n, piece in enumerate(pieces) if piece in tokenizer.codec.special}
+def _models(tokenizer: Any) -> list[bytes]:
+    return [base64.b64decode(each) for each in tokenizer.record["models"] if each is not None]
 
 
 def _numbered(pieces: Sequence[str]) -> dict[str, int]:
     return {piece: number for number, piece in enumerate(pieces)}
 
 
-def _write_marian(source: Tokenizer, target: Tokenizer | None, out: Path) -> None:
-    """Vocabularies and config of MarianTokenizer, beside the SentencePiece models."""
-    numbered = {}
-    for name, side in (("vocab.json", source), ("target_vocab.json", target)):
-        if side is not None:
+def _write_imported(tokenizer: ImportedTokenizer, family: str, out: Path) -> None:
+    kind, pieces = tokenizer.record["kind"], tokenizer.record["pieces"]
+    if kind == "tokenizers":
+        write_atomically(out / "tokenizer.json", *_models(tokenizer))
+        write_json(out / "tokenizer_config.json", FAST)
+    elif kind == "bytes":
+        write_json(out / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    elif kind == "sentencepiece":
+        name = "sentencepiece.bpe.model" if family in LANGUAGES else "spiece.model"
+        write_atomically(out / name, *_models(tokenizer))
+    if pieces and (kind == "pieces" or family == "m2m_100"):
+        write_json(out / "vocab.json", _numbered(pieces))
+    elif pieces:  # sentinels and languages
+        added = {x: n for x, n in _numbered(pieces).items() if x in tokenizer.codec.special}
+        write_json(out / "added_tokens.json", added)
+
+
+def _write_marian(tokenizers: Tokenizers, models: Sequence[bytes], out: Path) -> None:
+    """SentencePiece models, if there are any, and vocabularies, as MarianTokenizer reads them."""
+    shared, source = tokenizers.shared(), tokenizers.source
+    for name, model in zip(("source.spm", "target.spm"), models, strict=True):
+        if model:
+            write_atomically(out / name, model)
+    for name, side in zip(("vocab.json", "target_vocab.json"), tokenizers, strict=True):
+        if name == "vocab.json" or not shared:
             rows = dict(zip(side.theirs.tolist(), side.pieces, strict=False))
-            numbered[name] = _numbered([rows[number] for number in sorted(rows)])
-            write_json(out / name, numbered[name])
-    theirs = dict(zip(source.theirs.tolist(), source.pieces, strict=False))
-    special = {key: theirs[int(source.theirs[k])] for k, key in enumerate(NAMES) if k != 1}
-    unknown = source.unknown_id
-    special["unk_token"] = special["pad_token"] if unknown is None else source.pieces[unknown]
-    config = {"tokenizer_class": "MarianTokenizer", "separate_vocabs": target is not None}
-    write_json(out / "tokenizer_config.json", config | special)
-
-
-def _write_pieces(source: PieceTokenizer, target: PieceTokenizer, out: Path) -> None:
-    """Our SentencePiece models, as MarianTokenizer reads them."""
-    for name, side in (("source.spm", source), ("target.spm", target)):
-        write_atomically(out / name, side.to_bytes())
-    _write_marian(source, None if source is target else target, out)
+            write_json(out / name, _numbered([rows[number] for number in sorted(rows)]))
+    unknown = 0 if source.unknown_id is None else source.unknown_id
+    special = {"pad_token": 0, "eos_token": EOS, "unk_token": unknown}
+    config = {"tokenizer_class": "MarianTokenizer", "separate_vocabs": not shared}
+    config |= {role: source.pieces[number] for role, number in special.items()}
+    write_json(out / "tokenizer_config.json", config)
 
 
 def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
@@ -104,13 +207,8 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
     library: Any = tokenizers
     vocabulary = _numbered(tokenizer.pieces)
     if isinstance(tokenizer, ByteTokenizer):
-        # The library writes each byte as a printable character.
-        alphabet = _byte_characters()
-        vocabulary = {
-            alphabet[number - 3] if number >= 3 else piece: number
-            for number, piece in enumerate(tokenizer.pieces)
-        }
-        made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        names = [*SPECIALS, *_byte_characters()]
+        made = library.Tokenizer(models.BPE(vocab=_numbered(names), merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
     elif isinstance(tokenizer, SymbolTokenizer):
@@ -127,15 +225,14 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
     made.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", EOS)]
     )
-    made.add_special_tokens([*NAMES.values()])
+    made.add_special_tokens([*SPECIALS])
     out.mkdir(parents=True, exist_ok=True)
     made.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
-    write_atomically(out / "tokenizer_config.json", json.dumps(config).encode())
+    write_json(out / "tokenizer_config.json", FAST | ROLES)
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in the byte-level models of the library."""
+    """The printable character with which the library writes each byte."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [value for value in range(256) if value not in shown]
     return [chr(v) if v in shown else chr(256 + hidden.index(v)) for v in range(256)]

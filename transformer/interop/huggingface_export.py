@@ -1,0 +1,249 @@
+"""Export to Hugging Face Transformers: `find_class`, which can hold a model, and `export`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from transformer.data.imported import ImportedTokenizer
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.errors import UserError, explained
+from transformer.inference.generation import TrainedModel
+from transformer.interop import tokenizer_files
+from transformer.interop.huggingface import (
+    BART,
+    FAMILIES,
+    POSITIONS,
+    SEARCH_KEYS,
+    T5,
+    knobs_of,
+    table_names,
+    words_of,
+)
+from transformer.interop.layout import (
+    SIDES,
+    TABLES,
+    Layout,
+    Values,
+    expand,
+    position_table,
+    to_theirs,
+)
+from transformer.modules.config import ModelConfig
+from transformer.modules.layers import FEED_FORWARDS
+from transformer.modules.model import Model
+from transformer.modules.transformer import POSITION_KNOBS
+from transformer.workdir import write_json
+
+Weights = dict[str, np.ndarray]  # our names
+BIASES = ("attention_bias", "ff_bias", "logits_bias")  # a class that has them gets zeros
+# Knobs that say nothing about what a trained model computes, or that are in the others.
+UNSEEN = {"cell", "kernel_init", "scale_gated", "max_length", "separate_vocabularies", "dtype"}
+UNSEEN |= {"qk_norm_epsilon", "attention_backend", "scan_layers", "remat", "dropout_rate"}
+UNSEEN |= {"attention_dropout_rate"}
+
+
+def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
+    """Returns the name of the family whose class holds a model, and the values of config.json.
+
+    A class holds what comes back when its config.json is written and read. `pad` is the id of
+    padding there.
+
+    Raises:
+      UserError: no class does; it names the knobs that the nearest one has otherwise.
+    """
+    if model.config.architecture != "transformer":
+        problem = f"Hugging Face has no class for model.architecture={model.config.architecture}"
+        raise UserError(f"{problem}: train a transformer, or export with --to=stablehlo")
+    own = vars(model.config) | {
+        "d_ff": model.shapes["encoder/layers/0/feed_forward/expand/kernel"].shape[1]
+    }
+    nearest: tuple[list[str], str, Values] | None = None
+    for name in FAMILIES:
+        values = _values(name, own) | {"pad_token_id": pad}
+        faults = _faults(own, _held(name, own, values))
+        if nearest is None or len(faults) < len(nearest[0]):
+            nearest = faults, name, values
+    assert nearest is not None
+    faults, name, values = nearest
+    if faults:
+        problem = f"{FAMILIES[name].head}, the nearest class, cannot hold {', '.join(faults)}"
+        raise UserError(f"{problem}: train with what it has, or export with --to=stablehlo")
+    return name, values
+
+
+def _values(name: str, own: Values) -> Values:
+    """The values of config.json that are nearest to the knobs of a model."""
+    family, own, values = FAMILIES[name], _resolved(own), {}
+    words = words_of(family, own["d_model"])
+    for key, knob in family.keys.items():
+        theirs = {ours: word for word, ours in reversed(words.get(knob, {}).items())}
+        other = next(iter(words[knob])) if knob in words else own[knob]
+        values[key] = theirs.get(own[knob], other)
+    return values
+
+
+def _held(name: str, own: Values, values: Values) -> Values:
+    """The knobs of a model that the class makes of `values`, and of the tensors of a file."""
+    family, held = FAMILIES[name], vars(ModelConfig()) | knobs_of(name, values)
+    if own["position_encoding"] in POSITIONS.get(name, ()):
+        held |= {knob: own[knob] for knob in ("position_encoding", *_position_knobs())}
+    if name == "marian":  # the channels are permuted
+        held["sinusoid_layout"] = own["sinusoid_layout"]
+    both = family.naming is T5 and own["tie_embeddings"] != "all"  # it has one table for both
+    return held | {"tie_embeddings": "inputs" if both else own["tie_embeddings"]}
+
+
+def _faults(own: Values, held: Values) -> list[str]:
+    """The knobs in which two models differ."""
+    relevant = POSITION_KNOBS.get(own["position_encoding"], {}).values()
+    unseen = UNSEEN | (_position_knobs() - {*relevant})
+    unseen |= {knob for knob in BIASES if held[knob]}
+    own, held = _resolved(own), _resolved(held)
+    names = [knob for knob in own if knob not in unseen and own[knob] != held[knob]]
+    return [f"model.{knob}={own[knob]} (it has {held[knob]})" for knob in names]
+
+
+def _position_knobs() -> set[str]:
+    return {*chain.from_iterable(each.values() for each in POSITION_KNOBS.values())}
+
+
+def _resolved(knobs: Values) -> Values:
+    """The knobs with what None stands for."""
+    width = knobs["d_k"] or knobs["d_model"] // knobs["num_heads"]
+    meaning = {
+        "decoder_layers": knobs["num_layers"],
+        "d_k": width,
+        "d_v": width,
+        "num_kv_heads": knobs["num_heads"],
+        "final_norm": knobs["norm_placement"] != "post",
+        "embedding_scale": knobs["d_model"] ** 0.5,
+        "attention_scale": width**-0.5,
+    }
+    return knobs | {knob: value for knob, value in meaning.items() if knobs[knob] is None}
+
+
+def export(model: TrainedModel, out: Path) -> None:
+    """Writes the folder `out` for `AutoModelForSeq2SeqLM` and `AutoTokenizer`.
+
+    Raises:
+      UserError: no class can hold the model.
+    """
+    with explained("export to Hugging Face: pip install safetensors", ImportError):
+        from safetensors.numpy import save_file
+    ids = _token_ids(model)
+    name, values = find_class(model.model, ids["pad_token_id"])
+    family, config, sizes = FAMILIES[name], model.model.config, _sizes(model)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(dict(_tensors(name, model)), out / "model.safetensors", metadata={"format": "pt"})
+    values |= {"model_type": name, "architectures": [family.head], "is_encoder_decoder": True}
+    values |= {"dtype": "float32", "vocab_size": sizes["source"]} | ids
+    ties = config.tie_embeddings
+    values["tie_word_embeddings"] = ties == "all"
+    if family.naming is BART:  # CTranslate2's converter needs them
+        values["normalize_before"] = config.norm_placement == "pre"
+        values["normalize_embedding"] = config.embedding_norm
+    else:  # of old, this key said whether logits are scaled; tensors say what is tied
+        values["tie_word_embeddings"] = values.get("scale_decoder_outputs", False)
+    if name == "marian":
+        values["tie_word_embeddings"] = ties in ("all", "target_output")
+        values["share_encoder_decoder_embeddings"] = ties == "all"
+        values["decoder_vocab_size"] = sizes["target"]
+    write_json(out / "config.json", values)
+    write_json(out / "generation_config.json", ids | _search(model))
+    tokenizer_files.write(model.tokenizers, name, out)
+
+
+def _sizes(model: TrainedModel) -> dict[str, int]:
+    """The vocabulary sizes of both sides."""
+    return {"source": model.model.vocab_size, "target": model.model.target_vocab_size}
+
+
+def _tensors(name: str, model: TrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors, contiguous, by their names."""
+    family, config, rows = FAMILIES[name], model.model.config, {}
+    for side, size in _sizes(model).items():
+        theirs = getattr(model.tokenizers, side).theirs
+        rows[side] = theirs if len(theirs) == size else np.arange(size)
+    weights = _weights(name, model)
+    depths = {"encoder": config.num_layers, "decoder": config.decoder_depth()}
+    unused = ".wi." if FEED_FORWARDS[config.feed_forward][1] else ".wi_0."
+    layout = {x: y for x, y in expand(family.naming, depths, weights).items() if unused not in x}
+    for theirs, (ours,) in (layout | _tables(name, config.tie_embeddings)).items():
+        side = TABLES.get(ours)
+        tensor = to_theirs(weights[ours], ours, None if side is None else rows[side])
+        yield theirs, tensor[None] if ours == "logits_bias" else tensor
+
+
+def _tables(name: str, ties: str) -> Layout:
+    """The layout of tables of embeddings."""
+    source, target, shared, logits = table_names(FAMILIES[name])
+    inputs, outputs, last = list(TABLES)[:3]
+    if ties == "all":
+        return {shared: (inputs,)}
+    outputs = inputs if ties == "inputs" else outputs
+    last = outputs if ties == "target_output" else last
+    if FAMILIES[name].naming is T5:
+        return {shared: (inputs,), logits: (last,)}
+    layout = {source: (inputs,), target: (outputs,)}
+    if name != "marian":
+        return layout | {shared: (inputs,), logits: (last,)}
+    return layout if last == outputs else layout | {logits: (last,)}
+
+
+def _weights(name: str, model: TrainedModel) -> Weights:
+    """Our weights as the class needs them: with all its biases and tables of positions."""
+    config, fixed = model.model.config, FAMILIES[name].knobs
+    biases = {knob: bool(fixed.get(knob, getattr(ModelConfig, knob))) for knob in BIASES}
+    sizes = _sizes(model)
+    like = Model(replace(config, **biases), sizes["source"], sizes["target"])
+    weights = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in like.shapes.items()}
+    weights |= {key: np.asarray(jax.device_get(x)) for key, x in model.variables.items()}
+    if config.position_encoding in POSITIONS.get(name, ()):
+        start, table = config.position_offset, position_table(config, config.max_length)
+        for key in (f"{side}_position/embedding" for side in SIDES.values()):
+            weights[key] = weights[key][start:] if key in weights else table
+    positions = config.position_encoding, config.sinusoid_layout
+    if name == "marian" and positions == ("sinusoidal", "neighbours"):
+        width = config.d_model  # sines first
+        order = np.concatenate([np.arange(0, width, 2), np.arange(1, width, 2)])
+        return {key: _permuted(x, like.axes[key], order) for key, x in weights.items()}
+    return weights
+
+
+def _permuted(value: np.ndarray, axes: tuple, order: np.ndarray) -> np.ndarray:
+    """`value` with the channels of the residual stream in another order."""
+    for number, axis in enumerate(axes):
+        if axis in ("embed", "norm") and value.shape[number] == len(order):
+            value = value.take(order, axis=number)
+    return value
+
+
+def _token_ids(model: TrainedModel) -> Values:
+    """The ids of tokens with a role, as config.json and generation_config.json have them."""
+    target = model.tokenizers.target
+    theirs = target.theirs.tolist()
+    roles = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": target.start}
+    roles |= {"forced_bos_token_id": target.forced_first, "forced_eos_token_id": target.forced_last}
+    ids = {key: None if own is None else theirs[own] for key, own in roles.items()}
+    bos = target.roles.bos if isinstance(target, ImportedTokenizer) else BOS
+    return ids | {"bos_token_id": bos}
+
+
+def _search(model: TrainedModel) -> Values:
+    """What generation_config.json says about decoding."""
+    target, decoding = model.tokenizers.target, model.config.decoding
+    longest = decoding.max_length or model.model.config.max_length
+    values = {key: getattr(decoding, knob) for key, knob in SEARCH_KEYS.items()}
+    stopping = {"true": True, "false": False}.get(decoding.early_stopping, "never")
+    values["early_stopping"] = stopping if decoding.beam_size > 1 else False
+    if decoding.penalty != "length" and decoding.length_penalty:  # there is no such penalty there
+        for key in ("num_beams", "length_penalty", "early_stopping"):
+            del values[key]
+    values["max_length"] = longest + 1  # with the start token
+    values["min_length"] = decoding.min_length + 1 if decoding.min_length else 0
+    banned = [[int(target.theirs[own])] for own in target.banned]
+    return values | ({"bad_words_ids": banned} if banned else {})
