@@ -25,7 +25,7 @@ from transformer.console import facts
 from transformer.errors import UserError, explained
 from transformer.inference.decoding import DecodingConfig
 from transformer.inference.generation import TrainedModel
-from transformer.interop import ctranslate2, huggingface_export, onnx, stablehlo
+from transformer.interop import ctranslate2, huggingface_export, programs
 from transformer.run import Run
 
 
@@ -44,12 +44,18 @@ def to_ctranslate2(model: TrainedModel, out: Path) -> None:
 def to_stablehlo(model: TrainedModel, out: Path) -> None:
     """Writes a program for `jax.export` and its loader."""
     longest = LONGEST.value or min(512, model.positions)
-    stablehlo.export(model, out, cli.decoding(model.config.decoding), longest)
+    programs.to_stablehlo(model, out, cli.decoding(model.config.decoding), longest)
 
 
 def to_onnx(model: TrainedModel, out: Path) -> None:
     """Writes graphs for ONNX runtimes."""
-    onnx.export(model, out, onnx.parse_shapes(SHAPES.value))
+    shapes = []
+    for text in SHAPES.value:
+        rows, _, length = text.partition("x")
+        if not (rows.isdecimal() and length.isdecimal() and int(rows) and int(length)):
+            raise UserError(f"--shapes: {text!r} is not rows x length, such as 8x32")
+        shapes.append((int(rows), int(length)))
+    programs.to_onnx(model, out, shapes)
 
 
 TARGETS = {

@@ -69,14 +69,15 @@ def test_a_program_decodes_any_batch_without_this_library(changes, decoding, tmp
 
 def test_what_a_program_cannot_do_is_refused_in_a_line(tmp_path, rng):
     learned = {"model.position_encoding": "learned", "model.max_length": 20}
-    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), **learned)
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), decode_margin=2, **learned)
     for word, message in (
         ("--temperature=1", "cannot do temperature=1.0; set temperature=0.0"),
         ("--distinct", "cannot do distinct=True"),
         ("--quantization=int8", "--quantization does nothing for --to=stablehlo"),
         ("--longest=21", "sources of 21 tokens exceed the model's 20"),
+        ("--prefix=abc", "has 3 tokens, and outputs have at most 3"),
     ):
-        refused(message, exported, workdir, tmp_path / "out", word)
+        refused(message, exported, workdir, tmp_path / "out", word, longest=("--longest=20",))
 
 
 @pytest.mark.oracle
