@@ -39,7 +39,7 @@ def test_torch_files_are_read(tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin")
     check_values(open_tensors(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a torch file")
-    with pytest.raises(UserError, match="not a readable torch file"):
+    with pytest.raises(UserError, match="not a file of PyTorch"):
         open_tensors(tmp_path)
 
 
