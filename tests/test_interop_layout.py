@@ -100,9 +100,9 @@ def test_mismatches_name_the_tensor():
 
 def test_tables_tell_ties_and_positions():
     one, other = np.zeros((3, 2)), np.ones((3, 2))
-    assert tied(one, one, one) == "all"
-    assert tied(one, one, other) == "inputs"
-    assert tied(other, one, one) == "target_output"
+    assert tied(one.copy(), one, one.copy()) == "all"
+    assert tied(one.copy(), one, other) == "inputs"
+    assert tied(other, one, one.copy()) == "target_output"
     assert tied(one, other, one) == "none"
     for knobs in COMPUTED:
         table = position_table(ModelConfig(d_model=8, num_heads=1, **knobs), 5)

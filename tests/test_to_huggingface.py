@@ -76,6 +76,8 @@ def test_an_exported_model_comes_back(name, tmp_path):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits_of(again), expected, atol=1e-5 * scale)
     assert again.config.decoding.max_length == 24
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "length_penalty" not in generation  # there is no penalty as of GNMT
 
 
 @pytest.mark.oracle

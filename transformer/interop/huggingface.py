@@ -60,47 +60,33 @@ T5 = Naming(
     """,
 )
 # Keys of config.json, and the knobs of `ModelConfig` that hold their values.
-BART_KEYS = {
-    "d_model": "d_model",
-    "encoder_layers": "num_layers",
-    "decoder_layers": "decoder_layers",
-    "encoder_attention_heads": "num_heads",
-    "decoder_attention_heads": "num_heads",
-    "encoder_ffn_dim": "d_ff",
-    "decoder_ffn_dim": "d_ff",
-    "activation_function": "feed_forward",
-    "scale_embedding": "embedding_scale",
-    "max_position_embeddings": "max_length",
-    "dropout": "dropout_rate",
-    "attention_dropout": "attention_dropout_rate",
-}
-MT5_KEYS = {
-    "d_model": "d_model",
-    "d_kv": "d_k",
-    "d_ff": "d_ff",
-    "num_layers": "num_layers",
-    "num_decoder_layers": "decoder_layers",
-    "num_heads": "num_heads",
-    "feed_forward_proj": "feed_forward",
-    "relative_attention_num_buckets": "relative_buckets",
-    "relative_attention_max_distance": "relative_distance",
-    "layer_norm_epsilon": "norm_epsilon",
-    "dropout_rate": "dropout_rate",
-}
+BART_KEYS = {"d_model": "d_model", "encoder_layers": "num_layers"}
+BART_KEYS |= {"decoder_layers": "decoder_layers", "encoder_attention_heads": "num_heads"}
+BART_KEYS |= {"decoder_attention_heads": "num_heads", "encoder_ffn_dim": "d_ff"}
+BART_KEYS |= {"decoder_ffn_dim": "d_ff", "activation_function": "feed_forward"}
+BART_KEYS |= {"scale_embedding": "embedding_scale", "max_position_embeddings": "max_length"}
+BART_KEYS |= {"dropout": "dropout_rate", "attention_dropout": "attention_dropout_rate"}
+MT5_KEYS = {"d_model": "d_model", "d_kv": "d_k", "d_ff": "d_ff", "num_layers": "num_layers"}
+MT5_KEYS |= {"num_decoder_layers": "decoder_layers", "num_heads": "num_heads"}
+MT5_KEYS |= {"feed_forward_proj": "feed_forward", "dropout_rate": "dropout_rate"}
+MT5_KEYS |= {"relative_attention_num_buckets": "relative_buckets"}
+MT5_KEYS |= {"relative_attention_max_distance": "relative_distance"}
+MT5_KEYS |= {"layer_norm_epsilon": "norm_epsilon"}
 T5_KEYS = MT5_KEYS | {"scale_decoder_outputs": "logits_scale"}
 # Keys of generation_config.json, and knobs of `DecodingConfig`.
-SEARCH_KEYS = {
-    "num_beams": "beam_size",
-    "length_penalty": "length_penalty",
-    "no_repeat_ngram_size": "no_repeat_ngram_size",
-    "repetition_penalty": "repetition_penalty",
-}
+SEARCH_KEYS = {"num_beams": "beam_size", "length_penalty": "length_penalty"}
+SEARCH_KEYS |= {key: key for key in ("no_repeat_ngram_size", "repetition_penalty")}
 # The same for what changes outputs and decoding here cannot do; the value that changes nothing.
 UNSUPPORTED = {"num_beam_groups": 1, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
 UNSUPPORTED |= {"encoder_no_repeat_ngram_size": 0, "begin_suppress_tokens": None}
 UNSUPPORTED |= {"forced_decoder_ids": None, "sequence_bias": None, "guidance_scale": None}
 UNSUPPORTED |= {"exponential_decay_length_penalty": None, "penalty_alpha": None}
 UNSUPPORTED |= {"dola_layers": None}
+# Tensors of a file that may hold nothing of their own; those of position tables may be computed.
+IGNORED = {"final_logits_bias"}
+IGNORED |= {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+IGNORED |= {f"model.{stack}.embed_positions.weight{s}" for stack in SIDES for s in ("", "s")}
+IGNORED |= {"model.encoder.version", "model.decoder.version"}
 # Names of activations; the first of several with the same value is written.
 PLAIN = {"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 PLAIN |= {"swish": "swish", "silu": "swish"}
@@ -189,7 +175,7 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
     depths = dict(zip(SIDES, (knobs["num_layers"], knobs["decoder_layers"]), strict=True))
     layout = expand(family.naming, depths, shapes)
     layout |= {name: (ours,) for name, ours in zip(tables, TABLES, strict=False) if ours in shapes}
-    layout = find(layout, tensors, _without_parameter(family))
+    layout = find(layout, tensors, {*IGNORED, *table_names(family)})
     tokenizers = tokenizer_files.read(folder, config, _token_ids(generation), sizes, tokenizer)
     return Imported(name, knobs, _decoding(generation), tokenizers, layout, tensors)
 
@@ -261,15 +247,6 @@ def _knobs_of_tensors(name: str, tensors: Tensors) -> Values:
     names = [f"model.{stack}.embed_positions.weight" for stack in SIDES]
     stored = [tensors[each] for each in names if each in tensors and name in POSITIONS]
     return knobs | (position_knobs(*stored) if stored else {})
-
-
-def _without_parameter(family: Family) -> set[str]:
-    """The tensors of a file that may hold nothing of their own."""
-    stacks = [f"model.{stack}." for stack in SIDES]
-    names = {stack + name for stack in stacks for name in ("version", "embed_positions.weight")}
-    names |= {f"{stack}embed_positions.weights" for stack in stacks}  # of old M2M100 files
-    names.add("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
-    return names | {"final_logits_bias", *table_names(family)}
 
 
 def _token_ids(generation: Values) -> TokenIds:

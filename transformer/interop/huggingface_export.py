@@ -14,7 +14,6 @@ from transformer.errors import UserError, explained
 from transformer.inference.generation import TrainedModel
 from transformer.interop import tokenizer_files
 from transformer.interop.huggingface import (
-    BART,
     FAMILIES,
     POSITIONS,
     SEARCH_KEYS,
@@ -44,6 +43,7 @@ BIASES = ("attention_bias", "ff_bias", "logits_bias")  # a class that has them g
 UNSEEN = {"cell", "kernel_init", "scale_gated", "max_length", "separate_vocabularies", "dtype"}
 UNSEEN |= {"qk_norm_epsilon", "attention_backend", "scan_layers", "remat", "dropout_rate"}
 UNSEEN |= {"attention_dropout_rate"}
+PLACES = {*chain.from_iterable(each.values() for each in POSITION_KNOBS.values())}
 
 
 def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
@@ -58,17 +58,12 @@ def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
     if model.config.architecture != "transformer":
         problem = f"Hugging Face has no class for model.architecture={model.config.architecture}"
         raise UserError(f"{problem}: train a transformer, or export with --to=stablehlo")
-    own = vars(model.config) | {
-        "d_ff": model.shapes["encoder/layers/0/feed_forward/expand/kernel"].shape[1]
-    }
-    nearest: tuple[list[str], str, Values] | None = None
+    hidden = model.shapes["encoder/layers/0/feed_forward/expand/kernel"].shape[1]
+    own, found = vars(model.config) | {"d_ff": hidden}, []
     for name in FAMILIES:
         values = _values(name, own) | {"pad_token_id": pad}
-        faults = _faults(own, _held(name, own, values))
-        if nearest is None or len(faults) < len(nearest[0]):
-            nearest = faults, name, values
-    assert nearest is not None
-    faults, name, values = nearest
+        found.append((_faults(own, _held(name, own, values)), name, values))
+    faults, name, values = min(found, key=lambda each: len(each[0]))
     if faults:
         problem = f"{FAMILIES[name].head}, the nearest class, cannot hold {', '.join(faults)}"
         raise UserError(f"{problem}: train with what it has, or export with --to=stablehlo")
@@ -90,7 +85,7 @@ def _held(name: str, own: Values, values: Values) -> Values:
     """The knobs of a model that the class makes of `values`, and of the tensors of a file."""
     family, held = FAMILIES[name], vars(ModelConfig()) | knobs_of(name, values)
     if own["position_encoding"] in POSITIONS.get(name, ()):
-        held |= {knob: own[knob] for knob in ("position_encoding", *_position_knobs())}
+        held |= {knob: own[knob] for knob in ("position_encoding", *PLACES)}
     if name == "marian":  # the channels are permuted
         held["sinusoid_layout"] = own["sinusoid_layout"]
     both = family.naming is T5 and own["tie_embeddings"] != "all"  # it has one table for both
@@ -100,15 +95,11 @@ def _held(name: str, own: Values, values: Values) -> Values:
 def _faults(own: Values, held: Values) -> list[str]:
     """The knobs in which two models differ."""
     relevant = POSITION_KNOBS.get(own["position_encoding"], {}).values()
-    unseen = UNSEEN | (_position_knobs() - {*relevant})
+    unseen = UNSEEN | (PLACES - {*relevant})
     unseen |= {knob for knob in BIASES if held[knob]}
     own, held = _resolved(own), _resolved(held)
     names = [knob for knob in own if knob not in unseen and own[knob] != held[knob]]
     return [f"model.{knob}={own[knob]} (it has {held[knob]})" for knob in names]
-
-
-def _position_knobs() -> set[str]:
-    return {*chain.from_iterable(each.values() for each in POSITION_KNOBS.values())}
 
 
 def _resolved(knobs: Values) -> Values:
@@ -134,44 +125,39 @@ def export(model: TrainedModel, out: Path) -> None:
     """
     with explained("export to Hugging Face: pip install safetensors", ImportError):
         from safetensors.numpy import save_file
-    ids = _token_ids(model)
+    ids, config = _token_ids(model), model.model.config
     name, values = find_class(model.model, ids["pad_token_id"])
-    family, config, sizes = FAMILIES[name], model.model.config, _sizes(model)
+    family, ties = FAMILIES[name], config.tie_embeddings
     out.mkdir(parents=True, exist_ok=True)
     save_file(dict(_tensors(name, model)), out / "model.safetensors", metadata={"format": "pt"})
     values |= {"model_type": name, "architectures": [family.head], "is_encoder_decoder": True}
-    values |= {"dtype": "float32", "vocab_size": sizes["source"]} | ids
-    ties = config.tie_embeddings
-    values["tie_word_embeddings"] = ties == "all"
-    if family.naming is BART:  # CTranslate2's converter needs them
+    values |= {"dtype": "float32", "vocab_size": model.model.vocab_size} | ids
+    if family.naming is T5:  # of old, the key said whether logits are scaled; tensors tell ties
+        values["tie_word_embeddings"] = values.get("scale_decoder_outputs", False)
+    else:  # CTranslate2's converter needs the last two
+        values["tie_word_embeddings"] = ties == "all"
         values["normalize_before"] = config.norm_placement == "pre"
         values["normalize_embedding"] = config.embedding_norm
-    else:  # of old, this key said whether logits are scaled; tensors say what is tied
-        values["tie_word_embeddings"] = values.get("scale_decoder_outputs", False)
     if name == "marian":
         values["tie_word_embeddings"] = ties in ("all", "target_output")
         values["share_encoder_decoder_embeddings"] = ties == "all"
-        values["decoder_vocab_size"] = sizes["target"]
+        values["decoder_vocab_size"] = model.model.target_vocab_size
     write_json(out / "config.json", values)
     write_json(out / "generation_config.json", ids | _search(model))
     tokenizer_files.write(model.tokenizers, name, out)
 
 
-def _sizes(model: TrainedModel) -> dict[str, int]:
-    """The vocabulary sizes of both sides."""
-    return {"source": model.model.vocab_size, "target": model.model.target_vocab_size}
-
-
 def _tensors(name: str, model: TrainedModel) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors, contiguous, by their names."""
-    family, config, rows = FAMILIES[name], model.model.config, {}
-    for side, size in _sizes(model).items():
-        theirs = getattr(model.tokenizers, side).theirs
+    config, rows = model.model.config, {}
+    sizes = model.model.vocab_size, model.model.target_vocab_size
+    for side, tokenizer, size in zip(SIDES.values(), model.tokenizers, sizes, strict=True):
+        theirs = tokenizer.theirs
         rows[side] = theirs if len(theirs) == size else np.arange(size)
-    weights = _weights(name, model)
+    weights, naming = _weights(name, model), FAMILIES[name].naming
     depths = {"encoder": config.num_layers, "decoder": config.decoder_depth()}
     unused = ".wi." if FEED_FORWARDS[config.feed_forward][1] else ".wi_0."
-    layout = {x: y for x, y in expand(family.naming, depths, weights).items() if unused not in x}
+    layout = {x: y for x, y in expand(naming, depths, weights).items() if unused not in x}
     for theirs, (ours,) in (layout | _tables(name, config.tie_embeddings)).items():
         side = TABLES.get(ours)
         tensor = to_theirs(weights[ours], ours, None if side is None else rows[side])
@@ -198,8 +184,8 @@ def _weights(name: str, model: TrainedModel) -> Weights:
     """Our weights as the class needs them: with all its biases and tables of positions."""
     config, fixed = model.model.config, FAMILIES[name].knobs
     biases = {knob: bool(fixed.get(knob, getattr(ModelConfig, knob))) for knob in BIASES}
-    sizes = _sizes(model)
-    like = Model(replace(config, **biases), sizes["source"], sizes["target"])
+    sizes = model.model.vocab_size, model.model.target_vocab_size
+    like = Model(replace(config, **biases), *sizes)
     weights = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in like.shapes.items()}
     weights |= {key: np.asarray(jax.device_get(x)) for key, x in model.variables.items()}
     if config.position_encoding in POSITIONS.get(name, ()):

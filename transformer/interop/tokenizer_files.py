@@ -1,6 +1,5 @@
 """The tokenizer files of Hugging Face folders: `read` and `write`."""
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,22 +142,16 @@ def _read(path: Path) -> bytes:
 def write(tokenizers: Tokenizers, family: str, out: Path) -> None:
     """Writes the files that `AutoTokenizer` reads; of an imported model those it came with."""
     source, target = tokenizers
-    shared = tokenizers.shared()
     if isinstance(source, PieceTokenizer) and isinstance(target, PieceTokenizer):
-        _write_marian(tokenizers, [source.model, target.model], out)
-    elif not isinstance(source, ImportedTokenizer):
+        _write_marian(tokenizers, (source.model, target.model), out)
+    elif not (isinstance(source, ImportedTokenizer) and isinstance(target, ImportedTokenizer)):
         _write_symbols(source, out)
-        if not shared:  # the class has one tokenizer; targets are decoded by hand
+        if not tokenizers.shared():  # the class has one tokenizer; targets are decoded by hand
             _write_symbols(target, out / "target")
     elif family == "marian":
-        models = [*_models(source), *_models(target)]
-        _write_marian(tokenizers, models[:: len(models) - 1], out)
+        _write_marian(tokenizers, (source.codec.model, target.codec.model), out)
     else:
         _write_imported(source, family, out)
-
-
-def _models(tokenizer: Any) -> list[bytes]:
-    return [base64.b64decode(each) for each in tokenizer.record["models"] if each is not None]
 
 
 def _numbered(pieces: Sequence[str]) -> dict[str, int]:
@@ -166,19 +159,19 @@ def _numbered(pieces: Sequence[str]) -> dict[str, int]:
 
 
 def _write_imported(tokenizer: ImportedTokenizer, family: str, out: Path) -> None:
-    kind, pieces = tokenizer.record["kind"], tokenizer.record["pieces"]
+    kind, pieces, codec = tokenizer.record["kind"], tokenizer.record["pieces"], tokenizer.codec
     if kind == "tokenizers":
-        write_atomically(out / "tokenizer.json", *_models(tokenizer))
+        write_atomically(out / "tokenizer.json", codec.model)
         write_json(out / "tokenizer_config.json", FAST)
     elif kind == "bytes":
         write_json(out / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
     elif kind == "sentencepiece":
         name = "sentencepiece.bpe.model" if family in LANGUAGES else "spiece.model"
-        write_atomically(out / name, *_models(tokenizer))
+        write_atomically(out / name, codec.model)
     if pieces and (kind == "pieces" or family == "m2m_100"):
         write_json(out / "vocab.json", _numbered(pieces))
     elif pieces:  # sentinels and languages
-        added = {x: n for x, n in _numbered(pieces).items() if x in tokenizer.codec.special}
+        added = {piece: n for piece, n in _numbered(pieces).items() if piece in codec.special}
         write_json(out / "added_tokens.json", added)
 
 
@@ -205,16 +198,14 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, processors
     library: Any = tokenizers
-    vocabulary = _numbered(tokenizer.pieces)
     if isinstance(tokenizer, ByteTokenizer):
-        names = [*SPECIALS, *_byte_characters()]
-        made = library.Tokenizer(models.BPE(vocab=_numbered(names), merges=[]))
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        made.decoder = decoders.ByteLevel()
+        names = [*SPECIALS, *(f"<0x{value:02X}>" for value in range(256))]
+        made = library.Tokenizer(models.BPE(_numbered(names), [], byte_fallback=True))
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     elif isinstance(tokenizer, SymbolTokenizer):
         unknown = tokenizer.unknown_id
         options = {} if unknown is None else {"unk_token": tokenizer.pieces[unknown]}
-        made = library.Tokenizer(models.WordLevel(vocab=vocabulary, **options))
+        made = library.Tokenizer(models.WordLevel(_numbered(tokenizer.pieces), **options))
         if tokenizer.separator:
             made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         else:
@@ -229,10 +220,3 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     made.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", FAST | ROLES)
-
-
-def _byte_characters() -> list[str]:
-    """The printable character with which the library writes each byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [value for value in range(256) if value not in shown]
-    return [chr(v) if v in shown else chr(256 + hidden.index(v)) for v in range(256)]
