@@ -10,12 +10,17 @@ import jax
 import numpy as np
 import pytest
 
+import transformer
+from tests.hf_models import make_model
 from tests.test_config import of, resolved
 from tests.test_export import exported as export
+from tests.test_huggingface import check_outputs, sources_of
+from transformer.config import RunConfig
 from transformer.data.packing import RaggedArray
 from transformer.data.tokenizer import EOS
 from transformer.data.toy import SIZES, TASKS, draw
 from transformer.inference.generation import TrainedModel
+from transformer.interop.importing import import_run
 from transformer.run import Run
 from transformer.workdir import Workdir
 
@@ -201,3 +206,35 @@ def test_onnx_gives_the_same_outputs_at_two_shapes(trained, tmp_path):
         session = runtime.InferenceSession(str(tmp_path / "out" / name / "greedy.onnx"))
         found = [session.run(["tokens"], {"source": batch})[0] for batch in batches]
         check(trained, [before_end(row) for row in np.concatenate(found)[:, 0]])
+
+
+def test_a_frozen_encoder_is_bit_identical_after_import_fine_tuning_and_export(tmp_path, data_dir):
+    pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    files = pytest.importorskip("safetensors.numpy")
+    make_model("marian", tmp_path / "theirs")
+    imported = import_run(tmp_path / "theirs", tmp_path / "imported")
+    texts, inputs, _ = sources_of(imported, 14)
+    pairs = "".join(f"{text}\t{' '.join(text.split()[::-1])}\n" for text in texts)
+    (tmp_path / "train.tsv").write_text(pairs)
+    config = transformer.config_of(tmp_path / "imported")
+    config.update({"init_from": str(tmp_path / "imported"), "freeze": ("encoder/*", "embedding/*")})
+    config.update({"steps": 20, "batch_size": 8, "eval_every": 20, "save_every": 20})
+    config.data.update({"dataset": "files", "train": str(tmp_path / "train.tsv")})
+    config.data.update({"validation": "train[:8]", "test": "train[:8]"})
+    config.optimizer.update({"name": "adam", "warmup_steps": 0, "learning_rate": 1e-2})
+    config.mesh.data = 1
+    with jax.numpy_dtype_promotion("standard"):
+        run = Run(RunConfig.from_config_dict(config), tmp_path / "tuned", data_dir=data_dir)
+        run.train()
+    exported(run.workdir, tmp_path / "out", to="huggingface")
+    before, after = (
+        files.load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "out")
+    )
+    kept = {name for name, tensor in after.items() if np.array_equal(tensor, before[name])}
+    frozen = {x for x in after if x.startswith(("model.encoder.", "model.shared."))}
+    assert frozen <= kept
+    assert not any(name.endswith("weight") for name in kept - frozen)
+    there = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    check_outputs(there, run.trained_model(), texts, inputs, 1)
+    check_outputs(there, run.trained_model(), texts, inputs, 4, early_stopping="true")
