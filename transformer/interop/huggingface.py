@@ -101,45 +101,27 @@ class Family(NamedTuple):
     naming: Naming
     keys: Mapping[str, str]
     knobs: Values
-    defaults: Values  # of config.json, whose old files leave them out
+    forced_eos: int | None = None  # the default of `forced_eos_token_id`
 
 
-def _bart(name: str, knobs: Values, defaults: Values) -> Family:
-    fixed = {"norm": "layer", "norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True}
-    usual = {"activation_function": "gelu", "scale_embedding": False, "dropout": 0.1}
-    usual["attention_dropout"] = 0.0
-    return Family(name, BART, BART_KEYS, fixed | knobs, usual | defaults)
-
-
-def _t5(name: str, keys: Mapping[str, str], activation: str, **knobs: Any) -> Family:
-    fixed = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
-    fixed |= {"scale_gated": False, "attention_scale": 1.0, "embedding_scale": 1.0} | knobs
-    defaults = {"d_kv": 64, "feed_forward_proj": activation, "dropout_rate": 0.1}
-    defaults |= {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
-    return Family(name, T5, keys, fixed, defaults | {"layer_norm_epsilon": 1e-6} | STARTS_WITH_PAD)
-
-
-POST, PRE = {"norm_placement": "post"}, {"norm_placement": "pre"}
+LAYER = {"norm": "layer", "norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True}
+POST, PRE = LAYER | {"norm_placement": "post"}, LAYER | {"norm_placement": "pre"}
 SINUSOIDS = {"position_encoding": "sinusoidal", "sinusoid_layout": "halves"}
 LEARNED = {"position_encoding": "learned", "position_offset": 2, "embedding_norm": True}
 M2M100 = PRE | SINUSOIDS | {"sinusoid_rates": "tensor2tensor", "logits_bias": False}
-FAIRSEQ = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-EOS_LAST, STARTS_WITH_EOS = {"forced_eos_token_id": 2}, {"decoder_start_token_id": 2}
-STARTS_WITH_PAD = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-RELU = {"activation_function": "relu", "scale_embedding": True, "attention_dropout": 0.1}
+RMS = {"norm": "rms", "position_encoding": "relative", "ff_bias": False, "scale_gated": False}
+RMS |= {"attention_scale": 1.0, "embedding_scale": 1.0}
 HEAD = "ForConditionalGeneration"
 # Several may hold a model here; the first is exported, so PEGASUS follows M2M100.
 FAMILIES = {
-    "marian": _bart("MarianMTModel", POST | SINUSOIDS, {}),
-    "m2m_100": _bart(f"M2M100{HEAD}", M2M100, FAIRSEQ | STARTS_WITH_EOS | RELU),
-    "pegasus": _bart(
-        f"Pegasus{HEAD}", PRE | SINUSOIDS, STARTS_WITH_PAD | {"forced_eos_token_id": 1}
-    ),
-    "bart": _bart(f"Bart{HEAD}", POST | LEARNED, FAIRSEQ | STARTS_WITH_EOS | EOS_LAST),
-    "mbart": _bart(f"MBart{HEAD}", PRE | LEARNED, FAIRSEQ | EOS_LAST),
-    "t5": _t5(f"T5{HEAD}", T5_KEYS, "relu"),
-    "mt5": _t5(f"MT5{HEAD}", MT5_KEYS, "gated-gelu"),
-    "umt5": _t5(f"UMT5{HEAD}", T5_KEYS, "gated-gelu", relative_per_layer=True),
+    "marian": Family("MarianMTModel", BART, BART_KEYS, POST | SINUSOIDS),
+    "m2m_100": Family(f"M2M100{HEAD}", BART, BART_KEYS, M2M100),
+    "pegasus": Family(f"Pegasus{HEAD}", BART, BART_KEYS, PRE | SINUSOIDS, 1),
+    "bart": Family(f"Bart{HEAD}", BART, BART_KEYS, POST | LEARNED, 2),
+    "mbart": Family(f"MBart{HEAD}", BART, BART_KEYS, PRE | LEARNED, 2),
+    "t5": Family(f"T5{HEAD}", T5, T5_KEYS, RMS),
+    "mt5": Family(f"MT5{HEAD}", T5, MT5_KEYS, RMS),
+    "umt5": Family(f"UMT5{HEAD}", T5, T5_KEYS, RMS | {"relative_per_layer": True}),
 }
 # The position encodings that a file may hold as a table.
 POSITIONS = {"marian": ("learned",), "pegasus": ("none", "sinusoidal", "learned")}
@@ -157,10 +139,10 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
         known = ", ".join(FAMILIES)
         raise UserError(f"{folder}: model_type {name} is not supported; these are: {known}")
     family, tensors = FAMILIES[name], open_tensors(folder)
-    # Before the key existed, only T5 1.0 scaled its logits, and its tables are tied.
-    scaled = config.get("tie_word_embeddings") is not False
-    config = family.defaults | {"scale_decoder_outputs": scaled} | config
-    generation = config
+    # What old files leave out. Of T5 only 1.0 scales its logits, and its tables are tied.
+    old = {"feed_forward_proj": "relu", "relative_attention_max_distance": 128}
+    old["scale_decoder_outputs"] = config.get("tie_word_embeddings") is not False
+    config = generation = old | {"forced_eos_token_id": family.forced_eos} | config
     if (path := folder / "generation_config.json").is_file():
         ids = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
         generation = {key: config.get(key) for key in ids}
