@@ -90,7 +90,7 @@ IGNORED |= {"model.encoder.version", "model.decoder.version"}
 # Names of activations; the first of several with the same value is written.
 PLAIN = {"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 PLAIN |= {"swish": "swish", "silu": "swish"}
-GATED = {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
+GATED = PLAIN | {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
 GATED |= {"gated-relu": "reglu"}
 
 
@@ -100,6 +100,7 @@ class Family(NamedTuple):
     head: str  # the name of the class
     naming: Naming
     keys: Mapping[str, str]
+    activations: Mapping[str, str]
     knobs: Values
     forced_eos: int | None = None  # the default of `forced_eos_token_id`
 
@@ -114,14 +115,14 @@ RMS |= {"attention_scale": 1.0, "embedding_scale": 1.0}
 HEAD = "ForConditionalGeneration"
 # Several may hold a model here; the first is exported, so PEGASUS follows M2M100.
 FAMILIES = {
-    "marian": Family("MarianMTModel", BART, BART_KEYS, POST | SINUSOIDS),
-    "m2m_100": Family(f"M2M100{HEAD}", BART, BART_KEYS, M2M100),
-    "pegasus": Family(f"Pegasus{HEAD}", BART, BART_KEYS, PRE | SINUSOIDS, 1),
-    "bart": Family(f"Bart{HEAD}", BART, BART_KEYS, POST | LEARNED, 2),
-    "mbart": Family(f"MBart{HEAD}", BART, BART_KEYS, PRE | LEARNED, 2),
-    "t5": Family(f"T5{HEAD}", T5, T5_KEYS, RMS),
-    "mt5": Family(f"MT5{HEAD}", T5, MT5_KEYS, RMS),
-    "umt5": Family(f"UMT5{HEAD}", T5, T5_KEYS, RMS | {"relative_per_layer": True}),
+    "marian": Family("MarianMTModel", BART, BART_KEYS, PLAIN, POST | SINUSOIDS),
+    "m2m_100": Family(f"M2M100{HEAD}", BART, BART_KEYS, PLAIN, M2M100),
+    "pegasus": Family(f"Pegasus{HEAD}", BART, BART_KEYS, PLAIN, PRE | SINUSOIDS, 1),
+    "bart": Family(f"Bart{HEAD}", BART, BART_KEYS, PLAIN, POST | LEARNED, 2),
+    "mbart": Family(f"MBart{HEAD}", BART, BART_KEYS, PLAIN, PRE | LEARNED, 2),
+    "t5": Family(f"T5{HEAD}", T5, T5_KEYS, GATED, RMS),
+    "mt5": Family(f"MT5{HEAD}", T5, MT5_KEYS, GATED, RMS),
+    "umt5": Family(f"UMT5{HEAD}", T5, T5_KEYS, GATED, RMS | {"relative_per_layer": True}),
 }
 # The position encodings that a file may hold as a table.
 POSITIONS = {"marian": ("learned",), "pegasus": ("none", "sinusoidal", "learned")}
@@ -149,7 +150,7 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
         generation |= {key: value for key, value in read_json(path).items() if value is not None}
     tables = _tables(family, tensors, config)
     values = {table: tensors[table] for table in tables}  # each is read once
-    knobs: Values = knobs_of(name, config) | _knobs_of_tensors(name, tensors)
+    knobs: Values = knobs_of(family, config) | _knobs_of_tensors(name, tensors)
     knobs["tie_embeddings"] = tied(*(values[each] for each in tables))
     size = required(config, "vocab_size")
     sizes = size, config.get("decoder_vocab_size") or size
@@ -162,10 +163,9 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
     return Imported(name, knobs, _decoding(generation), tokenizers, layout, tensors)
 
 
-def knobs_of(name: str, config: Values) -> Values:
+def knobs_of(family: Family, config: Values) -> Values:
     """The knobs that the class and config.json tell; tensors tell the others."""
-    family, knobs = FAMILIES[name], dict(FAMILIES[name].knobs)
-    words = words_of(family, required(config, "d_model"))
+    knobs, words = dict(family.knobs), words_of(family, config)
     for key, knob in family.keys.items():
         value = config.get(key)
         if value is None:
@@ -177,18 +177,18 @@ def knobs_of(name: str, config: Values) -> Values:
         if knobs.setdefault(knob, value) != value:
             problem = f"config.json has {key}={value}, and {knobs[knob]} in the other stack"
             raise UserError(f"{problem}: model.{knob} holds both, which must be equal")
-    if name == "m2m_100":
+    if "sinusoid_rates" in knobs:  # M2M100
         knobs["position_offset"] = required(config, "pad_token_id") + 1
     return knobs
 
 
-def words_of(family: Family, width: int) -> dict[str, dict[Any, Any]]:
+def words_of(family: Family, config: Values) -> dict[str, dict[Any, Any]]:
     """The values of some keys of config.json as those of the knobs that hold them."""
-    return {
-        "feed_forward": PLAIN | (GATED if family.naming is T5 else {}),
-        "embedding_scale": {True: None, False: 1.0},
-        "logits_scale": {True: width**-0.5, False: 1.0},
-    }
+    words: dict[str, dict[Any, Any]] = {"feed_forward": {**family.activations}}
+    words["embedding_scale"] = {True: None, False: 1.0}
+    if "scale_decoder_outputs" in family.keys:
+        words["logits_scale"] = {True: required(config, "d_model") ** -0.5, False: 1.0}
+    return words
 
 
 def required(config: Values, key: str) -> Any:
