@@ -14,7 +14,7 @@ from transformer.interop.importing import import_run
 
 torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
 files = pytest.importorskip("safetensors.numpy")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
 TEXTS = 200
 PENALTIES = (0.0, 0.6, 1.0, 2.0)
@@ -68,7 +68,6 @@ def test_an_imported_model_computes_the_same_and_is_exported_as_it_came(name, tm
     assert {key: before[key] for key in same} == {key: after[key] for key in same}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_scores_are_those_of_generate(name, tmp_path):
     model, trained = imported(name, tmp_path)

@@ -90,10 +90,10 @@ def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
         problem = f"Hugging Face has no class for model.architecture={model.config.architecture}"
         raise UserError(f"{problem}: train a transformer, or export with --to=stablehlo")
     hidden = model.shapes["encoder/layers/0/feed_forward/expand/kernel"].shape[1]
-    own, found = vars(model.config) | {"d_ff": hidden}, []
-    for name in CLASSES:
-        values = _values(name, own) | {"pad_token_id": pad}
-        found.append((_faults(own, _held(name, own, values)), name, values))
+    own, found = _resolved(vars(model.config) | {"d_ff": hidden}), []
+    for name, family in CLASSES.items():
+        values = _values(family, own) | {"pad_token_id": pad}
+        found.append((_faults(name, own, values), name, values))
     faults, name, values = min(found, key=lambda each: len(each[0]))
     if faults:
         problem = f"{CLASSES[name].head}, the nearest class, cannot hold {', '.join(faults)}"
@@ -101,10 +101,9 @@ def find_class(model: Model, pad: int = PAD) -> tuple[str, Values]:
     return name, values
 
 
-def _values(name: str, own: Values) -> Values:
+def _values(family: Family, own: Values) -> Values:
     """The values of config.json that are nearest to the knobs of a model."""
-    family, own, values = CLASSES[name], _resolved(own), {}
-    words = words_of(family, own)
+    words, values = words_of(family, own), {}
     for key, knob in family.keys.items():
         theirs = {ours: word for word, ours in reversed(words.get(knob, {}).items())}
         other = next(iter(words[knob])) if knob in words else own[knob]
@@ -112,24 +111,19 @@ def _values(name: str, own: Values) -> Values:
     return values
 
 
-def _held(name: str, own: Values, values: Values) -> Values:
-    """The knobs of a model that the class makes of `values`, and of the tensors of a file."""
-    family = CLASSES[name]
-    held = vars(ModelConfig()) | knobs_of(family, values)
-    if own["position_encoding"] in POSITIONS.get(name, ()):
-        held |= {knob: own[knob] for knob in ("position_encoding", *PLACES)}
-    if name == "marian":  # the channels are permuted
-        held["sinusoid_layout"] = own["sinusoid_layout"]
-    both = family.naming is T5 and own["tie_embeddings"] != "all"  # it has one table for both
-    return held | {"tie_embeddings": "inputs" if both else own["tie_embeddings"]}
-
-
-def _faults(own: Values, held: Values) -> list[str]:
-    """The knobs in which two models differ."""
-    relevant = POSITION_KNOBS.get(own["position_encoding"], {}).values()
-    unseen = UNSEEN | (PLACES - {*relevant})
+def _faults(name: str, own: Values, values: Values) -> list[str]:
+    """The knobs that are other ones when the class reads `values` and the tensors of a file."""
+    held = vars(ModelConfig()) | {"tie_embeddings": own["tie_embeddings"]}
+    held = _resolved(held | knobs_of(CLASSES[name], values))
+    if CLASSES[name].naming is T5 and own["tie_embeddings"] != "all":  # one table for both sides
+        held["tie_embeddings"] = "inputs"
+    encoding = own["position_encoding"]
+    unseen = UNSEEN | (PLACES - {*POSITION_KNOBS.get(encoding, {}).values()})
     unseen |= {knob for knob in BIASES if held[knob]}
-    own, held = _resolved(own), _resolved(held)
+    if encoding in POSITIONS.get(name, ()):
+        unseen |= {"position_encoding", *PLACES}
+    if name == "marian":  # the channels are permuted
+        unseen.add("sinusoid_layout")
     names = [knob for knob in own if knob not in unseen and own[knob] != held[knob]]
     return [f"model.{knob}={own[knob]} (it has {held[knob]})" for knob in names]
 
@@ -181,17 +175,15 @@ def export(model: TrainedModel, out: Path) -> None:
 
 def _nested(values: Values) -> Values:
     """The values of T5Gemma, which has a config for each stack."""
-    depths = {stack: values.pop(stack) for stack in SIDES}
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": values["rope_parameters"]}
     values |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     values["query_pre_attn_scalar"] = values["head_dim"]
-    sizes = dict(zip(SIDES, (values["vocab_size"], values.pop("decoder_vocab_size")), strict=True))
-    for stack, depth in depths.items():
-        layers = {"num_hidden_layers": depth, "layer_types": ["full_attention"] * depth}
-        values[stack] = (
-            values | layers | {"vocab_size": sizes[stack], "model_type": "t5_gemma_module"}
-        )
-    return values
+    sizes = {"encoder": values["vocab_size"], "decoder": values.pop("decoder_vocab_size")}
+    stacks: Values = {stack: (values.pop(stack), size) for stack, size in sizes.items()}
+    for stack, (depth, size) in stacks.items():
+        own = {"model_type": "t5_gemma_module", "vocab_size": size, "num_hidden_layers": depth}
+        stacks[stack] = values | own | {"layer_types": ["full_attention"] * depth}
+    return values | stacks
 
 
 def _tensors(name: str, model: TrainedModel) -> Iterator[tuple[str, np.ndarray]]:
