@@ -102,5 +102,6 @@ def _write_checkpoint(run: Run, into: Workdir, imported: Imported) -> None:
     rest: TrainState = jax.tree.map(zeros, like._replace(params={}))
     never = place(np.array(-1, like.failed.dtype), like.failed.sharding)
     into.plots.mkdir(parents=True)
-    with Checkpoints(into.checkpoints, 1, run.config.best_metric) as checkpoints:
+    best = run.config.best_metric
+    with Checkpoints(into.checkpoints, 1, best, merge_files=False) as checkpoints:
         checkpoints.save(rest._replace(params=params, failed=never), {})

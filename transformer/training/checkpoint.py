@@ -102,15 +102,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a folder. Leaving the `with` block waits for the last save.
 
     The `keep` latest ones are kept, and the best by the validation metric `best`. If `keep` is
-    None, the folder is only read, which is safe while another process trains.
+    None, the folder is only read, which is safe while another process trains. Without `merge_files`
+    each array has files of its own, and a save needs no copy of all arrays in memory.
     """
 
-    def __init__(self, directory: Path, keep: int | None, best: str):
+    def __init__(self, directory: Path, keep: int | None, best: str, *, merge_files: bool = True):
         self.directory, self.writes, self.best = directory, keep is not None, best
         if not self.writes and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
         hosts.once(partial(check, directory, self.writes))
-        self.handler, path = SealingHandler(), directory.absolute()
+        self.handler, path = SealingHandler(use_ocdbt=merge_files), directory.absolute()
         with quiet():
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=PreservationPolicy(keep or 1, best),

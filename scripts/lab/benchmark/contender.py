@@ -84,7 +84,11 @@ CONTENDERS = {
     "ctranslate2": Entry(
         "CTranslate2", "ctranslate2:CTranslate2", (*MARIAN, "ctranslate2"), (), (1, 4), "marian"
     ),
+    "imported": Entry("this library, imported", "imported:Imported", MARIAN, (), (1, 4), "marian"),
+    "same": Entry("the same, trained here", "imported:Same", MARIAN, (), (1, 4), "marian"),
 }
+
+IMPORTED = ("imported", "same")  # with the parameters of Marian, for a part of their own
 
 # size → contender → (batching, peak learning rate) of training to the target, if not the default:
 # the best of a grid that was the same for all (docs/results/benchmark_settings.json).

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lab.benchmark import task
-from lab.benchmark.contender import CONTENDERS, OURS, TUNED, Setting
+from lab.benchmark.contender import CONTENDERS, IMPORTED, OURS, TUNED, Setting
 from lab.benchmark.page import comparison
 from lab.benchmark.worker import ContenderError, Remote
 from lab.tables import spread
 from lab.timing import rotate
 from transformer.console import console
 
-STRINGS = {128: 512, 1: 32}  # batch size of decoding → held-out strings in a turn
+STRINGS = {128: 512, 32: 64, 1: 32}  # batch size of decoding → held-out strings in a turn
 EVERY = 50  # steps between evaluations in training to the target
 PAUSE = 0.3  # seconds between turns, until the threads of the last process sleep
 
@@ -175,8 +175,20 @@ def time_to_accuracy(bench: Bench) -> Part:
 
 
 def decoding(bench: Bench) -> Part:
-    """Held-out strings per second; trains first where an earlier part has left no parameters."""
-    names = bench.able("beams")
+    """Held-out strings per second of models that were trained by the contenders."""
+    return _decoding(
+        bench, [each for each in bench.able("beams") if each not in IMPORTED], (128, 1)
+    )
+
+
+def imported(bench: Bench) -> Part:
+    """Held-out strings per second of a Marian: imported, as if trained here, by `generate`."""
+    names = [name for name in (*IMPORTED, "marian") if name in bench.able("beams")]
+    return _decoding(bench, names, (32, 1))
+
+
+def _decoding(bench: Bench, names: Sequence[str], batches: Sequence[int]) -> Part:
+    """Trains first where an earlier part has left no parameters."""
     sources = {name: CONTENDERS[name].weights or name for name in names}
     untrained = {name for name in sources.values() if not bench.weights(name).exists()}
     with bench.processes(sorted(untrained)) as remotes:
@@ -187,7 +199,7 @@ def decoding(bench: Bench) -> Part:
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(sources[name])[0])
             bench.ask(remote, "load", path=str(bench.weights(sources[name])))
-        for beams, batch in itertools.product((1, 4), STRINGS):
+        for beams, batch in itertools.product((1, 4), batches):
             call = "decode", {"strings": STRINGS[batch], "batch": batch, "beams": beams}
             turns = {(name, ""): call for name in names if beams in CONTENDERS[name].beams}
             found = bench.rotate(remotes, turns)
@@ -201,4 +213,9 @@ def decoding(bench: Bench) -> Part:
     return tables, rounds
 
 
-PARTS = {"training": training, "time_to_accuracy": time_to_accuracy, "decoding": decoding}
+PARTS = {
+    "training": training,
+    "time_to_accuracy": time_to_accuracy,
+    "decoding": decoding,
+    "imported": imported,
+}

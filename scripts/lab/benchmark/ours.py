@@ -1,5 +1,6 @@
 """This library as a contender: packed rows, many steps per dispatch, all data on the device."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ def run_config(setting: Setting, schedule: Schedule, rows: int) -> RunConfig:
 
 class Ours(Contender):
     """Trains as `train.py` does, and decodes as `eval.py` does."""
+
+    rules = DecodingConfig(length_penalty=0.0)  # of decoding
 
     def __init__(self, setting: Setting):
         self.setting, self.schedule = setting, Schedule(1e-3, 1, 2)
@@ -82,7 +85,7 @@ class Ours(Contender):
         return self.run.step_flops, times * 2 * size**3 / fastest
 
     def decode(self, source: np.ndarray, batch: int, beams: int, length: int) -> np.ndarray:
-        decoding = DecodingConfig(beam_size=beams, length_penalty=0.0)
+        decoding = dataclasses.replace(self.rules, beam_size=beams, length_penalty=0.0)
         # One source at a time has one device; a batch is divided among them, as in `eval.py`.
         mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length

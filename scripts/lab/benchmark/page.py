@@ -41,6 +41,9 @@ NOTES = {
     "decoding": "Held-out strings per second with trained parameters, sorted by length. Speeds are "
     "comparable where exact match and tokens per output are similar. This library decodes fewer "
     "hypotheses than a batch at once on a CPU, see `rows_at_once`.",
+    "imported": "One Marian with random parameters, whose outputs all end at the length limit: in "
+    "Hugging Face's `generate`, imported by `scripts/import_weights.py` with the rules of "
+    "`generate`, and as a model of this library with its own rules.",
 }
 
 

@@ -62,6 +62,8 @@ SIZES = {
     | {
         "base": Size(512, 8, 2048, 6, 64, 8_192, 16, 128, 10, 0),
         "text": Size(128, 4, 256, 4, 51, 29_000, 261, 64, 10, 0, **TEXT),
+        # Of OPUS-MT's Transformers; one step leaves outputs that end at the length limit.
+        "marian": Size(512, 8, 2048, 6, 51, 2_000, 16, 64, 10, 1, symbols=20_000, text=True),
     },
     "gpu": SMALL
     | {
