@@ -64,7 +64,9 @@ def test_an_imported_model_computes_the_same_and_is_exported_as_it_came(name, tm
     assert not any(info.values()), info
     before, after = (json.loads((each / "config.json").read_text()) for each in folders)
     # Transformers says that tables are tied where they are not; that T5 is no MT5 changes nothing.
+    # Marian has no BOS.
     same = before.keys() & after.keys() - {"tie_word_embeddings", "architectures", "model_type"}
+    same -= {"bos_token_id"} if name == "marian" else set()
     assert {key: before[key] for key in same} == {key: after[key] for key in same}
 
 

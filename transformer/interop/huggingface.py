@@ -75,6 +75,7 @@ MT5_KEYS |= {"layer_norm_epsilon": "norm_epsilon"}
 T5_KEYS = MT5_KEYS | {"scale_decoder_outputs": "logits_scale"}
 # Keys of generation_config.json, and knobs of `DecodingConfig`.
 SEARCH_KEYS = {"num_beams": "beam_size", "length_penalty": "length_penalty"}
+SEARCH_KEYS |= {"renormalize_logits": "renormalize"}
 SEARCH_KEYS |= {key: key for key in ("no_repeat_ngram_size", "repetition_penalty")}
 # The same for what changes outputs and decoding here cannot do; the value that changes nothing.
 UNSUPPORTED = {"num_beam_groups": 1, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
@@ -245,10 +246,12 @@ def _token_ids(generation: Values) -> TokenIds:
         raise UserError(f"bad_words_ids has {long[0]}, not a single token: remove it")
     banned = {*(generation.get("suppress_tokens") or ()), *(word[0] for word in words)}
     pad, _ = (required(generation, key) for key in ("pad_token_id", "eos_token_id"))
+    bos, eos = generation.get("bos_token_id"), one("eos_token_id")
     start = generation.get("decoder_start_token_id")
     start = required(generation, "bos_token_id") if start is None else start
     forced = one("forced_bos_token_id"), one("forced_eos_token_id"), tuple(sorted(banned))
-    return TokenIds(pad, one("eos_token_id"), start, generation.get("bos_token_id"), None, *forced)
+    # Models that have no BOS, such as those of OPUS-MT, may call another token so.
+    return TokenIds(pad, eos, start, None if bos in (pad, eos) else bos, None, *forced)
 
 
 def _decoding(generation: Values) -> Values:
