@@ -138,6 +138,8 @@ def get_config():
     config.decoding.early_stopping = "never"
     # How hypotheses without EOS rank at the length limit: last, or equal to finished ones.
     config.decoding.unfinished = "last"
+    # Of beam search: the probabilities of the tokens that are not banned sum to 1.
+    config.decoding.renormalize = False
 
     # The optimizer section of a config.
     config.optimizer.name = "adam"  # OPTIMIZERS in training/optimizer.py

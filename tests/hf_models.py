@@ -28,7 +28,12 @@ T5 = {
     "relative_attention_max_distance": 20,
 }
 SWISH = {"scale_embedding": True, "activation_function": "swish"}
-LAST = {"pad_token_id": 15, "decoder_start_token_id": 15, "bad_words_ids": [[15]]}
+LAST = {
+    "bos_token_id": 0,
+    "pad_token_id": 15,
+    "decoder_start_token_id": 15,
+    "bad_words_ids": [[15]],
+}
 TWO = {"decoder_vocab_size": 14, "share_encoder_decoder_embeddings": False}
 NEXT = {"pad_token_id": 13, "decoder_start_token_id": 13, "bad_words_ids": [[13]]}
 BAD_PAD = {"bad_words_ids": [[0]]}
@@ -81,6 +86,7 @@ def make_model(name: str, folder: Path) -> Any:
         state["lm_head.weight"] = torch.randn_like(state["lm_head.weight"])
     if "bad_words_ids" in values:
         model.generation_config.bad_words_ids = values["bad_words_ids"]
+    model.generation_config.renormalize_logits = name == "marian"  # as in OPUS-MT
     for key in ("forced_bos_token_id", "decoder_start_token_id"):
         if key in values:
             setattr(model.generation_config, key, values[key])

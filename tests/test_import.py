@@ -133,14 +133,15 @@ def broken(source, target, **changes):
     return target
 
 
-def test_tokens_are_renumbered(folder, tmp_path):
+@pytest.mark.parametrize(("bos", "own"), [(3, 3), (7, 0)])
+def test_tokens_are_renumbered(bos, own, folder, tmp_path):
     path, model = folder
-    ids = {"pad_token_id": 5, "bos_token_id": 3, "eos_token_id": 7, "decoder_start_token_id": 5}
+    ids = {"pad_token_id": 5, "bos_token_id": bos, "eos_token_id": 7, "decoder_start_token_id": 5}
     theirs = broken(path / "theirs", tmp_path / "theirs", **ids)
     (theirs / "generation_config.json").unlink()
     imported = import_run(theirs, tmp_path / "run").trained_model()
     order = imported.tokenizers.source.theirs
-    assert order[:3].tolist() == [5, 3, 7]
+    assert order[:3].tolist() == [5, own, 7]  # that of EOS is no BOS
     assert imported.tokenizers.target.start == 0
     source, target = np.random.default_rng(0).integers(8, 13, (2, 3, 6)).astype(np.int32)
     ours = np.argsort(order).astype(np.int32)

@@ -41,6 +41,14 @@ def read(folder, family, size, ids, **config):
     return tokenizer_files.read(folder, config, TokenIds(**ids), (size, size), None)
 
 
+def check_written(found, folder, family, size, ids):
+    """What is written is read again as the same."""
+    folder.mkdir()
+    tokenizer_files.write(found, family, folder)
+    again = read(folder, family, size, ids)
+    assert [side.to_bytes() for side in again] == [side.to_bytes() for side in found]
+
+
 def ids_of(tokenizer, text):
     """Their ids of a text."""
     return tokenizer.theirs[tokenizer.encode(text)].tolist()
@@ -71,6 +79,7 @@ def test_marian_has_numbers_of_its_own(two, sentences, tmp_path):
     german = found.prefixed(">>deu<<", None)
     assert ids_of(german.source, TEXTS[0]) == [names.index(">>deu<<"), *expected, 0]
     assert ids_of(found.source, "low ☃")[-2:] == [1, 0]
+    check_written(found, tmp_path / "out", "marian", size, ids)
 
 
 def test_t5_has_sentinels_after_its_pieces(sentences, tmp_path):
@@ -83,6 +92,7 @@ def test_t5_has_sentinels_after_its_pieces(sentences, tmp_path):
     assert ids_of(found.source, TEXTS[1]) == [*own.Encode(TEXTS[1]), 1]
     assert found.source.pieces[len(pieces) + 99] == "<extra_id_0>"
     assert len(found.source.theirs) == size
+    check_written(found, tmp_path / "out", "t5", size, ids)
 
 
 def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
@@ -96,6 +106,7 @@ def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
     found = read(tmp_path / "pegasus", "pegasus", size, ids)
     assert ids_of(found.source, TEXTS[2]) == [*(n + 103 for n in own.Encode(TEXTS[2])), 1]
     assert int(found.source.theirs[found.source.unknown_id]) == 105
+    check_written(found, tmp_path / "out", "pegasus", size, ids)
 
     data = sentences()  # <unk>, <s>, </s>
     own, pieces = pieces_of(data)
@@ -107,6 +118,8 @@ def test_pegasus_and_fairseq_shift_their_pieces(sentences, tmp_path):
     found = read(folder, "mbart", size, FAIRSEQ | {"start": size - 1})
     shifted = [number + 1 for number in own.Encode(TEXTS[2])]
     assert ids_of(found.source, TEXTS[2]) == [*shifted, 2, size - 2]  # the language follows EOS
+    german = found.prefixed("de_DE", None)
+    check_written(german, tmp_path / "de", "mbart", size, FAIRSEQ | {"start": size - 1})
     found = read(folder, "mbart", size, FAIRSEQ)  # mBART-50
     assert ids_of(found.source, TEXTS[2]) == [size - 2, *shifted, 2]
 
@@ -125,9 +138,34 @@ def test_m2m_100_has_a_vocabulary_and_languages(sentences, tmp_path):
     assert ids_of(found.source, TEXTS[3]) == [len(names) + 1, *expected, 2]
     german = found.prefixed("__de__", "__en__")
     assert ids_of(german.source, TEXTS[3])[0] == len(names)
+    check_written(found.prefixed("__de__", None), tmp_path / "out", "m2m_100", size, FAIRSEQ)
     assert ids_of(german.target, TEXTS[3])[0] == len(names) + 1
     with pytest.raises(UserError, match="source_prefix='__xx__'"):
         found.prefixed("__xx__", None)
+
+
+def test_byt5_has_no_files(tmp_path):
+    size, ids = 384, {"pad": 0, "eos": 1, "start": 0}
+    found = read(tmp_path, "t5", size, ids, tokenizer_class="ByT5Tokenizer")
+    assert ids_of(found.source, "é") == [3 + 0xC3, 3 + 0xA9, 1]
+    assert found.target.decode(found.target.encode("é ☃")) == "é ☃"
+    check_written(found, tmp_path / "out", "t5", size, ids)
+
+
+def test_bart_has_a_tokenizer_json(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    made = library.ByteLevelBPETokenizer()
+    made.train_from_iterator(TEXTS, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    made.save_model(str(tmp_path))
+    size, ids = made.get_vocab_size() + 1, {"pad": 1, "eos": 2, "start": 2, "bos": 0}
+    found = read(tmp_path, "bart", size, ids)
+    assert ids_of(found.source, TEXTS[0] + " é") == [0, *made.encode(TEXTS[0] + " é").ids, 2]
+    assert found.target.decode(found.target.encode(TEXTS[0])) == TEXTS[0]
+    check_written(found, tmp_path / "out", "bart", size, ids)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer .*tokenizer\.json"):  # not split by spaces
+        read(tmp_path, "bart", size, ids)
 
 
 OWN = {
@@ -147,7 +185,7 @@ def test_the_library_reads_our_tokenizers(kind, tmp_path):
     tokenizer_files.write(Tokenizers(own, own), "pegasus", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "pegasus"}))
     there = hf.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("a low new wide bed", "low bed"):
+    for text in ("a low new wide bed", "low bed", *["é ☃"] * (kind == "bytes")):
         tokens = own.encode(text)
         assert there(text).input_ids == tokens
         assert there.decode(tokens, skip_special_tokens=True) == own.decode(tokens) == text

@@ -137,6 +137,7 @@ def test_beams_are_those_of_hugging_faces_generate(stop, rng):
     for alpha, forced in ((0.0, EOS), (0.6, None), (1.0, None), (2.0, EOS)):
         own = sources._replace(constraints=Constraints(forced_first=None, forced_last=forced))
         options = {"penalty": "length", "early_stopping": stop, "unfinished": "equal"}
+        options["renormalize"] = normal = alpha == 0.6
         module = Markov(np.concatenate([tables[:1], tables]))
         tokens, scores = jax.jit(partial(beam_search, module, own, 4, alpha, **options))()
         given = {"true": True, "false": False, "never": "never"}[stop]
@@ -147,6 +148,7 @@ def test_beams_are_those_of_hugging_faces_generate(stop, rng):
                 **{"early_stopping": given, "length_penalty": alpha, "output_scores": True},
                 **{"max_new_tokens": LENGTH, "bad_words_ids": [[PAD], [6]], "use_cache": False},
                 **{"return_dict_in_generate": True, "forced_eos_token_id": forced},
+                renormalize_logits=normal,
             )
             np.testing.assert_allclose(scores[row], theirs.sequences_scores, rtol=1e-4, atol=1e-5)
             found = theirs.sequences.numpy()[:, 1:]

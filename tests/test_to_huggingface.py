@@ -23,6 +23,7 @@ SIZES["norm_epsilon"] = 1e-5
 LEARNED = {"position_encoding": "learned"}
 T5 = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
 T5 |= {"attention_scale": 1.0, "embedding_scale": 1.0}
+GEMMA = {"norm": "rms", "norm_placement": "both", "position_encoding": "rotary", "ff_bias": False}
 POST = {"norm_placement": "post"}
 MODELS = {
     "default": {},
@@ -33,8 +34,10 @@ MODELS = {
     "post learned": {**POST, **LEARNED, "tie_embeddings": "target_output"},
     "t5": {**T5, "d_k": 3, "logits_scale": 8**-0.5},
     "t5 gated": {**T5, "feed_forward": "geglu", "tie_embeddings": "inputs"},
+    "t5gemma": {**GEMMA, "num_kv_heads": 1, "decoder_layers": 1, "feed_forward": "swiglu"},
+    "t5gemma untied": {**GEMMA, "tie_embeddings": "none", "feed_forward": "geglu"},
 }
-CLASSES = ["Pegasus"] * 4 + ["Marian"] * 2 + ["T5"] * 2
+CLASSES = ["Pegasus"] * 4 + ["Marian"] * 2 + ["T5For"] * 2 + ["T5Gemma"] * 2
 
 
 def random_model(knobs, **sections) -> TrainedModel:
@@ -60,13 +63,11 @@ def logits_of(model: TrainedModel) -> np.ndarray:
     return np.asarray(model.module(source, target))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "gemma" not in name])
 def test_an_exported_model_comes_back(name, tmp_path):
     pytest.importorskip("safetensors")
     model = random_model(MODELS[name])
     export(model, tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert record["architectures"][0].startswith(CLASSES[list(MODELS).index(name)])
     for file in tmp_path.glob("out/token*"):
         file.unlink()
     pieces = {piece: number for number, piece in enumerate(model.tokenizers.source.pieces)}
@@ -87,9 +88,8 @@ def test_the_class_computes_the_same(name, tmp_path):
     model = random_model(MODELS[name])
     export(model, tmp_path)
     there, info = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
+    assert not any(info.values()), info
+    assert type(there).__name__.startswith(CLASSES[list(MODELS).index(name)])
     rng = np.random.default_rng(0)
     source, target = torch.tensor(rng.integers(3, 13, (2, 3, 6)))
     with torch.no_grad():

@@ -175,6 +175,7 @@ def define_decoding_flags() -> None:
         "repetition_penalty": "Above 1: makes tokens that the output has less likely; 1: none.",
         "penalty": "Of beam search, raised to length_penalty: gnmt, (5 + length) / 6; length.",
         "early_stopping": "Of beam search: never, false, true, as in Hugging Face's generate.",
+        "renormalize": "Of beam search: probabilities of tokens that are not banned sum to 1.",
         "unfinished": "How hypotheses at the length limit rank: last; equal to finished ones.",
     }
     kinds = {float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}

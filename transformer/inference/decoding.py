@@ -51,6 +51,7 @@ class DecodingOptions(TypedDict, total=False):
     penalty: str
     early_stopping: str
     unfinished: str
+    renormalize: bool
 
 
 def check_types(options: Mapping[str, object]) -> None:
@@ -95,6 +96,8 @@ class DecodingConfig:
     early_stopping: Annotated[str, Choice(EARLY_STOPPING)] = "never"
     # How hypotheses without EOS rank at the length limit: last, or equal to finished ones.
     unfinished: Annotated[str, Choice(UNFINISHED)] = "last"
+    # Of beam search: the probabilities of the tokens that are not banned sum to 1.
+    renormalize: bool = False
 
     def __post_init__(self):
         validate(self, "")
@@ -157,6 +160,7 @@ class DecodingConfig:
         names, method = ("temperature", "top_k", "top_p"), sample
         if self.beam_size > 1:
             names = ("beam_size", "length_penalty", "penalty", "early_stopping", "unfinished")
+            names += ("renormalize",)
             method = beam_search
         return partial(method, **{name: getattr(self, name) for name in names})
 

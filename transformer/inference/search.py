@@ -187,6 +187,7 @@ def beam_search(
     penalty: str = "gnmt",
     early_stopping: str = "never",
     unfinished: str = "last",
+    renormalize: bool = False,
 ) -> Hypotheses:
     """The J = `beam_size` best hypotheses by log p / penalty(length)^α, α = `length_penalty`.
 
@@ -196,7 +197,8 @@ def beam_search(
     falls, and the penalty of the longest output divides it the most), or at its length limit.
     `early_stopping` false assumes that no output gets longer, and true takes the first J finished
     hypotheses. `unfinished` says how those without EOS at the length limit rank: last, or equal to
-    finished ones. With J = 1 and no length penalty it is greedy decoding.
+    finished ones. With `renormalize` the probabilities of the tokens that may follow sum to 1. With
+    J = 1 and no length penalty it is greedy decoding.
     """
     cache, has_source, limits = sources.start(model, beam_size)
     blank = jnp.full((sources.tokens.shape[0], beam_size, sources.max_length), PAD, jnp.int32)
@@ -218,6 +220,8 @@ def beam_search(
         logits, cache = model.decode_step(jnp.where(index == 0, sources.outputs.start, last), cache)
         log_p = next_log_p(logits, sources.num_tokens, sources.outputs.banned)
         log_p = sources.constraints.apply(log_p, state.live, index, limits)
+        if renormalize:
+            log_p = jnp.where(log_p == -jnp.inf, log_p, jax.nn.log_softmax(log_p))
         at_limit = index == limits - 1 if unfinished == "equal" else None
         parents, grown = _expand(state, index, log_p, norm, at_limit)
         if early_stopping != "never":  # a row that is done takes no more

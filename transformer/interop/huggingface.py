@@ -75,6 +75,7 @@ MT5_KEYS |= {"layer_norm_epsilon": "norm_epsilon"}
 T5_KEYS = MT5_KEYS | {"scale_decoder_outputs": "logits_scale"}
 # Keys of generation_config.json, and knobs of `DecodingConfig`.
 SEARCH_KEYS = {"num_beams": "beam_size", "length_penalty": "length_penalty"}
+SEARCH_KEYS |= {"renormalize_logits": "renormalize"}
 SEARCH_KEYS |= {key: key for key in ("no_repeat_ngram_size", "repetition_penalty")}
 # The same for what changes outputs and decoding here cannot do; the value that changes nothing.
 UNSUPPORTED = {"num_beam_groups": 1, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
@@ -90,7 +91,7 @@ IGNORED |= {"model.encoder.version", "model.decoder.version"}
 # Names of activations; the first of several with the same value is written.
 PLAIN = {"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 PLAIN |= {"swish": "swish", "silu": "swish"}
-GATED = {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
+GATED = PLAIN | {"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"}
 GATED |= {"gated-relu": "reglu"}
 
 
@@ -100,46 +101,29 @@ class Family(NamedTuple):
     head: str  # the name of the class
     naming: Naming
     keys: Mapping[str, str]
+    activations: Mapping[str, str]
     knobs: Values
-    defaults: Values  # of config.json, whose old files leave them out
+    forced_eos: int | None = None  # the default of `forced_eos_token_id`
 
 
-def _bart(name: str, knobs: Values, defaults: Values) -> Family:
-    fixed = {"norm": "layer", "norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True}
-    usual = {"activation_function": "gelu", "scale_embedding": False, "dropout": 0.1}
-    usual["attention_dropout"] = 0.0
-    return Family(name, BART, BART_KEYS, fixed | knobs, usual | defaults)
-
-
-def _t5(name: str, keys: Mapping[str, str], activation: str, **knobs: Any) -> Family:
-    fixed = {"norm": "rms", "position_encoding": "relative", "ff_bias": False}
-    fixed |= {"scale_gated": False, "attention_scale": 1.0, "embedding_scale": 1.0} | knobs
-    defaults = {"d_kv": 64, "feed_forward_proj": activation, "dropout_rate": 0.1}
-    defaults |= {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
-    return Family(name, T5, keys, fixed, defaults | {"layer_norm_epsilon": 1e-6} | STARTS_WITH_PAD)
-
-
-POST, PRE = {"norm_placement": "post"}, {"norm_placement": "pre"}
+LAYER = {"norm": "layer", "norm_epsilon": 1e-5, "attention_bias": True, "logits_bias": True}
+POST, PRE = LAYER | {"norm_placement": "post"}, LAYER | {"norm_placement": "pre"}
 SINUSOIDS = {"position_encoding": "sinusoidal", "sinusoid_layout": "halves"}
 LEARNED = {"position_encoding": "learned", "position_offset": 2, "embedding_norm": True}
 M2M100 = PRE | SINUSOIDS | {"sinusoid_rates": "tensor2tensor", "logits_bias": False}
-FAIRSEQ = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-EOS_LAST, STARTS_WITH_EOS = {"forced_eos_token_id": 2}, {"decoder_start_token_id": 2}
-STARTS_WITH_PAD = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-RELU = {"activation_function": "relu", "scale_embedding": True, "attention_dropout": 0.1}
+RMS = {"norm": "rms", "position_encoding": "relative", "ff_bias": False, "scale_gated": False}
+RMS |= {"attention_scale": 1.0, "embedding_scale": 1.0}
 HEAD = "ForConditionalGeneration"
 # Several may hold a model here; the first is exported, so PEGASUS follows M2M100.
 FAMILIES = {
-    "marian": _bart("MarianMTModel", POST | SINUSOIDS, {}),
-    "m2m_100": _bart(f"M2M100{HEAD}", M2M100, FAIRSEQ | STARTS_WITH_EOS | RELU),
-    "pegasus": _bart(
-        f"Pegasus{HEAD}", PRE | SINUSOIDS, STARTS_WITH_PAD | {"forced_eos_token_id": 1}
-    ),
-    "bart": _bart(f"Bart{HEAD}", POST | LEARNED, FAIRSEQ | STARTS_WITH_EOS | EOS_LAST),
-    "mbart": _bart(f"MBart{HEAD}", PRE | LEARNED, FAIRSEQ | EOS_LAST),
-    "t5": _t5(f"T5{HEAD}", T5_KEYS, "relu"),
-    "mt5": _t5(f"MT5{HEAD}", MT5_KEYS, "gated-gelu"),
-    "umt5": _t5(f"UMT5{HEAD}", T5_KEYS, "gated-gelu", relative_per_layer=True),
+    "marian": Family("MarianMTModel", BART, BART_KEYS, PLAIN, POST | SINUSOIDS),
+    "m2m_100": Family(f"M2M100{HEAD}", BART, BART_KEYS, PLAIN, M2M100),
+    "pegasus": Family(f"Pegasus{HEAD}", BART, BART_KEYS, PLAIN, PRE | SINUSOIDS, 1),
+    "bart": Family(f"Bart{HEAD}", BART, BART_KEYS, PLAIN, POST | LEARNED, 2),
+    "mbart": Family(f"MBart{HEAD}", BART, BART_KEYS, PLAIN, PRE | LEARNED, 2),
+    "t5": Family(f"T5{HEAD}", T5, T5_KEYS, GATED, RMS),
+    "mt5": Family(f"MT5{HEAD}", T5, MT5_KEYS, GATED, RMS),
+    "umt5": Family(f"UMT5{HEAD}", T5, T5_KEYS, GATED, RMS | {"relative_per_layer": True}),
 }
 # The position encodings that a file may hold as a table.
 POSITIONS = {"marian": ("learned",), "pegasus": ("none", "sinusoidal", "learned")}
@@ -157,17 +141,17 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
         known = ", ".join(FAMILIES)
         raise UserError(f"{folder}: model_type {name} is not supported; these are: {known}")
     family, tensors = FAMILIES[name], open_tensors(folder)
-    # Before the key existed, only T5 1.0 scaled its logits, and its tables are tied.
-    scaled = config.get("tie_word_embeddings") is not False
-    config = family.defaults | {"scale_decoder_outputs": scaled} | config
-    generation = config
+    # What old files leave out. Of T5 only 1.0 scales its logits, and its tables are tied.
+    old = {"feed_forward_proj": "relu", "relative_attention_max_distance": 128}
+    old["scale_decoder_outputs"] = config.get("tie_word_embeddings") is not False
+    config = generation = old | {"forced_eos_token_id": family.forced_eos} | config
     if (path := folder / "generation_config.json").is_file():
         ids = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
         generation = {key: config.get(key) for key in ids}
         generation |= {key: value for key, value in read_json(path).items() if value is not None}
     tables = _tables(family, tensors, config)
     values = {table: tensors[table] for table in tables}  # each is read once
-    knobs: Values = knobs_of(name, config) | _knobs_of_tensors(name, tensors)
+    knobs: Values = knobs_of(family, config) | _knobs_of_tensors(name, tensors)
     knobs["tie_embeddings"] = tied(*(values[each] for each in tables))
     size = required(config, "vocab_size")
     sizes = size, config.get("decoder_vocab_size") or size
@@ -180,10 +164,9 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
     return Imported(name, knobs, _decoding(generation), tokenizers, layout, tensors)
 
 
-def knobs_of(name: str, config: Values) -> Values:
+def knobs_of(family: Family, config: Values) -> Values:
     """The knobs that the class and config.json tell; tensors tell the others."""
-    family, knobs = FAMILIES[name], dict(FAMILIES[name].knobs)
-    words = words_of(family, required(config, "d_model"))
+    knobs, words = dict(family.knobs), words_of(family, config)
     for key, knob in family.keys.items():
         value = config.get(key)
         if value is None:
@@ -195,18 +178,18 @@ def knobs_of(name: str, config: Values) -> Values:
         if knobs.setdefault(knob, value) != value:
             problem = f"config.json has {key}={value}, and {knobs[knob]} in the other stack"
             raise UserError(f"{problem}: model.{knob} holds both, which must be equal")
-    if name == "m2m_100":
+    if "sinusoid_rates" in knobs:  # M2M100
         knobs["position_offset"] = required(config, "pad_token_id") + 1
     return knobs
 
 
-def words_of(family: Family, width: int) -> dict[str, dict[Any, Any]]:
+def words_of(family: Family, config: Values) -> dict[str, dict[Any, Any]]:
     """The values of some keys of config.json as those of the knobs that hold them."""
-    return {
-        "feed_forward": PLAIN | (GATED if family.naming is T5 else {}),
-        "embedding_scale": {True: None, False: 1.0},
-        "logits_scale": {True: width**-0.5, False: 1.0},
-    }
+    words: dict[str, dict[Any, Any]] = {"feed_forward": {**family.activations}}
+    words["embedding_scale"] = {True: None, False: 1.0}
+    if "scale_decoder_outputs" in family.keys:
+        words["logits_scale"] = {True: required(config, "d_model") ** -0.5, False: 1.0}
+    return words
 
 
 def required(config: Values, key: str) -> Any:
@@ -263,10 +246,12 @@ def _token_ids(generation: Values) -> TokenIds:
         raise UserError(f"bad_words_ids has {long[0]}, not a single token: remove it")
     banned = {*(generation.get("suppress_tokens") or ()), *(word[0] for word in words)}
     pad, _ = (required(generation, key) for key in ("pad_token_id", "eos_token_id"))
+    bos, eos = generation.get("bos_token_id"), one("eos_token_id")
     start = generation.get("decoder_start_token_id")
     start = required(generation, "bos_token_id") if start is None else start
     forced = one("forced_bos_token_id"), one("forced_eos_token_id"), tuple(sorted(banned))
-    return TokenIds(pad, one("eos_token_id"), start, generation.get("bos_token_id"), None, *forced)
+    # Models that have no BOS, such as those of OPUS-MT, may call another token so.
+    return TokenIds(pad, eos, start, None if bos in (pad, eos) else bos, None, *forced)
 
 
 def _decoding(generation: Values) -> Values:

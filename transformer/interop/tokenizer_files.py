@@ -8,6 +8,7 @@ from transformer.data.corpus import Tokenizers
 from transformer.data.imported import CODECS, ImportedTokenizer, TokenIds
 from transformer.data.tokenizer import (
     EOS,
+    PAD,
     SPECIALS,
     ByteTokenizer,
     PieceTokenizer,
@@ -24,8 +25,6 @@ UNKNOWNS = ("<unk>", "[UNK]")
 FAIRSEQ = ["<s>", "<pad>", "</s>", "<unk>"]  # before the other pieces
 # The source's languages where tokenizer_config.json names none: of M2M100 and of NLLB, of mBART.
 LANGUAGES = {"m2m_100": ("__en__", "eng_Latn"), "mbart": ("en_XX",)}
-ROLES = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=True))
-FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def read(
@@ -158,16 +157,28 @@ def _numbered(pieces: Sequence[str]) -> dict[str, int]:
     return {piece: number for number, piece in enumerate(pieces)}
 
 
+def _settings(name: str, tokenizer: Tokenizer) -> Values:
+    """The values of tokenizer_config.json: the class and the tokens with a role."""
+    unknown = PAD if tokenizer.unknown_id is None else tokenizer.unknown_id
+    roles = {"pad_token": PAD, "eos_token": EOS, "unk_token": unknown}
+    return {"tokenizer_class": name} | {role: tokenizer.pieces[n] for role, n in roles.items()}
+
+
 def _write_imported(tokenizer: ImportedTokenizer, family: str, out: Path) -> None:
     kind, pieces, codec = tokenizer.record["kind"], tokenizer.record["pieces"], tokenizer.codec
+    settings: Values = {}
     if kind == "tokenizers":
         write_atomically(out / "tokenizer.json", codec.model)
-        write_json(out / "tokenizer_config.json", FAST)
-    elif kind == "bytes":
-        write_json(out / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+        settings = _settings("PreTrainedTokenizerFast", tokenizer)
     elif kind == "sentencepiece":
         name = "sentencepiece.bpe.model" if family in LANGUAGES else "spiece.model"
         write_atomically(out / name, codec.model)
+    elif kind == "bytes":
+        settings = {"tokenizer_class": "ByT5Tokenizer"}
+    languages = [tokenizer.pieces[number] for number in (*tokenizer.prefix, *tokenizer.end[1:])]
+    if languages and family in LANGUAGES:
+        settings["src_lang"] = languages[0].strip("_")
+    write_json(out / "tokenizer_config.json", settings)
     if pieces and (kind == "pieces" or family == "m2m_100"):
         write_json(out / "vocab.json", _numbered(pieces))
     elif pieces:  # sentinels and languages
@@ -177,7 +188,7 @@ def _write_imported(tokenizer: ImportedTokenizer, family: str, out: Path) -> Non
 
 def _write_marian(tokenizers: Tokenizers, models: Sequence[bytes], out: Path) -> None:
     """SentencePiece models, if there are any, and vocabularies, as MarianTokenizer reads them."""
-    shared, source = tokenizers.shared(), tokenizers.source
+    shared = tokenizers.shared()
     for name, model in zip(("source.spm", "target.spm"), models, strict=True):
         if model:
             write_atomically(out / name, model)
@@ -185,11 +196,8 @@ def _write_marian(tokenizers: Tokenizers, models: Sequence[bytes], out: Path) ->
         if name == "vocab.json" or not shared:
             rows = dict(zip(side.theirs.tolist(), side.pieces, strict=False))
             write_json(out / name, _numbered([rows[number] for number in sorted(rows)]))
-    unknown = 0 if source.unknown_id is None else source.unknown_id
-    special = {"pad_token": 0, "eos_token": EOS, "unk_token": unknown}
-    config = {"tokenizer_class": "MarianTokenizer", "separate_vocabs": not shared}
-    config |= {role: source.pieces[number] for role, number in special.items()}
-    write_json(out / "tokenizer_config.json", config)
+    settings = _settings("MarianTokenizer", tokenizers.source) | {"separate_vocabs": not shared}
+    write_json(out / "tokenizer_config.json", settings)
 
 
 def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
@@ -219,4 +227,4 @@ def _write_symbols(tokenizer: Tokenizer, out: Path) -> None:
     made.add_special_tokens([*SPECIALS])
     out.mkdir(parents=True, exist_ok=True)
     made.save(str(out / "tokenizer.json"))
-    write_json(out / "tokenizer_config.json", FAST | ROLES)
+    write_json(out / "tokenizer_config.json", _settings("PreTrainedTokenizerFast", tokenizer))
