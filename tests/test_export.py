@@ -126,3 +126,12 @@ def test_shapes_are_checked(tmp_path, rng):
         refused(
             "is not rows x length", exported, workdir, tmp_path / "o", words, to="onnx", longest=()
         )
+
+
+def test_an_export_that_fails_leaves_no_folder(tmp_path, rng, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # needed after the weights are written
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
+    remedy = r"pip install -e '.\[interop\]'"
+    refused(remedy, exported, workdir, tmp_path / "out", to="huggingface", longest=())
+    assert not (tmp_path / "out").exists()
