@@ -12,6 +12,7 @@ StableHLO is the whole loop of decoding with the given settings; `load.py` in th
 ONNX has greedy decoding, the encoder and a step of the decoder for each shape of sources.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -87,13 +88,18 @@ def main() -> None:
     for name in {name for each in TARGETS.values() for name in each.flags} - {*target.flags}:
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} does nothing for --to={TO.value}; leave it out")
-    with explained(f"--out={out}: choose a folder that can be written", OSError):
+    unwritable = f"--out={out}: {{reason}}; choose a folder that can be written"
+    with explained(unwritable, OSError):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out={out} is not an empty folder; choose a new one")
     model = Run.saved(WORKDIR.value).trained_model(CHECKPOINT.value, REPLICA.value)
-    with explained(f"--out={out}: choose a folder that can be written", OSError):
+    with explained(unwritable, OSError):
         out.mkdir(parents=True, exist_ok=True)
-        target.export(model, out)
+        try:
+            target.export(model, out)
+        except BaseException:  # a part would look like a model, and be in the way next time
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     facts({TO.value: str(out)})
 
 

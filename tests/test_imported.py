@@ -159,6 +159,14 @@ def test_prefixes_are_replaced_by_names():
     assert ours.prefixed(None, None) == ours
 
 
+def test_the_digest_by_which_tokens_are_cached_depends_on_prefixes():
+    tokenizers = [marian().prefixed(*each) for each in ((), (">>deu<<",), (None, ">>deu<<"))]
+    assert tokenizers[0].pieces == tokenizers[1].pieces == tokenizers[2].pieces
+    digests = [each.digest() for each in tokenizers]
+    assert len({*digests}) == 3
+    assert digests == [ImportedTokenizer(each.to_bytes()).digest() for each in tokenizers]
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"size": LAST}, f"{LAST + 1} tokens and the model's table {LAST} rows"),
     ({"ids": MARIAN._replace(start=LAST + 1)}, "token id .* is not in the model's table"),

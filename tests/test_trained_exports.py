@@ -76,7 +76,8 @@ def corpus(folder):
     (folder / "train.tsv").write_text(lines, encoding="utf-8")
     files = {"dataset": "files", "train": str(folder / "train.tsv")}
     knobs = of("data.", tokenizer="bpe", vocab_size=400, **files)
-    return knobs | {"model.norm_placement": "post", "steps": 100}, pairs[:200]
+    knobs |= {"model.norm_placement": "post", "model.num_layers": 2, "steps": 90}
+    return knobs, pairs[:200]
 
 
 def strings():

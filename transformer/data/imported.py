@@ -1,6 +1,7 @@
 """Tokenizers of imported models: the original vocabulary, with its tokens renumbered."""
 
 import base64
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -278,6 +279,10 @@ class ImportedTokenizer(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return self.saved
+
+    def digest(self) -> str:
+        """The SHA-256 of all that is saved: with other prefixes, texts have other tokens."""
+        return hashlib.sha256(self.saved).hexdigest()
 
 
 def _order(ids: TokenIds, size: int, named: set[int]) -> list[int]:

@@ -37,9 +37,9 @@ decode = jax.jit(jax.export.deserialize(bytearray(PROGRAM)).call)
 '''
 
 
-def portable(model: TrainedModel, **changes: Any) -> tuple[Model, Params]:
-    """The model without kernels for one platform, with `changes` of knobs, and its variables."""
-    config = replace(model.model.config, attention_backend="einsum", **changes)
+def portable(model: TrainedModel, **knobs: Any) -> tuple[Model, Params]:
+    """The model without kernels for one platform, with other `knobs`, and its variables."""
+    config = replace(model.model.config, attention_backend="einsum", **knobs)
     variables = {name: jnp.asarray(np.asarray(leaf)) for name, leaf in model.variables.items()}
     return Model.of(config, *model.tokenizers), variables
 
@@ -50,16 +50,14 @@ def longest_output(model: TrainedModel, decoding: DecodingConfig, source: int) -
     return model.config.model.reach(limit)
 
 
-def decoder(
-    model: TrainedModel, decoding: DecodingConfig, longest: int, **changes: Any
-) -> Callable:
+def decoder(model: TrainedModel, decoding: DecodingConfig, longest: int, **knobs: Any) -> Callable:
     """Decoding of [B, S] sources with S up to `longest`, as a function of the tokens alone."""
     for name, neutral in (("temperature", 0.0), ("length_ratio", 1.0), ("distinct", False)):
         if (value := getattr(decoding, name)) != neutral:
             raise UserError(f"an exported program cannot do {name}={value}; set {name}={neutral}")
     if longest > model.positions:
         raise UserError(f"sources of {longest} tokens exceed the model's {model.positions:,}")
-    whole, variables = portable(model, **changes)
+    whole, variables = portable(model, **knobs)
     shortest, most = (longest_output(model, decoding, length) for length in (1, longest))
     static, prefix = decoding.split_prefix(model.tokenizers.target, shortest)
     first = None if prefix is None else jnp.asarray(prefix)
@@ -115,7 +113,9 @@ def _write_graphs(model: TrainedModel, folder: Path, source: Shape) -> None:
     def encode(source: Int[Array, "B S"]) -> Cache:
         module, segments = whole.bind(variables), (source != PAD).astype(jnp.int32)
         memory, most = module.encode(source, segments), longest_output(model, decoding, length)
-        return module.start_cache(memory, segments, most)
+        cache = module.start_cache(memory, segments, most)
+        # Its layers share their zeros; outputs of a graph have one name each.
+        return cache._replace(decoded=jax.tree.map(jnp.zeros_like, cache.decoded))
 
     paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(encode, source))
     cache = {jax.tree_util.keystr(path, simple=True, separator="_"): leaf for path, leaf in paths}
