@@ -47,6 +47,37 @@ def exported(workdir, out, *words, to="stablehlo", longest=("--longest=24",)):
         export.main()
 
 
+def test_what_a_program_cannot_do_is_refused_in_a_line(tmp_path, rng):
+    learned = {"model.position_encoding": "learned", "model.max_length": 20}
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), decode_margin=2, **learned)
+    for word, message in (
+        ("--temperature=1", "cannot do temperature=1.0; set temperature=0.0"),
+        ("--distinct", "cannot do distinct=True"),
+        ("--quantization=int8", "--quantization does nothing for --to=stablehlo"),
+        ("--longest=21", "sources of 21 tokens exceed the model's 20"),
+        ("--prefix=abc", "has 3 tokens, and outputs have at most 3"),
+    ):
+        refused(message, exported, workdir, tmp_path / "out", word, longest=("--longest=20",))
+
+
+def test_an_export_that_fails_leaves_no_folder(tmp_path, rng, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # needed after the weights are written
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
+    remedy = r"pip install -e '.\[interop\]'"
+    refused(remedy, exported, workdir, tmp_path / "out", to="huggingface", longest=())
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_are_checked(tmp_path, rng):
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
+    for text in ("8", "0x4", "8x-1", "ax3"):
+        words = f"--shapes={text}"
+        refused(
+            "is not rows x length", exported, workdir, tmp_path / "o", words, to="onnx", longest=()
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "decoding"),
     [
@@ -72,19 +103,6 @@ def test_a_program_decodes_any_batch_without_this_library(changes, decoding, tmp
                 assert tokens[: len(each.ids())].tolist() == each.ids()
                 assert not tokens[len(each.ids()) :].any()
                 np.testing.assert_allclose(score, each.score, rtol=1e-5)
-
-
-def test_what_a_program_cannot_do_is_refused_in_a_line(tmp_path, rng):
-    learned = {"model.position_encoding": "learned", "model.max_length": 20}
-    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), decode_margin=2, **learned)
-    for word, message in (
-        ("--temperature=1", "cannot do temperature=1.0; set temperature=0.0"),
-        ("--distinct", "cannot do distinct=True"),
-        ("--quantization=int8", "--quantization does nothing for --to=stablehlo"),
-        ("--longest=21", "sources of 21 tokens exceed the model's 20"),
-        ("--prefix=abc", "has 3 tokens, and outputs have at most 3"),
-    ):
-        refused(message, exported, workdir, tmp_path / "out", word, longest=("--longest=20",))
 
 
 RARE = [
@@ -125,21 +143,3 @@ def test_onnx_runtime_gives_the_same_outputs_and_logits(changes, tmp_path, rng):
         after = run("decoder_step", {"token": token} | cache)
         close(after.pop("logits"), logits[:, 0])
         cache |= {name.removeprefix("next_"): value for name, value in after.items()}
-
-
-def test_shapes_are_checked(tmp_path, rng):
-    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
-    for text in ("8", "0x4", "8x-1", "ax3"):
-        words = f"--shapes={text}"
-        refused(
-            "is not rows x length", exported, workdir, tmp_path / "o", words, to="onnx", longest=()
-        )
-
-
-def test_an_export_that_fails_leaves_no_folder(tmp_path, rng, monkeypatch):
-    pytest.importorskip("safetensors")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)  # needed after the weights are written
-    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
-    remedy = r"pip install -e '.\[interop\]'"
-    refused(remedy, exported, workdir, tmp_path / "out", to="huggingface", longest=())
-    assert not (tmp_path / "out").exists()
