@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transformer.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from transformer.errors import UserError, explained
+from transformer.errors import UserError, needs
 from transformer.inference.generation import TrainedModel
 from transformer.interop.layout import SIDES, Naming, Tensors, expand, position_table, to_theirs
 from transformer.modules.config import ModelConfig
@@ -109,7 +109,7 @@ def variables(config: ModelConfig, weights: Tensors) -> dict[str, np.ndarray]:
 
 def spec(config: ModelConfig, weights: Tensors) -> "TransformerSpec":
     """The model as a specification of CTranslate2, without vocabularies."""
-    with explained("export to CTranslate2: pip install ctranslate2", ImportError):
+    with needs("export"):
         from ctranslate2 import specs
     both, pre = config.norm_placement == "both", config.norm_placement != "post"
     options: dict[str, Any] = {
