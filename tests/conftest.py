@@ -13,8 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # that are given `helpers.AS_USERS`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-# Programs that tests start share what they compile, and so do tests that are marked `cached`. Not
-# others: programs for several CPU devices that were read from a cache have deadlocked (JAX 0.10.2).
+# Programs that tests start share what they compile, and so do the tests of a process that are
+# marked `cached`. Not other tests: programs for several CPU devices that were read from a cache
+# have deadlocked (jaxlib 0.10.2).
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 
@@ -64,7 +65,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     cached = item.get_closest_marker("cached") is not None
     if cached != jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", cached)
-        compilation_cache.reset_cache()  # which has looked at the setting only once
+        # This process's own: JAX's files can be read before they are complete.
+        jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+        compilation_cache.reset_cache()  # which looks at these settings only once
 
 
 def refuse_several_devices(event: str, **_: object) -> None:

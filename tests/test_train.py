@@ -52,6 +52,17 @@ def steps_with(folder, metric):
     return [row["step"] for row in results(folder) if metric in row]
 
 
+def test_what_another_test_has_compiled_is_loaded():
+    events = []
+    record = lambda event, **_: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_listener(record)
+    for _ in range(2):
+        jax.clear_caches()
+        jax.jit(lambda x: 3 * x + 1)(np.arange(7))
+    jax.monitoring.unregister_event_listener(record)
+    assert "/jax/compilation_cache/cache_hits" in events
+
+
 def test_metrics_are_of_the_interval_that_ends_there(whole):
     folder, _, intervals = whole
     ends = [4, 5, 8, 10, 12, 14]
