@@ -55,12 +55,12 @@ def random_params(model: Model, seed: int) -> Params:
         special = {"scale": 1.0 + 0.1 * noise, "bias": 0.1 * noise, "mean": 0.3 * noise}
         special["var"] = np.exp(0.3 * noise)
         values = special.get(name.split("/")[-1], noise * model.config.d_model**-0.5)
-        params[name] = jnp.asarray(values, jnp.float32)
+        params[name] = jnp.asarray(np.float32(values))  # without a program for each shape
     return params
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Array:
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jnp.asarray(np.float32(rng.normal(size=shape)))
 
 
 def training(key: Array) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int 
     for texts, length in zip(zip(*pairs, strict=True), (source_length, target_length), strict=True):
         rows = [*map(TOKENIZER.encode, texts), [0] * length]
         sides.append(np.array([*itertools.zip_longest(*rows, fillvalue=0)], np.int32).T[:-1])
-    return make_batch(*map(jnp.asarray, sides))
+    return jax.jit(make_batch)(*map(jnp.asarray, sides))  # a program, not one for each operation
 
 
 def refused(message: str, function: Callable, *args: Any, **options: Any) -> str:

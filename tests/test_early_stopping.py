@@ -16,6 +16,8 @@ from transformer.training import loop
 from transformer.training.early_stopping import EarlyStopping
 from transformer.training.interruption import Interrupted, StopRequests
 
+pytestmark = pytest.mark.cached
+
 # Of the evaluations at 5, 6, 10, 12 and 14 the tiny model has a sequence accuracy of 0 in all.
 PATIENCE = {"patience": 2}
 # The second replica does not learn, so it ends at its second evaluation; the first one improves.
@@ -37,13 +39,6 @@ def train(folder, data_dir, allow_changes=False, **changes):
 def same(one, other, but=("ended",)):
     left, right = (state._replace(**dict.fromkeys(but, 0)) for state in (one, other))
     jax.tree.map(np.testing.assert_array_equal, left, right)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once():
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ DEEPER = {"model.num_layers": 2}
 SECOND = ("encoder/layers/1/*", "decoder/layers/1/*")
 
 
+@pytest.mark.cached
 @pytest.mark.parametrize(
     ("before", "after", "message", "patterns"),
     [
@@ -158,6 +159,7 @@ def test_a_mistake_is_a_line(tmp_path, rng, data_dir):
     refused("10 is damaged", start, opened(folder, data_dir))
 
 
+@pytest.mark.cached
 def test_an_interrupted_run_resumes_without_the_folder_and_keeps_what_is_frozen(
     tmp_path, rng, data_dir, monkeypatch, capsys
 ):

@@ -30,9 +30,9 @@ RECURRENT = {"architecture": "recurrent"}
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)
 
-# Every entry of every table, one at a time; test_layers.py tests the `INITIALIZERS`.
-ENTRIES = [
-    {knob: value}
+# The entries of every table but the defaults; test_layers.py tests the `INITIALIZERS`.
+ENTRIES = {
+    knob: [value for value in values if default_config().model[knob] != value]
     for knob, values in {
         "norm": NORMS,
         "norm_placement": NORM_PLACEMENTS,
@@ -40,34 +40,37 @@ ENTRIES = [
         "attention_backend": [name for name in ATTENTION_BACKENDS if name not in BFLOAT16_BACKENDS],
         "feed_forward": FEED_FORWARDS,
     }.items()
-    for value in values
-    if default_config().model[knob] != value
+}
+ALONE = [{knob: value} for knob, values in ENTRIES.items() for value in values]
+# The first entries of all tables together, the second ones, and so on.
+TOGETHER = [
+    {knob: values[row] for knob, values in ENTRIES.items() if row < len(values)}
+    for row in range(max(map(len, ENTRIES.values())))
 ]
 
-# Other options, and some together.
+# Other options; those that do not affect each other share a model, since a model takes seconds.
 OTHERS = [
     {},
-    {"tie_embeddings": "none", "logits_bias": True},
-    {"tie_embeddings": "inputs", "embedding_norm": True, "final_norm": False},
-    {"tie_embeddings": "target_output", "logits_bias": True, "logits_scale": 0.5},
-    {"embedding_scale": 1.5, "sinusoid_layout": "halves", "position_offset": 2},
-    {"sinusoid_rates": "tensor2tensor", "norm_placement": "post", "final_norm": True},
+    {"tie_embeddings": "none", "logits_bias": True, "d_k": 3, "d_v": 5},
+    {"tie_embeddings": "inputs", "embedding_norm": True, "final_norm": False}
+    | {"num_heads": 4, "num_kv_heads": 2},
+    {"tie_embeddings": "target_output", "logits_bias": True, "logits_scale": 0.5, "window": 2},
+    {"embedding_scale": 1.5, "sinusoid_layout": "halves", "position_offset": 2}
+    | {"feed_forward": "swiglu", "scale_gated": False, "ff_bias": False},
+    {"sinusoid_rates": "tensor2tensor", "norm_placement": "post", "final_norm": True}
+    | {"normalize_qk": True},
     {"position_encoding": "learned", "position_offset": 2, "decoder_layers": 2},
     {"position_encoding": "rotary", "rotary_base": 100.0, "attention_scale": 0.5},
-    {"position_encoding": "relative", "relative_buckets": 6, "relative_distance": 7},
-    {"feed_forward": "swiglu", "scale_gated": False, "ff_bias": False},
+    {"position_encoding": "relative", "relative_buckets": 6, "relative_distance": 7}
+    | {"random_positions": 64},
     PER_LAYER | {"num_layers": 2, "decoder_layers": 3},
-    {"normalize_qk": True},
-    {"d_k": 3, "d_v": 5},
-    {"num_heads": 4, "num_kv_heads": 2},
-    {"window": 2},
     {"num_layers": 2, "scan_layers": True, "remat": "full"},
-    {"random_positions": 64, "position_encoding": "relative"},
     *(RECURRENT | {"cell": name} for name in CELLS),
 ]
 
 PLACED = [name for name in POSITIONS if name not in ("none", "relative")]
 RARE = [
+    *(each for each in ALONE if each not in TOGETHER),
     {"num_heads": 1},
     {"num_kv_heads": 1},
     {"attention_bias": True},
@@ -91,7 +94,7 @@ LOW: list = [
     {"tie_embeddings": "none", "position_encoding": "relative", "norm": "batch"},
     RECURRENT,
 ]
-ALL = [*ENTRIES, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
+ALL = [*TOGETHER, *OTHERS, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
 
 
 def named(changes):
@@ -140,10 +143,16 @@ def test_norm_epsilon_is_that_of_every_norm():
 
 def test_decoding_past_the_cache_is_nan_and_not_silent():
     batch, model = strings(("ab", "ba")), small_model()
-    module, source = model.bind(random_params(model, 0)), (batch.source, batch.source_segments)
-    cache = module.start_cache(module.encode(*source), batch.source_segments, 2)
-    within, cache = module.decode_step(batch.target_in[:, :2], cache)
-    beyond, _ = module.decode_step(batch.target_in[:, 2:3], cache)
+
+    @jax.jit
+    def decoded(params):
+        module, source = model.bind(params), (batch.source, batch.source_segments)
+        cache = module.start_cache(module.encode(*source), batch.source_segments, 2)
+        within, cache = module.decode_step(batch.target_in[:, :2], cache)
+        beyond, _ = module.decode_step(batch.target_in[:, 2:3], cache)
+        return within, beyond
+
+    within, beyond = decoded(random_params(model, 0))
     assert jnp.isfinite(within).all()
     assert jnp.isnan(beyond).all()
 

@@ -49,16 +49,6 @@ SLOW += [("plain", (1, 8, 1), 1), ("plain", (1, 1, 8), 1), ("plain", (2, 2, 2), 
 MESHES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_anew():
-    """XLA 0.10's CPU client can deadlock in the collectives of a program loaded from the cache."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 1e9)  # nothing is written, so that nothing is loaded
-    yield
-    jax.config.update(name, before)
-
-
 def mesh_of(data, fsdp, tensor, replica=1, replicas=1, context=1):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     return mesh.make_mesh(mesh.MeshConfig(replica=replica, **sizes), replicas)
