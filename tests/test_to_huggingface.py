@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.hf_models import compare
 from transformer.config import RunConfig, default_config
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import SymbolTokenizer
@@ -96,6 +97,23 @@ def test_the_class_computes_the_same(name, tmp_path):
         found = there.eval()(input_ids=source, decoder_input_ids=target).logits.numpy()
     expected = logits_of(model)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_gives_the_same_outputs(name, tmp_path):
+    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    decoding = {"penalty": "length", "unfinished": "equal", "max_length": 12, "decode_margin": 99}
+    model, rng = random_model(MODELS[name], decoding=decoding), np.random.default_rng(0)
+    export(model, tmp_path)
+    there = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    texts = ["".join(rng.choice([*"abcdefghij"], k)) for k in rng.integers(1, 9, 200)]
+    rows = [model.tokenizers.source.encode(text) for text in texts]
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    compare(there, model, texts, given, 1)
+    compare(there, model, texts, given, 4, length_penalty=0.6, early_stopping="true")
 
 
 def test_what_no_class_holds_is_named():
