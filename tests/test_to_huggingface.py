@@ -51,10 +51,10 @@ def random_model(knobs, **sections) -> TrainedModel:
     run.tokenizers = Tokenizers(*[SymbolTokenizer("abcdefghij")] * 2)
     rng = np.random.default_rng(0)
     shapes = run.model.shapes
-    values = {name: rng.normal(size=leaf.shape) for name, leaf in shapes.items()}
+    values = {name: rng.normal(scale=0.3, size=leaf.shape) for name, leaf in shapes.items()}
     for name, value in values.items():
         if name.endswith("/scale"):
-            value[...] = 1 + 0.1 * value
+            value[...] = 1 + 0.3 * value
     return TrainedModel(run, {name: jnp.asarray(x, jnp.float32) for name, x in values.items()})
 
 
@@ -80,6 +80,7 @@ def test_an_exported_model_comes_back(name, tmp_path):
     assert again.config.decoding.max_length == 24
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert "length_penalty" not in generation  # there is no penalty as of GNMT
+    assert generation["bad_words_ids"] == [[0], [1], [13], [14], [15]]  # 13 pieces of 16 rows
 
 
 @pytest.mark.oracle
