@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
+from transformer.data.tokenizer import EOS
+from transformer.inference.generation import TrainedModel
+
+STOPPING = {"false": False, "true": True, "never": "never"}
 BART = {
     "vocab_size": 16,
     "d_model": 8,
@@ -97,3 +104,31 @@ def make_model(name: str, folder: Path) -> Any:
             pieces = {f"p{number}": number for number in range(size)}
             (folder / f"{side}.json").write_text(json.dumps(pieces))
     return getattr(transformers, kind).from_pretrained(folder).eval()
+
+
+def compare(
+    model: Any, trained: TrainedModel, texts: list[str], given: dict, beams: int, **options
+):
+    """Checks that the outputs of `generate` for texts and their tensors are those of `trained`.
+
+    They may differ where their scores do not, but that is rare.
+    """
+    import torch
+
+    own = options | {"do_sample": False, "num_beams": beams, "num_return_sequences": beams}
+    if "early_stopping" in own:
+        own["early_stopping"] = STOPPING[own["early_stopping"]]
+    with torch.no_grad():
+        record = {"return_dict_in_generate": True, "output_scores": True}
+        expected = model.generate(**given, **own, **record)
+    rows = expected.sequences.numpy()[:, 1:].reshape(len(texts), beams, -1)
+    scores = expected.sequences_scores.numpy().reshape(-1, beams) if beams > 1 else None
+    found = trained.generate(texts, beam_size=beams, n_best=beams, **options)
+    theirs, different = trained.tokenizers.target.theirs, 0
+    for i, k in np.ndindex(len(texts), beams):
+        row, ids = rows[i, k].tolist(), theirs[found[i][k].tokens].tolist()
+        end = row.index(theirs[EOS]) if theirs[EOS] in row else len(row)
+        different += row[:end] != ids
+        if scores is not None:
+            assert found[i][k].score == pytest.approx(scores[i, k], rel=1e-5, abs=1e-5)
+    assert different <= (0.005 * len(texts) * beams if beams > 1 else 0)

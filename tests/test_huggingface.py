@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.hf_models import MODELS, make_model
+from tests.hf_models import MODELS, STOPPING, compare, make_model
 from transformer.interop.huggingface_export import export
 from transformer.interop.importing import import_run
 
@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
 TEXTS = 200
 PENALTIES = (0.0, 0.6, 1.0, 2.0)
-STOPPING = {"false": False, "true": True, "never": "never"}
 
 
 def imported(name, folder: Path):
@@ -78,23 +77,3 @@ def test_outputs_and_scores_are_those_of_generate(name, tmp_path):
     for penalty, stopping in itertools.product(PENALTIES, STOPPING):
         options = {"length_penalty": penalty, "early_stopping": stopping}
         compare(model, trained, texts, given, 4, **options)
-
-
-def compare(model, trained, texts, given, beams, **options):
-    """Outputs may differ where scores do not, but that is rare."""
-    own = options | {k: STOPPING[v] for k, v in options.items() if k == "early_stopping"}
-    own |= {"do_sample": False, "num_beams": beams, "num_return_sequences": beams}
-    with torch.no_grad():
-        record = {"return_dict_in_generate": True, "output_scores": True}
-        expected = model.generate(**given, **own, **record)
-    rows = expected.sequences.numpy()[:, 1:].reshape(TEXTS, beams, -1)
-    scores = expected.sequences_scores.numpy().reshape(TEXTS, beams) if beams > 1 else None
-    found = trained.generate(texts, beam_size=beams, n_best=beams, **options)
-    target, different = trained.tokenizers.target, 0
-    for i, k in np.ndindex(TEXTS, beams):
-        row, ids = rows[i, k].tolist(), target.theirs[found[i][k].tokens].tolist()
-        end = row.index(target.roles.eos) if target.roles.eos in row else len(row)
-        different += row[:end] != ids
-        if scores is not None:
-            assert found[i][k].score == pytest.approx(scores[i, k], rel=1e-5, abs=1e-5)
-    assert different <= (0.005 * TEXTS * beams if beams > 1 else 0)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.hf_models import compare
 from transformer.config import RunConfig, default_config
 from transformer.data.corpus import Tokenizers
 from transformer.data.tokenizer import SymbolTokenizer
@@ -50,10 +51,10 @@ def random_model(knobs, **sections) -> TrainedModel:
     run.tokenizers = Tokenizers(*[SymbolTokenizer("abcdefghij")] * 2)
     rng = np.random.default_rng(0)
     shapes = run.model.shapes
-    values = {name: rng.normal(size=leaf.shape) for name, leaf in shapes.items()}
+    values = {name: rng.normal(scale=0.3, size=leaf.shape) for name, leaf in shapes.items()}
     for name, value in values.items():
         if name.endswith("/scale"):
-            value[...] = 1 + 0.1 * value
+            value[...] = 1 + 0.3 * value
     return TrainedModel(run, {name: jnp.asarray(x, jnp.float32) for name, x in values.items()})
 
 
@@ -79,6 +80,7 @@ def test_an_exported_model_comes_back(name, tmp_path):
     assert again.config.decoding.max_length == 24
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert "length_penalty" not in generation  # there is no penalty as of GNMT
+    assert generation["bad_words_ids"] == [[0], [1], [13], [14], [15]]  # 13 pieces of 16 rows
 
 
 @pytest.mark.oracle
@@ -96,6 +98,23 @@ def test_the_class_computes_the_same(name, tmp_path):
         found = there.eval()(input_ids=source, decoder_input_ids=target).logits.numpy()
     expected = logits_of(model)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_gives_the_same_outputs(name, tmp_path):
+    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    decoding = {"penalty": "length", "unfinished": "equal", "max_length": 12, "decode_margin": 99}
+    model, rng = random_model(MODELS[name], decoding=decoding), np.random.default_rng(0)
+    export(model, tmp_path)
+    there = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    texts = ["".join(rng.choice([*"abcdefghij"], k)) for k in rng.integers(1, 9, 200)]
+    rows = [model.tokenizers.source.encode(text) for text in texts]
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    compare(there, model, texts, given, 1)
+    compare(there, model, texts, given, 4, length_penalty=0.6, early_stopping="true")
 
 
 def test_what_no_class_holds_is_named():

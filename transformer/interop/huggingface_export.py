@@ -274,4 +274,6 @@ def _search(model: TrainedModel) -> Values:
     values["max_length"] = longest + 1  # with the start token
     values["min_length"] = decoding.min_length + 1 if decoding.min_length else 0
     banned = [[int(target.theirs[own])] for own in target.banned]
+    # The rows that pad the vocabulary are never outputs here.
+    banned += [[row] for row in range(model.model.tokens, model.model.target_vocab_size)]
     return values | ({"bad_words_ids": banned} if banned else {})
