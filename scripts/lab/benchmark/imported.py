@@ -6,7 +6,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from lab.benchmark.contender import Contender, Setting
+from lab.benchmark.contender import Contender, Schedule, Setting
 from lab.benchmark.ours import Ours, run_config
 from lab.benchmark.torch_peers import MarianNetwork, torch
 from transformer.interop.importing import import_run
@@ -18,6 +18,9 @@ class FromMarian(Ours, Contender):
     def __init__(self, setting: Setting, *, trained_here: bool):
         super().__init__(setting)
         self.trained_here = trained_here
+
+    def start(self, seed: int, schedule: Schedule) -> None:
+        """Nothing: it is not trained."""
 
     def load(self, path: str) -> None:
         network, size = MarianNetwork(self.setting.size), self.setting.size
