@@ -39,7 +39,7 @@ RECURRENT, ADAMW = {"model.architecture": "recurrent"}, {"optimizer.name": "adam
 DECAY, TWO = {"optimizer.weight_decay": 0.1}, {"replicas": 2, "mesh.replica": 1}
 FILES = of("data.", train="tests/pairs.tsv", validation="train[:5]", test="train[5:10]")
 RELATIVE, ROTARY = ({"model.position_encoding": name} for name in ("relative", "rotary"))
-UNTIED = {"model.tie_embeddings": "none"}
+UNTIED, GATED = {"model.tie_embeddings": "none"}, {"model.feed_forward": "glu"}
 
 # A run of seconds that the knobs are changed in.
 SMALL = {
@@ -87,10 +87,9 @@ BESIDES = {
     **of("data.", dataset=FILES, vocab_size={"data.tokenizer": "bpe"}),
     **of("data.", target_tokenizer=UNTIED),
     **of("model.", max_length={"model.position_encoding": "learned"}, cell=RECURRENT),
-    "model.scale_gated": {"model.feed_forward": "glu"},
     **dict.fromkeys(of("model.relative_", buckets=0, distance=0, per_layer=0), RELATIVE),
     **of("model.", qk_norm_epsilon={"model.normalize_qk": True}, rotary_base=ROTARY),
-    **of("model.", random_positions={"model.max_length": 16}),
+    **of("model.", random_positions={"model.max_length": 16}, scale_gated=GATED),
     **of("optimizer.", name=DECAY, weight_decay=ADAMW),
     "model.separate_vocabularies": of("data.", target_tokenizer="words") | UNTIED,
     **{"mesh.replica": {"replicas": 2}, "per_replica.weight_decay": TWO | ADAMW},
@@ -327,22 +326,20 @@ def test_every_constraint_is_checked(knob, value, constraint):
 MISTAKES = r"""
 model.architecture=recurrent & model.num_heads=3 & model.position_encoding=none &
   model.d_model=15: each direction
-model.position_encoding=none & model.random_positions=512: .*position_encoding other than none
+model.position_encoding=none & model.random_positions=512: .*none | optimizer.warmup_steps=8 is not
 model.architecture=recurrent & data.pack_length=64: model.architecture=recurrent reads one example
 model.architecture=recurrent & model.decoder_layers=2: model.architecture=recurrent has num_layers
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
 model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
 model.attention_backend=cudnn computes only in bfloat16 | model.num_kv_heads=3 does not divide
 model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
-model.norm=batch & accumulation_steps=2: model.norm=batch needs
-optimizer.learning_rate=inf: it must be at most 3.40282e\+38
+optimizer.learning_rate=inf: it must be at most 3.4 | model.random_positions=64: .*at least model.m
 model.position_encoding=rotary & model.d_k=3 is odd: rotary | model.cell=lstn: .*did you mean lstm\?
-model.random_positions=64: .*at least model.max_length=512
 model.norm_epsilon=1e-60: it must be at least 1.17549e-38 | model.window=0: it must be at least 1$
 max_skipped_steps=2147483648: .* at most 2,147,483,646 | model.num_heads=3 & model.d_model=15 is odd
 label_smoothing=1.0: it must be at least 0 and below 1 | steps=1000000000 .* passes 2\*\*32 examples
 model.attention_backend=xla & model.d_v=4 .*einsum | accumulation_steps=3 does not divide batch
-optimizer.warmup_steps=8 is not below steps=8 | model.relative_buckets=3: it must be at least 4
+model.norm=batch & accumulation_steps=2: model.norm=batch needs | model.relative_buckets=3: .* 4
 model.position_encoding=relative & model.relative_distance=16 is not above half of model.relative_b
 """
 
@@ -390,8 +387,7 @@ def test_a_knob_that_does_not_exist_or_is_missing_is_named():
     refused(r"^wxyz: unknown option$", RunConfig.from_config_dict, ConfigDict({"wxyz": 1}))
     construct = Run.__init__.__wrapped__  # without the type checks of the tests
     refused(r"RunConfig\.from_config_dict", construct, None, config)
-    message = r"helpers.py does not define a function get_config\(\)"
-    refused(message, load_config, "tests/helpers.py")
+    refused("helpers.py does not define a function get_config", load_config, "tests/helpers.py")
     del config.model.nrm, config.mesh.fsdp
     assert RunConfig.from_config_dict(config).mesh.fsdp == 1  # as it is by default
 

@@ -241,4 +241,5 @@ def test_training_an_imported_model_starts_with_its_token(run, data_dir):
         assert (np.asarray(batch.target_in)[:, 0] == PAD).all()
         assert (np.asarray(batch.target_out)[:, 0] == own.tokenizers.target.forced_first).all()
         assert own.feed.empty_window().start == PAD
-    refused("data.pack_length=64: packed rows need", lambda: tuned(pack_length=64, max_length=20).rows)
+    packed = tuned(pack_length=64, max_length=20)
+    refused("data.pack_length=64: packed rows need", lambda: packed.rows)
