@@ -18,7 +18,7 @@ PIECES = [ctranslate2.SPECIAL.get(i, piece) for i, piece in enumerate(TOKENIZER.
 KINDS = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4, "bfloat16": 5}
 
 
-def write(folder, variables, aliases=(), version=6, kind="TransformerSpec"):
+def write(folder, variables, aliases=(), version=6, kind="TransformerSpec", pieces=PIECES):
     """Writes model.bin by its specification, and the vocabulary and config beside it."""
 
     def text(value):
@@ -35,9 +35,9 @@ def write(folder, variables, aliases=(), version=6, kind="TransformerSpec"):
     folder.mkdir(exist_ok=True)
     (folder / "model.bin").write_bytes(b"".join(parts))
     if version == 5:
-        (folder / "shared_vocabulary.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+        (folder / "shared_vocabulary.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     else:
-        (folder / "shared_vocabulary.json").write_text(json.dumps(PIECES), encoding="utf-8")
+        (folder / "shared_vocabulary.json").write_text(json.dumps(pieces), encoding="utf-8")
         (folder / "config.json").write_text(
             json.dumps({"layer_norm_epsilon": 1e-6}), encoding="utf-8"
         )

@@ -1,6 +1,8 @@
 """Run folders of imported weights; no test here needs PyTorch."""
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from transformer.config import RunConfig
 from transformer.errors import UserError
 from transformer.interop.huggingface_export import export
 from transformer.interop.importing import import_run
+from transformer.modules.config import ModelConfig
+from transformer.modules.model import Model
 from transformer.run import Run
 from transformer.workdir import Workdir
 
@@ -121,6 +125,32 @@ def test_a_ctranslate2_folder_makes_a_run(tmp_path):
     variables = {name: jnp.asarray(value) for name, value in weights.items()}
     expected = model.bind(variables)(jnp.asarray(source), jnp.asarray(target))
     np.testing.assert_allclose(found, np.asarray(expected)[..., order], atol=1e-5)
+
+
+IMPORT = r"""
+import re, sys
+from pathlib import Path
+from transformer.interop import importing
+importing.import_run(Path(sys.argv[1]), Path(sys.argv[2]))
+print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # KiB
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_an_import_is_little_more_than_the_model(tmp_path):
+    peaks, sizes = [], []
+    for name, width, tokens in (("tiny", 16, 300), ("large", 512, 58_101)):  # as OPUS-MT's
+        config = ModelConfig(num_layers=6, d_model=width, d_ff=4 * width, attention_bias=True)
+        model, rng = Model(config, tokens), np.random.default_rng(0)
+        shapes = {key: leaf.shape for key, leaf in model.shapes.items()}
+        weights = {key: rng.standard_normal(x, dtype=np.float32) for key, x in shapes.items()}
+        pieces = ["<pad>", "<s>", "</s>", *(f"p{n}" for n in range(tokens - 3))]
+        write(tmp_path / name, *variables_of(model, weights), pieces=pieces)
+        command = [sys.executable, "-c", IMPORT, tmp_path / name, tmp_path / f"{name}_run"]
+        found = subprocess.run(command, check=True, capture_output=True).stdout
+        peaks.append(1024 * int(found))
+        sizes.append(sum(weight.nbytes for weight in weights.values()))
+    assert peaks[1] - peaks[0] < 1.3 * (sizes[1] - sizes[0])
 
 
 def broken(source, target, **changes):

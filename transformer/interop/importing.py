@@ -94,7 +94,7 @@ def _write_checkpoint(run: Run, into: Workdir, imported: Imported) -> None:
     params = {}
     rows = {side: getattr(run.tokenizers, side).theirs for side in ("source", "target")}
     for name, value in parameters(imported.tensors, imported.layout, shapes, rows):
-        params[name] = place(value, like.params[name].sharding)
+        params[name] = jax.block_until_ready(place(value, like.params[name].sharding))
 
     def zeros(leaf: Any) -> jax.Array:
         return place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
@@ -103,5 +103,5 @@ def _write_checkpoint(run: Run, into: Workdir, imported: Imported) -> None:
     never = place(np.array(-1, like.failed.dtype), like.failed.sharding)
     into.plots.mkdir(parents=True)
     best = run.config.best_metric
-    with Checkpoints(into.checkpoints, 1, best, merge_files=False) as checkpoints:
+    with Checkpoints(into.checkpoints, 1, best, small_files=True) as checkpoints:
         checkpoints.save(rest._replace(params=params, failed=never), {})

@@ -147,9 +147,12 @@ def parameters(
         if len(value) != ends[-1]:
             problem = f"{theirs} of shape {value.shape} needs {ends[-1]} rows"
             raise UserError(f"{problem}: take the files of one whole model")
-        for name, part in zip(ours, np.split(value, ends[:-1]), strict=True):
+        parts = np.split(value, ends[:-1])
+        del value  # its memory is free while the parameter is used
+        for name in ours:
             side = TABLES.get(name)
-            yield name, to_ours(part, name, shapes[name], None if side is None else rows[side])
+            own = None if side is None else rows[side]
+            yield name, to_ours(parts.pop(0), name, shapes[name], own)
 
 
 def to_ours(

@@ -35,6 +35,7 @@ METRICS_FILE = "metrics/metrics"  # written by Orbax
 ARRAYS = "default"  # the folder that Orbax writes a single pytree to
 DAMAGED = "damaged"  # the subfolder for damaged checkpoints
 TRASH = "trash"  # from where Orbax deletes: an interrupted deletion does not look like damage
+CHUNK = 2**24  # bytes of an array, for `small_files`
 GRACE = 10  # seconds to finish a save when another of several processes may be gone
 
 
@@ -102,16 +103,17 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a folder. Leaving the `with` block waits for the last save.
 
     The `keep` latest ones are kept, and the best by the validation metric `best`. If `keep` is
-    None, the folder is only read, which is safe while another process trains. Without `merge_files`
-    each array has files of its own, and a save needs no copy of all arrays in memory.
+    None, the folder is only read, which is safe while another process trains. With `small_files`
+    each array is written in chunks to files of its own, which needs no copy of all in memory.
     """
 
-    def __init__(self, directory: Path, keep: int | None, best: str, *, merge_files: bool = True):
+    def __init__(self, directory: Path, keep: int | None, best: str, *, small_files: bool = False):
         self.directory, self.writes, self.best = directory, keep is not None, best
+        self.chunks = ocp.SaveArgs(chunk_byte_size=CHUNK) if small_files else ocp.SaveArgs()
         if not self.writes and not directory.is_dir():
             raise UserError(f"{directory} is not there: the run has not saved anything yet")
         hosts.once(partial(check, directory, self.writes))
-        self.handler, path = SealingHandler(use_ocdbt=merge_files), directory.absolute()
+        self.handler, path = SealingHandler(use_ocdbt=not small_files), directory.absolute()
         with quiet():
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=PreservationPolicy(keep or 1, best),
@@ -156,7 +158,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             if step in self.steps():  # saved by a run that stopped before validation
                 self.manager.delete(step)
             self.handler.sealed = {"interval": dict(interval), "metrics": dict(metrics)}
-            self.manager.save(step, args=Save(state), metrics=dict(metrics))
+            save_args = jax.tree.map(lambda _: self.chunks, state)
+            self.manager.save(step, args=Save(state, save_args), metrics=dict(metrics))
 
     def wait(self) -> None:
         with self._writing():
