@@ -14,6 +14,7 @@ import numpy as np
 from transformer.errors import UserError, explained
 from transformer.interop.ctranslate2 import NAMING
 from transformer.interop.layout import (
+    BEAMS,
     COMPUTED,
     SIDES,
     Imported,
@@ -59,16 +60,8 @@ SCALARS = re.compile(
 )
 NEUTRAL = {"rotary_interleave": 0, "alibi": 0}  # those in which another value is refused
 # What Translator does unless it is told otherwise.
-DECODING: Values = {
-    "beam_size": 2,
-    "penalty": "length",
-    "length_penalty": 1.0,
-    "early_stopping": "true",
-    "unfinished": "equal",
-    "decode_margin": 2**16,
-    "max_length": 256,
-    "min_length": 1,
-}
+DECODING: Values = BEAMS | {"beam_size": 2, "length_penalty": 1.0, "early_stopping": "true"}
+DECODING |= {"max_length": 256, "min_length": 1}
 DEFAULTS: Values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 

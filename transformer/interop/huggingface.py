@@ -11,6 +11,7 @@ from transformer.errors import UserError
 from transformer.inference.decoding import GREEDY
 from transformer.interop import tokenizer_files
 from transformer.interop.layout import (
+    BEAMS,
     SIDES,
     TABLES,
     Imported,
@@ -268,11 +269,12 @@ def _decoding(generation: Values) -> Values:
     }
     # Their lengths count the start token, except max_new_tokens.
     longest = given.get("max_new_tokens") or given.get("max_length", 20) - 1
-    return knobs | {
-        "penalty": "length",
-        "early_stopping": str(given.get("early_stopping", False)).lower(),
-        "unfinished": "equal",
-        "decode_margin": 2**16,  # no limit: max_length alone
-        "max_length": longest,
-        "min_length": max(0, given.get("min_length", 0) - 1),
-    }
+    return (
+        BEAMS
+        | knobs
+        | {
+            "early_stopping": str(given.get("early_stopping", False)).lower(),
+            "max_length": longest,
+            "min_length": max(0, given.get("min_length", 0) - 1),
+        }
+    )

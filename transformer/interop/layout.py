@@ -22,6 +22,8 @@ Values = dict[str, Any]  # of knobs, or of a config file
 Depths = Mapping[str, int]  # of encoder and decoder
 
 SIDES = {"encoder": "source", "decoder": "target"}
+# Knobs of `DecodingConfig` that are the same in all other libraries; a margin that limits nothing.
+BEAMS: Values = {"penalty": "length", "unfinished": "equal", "decode_margin": 2**16}
 # Parameters with a row for each token, and the side whose tokens they are.
 TABLES = {
     "embedding/embedding": "source",

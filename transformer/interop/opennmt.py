@@ -5,6 +5,7 @@ from typing import Any
 
 from transformer.errors import UserError
 from transformer.interop.layout import (
+    BEAMS,
     SIDES,
     Imported,
     Naming,
@@ -66,8 +67,8 @@ HOLDS: dict[str, tuple[Any, ...]] = {
 TABLES = [f"{stack}.embeddings.make_embedding.emb_luts.0.weight" for stack in SIDES]
 TABLES += ["generator.weight"]
 POSITIONS = [f"{stack}.embeddings.make_embedding.pe.pe" for stack in SIDES]
-DECODING: Values = {"beam_size": 5, "penalty": "length", "length_penalty": 0.0}
-DECODING |= {"early_stopping": "true", "unfinished": "equal", "decode_margin": 2**16}
+DECODING: Values = BEAMS | {"beam_size": 5, "length_penalty": 0.0, "early_stopping": "true"}
+DECODING |= {"max_length": 250}
 
 
 def read(path: Path, tokenizer: Path | None) -> Imported:

@@ -16,7 +16,8 @@ from lab.tables import spread
 from lab.timing import rotate
 from transformer.console import console
 
-STRINGS = {128: 512, 32: 64, 1: 32}  # batch size of decoding → held-out strings in a turn
+# Batch size of decoding → held-out strings in a turn: of own models, and of an imported one.
+STRINGS, IMPORTED_STRINGS = {128: 512, 1: 32}, {32: 32, 1: 8}
 EVERY = 50  # steps between evaluations in training to the target
 PAUSE = 0.3  # seconds between turns, until the threads of the last process sleep
 
@@ -184,10 +185,10 @@ def decoding(bench: Bench) -> Part:
 def imported(bench: Bench) -> Part:
     """Held-out strings per second of a Marian: imported, as if trained here, by `generate`."""
     names = [name for name in (*IMPORTED, "marian") if name in bench.able("beams")]
-    return _decoding(bench, names, (32, 1))
+    return _decoding(bench, names, IMPORTED_STRINGS)
 
 
-def _decoding(bench: Bench, names: Sequence[str], batches: Sequence[int]) -> Part:
+def _decoding(bench: Bench, names: Sequence[str], strings: Mapping[int, int]) -> Part:
     """Trains first where an earlier part has left no parameters."""
     sources = {name: CONTENDERS[name].weights or name for name in names}
     untrained = {name for name in sources.values() if not bench.weights(name).exists()}
@@ -199,8 +200,8 @@ def _decoding(bench: Bench, names: Sequence[str], batches: Sequence[int]) -> Par
         for name, remote in remotes.items():
             bench.ask(remote, "start", seed=0, schedule=bench.training_of(sources[name])[0])
             bench.ask(remote, "load", path=str(bench.weights(sources[name])))
-        for beams, batch in itertools.product((1, 4), batches):
-            call = "decode", {"strings": STRINGS[batch], "batch": batch, "beams": beams}
+        for beams, batch in itertools.product((1, 4), strings):
+            call = "decode", {"strings": strings[batch], "batch": batch, "beams": beams}
             turns = {(name, ""): call for name in names if beams in CONTENDERS[name].beams}
             found = bench.rotate(remotes, turns)
             title = f"{'greedy' if beams == 1 else f'beam {beams}'}, batch {batch}, strings/s"
