@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import refused
 from transformer.data.tokenizer import BOS, EOS
+from transformer.interop.importing import import_run
 from transformer.interop.layout import parameters
 from transformer.interop.opennmt import read
 from transformer.modules.config import ModelConfig
@@ -143,6 +144,20 @@ def test_logits_are_those_of_a_plain_forward_pass(changes, activation, tmp_path)
     tokens = torch.tensor(given).long(), torch.tensor(outputs).long()
     theirs = forward(state, *tokens, activation, concat)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
+
+
+def test_a_checkpoint_makes_a_run_that_decodes_as_the_forward_pass_does(tmp_path):
+    state = checkpoint(tmp_path / "model.pt")
+    model = import_run(tmp_path / "model.pt", tmp_path / "run").trained_model()
+    ((found,),) = model.generate(["c a b"], beam_size=1, max_length=6, min_length=5)
+    source, target = torch.tensor([[6, 4, 5]]), [SPECIALS.index("<s>")]  # no EOS in the source
+    banned = [SPECIALS.index(name) for name in ("<blank>", "<s>", "</s>")]
+    while len(target) < 6:
+        logits = forward(state, source, torch.tensor([target]), torch.relu, False)[0, -1]
+        logits[banned] = -torch.inf
+        target.append(int(logits.argmax()))
+    pieces = [PIECES["tgt"][number] for number in target[1:]]
+    assert found.text.split()[:5] == pieces
 
 
 def test_what_cannot_be_read_is_refused_in_a_line(tmp_path):
