@@ -21,9 +21,10 @@ import sys
 import numpy as np
 import load
 out = {}
-for name, batch in np.load("batches.npz").items():
-    tokens, scores = load.decode(batch)
-    out |= {f"{name} tokens": tokens, f"{name} scores": scores}
+with np.load("batches.npz") as batches:
+    for name, batch in batches.items():
+        tokens, scores = load.decode(batch)
+        out |= {f"{name} tokens": tokens, f"{name} scores": scores}
 assert not {"flax", "transformer"} & {*sys.modules}
 np.savez("outputs.npz", **out)
 """
@@ -63,7 +64,7 @@ def test_what_a_program_cannot_do_is_refused_in_a_line(tmp_path, rng):
 def test_an_export_that_fails_leaves_no_folder(tmp_path, rng, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # needed after the weights are written
-    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,))
+    workdir, *_ = make_run(tmp_path / "run", rng, steps=(10,), **{"model.norm_epsilon": 1e-5})
     remedy = r"pip install -e '.\[interop\]'"
     refused(remedy, exported, workdir, tmp_path / "out", to="huggingface", longest=())
     assert not (tmp_path / "out").exists()
@@ -94,7 +95,9 @@ def test_a_program_decodes_any_batch_without_this_library(changes, decoding, tmp
     np.savez(out / "batches", three=padded(model, TEXTS), one=padded(model, TEXTS[:1], 9))
     environment = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]}
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=out, env=environment, check=True)
-    found, best = np.load(out / "outputs.npz"), decoding.get("beam_size", 1)
+    best = decoding.get("beam_size", 1)
+    with np.load(out / "outputs.npz") as arrays:
+        found = dict(arrays)
     for name, texts in (("three", TEXTS), ("one", TEXTS[:1])):
         for row, outputs in enumerate(model.generate(texts, n_best=best, **decoding)):
             for each, tokens, score in zip(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import transformer
-from tests.hf_models import make_model
+from tests.hf_models import compare, make_model
 from tests.test_config import of, resolved
 from tests.test_export import exported as export
-from tests.test_huggingface import check_outputs, sources_of
+from tests.test_huggingface import sources_of
 from transformer.config import RunConfig
 from transformer.data.packing import RaggedArray
 from transformer.data.tokenizer import EOS
@@ -237,5 +237,5 @@ def test_a_frozen_encoder_is_bit_identical_after_import_fine_tuning_and_export(t
     assert frozen <= kept
     assert not any(name.endswith("weight") for name in kept - frozen)
     there = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
-    check_outputs(there, run.trained_model(), texts, inputs, 1)
-    check_outputs(there, run.trained_model(), texts, inputs, 4, early_stopping="true")
+    compare(there, run.trained_model(), texts, inputs, 1)
+    compare(there, run.trained_model(), texts, inputs, 4, early_stopping="true")
