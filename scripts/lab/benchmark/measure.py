@@ -209,7 +209,10 @@ def _decoding(bench: Bench, names: Sequence[str], strings: Mapping[int, int]) ->
                 "exact match": {key: f"{each[-1]['exact']:.1%}" for key, each in found.items()},
                 "tokens": {key: f"{each[-1]['tokens']:.1f}" for key, each in found.items()},
             }
-            tables.append(comparison(title, rates(found, "strings"), extra))
+            speeds = rates(found, "strings")
+            few = min(min(each) for each in speeds.values()) < 10
+            write = ("{:.2f}" if few else "{:,.0f}").format
+            tables.append(comparison(title, speeds, extra, write=write))
             rounds[title] = found
     return tables, rounds
 
