@@ -314,7 +314,7 @@ def test_the_script_writes_the_page(tmp_path):
     words = [sys.executable, f"{worker.ROOT}/scripts/benchmark.py", *flags.split()]
     subprocess.run(words, cwd=tmp_path, check=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
     headings = re.findall(r"^### (.*), trial$", (tmp_path / "b.md").read_text(), re.MULTILINE)
-    assert headings == [name.replace("_", " ").capitalize() for name in measure.PARTS]
+    assert headings == [name.replace("_", " ").capitalize() for name in list(measure.PARTS)[:3]]
     record = json.loads((tmp_path / "b.json").read_text())["trial"]
     assert len(record["training"]["rounds"][f"{OUR_TITLE}, packed"]) == 2
 

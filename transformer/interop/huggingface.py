@@ -143,7 +143,8 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
         raise UserError(f"{folder}: model_type {name} is not supported; these are: {known}")
     family, tensors = FAMILIES[name], open_tensors(folder)
     # What old files leave out. Of T5 only 1.0 scales its logits, and its tables are tied.
-    old = {"feed_forward_proj": "relu", "relative_attention_max_distance": 128}
+    old: Values = {"feed_forward_proj": "relu", "relative_attention_max_distance": 128}
+    old |= {"dropout": 0.1, "dropout_rate": 0.1, "attention_dropout": 0.0}
     old["scale_decoder_outputs"] = config.get("tie_word_embeddings") is not False
     config = generation = old | {"forced_eos_token_id": family.forced_eos} | config
     if (path := folder / "generation_config.json").is_file():

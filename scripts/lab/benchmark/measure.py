@@ -177,9 +177,8 @@ def time_to_accuracy(bench: Bench) -> Part:
 
 def decoding(bench: Bench) -> Part:
     """Held-out strings per second of models that were trained by the contenders."""
-    return _decoding(
-        bench, [each for each in bench.able("beams") if each not in IMPORTED], (128, 1)
-    )
+    names = [name for name in bench.able("beams") if name not in IMPORTED]
+    return _decoding(bench, names, STRINGS)
 
 
 def imported(bench: Bench) -> Part:
