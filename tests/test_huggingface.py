@@ -12,8 +12,6 @@ from tests.hf_models import MODELS, STOPPING, compare, make_model
 from transformer.interop.huggingface_export import export
 from transformer.interop.importing import import_run
 
-torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-files = pytest.importorskip("safetensors.numpy")
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
 TEXTS = 200
@@ -22,12 +20,15 @@ PENALTIES = (0.0, 0.6, 1.0, 2.0)
 
 def imported(name, folder: Path):
     """A model of a class, and the same as imported."""
+    pytest.importorskip("transformers")
     model = make_model(name, folder / "theirs")
     return model, import_run(folder / "theirs", folder / "run").trained_model()
 
 
 def sources_of(trained, size):
     """Random texts of pieces without special tokens, and their ids there, padded, with a mask."""
+    import torch
+
     source, rng = trained.tokenizers.source, np.random.default_rng(0)
     roles = {*source.roles[:-1]}
     plain = [number for number in range(size) if number not in roles]
@@ -43,6 +44,7 @@ def sources_of(trained, size):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_imported_model_computes_the_same_and_is_exported_as_it_came(name, tmp_path):
+    torch, files = pytest.importorskip("torch"), pytest.importorskip("safetensors.numpy")
     model, trained = imported(name, tmp_path)
     _, given, plain = sources_of(trained, model.config.vocab_size - 2)
     outputs = np.random.default_rng(1).choice(plain, (TEXTS, 6))

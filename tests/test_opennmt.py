@@ -14,9 +14,7 @@ from transformer.interop.opennmt import read
 from transformer.modules.config import ModelConfig
 from transformer.modules.model import Model
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.oracle
-functional = torch.nn.functional
 
 D, HEADS, F = 16, 2, 24
 SPECIALS = ["<unk>", "<blank>", "<s>", "</s>"]
@@ -25,6 +23,8 @@ PIECES = {"src": [*SPECIALS, *"abcdefgh"], "tgt": [*SPECIALS, *"uvwxyz"]}
 
 def checkpoint(path, *, shared=False, bias=False, gated=False, **options):
     """Writes a checkpoint of two encoder layers and one decoder layer with random weights."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -72,6 +72,10 @@ def checkpoint(path, *, shared=False, bias=False, gated=False, **options):
 def forward(state, source, target, activation, concat):
     """Their logits, without padding."""
 
+    import torch
+
+    functional = torch.nn.functional
+
     def linear(x, name):
         return functional.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
@@ -94,7 +98,7 @@ def forward(state, source, target, activation, concat):
 
     def feed(x, name):
         y = norm(x, f"{name}.feed_forward.layer_norm")
-        inner = activation(linear(y, f"{name}.feed_forward.w_1"))
+        inner = getattr(functional, activation)(linear(y, f"{name}.feed_forward.w_1"))
         if f"{name}.feed_forward.w_3.weight" in state:
             inner = inner * linear(y, f"{name}.feed_forward.w_3")
         return x + linear(inner, f"{name}.feed_forward.w_2")
@@ -114,13 +118,14 @@ def forward(state, source, target, activation, concat):
 @pytest.mark.parametrize(
     ("changes", "activation"),
     [
-        ({}, torch.relu),
-        ({"shared": True, "position_encoding_type": "SinusoidalConcat"}, torch.relu),
-        ({"bias": True, "pos_ffn_activation_fn": "gelu"}, functional.gelu),
-        ({"gated": True, "pos_ffn_activation_fn": "gated-silu"}, functional.silu),
+        ({}, "relu"),
+        ({"shared": True, "position_encoding_type": "SinusoidalConcat"}, "relu"),
+        ({"bias": True, "pos_ffn_activation_fn": "gelu"}, "gelu"),
+        ({"gated": True, "pos_ffn_activation_fn": "gated-silu"}, "silu"),
     ],
 )
 def test_logits_are_those_of_a_plain_forward_pass(changes, activation, tmp_path):
+    torch = pytest.importorskip("torch")
     state = checkpoint(tmp_path / "model.pt", **changes)
     found = read(tmp_path / "model.pt", None)
     source, target = found.tokenizers
@@ -147,13 +152,14 @@ def test_logits_are_those_of_a_plain_forward_pass(changes, activation, tmp_path)
 
 
 def test_a_checkpoint_makes_a_run_that_decodes_as_the_forward_pass_does(tmp_path):
+    torch = pytest.importorskip("torch")
     state = checkpoint(tmp_path / "model.pt")
     model = import_run(tmp_path / "model.pt", tmp_path / "run").trained_model()
     ((found,),) = model.generate(["c a b"], beam_size=1, max_length=6, min_length=5)
     source, target = torch.tensor([[6, 4, 5]]), [SPECIALS.index("<s>")]  # no EOS in the source
     banned = [SPECIALS.index(name) for name in ("<blank>", "<s>", "</s>")]
     while len(target) < 6:
-        logits = forward(state, source, torch.tensor([target]), torch.relu, False)[0, -1]
+        logits = forward(state, source, torch.tensor([target]), "relu", False)[0, -1]
         logits[banned] = -torch.inf
         target.append(int(logits.argmax()))
     pieces = [PIECES["tgt"][number] for number in target[1:]]
@@ -161,6 +167,7 @@ def test_a_checkpoint_makes_a_run_that_decodes_as_the_forward_pass_does(tmp_path
 
 
 def test_what_cannot_be_read_is_refused_in_a_line(tmp_path):
+    torch = pytest.importorskip("torch")
     path = tmp_path / "model.pt"
     path.write_bytes(b"nothing")
     refused("is not a file of PyTorch", read, path, None)
