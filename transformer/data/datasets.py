@@ -21,6 +21,7 @@ CHUNK = 20_000  # number of examples held in memory as text
 # Importing a module registers its builders with TFDS.
 BUILDER_MODULES = (
     "transformer.data.pronunciations",
+    "transformer.data.scan",
     "tensorflow_datasets.summarization",
     "tensorflow_datasets.text",
     "tensorflow_datasets.text_simplification",
