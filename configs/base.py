@@ -95,7 +95,7 @@ def get_config():
     config.model.rotary_base = 10000.0  # of rotary positions' wavelengths
     config.model.relative_buckets = 32  # of distances, for relative positions
     config.model.relative_distance = 128  # from which distances share the last bucket
-    config.model.relative_per_layer = False  # a relative bias for each layer, not for each stack
+    config.model.relative_per_layer = False  # relative or transformer_xl for each layer, not stack
     config.model.random_positions = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
     config.model.window = None  # width of local self-attention, each side; None: no limit
     config.model.tie_embeddings = "all"  # which sides share a table; TIES

@@ -324,6 +324,9 @@ def _position(config: ModelConfig, num_layers: int, **options: Any) -> Any:
     knobs = POSITION_KNOBS.get(encoding, {}).items()
     options |= {name: getattr(config, knob) for name, knob in knobs}
     options |= {"num_heads": config.num_heads, "max_length": length}
+    if encoding == "transformer_xl":
+        options |= {"head_width": config.attention_width(), "scale": config.attention_scale}
+        options["init"] = config.kernel_init
     make = partial(POSITIONS[encoding], config.d_model, **options)
     return PerLayer(make() for _ in range(num_layers)) if config.relative_per_layer else make()
 
