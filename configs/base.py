@@ -83,6 +83,7 @@ def get_config():
     config.model.kernel_init = "glorot_uniform"  # modules/linear.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights
+    config.model.ff_dropout_rate = 0.0  # on the hidden units of the feed-forward
     config.model.norm = "layer"  # NORMS in modules/normalization.py
     config.model.norm_placement = "pre"  # pre, post (paper) or both
     config.model.final_norm = None  # after the last layer; None: unless norm_placement is post

@@ -53,6 +53,7 @@ class ModelConfig:
     kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/linear.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
+    ff_dropout_rate: Rate = 0.0  # on the hidden units of the feed-forward
     norm: Annotated[str, Choice(NORMS)] = "layer"  # NORMS in modules/normalization.py
     norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # pre, post (paper) or both
     final_norm: bool | None = None  # after the last layer; None: unless norm_placement is post
@@ -121,6 +122,8 @@ class ModelConfig:
         if encoding == "relative" and self.relative_distance <= self.relative_buckets // 2:
             half = f"half of model.relative_buckets={self.relative_buckets}"
             yield "relative_distance", f" is not above {half}; raise it"
+        if recurrent and self.ff_dropout_rate:
+            yield "ff_dropout_rate", ": model.architecture=recurrent has no feed-forward; set 0"
         if recurrent and self.decoder_layers:
             yield "decoder_layers", ": model.architecture=recurrent has num_layers twice; set None"
         if recurrent and self.d_model % 2:

@@ -293,8 +293,8 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `Encoder` and `Decoder`, except `rngs`."""
     shared = (
         "num_layers d_model num_heads num_kv_heads d_ff feed_forward ff_bias scale_gated norm "
-        "norm_placement norm_epsilon final_norm dropout_rate attention_dropout_rate normalize_qk "
-        "scan_layers remat"
+        "norm_placement norm_epsilon final_norm dropout_rate attention_dropout_rate "
+        "ff_dropout_rate normalize_qk scan_layers remat"
     )
     return {name: getattr(config, name) for name in shared.split()} | {
         "kernel_init": INITIALIZERS[config.kernel_init],
