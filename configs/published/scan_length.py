@@ -29,6 +29,7 @@ def get_config():
     config.model.d_ff = 256  # ff_multiplier=2
     config.model.dropout_rate = 0.5
     config.model.attention_dropout_rate = 0.5  # their layers have one rate
+    config.model.ff_dropout_rate = 0.5
     config.model.norm_placement = "post"  # layers/transformer/transformer.py
     config.model.norm_epsilon = 1e-5  # of torch.nn.LayerNorm
     config.model.tie_embeddings = "target_output"  # transformer.tied_embedding

@@ -25,17 +25,18 @@ from transformer.workdir import Workdir, write_json
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "published"
 FEWEST = 3  # seeds for a verdict
-HEAD = """# Published results
+HEAD = f"""# Published results
 
     python scripts/reproduce.py NAME
 
 trains what a paper trained, evaluates as it evaluated and compares. The rule was fixed before the
 runs: a figure is *reproduced* if the mean over the seeds is better than it, or worse by at most its
-margin. The verdict is *inconclusive* with fewer than {fewest} seeds, or if the 95% interval is
+margin. The verdict is *inconclusive* with fewer than {FEWEST} seeds, or if the 95% interval is
 wider than twice the margin. A published failure counts only of models that have learned the
-training distribution: their validation sequence accuracy must be at least 95%. The interval is the wider of two: Student's t over the seeds, and the
-mean of the seeds' intervals over test items (bootstrap, or Wilson's for proportions). All figures
-are percentages or BLEU; brackets hold the interval.
+training distribution: their validation sequence accuracy must be at least 95%. The interval is the
+wider of two: Student's t over the seeds, and the mean of the seeds' intervals over test items
+(bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets hold the
+interval.
 """
 
 
@@ -148,7 +149,7 @@ def read_outcome(published: Published, programs: Iterable[Program], root: Path) 
             validation.append(100 * nan_for_null(each)["validation/sequence_accuracy"])
         seeds += [seed for _, seed in program.members]
         rows += read_metrics(folder.metrics)
-    bounds = (float(np.mean([score[end] for score in scores])) for end in ("low", "high"))
+    low, high = (float(np.mean([score[end] for score in scores])) for end in ("low", "high"))
     seconds = [1 / row[name] for row in rows if (name := "train/steps_per_second") in row]
     losses: dict[int, list[float]] = {}
     for row in rows:
@@ -159,7 +160,7 @@ def read_outcome(published: Published, programs: Iterable[Program], root: Path) 
     curve |= {f.__name__: [float(f(x)) for x in kept.values()] for f in (np.mean, min, max)}
     values = [score["value"] for score in scores]
     signature, seconds = scores[0]["signature"], float(np.median(seconds))
-    return Outcome(seeds, values, *bounds, signature, validation, updates, seconds, curve)
+    return Outcome(seeds, values, low, high, signature, validation, updates, seconds, curve)
 
 
 def write_record(
@@ -219,8 +220,7 @@ def write_page(folder: Path) -> Path:
         rows += summary(name, published, record)
         sections.append(section(name, published, record, folder))
     path = folder.with_suffix(".md")
-    head = HEAD.format(fewest=FEWEST)
-    path.write_text("\n".join((head, markdown(COLUMNS, rows, "llllll"), *sections)), "utf-8")
+    path.write_text("\n".join((HEAD, markdown(COLUMNS, rows, "llllll"), *sections)), "utf-8")
     return path
 
 
