@@ -3,8 +3,9 @@
     python scripts/reproduce.py --list
     python scripts/reproduce.py scan_simple [--jobs=2] [--seeds=5]
 
-Repeating the command resumes interrupted runs. `--steps` takes fewer updates than the recipe, which
-the result then says.
+A name is that of a file in `configs/published`; the path of a file of your own works too. Repeating
+the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, and
+the result says so.
 """
 
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from lab import published
@@ -19,6 +21,7 @@ from lab.sweeps import runner
 from lab.sweeps.sweep import plan
 
 from transformer import cli
+from transformer.config import load_config
 from transformer.console import console, facts, table
 from transformer.errors import UserError
 
@@ -43,8 +46,9 @@ def main(*words: str) -> None:
         return
     if len(words) != 1:
         raise UserError(f"give one name, of {', '.join(published.names())}; or --list")
-    name = words[0]
-    result, config = published.load(name)
+    result, config = published.load(words[0])
+    check_data(result, load_config(config).data)
+    name = Path(config).stem
     sweep = result.sweep(config, {"steps": STEPS.value} if STEPS.value else {}, SEEDS.value)
     root = Path(WORKDIR.value or f"runs/published/{name}")
     programs = plan(sweep, REPLICAS.value)
@@ -54,7 +58,7 @@ def main(*words: str) -> None:
     signal.signal(signal.SIGTERM, runner.stop)
     runner.check(runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value), root)
     command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    record = published.write_record(name, result, programs, root, command)
+    record = published.write_record(result, config, programs, root, command)
     for row in published.summary(name, result, record):
         label, metric, figure, here, updates, answer = row
         console.print(f"{label}: published {figure}; here {here}; {answer}")
@@ -64,6 +68,14 @@ def main(*words: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / "published.json", folder / f"{name}.json")
         facts({"page": str(published.write_page(folder))})
+
+
+def check_data(result: published.Published, data: Any) -> None:
+    """Raises a UserError that says where the data come from, if files are missing."""
+    files = ",".join((data.train, data.validation, data.test)) if data.dataset == "files" else ""
+    for file in filter(None, files.split(",")):
+        if not Path(file).exists():
+            raise UserError(f"{file}: there is no such file; it is made from {result.data}")
 
 
 def show_list() -> None:

@@ -1,4 +1,4 @@
-"""Published results: what is reproduced, the rule for the verdict, and the page of the results.
+"""Published results: what is reproduced, the rule for the verdict, and the page of results.
 
 A file in `configs/published` has `get_config()`, the recipe of the paper with the source of each
 number, and `get_published()`, which returns what the paper reports.
@@ -89,11 +89,13 @@ def names() -> list[str]:
 
 
 def load(name: str) -> tuple[Published, str]:
-    """A published result and the path of its config file."""
-    check_choice(names(), name, "name")
-    path = FOLDER / f"{name}.py"
-    if Path.cwd() == ROOT:  # in the commands that are printed
-        path = path.relative_to(ROOT)
+    """A published result and the path of its config file: a name, or the path of another file."""
+    path = Path(name)
+    if path.suffix != ".py":
+        check_choice(names(), name, "name")
+        path = FOLDER / f"{name}.py"
+        # In the commands that are printed, relative to the folder in which they work.
+        path = path.relative_to(ROOT) if Path.cwd() == ROOT else path
     published = load_config(path, "get_published")
     if not isinstance(published, Published):
         raise UserError(f"{path}: get_published() returns no Published")
@@ -164,7 +166,7 @@ def read_outcome(published: Published, programs: Iterable[Program], root: Path) 
 
 
 def write_record(
-    name: str, published: Published, programs: Sequence[Program], root: Path, command: str
+    published: Published, config: str, programs: Sequence[Program], root: Path, command: str
 ) -> dict[str, Any]:
     """Writes `published.json`, from which the page is made, into the folder of the runs."""
     outcomes = {
@@ -177,7 +179,7 @@ def write_record(
         "commits": sorted({run["commit"] or "unknown" for run in runs}),
         "versions": runs[0]["versions"],
         "devices": read_json(Workdir(str(root / programs[0].name)).results)["devices"],
-        "steps": load_config(FOLDER / f"{name}.py").steps,
+        "steps": load_config(config).steps,
         "outcomes": {variant: asdict(each) for variant, each in outcomes.items()},
     }
     write_json(root / "published.json", record)
