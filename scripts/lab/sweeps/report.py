@@ -276,14 +276,16 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
     """One outcome of every variant."""
     rows = []
     for name, each in by_variant.items():
-        difference, p = "", ""
+        difference, p, smallest = "", "", ""
         if each.difference:
             difference = each.difference.text(outcome.signed)
-            p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+            if not np.isnan(each.difference.p):  # as that of a single seed is
+                p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+                smallest = outcome.unit(each.difference.detectable)
         mean = _mean_text(each.values, outcome.write)
-        rows.append((name, mean, difference, p, each.verdict))
-    columns = ("variant", "mean", "difference", "p", "verdict")
-    return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrl')}"
+        rows.append((name, mean, difference, p, smallest, each.verdict))
+    columns = ("variant", "mean", "difference", "p", "smallest detectable", "verdict")
+    return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrrl')}"
 
 
 def _mean_text(values: Sequence[float | None], write: Callable[[float], str]) -> str:
