@@ -5,14 +5,14 @@ Differences from the baseline are paired by seed, which removes what a seed does
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lab import plots, statistics
-from lab.statistics import ALPHA, Difference, Interval, holm, mean_interval, paired
+from lab.statistics import ALPHA, Difference, Interval, corrected, mean_interval, paired
 from lab.sweeps.sweep import PaperRow, Program, Sweep, parameters
 from lab.tables import markdown
 from transformer.errors import explained
@@ -143,13 +143,8 @@ def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dic
     # Without a seed that did not reach the target, a variant would be flattered.
     complete = {variant for variant, each in values.items() if None not in each}
     others = [each for each in values if each != baseline and {each, baseline} <= complete]
-    # Holm's strictest step, which the smallest of the p-values has to pass.
-    strict = 1.0 - ALPHA / max(len(others), 1)
-    tests = [paired(values[variant], values[baseline], strict) for variant in others]
-    differences = {
-        variant: replace(paired(values[variant], values[baseline]), p=p, detectable=test.detectable)
-        for variant, test, p in zip(others, tests, holm([test.p for test in tests]), strict=True)
-    }
+    tests = [paired(values[variant], values[baseline]) for variant in others]
+    differences = dict(zip(others, corrected(tests), strict=True))
     result = {}
     for variant, each in values.items():
         difference = differences.get(variant)
