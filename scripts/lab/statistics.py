@@ -89,17 +89,12 @@ def corrected(tests: Sequence[Difference]) -> list[Difference]:
 
     That is α / m, below which the smallest of the m p-values has to be.
     """
-    adjusted = holm([test.p for test in tests])
+    adjusted, found = holm([test.p for test in tests]), []
     strict = 1.0 - ALPHA / max(np.count_nonzero(~np.isnan(adjusted)), 1)
-    return [
-        replace(test, p=p, detectable=test.detectable * _stricter(test.n, strict))
-        for test, p in zip(tests, adjusted, strict=True)
-    ]
-
-
-def _stricter(n: int, level: float) -> float:
-    """How many times as large the detectable difference is at `level` as at `LEVEL`."""
-    return noncentrality(n, level) / noncentrality(n, LEVEL)
+    for test, p in zip(tests, adjusted, strict=True):
+        ratio = noncentrality(test.n, strict) / noncentrality(test.n, LEVEL)
+        found.append(replace(test, p=p, detectable=test.detectable * ratio))
+    return found
 
 
 def verdict(difference: Difference, unit: Callable[[float], str], higher_is_better: bool) -> str:

@@ -8,16 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.statistics import (
-    ALPHA,
-    Difference,
-    Interval,
-    Values,
-    corrected,
-    mean_interval,
-    p_text,
-    paired,
-)
+from lab import statistics
+from lab.statistics import ALPHA, Difference, Interval, Values, mean_interval, paired
 from lab.tables import markdown
 
 MOST_NAMED = 4  # exceptions that a verdict names; it counts more of them
@@ -87,7 +79,9 @@ def answer(test: Difference) -> bool | None:
 
 def above_zero(cases: Mapping[str, Values], write: Callable[[Interval], str]) -> list[Check]:
     """A check per case that the mean of its repetitions is positive: t-tests, corrected by Holm."""
-    tests = corrected([paired(values, np.zeros(len(values))) for values in cases.values()])
+    tests = statistics.corrected(
+        [paired(values, np.zeros(len(values))) for values in cases.values()]
+    )
     return [
         Check(name, write(mean_interval(cases[name])) + shown(test, write), answer(test))
         for name, test in zip(cases, tests, strict=True)
@@ -96,10 +90,10 @@ def above_zero(cases: Mapping[str, Values], write: Callable[[Interval], str]) ->
 
 def shown(test: Difference, write: Callable[[Interval], str]) -> str:
     """The p-value of a test in brackets, with the smallest detectable effect if it shows none."""
-    if answer(test) is not None or np.isnan(test.detectable):
-        return f" ({p_text(test.p)})"
-    size = test.detectable
-    return f" ({p_text(test.p)}; smallest detectable: {write(Interval(size, size, size, 1))})"
+    p, size = statistics.p_text(test.p), test.detectable
+    if answer(test) is not None or np.isnan(size):
+        return f" ({p})"
+    return f" ({p}; smallest detectable: {write(Interval(size, size, size, 1))})"
 
 
 def log_ratio(theirs: Values, ours: Values) -> np.ndarray:
