@@ -18,7 +18,7 @@ def get_config():
     config.eval_every = 500
     config.save_every = 500
     config.best_metric = "loss"
-    config.data.dataset = "scan/length_26"
+    config.data.dataset = "scan_grammar/length_26"
     config.data.tokenizer = "words"
     config.data.target_tokenizer = "words"
     config.data.metrics = ("exact_match",)
