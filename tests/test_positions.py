@@ -186,5 +186,18 @@ def test_transformer_xl_scores_are_the_published_ones(scale, rng):
     cached = KeyValueCache.of(attention.project_kv(y))
     for out in (attention(x, y, bias=bias), attention.attend_cached(query, cached, None, bias)):
         np.testing.assert_allclose(out[0], expected, atol=2e-5)
+
+
+def test_a_model_has_transformer_xl_positions_of_its_sizes_in_each_stack_or_layer():
+    own = {"position_encoding": "transformer_xl", "d_k": 3, "kernel_init": "normal"}
+    shapes = {"project/kernel": (16, 2, 3), "content": (2, 3), "position": (2, 3)}
+    for model, place in (
+        (small_model(**own), "source_position/"),
+        (small_model(**own, relative_per_layer=True, num_layers=2), "target_position/1/"),
+    ):
+        found = {name: leaf.shape for name, leaf in model.shapes.items() if place in name}
+        assert found == {place + name: shape for name, shape in shapes.items()}
+    kernel = small_model(**own).init(jax.random.key(0))["source_position/project/kernel"]
+    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
     odd = {"position_encoding": "transformer_xl", "d_model": 15, "num_heads": 3}
     refused("^model.d_model=15 is odd: transformer_xl", small_model, **odd)
