@@ -19,7 +19,10 @@ CONFIGS = [
 
 @pytest.mark.parametrize(
     "changes",
-    [{"norm": "none"}, {"normalize_qk": True}, {"position_encoding": "alibi"}, {"window": 4}],
+    [
+        *({"position_encoding": each} for each in ("alibi", "transformer_xl")),
+        *({"norm": "none"}, {"normalize_qk": True}, {"window": 4}),
+    ],
 )
 def test_a_model_that_ctranslate2_cannot_hold_is_refused_by_the_name_of_its_knob(changes):
     (knob,) = changes

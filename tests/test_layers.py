@@ -153,6 +153,10 @@ def test_feed_forward_drops_hidden_units_in_training_alone_and_keeps_their_mean(
     np.testing.assert_array_equal(layer(x), hidden)
     plain = layer.activation(layer.expand(x))
     np.testing.assert_allclose(hidden, plain if layer.gate is None else plain * layer.gate(x))
+    encoder = Encoder(1, 8, 2, ff_dropout_rate=0.5, rngs=nnx.Rngs(0))
+    assert (encoder(x) != encoder(x)).any()
+    recurrent = {"architecture": "recurrent", "ff_dropout_rate": 0.5}
+    refused("^model.ff_dropout_rate=0.5: .*recurrent has no feed-forward", small_model, **recurrent)
 
 
 def test_what_a_module_used_alone_does_not_know_is_named_with_its_choices():

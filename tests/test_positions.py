@@ -152,8 +152,8 @@ def test_alibi_slopes_are_the_papers():
     np.testing.assert_allclose(two, [-1 / 16, -1 / 256], rtol=1e-6)
 
 
-def published_scores(query, key, kernel, u, v, queries, keys, scale):
-    """Dai et al. 2019, section 3.3, pair by pair, in float64; [N, T, S]."""
+def published_scores(query, key, kernel, u, v, *, queries, keys, scale):
+    """Dai et al. 2019, section 3.3, pair by pair; [N, T, S]."""
     features, heads, _ = kernel.shape
     scores = np.zeros((heads, len(queries), len(keys)))
     rates = 10000.0 ** (-2 * np.arange(features // 2) / features)
@@ -167,7 +167,7 @@ def published_scores(query, key, kernel, u, v, queries, keys, scale):
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_transformer_xl_scores_are_the_published_ones(scale, rng):
     """Also of shared keys, of positions with gaps, by keys as they are and as they are cached."""
-    options = {"num_heads": 4, "num_kv_heads": 2, "scale": scale}
+    options = {"num_heads": 4, "num_kv_heads": 2, "scale": scale, "use_bias": False}
     attention = MultiHeadAttention(in_features=6, qkv_features=12, **options, rngs=nnx.Rngs(1))
     position = make("transformer_xl", 6, heads=4, head_width=3, scale=scale)
     position.content[...], position.position[...] = normal(rng, 4, 3), normal(rng, 4, 3)
@@ -176,12 +176,28 @@ def test_transformer_xl_scores_are_the_published_ones(scale, rng):
     weights = (position.project.kernel, position.content, position.position)
     given = (attention.query(x), jnp.repeat(attention.key(y), 2, axis=2))
     given = *(each[0].swapaxes(0, 1) for each in given), *(each[...] for each in weights)
-    scores = published_scores(*map(np.float64, given), queries, keys, scale or 3**-0.5)
-    values = np.repeat(np.float64(attention.value(y)[0]), 2, axis=1)
-    heads = np.einsum("NTS,SNE->TNE", np.float64(jax.nn.softmax(scores)), values)
-    expected = np.einsum("TNE,NED->TD", heads, np.float64(attention.out.kernel[...]))
+    given = [np.float64(each) for each in given]
+    scores = published_scores(*given, queries=queries, keys=keys, scale=scale or 3**-0.5)
+    values = jnp.repeat(attention.value(y)[0], 2, axis=1)
+    heads = jnp.einsum("NTS,SNE->TNE", jax.nn.softmax(jnp.float32(scores)), values)
+    expected = jnp.einsum("TNE,NED->TD", heads, attention.out.kernel[...])
 
-    bias, inputs = position.bias(at(*queries), at(*keys)), attention.project_query(x)
+    bias, query = position.bias(at(*queries), at(*keys)), attention.project_query(x)
     cached = KeyValueCache.of(attention.project_kv(y))
-    for out in (attention(x, y, bias=bias), attention.attend_cached(inputs, cached, None, bias)):
-        np.testing.assert_allclose(out[0], expected + attention.out.bias[...], atol=2e-5)
+    for out in (attention(x, y, bias=bias), attention.attend_cached(query, cached, None, bias)):
+        np.testing.assert_allclose(out[0], expected, atol=2e-5)
+
+
+def test_a_model_has_transformer_xl_positions_of_its_sizes_in_each_stack_or_layer():
+    own = {"position_encoding": "transformer_xl", "d_k": 3, "kernel_init": "normal"}
+    shapes = {"project/kernel": (16, 2, 3), "content": (2, 3), "position": (2, 3)}
+    for model, place in (
+        (small_model(**own), "source_position/"),
+        (small_model(**own, relative_per_layer=True, num_layers=2), "target_position/1/"),
+    ):
+        found = {name: leaf.shape for name, leaf in model.shapes.items() if place in name}
+        assert found == {place + name: shape for name, shape in shapes.items()}
+    kernel = small_model(**own).init(jax.random.key(0))["source_position/project/kernel"]
+    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
+    odd = {"position_encoding": "transformer_xl", "d_model": 15, "num_heads": 3}
+    refused("^model.d_model=15 is odd: transformer_xl", small_model, **odd)

@@ -121,7 +121,10 @@ def test_what_no_class_holds_is_named():
     find_class(Model(ModelConfig(norm_epsilon=1e-5), 8))
     for knobs, words in (
         ({"norm_epsilon": 1e-6}, "PegasusFor.*model.norm_epsilon=1e-06 \\(it has 1e-05\\): train"),
-        ({"position_encoding": "alibi"}, "position_encoding=alibi"),
+        *(
+            ({"position_encoding": x}, f"position_encoding={x}")
+            for x in ("alibi", "transformer_xl")
+        ),
         ({"norm_placement": "both"}, "norm_placement=both"),
         ({"window": 4}, "window=4"),
         ({"num_kv_heads": 2}, "num_kv_heads=2"),

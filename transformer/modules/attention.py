@@ -215,7 +215,11 @@ class MultiHeadAttention(Moded):
         return self.out(heads.swapaxes(1, 2))
 
     def attend_cached(
-        self, query: Float[Array, "B N T H"], cache: KeyValueCache, mask: Any, bias: Any = None
+        self,
+        query: Float[Array, "B N T H"],
+        cache: KeyValueCache,
+        mask: Any,
+        bias: Array | QueryBias | None = None,
     ) -> Float[Array, "B T out"]:
         """The output for a few queries and a cache, without dropout, for any backend."""
         query, bias = bias(query) if callable(bias) else (query, bias)
