@@ -83,10 +83,12 @@ def show_list() -> None:
     rows, results = [], []
     for name in published.names():
         result, _ = published.load(name)
-        rows.append((name, result.task, result.data, result.hours))
+        rows.append((name, result.task, result.data, result.hours()))
         results += published.summary(name, result, published.saved(RESULTS, name))
-    table("published results", ("name", "task", "data", "hours"), rows)
-    table("last results", published.COLUMNS, results)
+    table(
+        "published results", ("name", "task", "data", "estimated hours of a seed"), rows, text=True
+    )
+    table("last results", published.COLUMNS, results, text=True)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def get_config():
 def get_published():
     return Published(
         task="numbers", source="a test", data="here", metric="joined_bleu",
-        figures={{"small": Figure(value=0, margin=0.5)}}, average=2, hours="",
+        figures={{"small": Figure(value=0, margin=0.5)}}, average=2, flops=1e12,
     )
 """
 

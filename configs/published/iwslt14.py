@@ -67,6 +67,5 @@ def get_published():
         figures={"fairseq": Figure(value=34.5, margin=0.5)},
         seeds=3,
         average=10,
-        hours="",
-        note="",
+        flops=4.5e16,
     )

@@ -67,6 +67,5 @@ def get_published():
         figures={"small": Figure(value=41.02, margin=0.5)},
         seeds=3,
         average=10,
-        hours="",
-        note="",
+        flops=1.16e15,
     )

@@ -25,6 +25,8 @@ from transformer.workdir import Workdir, write_json
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "published"
 FEWEST = 3  # seeds for a verdict
+# FLOP/s: as measured in the runs of SCAN on two cores, and assumed of a GPU.
+CPU_RATE, GPU_RATE = 6e10, 1e13
 HEAD = f"""# Published results
 
     python scripts/reproduce.py NAME
@@ -67,8 +69,14 @@ class Published:
     figures: Mapping[str, Figure]  # variant → its figure
     seeds: int = 5
     average: int = 0  # see `Sweep`
-    hours: str  # of a seed on 2 CPU cores, and of one GPU
+    flops: float  # of the most expensive seed, as --dry_run prints
     note: str = ""  # choices that the paper leaves open
+
+    def hours(self) -> str:
+        """An estimate for a seed: `5.2 on 2 CPU cores, 0.03 on a GPU`."""
+        hours = (self.flops / rate / 3600 for rate in (CPU_RATE, GPU_RATE))
+        cpu, gpu = (f"{each:.0f}" if each >= 10 else f"{each:.1g}" for each in hours)
+        return f"{cpu} on 2 CPU cores, {gpu} on a GPU"
 
     def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
         """The runs that reproduce it."""
@@ -231,7 +239,7 @@ def section(name: str, published: Published, record: Mapping[str, Any] | None, f
     config = f"../../configs/published/{name}.py"
     text = f"## {name}\n\n{published.task}. {published.source}.\n"
     text += f"Data: {published.data}. Recipe: [`configs/published/{name}.py`]({config}).\n"
-    text += f"Hours: {published.hours}.\n"
+    text += f"Hours of a seed, estimated from its FLOPs: {published.hours()}.\n"
     text += f"\n{published.note.strip()}\n" * bool(published.note)
     if record is None:
         return f"{text}\nNot run here.\n"
