@@ -1,5 +1,8 @@
 """`transformer.testing` passes right models and finds what is wrong with others."""
 
+import re
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import refused
+from tests.test_layout import ROOT
 from transformer import testing
 
 B, S, T, D = 2, 5, 3, 4
@@ -17,6 +21,10 @@ SEGMENTS = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]])
 TARGET_SEGMENTS = np.array([[1, 2, 2], [2, 1, 0]])
 BACK = np.arange(S)[:, None] - np.arange(S)
 ALL = np.ones((S, S), bool)
+
+# Of docs/testing.md: code and what it prints, in turns.
+BLOCKS = re.findall(r"(?m)(?:^    .*\n|\n(?=    ))+", (ROOT / "docs/testing.md").read_text())
+MAGNITUDE = re.compile(r"\([\d.e-]+\)")
 
 
 def attention(queries, keys, mask):
@@ -241,3 +249,28 @@ def test_outputs_may_be_those_of_pytorch():
     assert testing.differences(model(TOKENS), model(TOKENS)) == []
     (weights.sum() * torch.inf).backward()
     assert testing.nonfinite_gradients({"weights": weights.grad}) == ["weights"]
+
+
+def printed(block, names, capsys):
+    """Runs a block of the page; its output and the expected one, without the magnitudes."""
+    exec(textwrap.dedent(BLOCKS[block]), names)
+    both = capsys.readouterr().out, textwrap.dedent(BLOCKS[block + 1]).lstrip("\n")
+    return [MAGNITUDE.sub("", text) for text in both]
+
+
+def test_the_page_shows_what_is_found(capsys):
+    found, expected = printed(0, {}, capsys)
+    assert found == expected
+    assert len(BLOCKS) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_the_page_shows_a_known_fault_of_the_named_version(capsys):
+    transformers, names = pytest.importorskip("transformers"), {}
+    printed(0, names, capsys)
+    found, expected = printed(2, names, capsys)
+    (version,) = re.findall(r"Transformers ([\d.]+)", (ROOT / "docs/testing.md").read_text())
+    assert (
+        found == expected or transformers.__version__ != version
+    )  # another one may have mended it
