@@ -72,9 +72,9 @@ def program(model: Model):
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
-    def outputs(params: Params, batch: Batch, weights: Array | float = 1.0) -> Outputs:
-        nudge = jnp.zeros((B, T, model.config.d_model), model.config.dtype)
-        weights = jnp.broadcast_to(jnp.float32(weights), (B, T, model.vocab_size))
+    def outputs(params: Params, batch: Batch, weights: np.ndarray | float = 1.0) -> Outputs:
+        nudge = np.zeros((B, T, model.config.d_model), jnp.dtype(model.config.dtype))
+        weights = np.broadcast_to(np.float32(weights), (B, T, model.vocab_size))
         gradients, logits = jax.device_get(gradient(params, nudge, batch, weights))
         return Outputs(logits, *gradients)
 
@@ -92,9 +92,9 @@ def rows(*examples) -> Batch:
     return make_batch(source, target, packed=True)
 
 
-def noise(model: Model) -> Array:
+def noise(model: Model) -> np.ndarray:
     """Random weights of the logits, so that no two gradients cancel."""
-    return jnp.asarray(np.random.default_rng(1).normal(size=(B, T, model.vocab_size)), jnp.float32)
+    return np.random.default_rng(1).normal(size=(B, T, model.vocab_size)).astype(np.float32)
 
 
 def none(found: list) -> None:
@@ -111,7 +111,7 @@ def causality(model: Model, outputs) -> None:
     By the gradient of row t, whose loss is of position t alone, and by changing tokens.
     """
     batch = rows(*[[LONG]] * B)
-    alone = jnp.eye(B, T)[..., None] * noise(model)
+    alone = np.eye(B, T)[..., None] * noise(model)
     influence = np.abs(outputs(batch, alone).target).sum(-1)[:T]
     back = np.arange(T)[:, None] - np.arange(T)[None, :]
     read = (back >= 0) & (back < (model.config.window or T))
@@ -147,9 +147,9 @@ def packing(model: Model, outputs) -> None:
     start = len(first[1]) + 1
     end = start + len(second[1]) + 1
     batch, weights = rows(PACKED, [first], [second]), noise(model)[0]
-    together = jnp.zeros((B, *weights.shape)).at[0, :end].set(weights[:end])
-    apart = jnp.zeros_like(together).at[1, :start].set(weights[:start])
-    apart = apart.at[2, : end - start].set(weights[start:end])
+    together, apart = np.zeros((2, B, *weights.shape))
+    together[0, :end], apart[1, :start] = weights[:end], weights[:start]
+    apart[2, : end - start] = weights[start:end]
     one, other = outputs(batch, together), outputs(batch, apart)
     none(testing.differences(one.logits[:1, :start], one.logits[1:2, :start]))
     none(testing.differences(one.logits[:1, start:end], one.logits[2:3, : end - start]))
