@@ -83,6 +83,7 @@ def get_config():
     config.model.kernel_init = "glorot_uniform"  # modules/linear.py
     config.model.dropout_rate = 0.0  # on sublayer outputs and embedded tokens
     config.model.attention_dropout_rate = 0.0  # on the attention weights
+    config.model.ff_dropout_rate = 0.0  # on the hidden units of the feed-forward
     config.model.norm = "layer"  # NORMS in modules/normalization.py
     config.model.norm_placement = "pre"  # pre, post (paper) or both
     config.model.final_norm = None  # after the last layer; None: unless norm_placement is post
@@ -95,7 +96,7 @@ def get_config():
     config.model.rotary_base = 10000.0  # of rotary positions' wavelengths
     config.model.relative_buckets = 32  # of distances, for relative positions
     config.model.relative_distance = 128  # from which distances share the last bucket
-    config.model.relative_per_layer = False  # a relative bias for each layer, not for each stack
+    config.model.relative_per_layer = False  # relative or transformer_xl for each layer, not stack
     config.model.random_positions = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
     config.model.window = None  # width of local self-attention, each side; None: no limit
     config.model.tie_embeddings = "all"  # which sides share a table; TIES

@@ -17,13 +17,10 @@ from typing import Any
 
 from absl import flags
 from lab.sweeps import report, runner
-from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
+from lab.sweeps.sweep import load_sweep, plan
 
 from transformer import cli
-from transformer.config import RunConfig
-from transformer.console import console, facts, table
-from transformer.run import Run
-from transformer.training.interruption import Interrupted
+from transformer.console import console, facts
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep file.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; default runs/<file's name>.")
@@ -44,9 +41,10 @@ def main() -> None:
     runs = sum(len(program.members) for program in programs)
     console.print(f"{runs} runs in {len(programs)} programs")
     if DRY_RUN.value:
-        show(sweep, programs, root)
+        title = f"{SWEEP.value}: {len(sweep.variants)} variants × {sweep.seeds} seeds"
+        runner.show(title, programs, root, DATA_DIR.value)
         return
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, runner.stop)
     parameters = dict(map(cli.cluster_parameter, PARAMETERS.value))
     cluster: Any = {"cluster": CLUSTER.value, "parameters": parameters}
     failures = runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value, **cluster)
@@ -59,24 +57,6 @@ def main() -> None:
         for each in (*root.glob("*.png"), path, path.with_suffix(".json")):
             shutil.copy(each, folder / each.name)
     runner.check(failures, root)
-
-
-def stop(*_: Any) -> None:
-    """Ends the sweep; its programs save a checkpoint each."""
-    raise Interrupted("the sweep was asked to stop; give the same command again to resume it")
-
-
-def show(sweep: Sweep, programs: list[Program], root: Path) -> None:
-    """Prints the commands of every program, and a table of the programs with their cost."""
-    rows = []
-    for program in programs:
-        for command in program.commands(root / program.name, DATA_DIR.value):
-            print(shlex.join(["python", *command]))
-        config = RunConfig.from_config_dict(program.resolved())
-        flops = config.steps * Run(config, data_dir=DATA_DIR.value).step_flops
-        rows.append((program.name, str(config.replicas), f"{config.steps:,}", f"{flops:.3g}"))
-    title = f"{SWEEP.value}: {len(sweep.variants)} variants × {sweep.seeds} seeds"
-    table(title, ("program", "runs", "steps", "FLOPs per run"), rows)
 
 
 if __name__ == "__main__":

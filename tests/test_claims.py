@@ -10,7 +10,7 @@ import pytest
 from lab import timing
 from lab.claims import cost, learning, modules
 from lab.claims.claim import Check, Setting, above_zero, verdict
-from lab.statistics import Interval
+from lab.statistics import Interval, paired
 from lab.sweeps.report import Record
 from matplotlib.figure import Figure
 
@@ -190,7 +190,15 @@ def test_who_wins_a_race_and_what_many_of_them_show():
     assert [judged(close, *[noise] * n)[0] for n in (0, 9)] == [True, None]
     up, many = {"a": [1.0, 1.1, 1.3]}, {str(i): [1.0, -1.0, 0.1] for i in range(9)}
     for values, holds in ((up, True), (up | many, None), ({"a": [-1.0, -1.1, -1.3]}, False)):
-        assert above_zero(values, Interval.text)[0].holds is holds
+        found = above_zero(values, Interval.text)[0]
+        assert found.holds is holds
+        assert ("; smallest detectable: " in found.found) is (holds is None)
+    # What is not shown states what could have been, at the level of the smallest of ten p-values.
+    size = paired(up["a"], np.zeros(3), 1.0 - 0.05 / 10).detectable
+    said = above_zero(up | many, Interval.text)[0].found
+    assert said.endswith(f"; smallest detectable: {size:.2f})")
+    said = learning.judge({"close": close, "other": noise})[0].found
+    assert said.endswith("; smallest detectable: 1.17 times)")
 
 
 def measured(monkeypatch, found, times):

@@ -71,6 +71,7 @@ OTHER = {
     **of("model.", attention_backend="xla", scan_layers=True, remat="full", dtype="bfloat16"),
     **of("model.", separate_vocabularies=False, decoder_layers=3, final_norm=False),
     **of("model.", scale_gated=False, ff_bias=False, position_offset=2, rotary_base=100.0),
+    **of("model.", ff_dropout_rate=0.1),
     **of("model.", sinusoid_layout="halves", sinusoid_rates="tensor2tensor", logits_scale=0.5),
     **of("model.", relative_buckets=8, relative_distance=20, relative_per_layer=True),
     **of("model.", embedding_scale=3.0, embedding_norm=True, attention_scale=1.0, logits_bias=True),
@@ -330,6 +331,8 @@ model.position_encoding=none & model.random_positions=512: .*none | optimizer.wa
 model.architecture=recurrent & data.pack_length=64: model.architecture=recurrent reads one example
 model.architecture=recurrent & model.decoder_layers=2: model.architecture=recurrent has num_layers
 model.architecture=recurrent & model.attention_dropout_rate=0.1: only the Transformer | model.d_k=0
+model.architecture=recurrent & model.ff_dropout_rate=0.1: .*no feed-forward
+model.position_encoding=transformer_xl & model.num_heads=3 & model.d_model=15 is odd: transformer_xl
 model.attention_backend=xla & model.attention_dropout_rate=0.1: .*einsum drops
 model.attention_backend=cudnn computes only in bfloat16 | model.num_kv_heads=3 does not divide
 model.num_heads=3 does not divide model.d_model=16.*or set model.d_k | optimizer.learning_rate=nan
@@ -365,7 +368,10 @@ RATES, WHOLE = "per_replica.dropout_rate", r"takes a whole number for each"
         (DECAY | {"optimizer.name": "sgd"}, r"weight_decay is for adamw, lion, muon"),
         *((RECURRENT | {f"mesh.{a}": 2}, f"mesh.{a}=2.*{ONLY_DATA}") for a in ("fsdp", "context")),
         ({"data.target_tokenizer_model": "x"}, r"target_tokenizer_model=x: model.tie_embeddings"),
-        (of("model.", relative_per_layer=True), r"layer=True needs .*encoding=relative; or set F"),
+        (
+            of("model.", relative_per_layer=True),
+            r"layer=True needs .*=relative or transformer_xl; o",
+        ),
         (INPUTS, r"=bytes: model.tie_embeddings=inputs needs one vocabulary; set .*target_output"),
         ({"init_new": ("*",)}, r"init_new=.*there is no init_from; set it"),
         ({RATES: (0.1,)}, r"per_replica.dropout_rate has 1 values and replicas=1"),

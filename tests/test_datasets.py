@@ -121,6 +121,7 @@ FIELDS = {
     "cnn_dailymail": "article highlights id publisher",  # from here on of other families
     "gsm8k": "annotation answer question short_answer",
     "scan/simple": "actions commands",
+    "scan_grammar/simple": "source target",  # ours; TFDS has the other
 }
 
 

@@ -139,6 +139,22 @@ def test_residual_drops_the_output_of_the_sublayer_alone_after_a_second_norm(rng
     np.testing.assert_allclose(both(x, lambda _: y, deterministic=True), x + both.output_norm(y))
 
 
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_feed_forward_drops_hidden_units_in_training_alone_and_keeps_their_mean(kind, rng):
+    x, options = normal(rng, 50, 40, 8), {"activation": kind, "scale_gated": False}
+    layer = FeedForward(8, 8, dropout_rate=0.5, **options, rngs=nnx.Rngs(0))
+    layer.contract.kernel[...] = jnp.eye(8)  # the output is the hidden units
+    out, hidden = layer(x), layer(x, deterministic=True)
+    dropped = out == 0
+    assert 0.45 < dropped.mean() < 0.55
+    np.testing.assert_allclose(out[~dropped], 2 * hidden[~dropped], rtol=1e-6)
+    assert (layer(x) != out).any()
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), hidden)
+    plain = layer.activation(layer.expand(x))
+    np.testing.assert_allclose(hidden, plain if layer.gate is None else plain * layer.gate(x))
+
+
 def test_what_a_module_used_alone_does_not_know_is_named_with_its_choices():
     names = {"activation": "relux", "norm": "layr", "norm_placement": "pots", "remat": "half"}
     for name, wrong in names.items():

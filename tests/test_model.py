@@ -26,6 +26,7 @@ from transformer.modules.normalization import NORMS
 from transformer.modules.positions import POSITIONS
 
 PER_LAYER = {"position_encoding": "relative", "relative_per_layer": True}
+XL = PER_LAYER | {"position_encoding": "transformer_xl"}
 RECURRENT = {"architecture": "recurrent"}
 PAIRS = (("abcde", "edcba"), ("xyz", "zyx"), ("q", "q"))
 BATCH = strings(*PAIRS)
@@ -77,6 +78,8 @@ RARE = [
     {"num_layers": 2},
     PER_LAYER | {"num_layers": 2, "scan_layers": True, "remat": "full"},
     PER_LAYER | {"num_layers": 2, "remat": "dots", "attention_backend": "chunked"},
+    XL | {"num_layers": 2, "scan_layers": True, "remat": "full", "num_heads": 4, "num_kv_heads": 2},
+    XL | {"num_layers": 2, "attention_scale": 0.7, "attention_backend": "splash", "d_k": 3},
     {"embedding_norm": True, "norm": "batch", "norm_placement": "post"},
     *({"attention_scale": 0.7, "attention_backend": name} for name in ("xla", "splash", "auto")),
     {"num_layers": 2, "scan_layers": True, "norm": "batch"},
@@ -163,6 +166,7 @@ def test_decoding_past_the_cache_is_nan_and_not_silent():
         ({"dropout_rate": 0.5}, 2 + 2 * 2 + 2 * 3),  # embeddings, sublayers
         ({"attention_dropout_rate": 0.5}, 2 + 2 * 2),
         ({"attention_dropout_rate": 0.5, "dropout_rate": 0.5}, 18),
+        ({"ff_dropout_rate": 0.5, "feed_forward": "swiglu"}, 2 * 2),
         ({"random_positions": 64}, 2),  # of source and target
         # Embeddings, two encoder layers, between two decoder layers, the output.
         ({"dropout_rate": 0.5, "architecture": "recurrent"}, 2 + 2 + 1 + 1),

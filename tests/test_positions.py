@@ -7,6 +7,7 @@ from flax import nnx
 from tests.helpers import normal, random_params, refused, small_model
 from transformer.data.batches import Dataset
 from transformer.inference.evaluation import attention_maps
+from transformer.modules.attention import KeyValueCache, MultiHeadAttention
 from transformer.modules.positions import POSITIONS, RATES, SINUSOID_LAYOUTS
 from transformer.testing import permutation_differences
 
@@ -149,3 +150,38 @@ def test_alibi_slopes_are_the_papers():
     np.testing.assert_allclose(bias, -slopes[:, None, None] * distance, rtol=1e-6)
     two = make("alibi", heads=2).bias(at(0), at(1))[0, :, 0, 0]
     np.testing.assert_allclose(two, [-1 / 16, -1 / 256], rtol=1e-6)
+
+
+def published_scores(query, key, kernel, u, v, queries, keys, scale):
+    """Dai et al. 2019, section 3.3, pair by pair, in float64; [N, T, S]."""
+    features, heads, _ = kernel.shape
+    scores = np.zeros((heads, len(queries), len(keys)))
+    rates = 10000.0 ** (-2 * np.arange(features // 2) / features)
+    for (n, i, j), _ in np.ndenumerate(scores):
+        angles = (queries[i] - keys[j]) * rates
+        wave = np.concatenate([np.sin(angles), np.cos(angles)]) @ kernel[:, n]
+        scores[n, i, j] = (query[n, i] + u[n]) @ key[n, j] + (query[n, i] + v[n]) @ wave
+    return scale * scores
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_transformer_xl_scores_are_the_published_ones(scale, rng):
+    """Also of shared keys, of positions with gaps, by keys as they are and as they are cached."""
+    options = {"num_heads": 4, "num_kv_heads": 2, "scale": scale}
+    attention = MultiHeadAttention(in_features=6, qkv_features=12, **options, rngs=nnx.Rngs(1))
+    position = make("transformer_xl", 6, heads=4, head_width=3, scale=scale)
+    position.content[...], position.position[...] = normal(rng, 4, 3), normal(rng, 4, 3)
+    x, y = normal(rng, 1, 3, 6), normal(rng, 1, 5, 6)
+    queries, keys = (0, 17, 301), (4, 0, 2, 300, 1)
+    weights = (position.project.kernel, position.content, position.position)
+    given = (attention.query(x), jnp.repeat(attention.key(y), 2, axis=2))
+    given = *(each[0].swapaxes(0, 1) for each in given), *(each[...] for each in weights)
+    scores = published_scores(*map(np.float64, given), queries, keys, scale or 3**-0.5)
+    values = np.repeat(np.float64(attention.value(y)[0]), 2, axis=1)
+    heads = np.einsum("NTS,SNE->TNE", np.float64(jax.nn.softmax(scores)), values)
+    expected = np.einsum("TNE,NED->TD", heads, np.float64(attention.out.kernel[...]))
+
+    bias, inputs = position.bias(at(*queries), at(*keys)), attention.project_query(x)
+    cached = KeyValueCache.of(attention.project_kv(y))
+    for out in (attention(x, y, bias=bias), attention.attend_cached(inputs, cached, None, bias)):
+        np.testing.assert_allclose(out[0], expected + attention.out.bias[...], atol=2e-5)

@@ -153,7 +153,15 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     for name, words in zip(outcomes, wanted, strict=True):
         assert outcomes[name]["verdict"].startswith(words)
         assert outcomes[name]["verdict"] in text
+        if name != "plain":  # an effect that is found has its smallest detectable one beside it
+            points = 100 * outcomes[name]["difference"]["detectable"]
+            assert f" | {points:.2g} points | {outcomes[name]['verdict']} |" in text
     assert outcomes["rms"]["difference"]["p"] < 0.001 < 0.05 < outcomes["batch"]["difference"]["p"]
+
+
+def test_of_one_seed_neither_p_nor_the_smallest_detectable_effect_is_known(tmp_path):
+    text, _ = reported(tmp_path, lambda variant, seed: 0.9, seeds=1)
+    assert "| rms | 90.00% | +0.00% |  |  | one seed: no verdict |" in text
 
 
 def test_what_is_not_reached_by_all_seeds_is_not_compared(tmp_path):

@@ -20,6 +20,7 @@ ONE += [["at night a dog barks in the yard"], ["kein Wort"]]
 SEVERAL = [[*own, f"{own[0]} indeed", "so be it then"] for own in ONE]
 UNEQUAL = [own[: 1 + k % 3] for k, own in enumerate(SEVERAL)]
 SACREBLEU = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}
+SACREBLEU["joined_bleu"] = sacrebleu.BLEU  # of texts without pieces
 WORST = {name: 100.0 * name.endswith("error_rate") for name in TEXT_METRICS}
 PROPORTIONS = ("exact_match", "sequence_error_rate")
 each_metric = pytest.mark.parametrize("name", TEXT_METRICS)
@@ -144,3 +145,12 @@ def test_bleu_has_the_tokenizer_of_its_signature_and_warns_where_it_says_nothing
     assert "set it to zh" in plain.warning
     assert "no reference has 4 tokens" in bleu(Texts(["a b c"], [["a b c", "a"]])).warning
     assert not any((zh.warning, bleu(Texts(["a"], [["a b c d", "a"]])).warning))
+
+
+def test_joined_bleu_is_of_the_words_that_pieces_make():
+    pieces = ["the pul@@ ley sys@@ t@@ em is old", "a@@ t the end @@ we see mo@@"]
+    words = ["the pulley system is old", "at the end we see mo"]
+    references = [["the pul@@ ley sys@@ tem was old"], ["at the end we s@@ ee more"]]
+    joined = [["the pulley system was old"], ["at the end we see more"]]
+    assert value("joined_bleu", pieces, references) == value("bleu", words, joined)
+    assert value("joined_bleu", pieces, references) != value("bleu", pieces, references)

@@ -41,7 +41,14 @@ if TYPE_CHECKING:
     from transformer.modules.layers import DecoderLayer, EncoderLayer, FeedForward
     from transformer.modules.linear import Embed, Linear
     from transformer.modules.normalization import BatchNorm, LayerNorm, RMSNorm
-    from transformer.modules.positions import ALiBi, Learned, RelativeBias, Rotary, Sinusoidal
+    from transformer.modules.positions import (
+        ALiBi,
+        Learned,
+        RelativeBias,
+        Rotary,
+        Sinusoidal,
+        TransformerXL,
+    )
     from transformer.modules.stacks import Decoder, Encoder
     from transformer.modules.transformer import Transformer
     from transformer.run import Run
@@ -61,7 +68,14 @@ PUBLIC = {
     "modules.layers": ("DecoderLayer", "EncoderLayer", "FeedForward"),
     "modules.linear": ("Embed", "Linear"),
     "modules.normalization": ("BatchNorm", "LayerNorm", "RMSNorm"),
-    "modules.positions": ("ALiBi", "Learned", "RelativeBias", "Rotary", "Sinusoidal"),
+    "modules.positions": (
+        "ALiBi",
+        "Learned",
+        "RelativeBias",
+        "Rotary",
+        "Sinusoidal",
+        "TransformerXL",
+    ),
     "modules.stacks": ("Decoder", "Encoder"),
     "modules.transformer": ("Transformer",),
 }

@@ -1,7 +1,7 @@
 """Statistics over seeds: confidence intervals, paired tests, Holm's correction, verdicts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -82,6 +82,19 @@ def holm(p_values: Values) -> list[float]:
     adjusted = np.full_like(p, np.nan)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
     return adjusted.tolist()
+
+
+def corrected(tests: Sequence[Difference]) -> list[Difference]:
+    """The tests of one table with Holm's p, and `detectable` at the strictest of his steps.
+
+    That is α / m, below which the smallest of the m p-values has to be.
+    """
+    adjusted, found = holm([test.p for test in tests]), []
+    strict = 1.0 - ALPHA / max(np.count_nonzero(~np.isnan(adjusted)), 1)
+    for test, p in zip(tests, adjusted, strict=True):
+        ratio = noncentrality(test.n, strict) / noncentrality(test.n, LEVEL)
+        found.append(replace(test, p=p, detectable=test.detectable * ratio))
+    return found
 
 
 def verdict(difference: Difference, unit: Callable[[float], str], higher_is_better: bool) -> str:

@@ -95,6 +95,16 @@ def bleu(texts: Texts) -> Score:
     return Score(float(score.score), interval, signature, warning)
 
 
+def joined_bleu(texts: Texts) -> Score:
+    """BLEU of words that are written as BPE pieces: `pul@@ ley` is one (Sennrich et al. 2016)."""
+
+    def join(text: str) -> str:
+        return re.sub("@@( |$)", "", text)
+
+    references = [[*map(join, own)] for own in texts.references]
+    return bleu(texts._replace(outputs=[*map(join, texts.outputs)], references=references))
+
+
 def chrf(texts: Texts) -> Score:
     """chrF2 of Popović 2015, by sacrebleu."""
     with needs("text"):
@@ -187,6 +197,7 @@ def bootstrap(value: Callable[[np.ndarray], float], counts: np.ndarray) -> tuple
 
 TEXT_METRICS: dict[str, TextMetric] = {
     "bleu": TextMetric(bleu),
+    "joined_bleu": TextMetric(joined_bleu),
     "chrf": TextMetric(chrf),
     "exact_match": TextMetric(exact_match),
     # Of pronunciations, the next two are the word and the phoneme error rate of the literature.

@@ -67,6 +67,7 @@ BART_KEYS |= {"decoder_attention_heads": "num_heads", "encoder_ffn_dim": "d_ff"}
 BART_KEYS |= {"decoder_ffn_dim": "d_ff", "activation_function": "feed_forward"}
 BART_KEYS |= {"scale_embedding": "embedding_scale", "max_position_embeddings": "max_length"}
 BART_KEYS |= {"dropout": "dropout_rate", "attention_dropout": "attention_dropout_rate"}
+BART_KEYS |= {"activation_dropout": "ff_dropout_rate"}
 MT5_KEYS = {"d_model": "d_model", "d_kv": "d_k", "d_ff": "d_ff", "num_layers": "num_layers"}
 MT5_KEYS |= {"num_decoder_layers": "decoder_layers", "num_heads": "num_heads"}
 MT5_KEYS |= {"feed_forward_proj": "feed_forward", "dropout_rate": "dropout_rate"}
@@ -145,6 +146,7 @@ def read(folder: Path, tokenizer: Path | None) -> Imported:
     # What old files leave out. Of T5 only 1.0 scales its logits, and its tables are tied.
     old: Values = {"feed_forward_proj": "relu", "relative_attention_max_distance": 128}
     old |= {"dropout": 0.1, "dropout_rate": 0.1, "attention_dropout": 0.0}
+    old |= {"activation_dropout": 0.0}
     old["scale_decoder_outputs"] = config.get("tie_word_embeddings") is not False
     config = generation = old | {"forced_eos_token_id": family.forced_eos} | config
     if (path := folder / "generation_config.json").is_file():

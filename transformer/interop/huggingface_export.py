@@ -73,7 +73,7 @@ BIASES = ("attention_bias", "ff_bias", "logits_bias")  # a class that has them g
 # Knobs that say nothing about what a trained model computes, or that are in the others.
 UNSEEN = {"cell", "kernel_init", "scale_gated", "max_length", "separate_vocabularies", "dtype"}
 UNSEEN |= {"qk_norm_epsilon", "attention_backend", "scan_layers", "remat", "dropout_rate"}
-UNSEEN |= {"attention_dropout_rate"}
+UNSEEN |= {"attention_dropout_rate", "ff_dropout_rate"}
 PLACES = {*chain.from_iterable(each.values() for each in POSITION_KNOBS.values())}
 
 

@@ -15,6 +15,7 @@ from transformer.modules.dropout import CallRngs, Moded, dropout, kept_stream, s
 from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes, zeros
 from transformer.modules.masking import Mask, as_array, causal
 from transformer.modules.normalization import LayerNorm
+from transformer.modules.positions import QueryBias
 from transformer.parallel.mesh import constrain
 
 Tokens = Float[Array, "B T D"]
@@ -140,7 +141,7 @@ class MultiHeadAttention(Moded):
         deterministic: bool | None = None,
         rngs: CallRngs = None,
         is_causal: bool = False,
-        bias: Float[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | QueryBias | None = None,
         rotate: Rotate = None,
     ) -> Float[Array, "*B T out"]:
         """Attention from `inputs_q` to `inputs_k` (None: inputs_q) and `inputs_v` (None: inputs_k).
@@ -150,7 +151,8 @@ class MultiHeadAttention(Moded):
           deterministic: overrides the module's attribute.
           rngs: random keys for dropout; the stream `attention`, or else `dropout`.
           is_causal: whether query t may attend only to the keys up to t, in addition to `mask`.
-          bias: broadcastable to [..., N, T, S], added to the scores.
+          bias: broadcastable to [..., N, T, S], added to the scores; or, for B alone, a function
+            of the projected queries, see `positions.TransformerXL`.
           rotate: applied to projected queries and keys [B, T, N, H], see `positions.Rotary`.
         """
         if inputs_k is None and inputs_v is not None:
@@ -168,7 +170,8 @@ class MultiHeadAttention(Moded):
         query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (inputs_q, inputs_k, inputs_v))
         projected = self.project_query(query, rotate), self.project_kv(key, value, rotate)
         mode = {"deterministic": deterministic, "rngs": rngs}
-        out = self.attend(*projected, mask=mask, bias=_four_axes(bias, batch), **mode)
+        bias = bias if callable(bias) else _four_axes(bias, batch)
+        out = self.attend(*projected, mask=mask, bias=bias, **mode)
         return out.reshape(*batch, *out.shape[1:])
 
     def project_query(self, x: Tokens, rotate: Rotate = None) -> Float[Array, "B N T H"]:
@@ -195,11 +198,12 @@ class MultiHeadAttention(Moded):
         key_value: KeyValue,
         *,
         mask: Mask | Bool[Array, "#B #N #T S"] | None = None,
-        bias: Float[Array, "#B #N #T S"] | None = None,
+        bias: Float[Array, "#B #N #T S"] | QueryBias | None = None,
         deterministic: bool | None = None,
         rngs: CallRngs = None,
     ) -> Float[Array, "B T out"]:
         """The output for projections; if `sow_weights` is set, sows the weights before dropout."""
+        query, bias = bias(query) if callable(bias) else (query, bias)
         if self.sow_weights:
             weights = core.attention_weights(query, key_value.key, as_array(mask), bias)
             self.sow(nnx.Intermediate, "attention_weights", weights)
@@ -214,6 +218,7 @@ class MultiHeadAttention(Moded):
         self, query: Float[Array, "B N T H"], cache: KeyValueCache, mask: Any, bias: Any = None
     ) -> Float[Array, "B T out"]:
         """The output for a few queries and a cache, without dropout, for any backend."""
+        query, bias = bias(query) if callable(bias) else (query, bias)
         heads = core.from_cache(query, *cache, mask, bias)
         return self.out(heads.swapaxes(1, 2))
 

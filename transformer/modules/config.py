@@ -15,7 +15,7 @@ from transformer.modules.cells import CELLS
 from transformer.modules.layers import FEED_FORWARDS, NORM_PLACEMENTS
 from transformer.modules.linear import INITIALIZERS
 from transformer.modules.normalization import NORMS
-from transformer.modules.positions import POSITIONS, RATES, SINUSOID_LAYOUTS, Position
+from transformer.modules.positions import PER_LAYER, POSITIONS, RATES, SINUSOID_LAYOUTS, Position
 from transformer.modules.stacks import REMATS
 
 ARCHITECTURES = ("transformer", "recurrent")  # modules/model.py: MODULES
@@ -53,6 +53,7 @@ class ModelConfig:
     kernel_init: Annotated[str, Choice(INITIALIZERS)] = "glorot_uniform"  # modules/linear.py
     dropout_rate: Rate = 0.0  # on sublayer outputs and embedded tokens
     attention_dropout_rate: Rate = 0.0  # on the attention weights
+    ff_dropout_rate: Rate = 0.0  # on the hidden units of the feed-forward
     norm: Annotated[str, Choice(NORMS)] = "layer"  # NORMS in modules/normalization.py
     norm_placement: Annotated[str, Choice(NORM_PLACEMENTS)] = "pre"  # pre, post (paper) or both
     final_norm: bool | None = None  # after the last layer; None: unless norm_placement is post
@@ -65,7 +66,7 @@ class ModelConfig:
     rotary_base: Annotated[float, Range(1, 1e12)] = 10_000.0  # of rotary positions' wavelengths
     relative_buckets: Annotated[int, Range(4, 2**20)] = 32  # of distances, for relative positions
     relative_distance: Size = 128  # from which distances share the last bucket
-    relative_per_layer: bool = False  # a relative bias for each layer, not for each stack
+    relative_per_layer: bool = False  # relative or transformer_xl for each layer, not stack
     random_positions: SizeOrZero = 0  # range to draw from in training (Ruoss et al. 2023); 0: off
     window: Size | None = None  # width of local self-attention, each side; None: no limit
     tie_embeddings: Annotated[str, Choice(TIES)] = "all"  # which sides share a table; TIES
@@ -108,18 +109,21 @@ class ModelConfig:
             yield "attention_backend", " computes only in bfloat16; set model.dtype=bfloat16"
         if self.values_width() != self.attention_width() and not flexible:
             yield "d_v", f" differs from model.d_k, which needs {those}"
-        if encoding == "sinusoidal" and self.d_model % 2:
+        if encoding in ("sinusoidal", "transformer_xl") and self.d_model % 2:
             yield "d_model", pairs
         if encoding == "rotary" and self.attention_width() % 2:
             yield "d_k", pairs
         if random and (random < self.max_length or encoding == "none"):
             least = f": it must be at least model.max_length={self.max_length}, with a "
             yield "random_positions", least + "model.position_encoding other than none; or 0"
-        if self.relative_per_layer and encoding != "relative":
-            yield "relative_per_layer", " needs model.position_encoding=relative; or set False"
+        if self.relative_per_layer and encoding not in PER_LAYER:
+            needed = f"model.position_encoding={' or '.join(PER_LAYER)}"
+            yield "relative_per_layer", f" needs {needed}; or set False"
         if encoding == "relative" and self.relative_distance <= self.relative_buckets // 2:
             half = f"half of model.relative_buckets={self.relative_buckets}"
             yield "relative_distance", f" is not above {half}; raise it"
+        if recurrent and self.ff_dropout_rate:
+            yield "ff_dropout_rate", ": model.architecture=recurrent has no feed-forward; set 0"
         if recurrent and self.decoder_layers:
             yield "decoder_layers", ": model.architecture=recurrent has num_layers twice; set None"
         if recurrent and self.d_model % 2:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.errors import check_choice, choose
 from transformer.modules.attention import KeyValueCache, MultiHeadAttention, Rotate
-from transformer.modules.dropout import CallRngs, Dropout
+from transformer.modules.dropout import CallRngs, Dropout, Moded, dropout, kept_stream, stream_of
 from transformer.modules.linear import Initializer, Linear, lecun_normal, linear_axes
 from transformer.modules.normalization import NORMS, BatchNorm
 from transformer.parallel.mesh import constrain
@@ -36,7 +36,7 @@ TokenMask = Bool[Array, "B T"] | None
 AttentionMask = Any  # a `Mask`, or an array that is True where a query may attend to a key
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Moded):
     """FFN(x) = activation(x W₁ + b₁) W₂ + b₂ at each position. (Section 3.3, equation 2.)
 
     The gated kinds are (activation(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂ (Shazeer 2020, with biases),
@@ -46,6 +46,7 @@ class FeedForward(nnx.Module):
     Args:
       d_ff: F; None: 4 · D.
       activation: one of `FEED_FORWARDS`.
+      dropout_rate: of the F hidden units.
       **options: `rngs`, `use_bias`, `kernel_init`, `dtype` and `param_dtype` of `Linear`.
     """
 
@@ -56,6 +57,7 @@ class FeedForward(nnx.Module):
         *,
         activation: str = "relu",
         scale_gated: bool = True,
+        dropout_rate: float = 0.0,
         **options: Any,
     ):
         self.activation, gated = choose(FEED_FORWARDS, activation, "activation")
@@ -65,12 +67,18 @@ class FeedForward(nnx.Module):
         self.expand = expand()
         self.gate = expand() if gated else nnx.data(None)
         self.contract = Linear(hidden, d_model, **linear_axes("mlp", "embed"), **options)
+        self.dropout_rate = dropout_rate
+        self.rngs = nnx.data(kept_stream(options["rngs"], dropout_rate))
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(
+        self, x: Float[Array, "*B D"], *, deterministic: bool | None = None, rngs: CallRngs = None
+    ) -> Float[Array, "*B D"]:
         hidden = self.activation(self.expand(x))
         hidden = hidden if self.gate is None else hidden * self.gate(x)
         if hidden.ndim == 3:
             hidden = constrain(hidden, "batch", "length", "mlp")
+        if self.dropout_rate > 0.0 and not self.is_deterministic(deterministic):
+            hidden = dropout(hidden, self.dropout_rate, stream_of("dropout", rngs, self.rngs))
         return self.contract(hidden)
 
 
@@ -121,7 +129,8 @@ class Layer(nnx.Module):
 
     Args:
       d_ff: F; None: 4 · D.
-      dropout_rate: of the sublayers' outputs; that of the weights is `attention_dropout_rate`.
+      dropout_rate: of the sublayers' outputs; that of the weights is `attention_dropout_rate`, and
+        that of the hidden units of the feed-forward `ff_dropout_rate`.
       norm: one of `NORMS`, placed by `norm_placement`, one of `NORM_PLACEMENTS`.
       feed_forward: one of `FEED_FORWARDS`; `ff_bias` and `scale_gated`: see `FeedForward`.
       **attention: further arguments of `MultiHeadAttention`, such as `use_bias` and `backend`.
@@ -139,6 +148,7 @@ class Layer(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         attention_dropout_rate: float = 0.0,
+        ff_dropout_rate: float = 0.0,
         norm: str = "layer",
         norm_placement: str = "pre",
         norm_epsilon: float = 1e-6,
@@ -157,16 +167,19 @@ class Layer(nnx.Module):
         for name in self.attentions:
             setattr(self, name, MultiHeadAttention(num_heads, d_model, **attention))
         inner: dict[str, Any] = {"activation": feed_forward, "scale_gated": scale_gated}
-        inner |= {"use_bias": ff_bias} | matrices
+        inner |= {"use_bias": ff_bias, "dropout_rate": ff_dropout_rate} | matrices
         self.feed_forward = FeedForward(d_model, d_ff, **inner)
         common |= {"norm": norm, "norm_epsilon": norm_epsilon, "dropout_rate": dropout_rate}
         residual = partial(Residual, d_model, placement=norm_placement, **common)
         self.residuals = nnx.List(residual() for _ in (*self.attentions, "feed_forward"))
 
-    def through(self, x: Stream, *attend: Sublayer, **mode: Any) -> Stream:
+    def through(
+        self, x: Stream, *attend: Sublayer, token_mask: TokenMask = None, **mode: Any
+    ) -> Stream:
         """Attention, then feed-forward, each inside its residual connection."""
-        for residual, sublayer in zip(self.residuals, (*attend, self.feed_forward), strict=True):
-            x = residual(x, sublayer, **mode)
+        sublayers = *attend, partial(self.feed_forward, **mode)
+        for residual, sublayer in zip(self.residuals, sublayers, strict=True):
+            x = residual(x, sublayer, token_mask=token_mask, **mode)
         return x
 
 

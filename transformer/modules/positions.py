@@ -1,5 +1,6 @@
 """Position encodings, and `POSITIONS`, their table."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from transformer.errors import check_choice
-from transformer.modules.linear import axis_names
+from transformer.errors import check_choice, choose
+from transformer.modules.linear import INITIALIZERS, Linear, axis_names, linear_axes
+from transformer.parallel.mesh import constrain
 
 Tokens = Float[Array, "B T D"]
 Heads = Float[Array, "B T N H"]
@@ -16,6 +18,8 @@ Places = Int[Array, "#B T"] | None
 Queries = Int[Array, "#B T"]
 Keys = Int[Array, "#B S"]
 Bias = Float[Array, "#B N T S"]
+# Or a function from the queries to the queries that the keys are multiplied with, and the bias.
+QueryBias = Callable[[Float[Array, "B N T H"]], tuple[Float[Array, "B N T H"], Bias]]
 
 SINUSOID_LAYOUTS = ("neighbours", "halves")  # of sines and cosines
 # Exponents of the base of D/2 wavelengths, by their number: -2i/D of Vaswani et al. 2017, or
@@ -58,7 +62,7 @@ class Position(nnx.Module):
         """Rotates the queries or keys x by their positions."""
         return x
 
-    def bias(self, queries: Queries, keys: Keys) -> Bias | None:
+    def bias(self, queries: Queries, keys: Keys) -> Bias | QueryBias | None:
         """The bias that is added to the scores between these positions; None: no bias."""
         return None
 
@@ -183,7 +187,7 @@ class RelativeBias(Position):
 class PerLayer(nnx.List, Position):
     """A position encoding for each layer of a stack; `bias` is the tuple of theirs.
 
-    They may bias the scores, as `RelativeBias` does, and neither add to x nor rotate.
+    They may bias the scores, as those of `PER_LAYER` do, and neither add to x nor rotate.
     """
 
     def bias(self, queries: Queries, keys: Keys) -> Any:
@@ -204,6 +208,65 @@ class ALiBi(Position):
         return -slopes[:, None, None] * distance.astype(jnp.float32)
 
 
+class TransformerXL(Position):
+    """Scores ((q_i + u) · k_j + (q_i + v) · W R(i - j)) / √H, where R is sinusoidal.
+
+    W, u and v are learned, and i - j is negative for later keys. (Dai et al. 2019, section 3.3.)
+
+    Args:
+      head_width: H; None: features / num_heads.
+      scale: of the scores, if it is not 1/√H.
+      init: of W, one of `INITIALIZERS`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        head_width: int | None = None,
+        scale: float | None = None,
+        init: str = "glorot_uniform",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(features, **options)
+        heads = self.num_heads, head_width or features // self.num_heads
+        axes = linear_axes("embed", "heads", "head")
+        kernel_init = choose(INITIALIZERS, init, "init")
+        self.project = Linear(
+            features, heads, use_bias=False, kernel_init=kernel_init, rngs=rngs, **axes
+        )
+        zeros, axes = jnp.zeros(heads), axis_names("heads", "head")
+        self.content, self.position = nnx.Param(zeros, **axes), nnx.Param(zeros, **axes)
+        # Queries come multiplied by this, and the scores are divided by √H.
+        self.query_scale = 1.0 if scale is None else scale * heads[1] ** 0.5
+
+    def bias(self, queries: Queries, keys: Keys) -> QueryBias:
+        waves = (_waves(each, self.project.kernel.shape[0]) for each in (queries, keys))
+        u, v = (each[...] * self.query_scale for each in (self.content, self.position))
+        return jax.tree_util.Partial(_transformer_xl, self.project.kernel[...], u, v, *waves)
+
+
+def _waves(positions: Int[Array, "#B T"], width: int) -> Float[Array, "#B T D"]:
+    angles = _angles(positions, width)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def _transformer_xl(kernel: Array, u: Array, v: Array, here: Array, there: Array, query: Array):
+    """The queries + u and the bias (q_i + v) · W R(i - j) / √H, given R(i) and R(j).
+
+    The sine of a difference is sin i cos j - cos i sin j and its cosine cos i cos j + sin i sin j:
+    a product of R(j) with what depends on i alone, without an array of D numbers for each pair.
+    """
+    wide = query.astype(jnp.float32)
+    projected = jnp.einsum("BNTH,DNH->BNTD", wide + v[:, None], kernel)
+    projected = constrain(projected, "batch", "heads", "length", "width")
+    (sine, cosine), (sin, cos) = (jnp.split(x, 2, -1) for x in (projected, here[:, None]))
+    turned = jnp.concatenate([cosine * sin - sine * cos, sine * sin + cosine * cos], axis=-1)
+    bias = jnp.einsum("BNTD,BSD->BNTS", turned, there) * query.shape[-1] ** -0.5
+    return (wide + u[:, None]).astype(query.dtype), bias
+
+
 POSITIONS = {
     "none": Position,
     "sinusoidal": Sinusoidal,
@@ -211,4 +274,6 @@ POSITIONS = {
     "rotary": Rotary,
     "relative": RelativeBias,
     "alibi": ALiBi,
+    "transformer_xl": TransformerXL,
 }
+PER_LAYER = ("relative", "transformer_xl")  # those of which each layer may have its own

@@ -14,6 +14,7 @@ from transformer.modules import layers
 from transformer.modules.attention import KeyValueCache
 from transformer.modules.dropout import Moded, stream_of, training_rngs
 from transformer.modules.layers import Stream, apply_norm
+from transformer.modules.positions import QueryBias
 
 # Checkpoint policies: what a layer saves for the backward pass.
 REMATS: dict[str, Any] = {
@@ -23,6 +24,7 @@ REMATS: dict[str, Any] = {
 }
 
 Caches = tuple[KeyValueCache, ...]  # of each layer
+Bias = Array | QueryBias | None  # of the scores of self-attention
 
 
 class Stack(Moded):
@@ -85,7 +87,7 @@ class Stack(Moded):
         shared, own = self._biases(attention.pop("bias", None))
         options = attention | {"token_mask": token_mask, "deterministic": deterministic}
 
-        def step(layer: Any, x: Array, key: Array | None, bias: Array | None) -> Array:
+        def step(layer: Any, x: Array, key: Array | None, bias: Bias) -> Array:
             rngs = None if key is None else training_rngs(key)
             return layer(x, *memory, rngs=rngs, bias=shared if bias is None else bias, **options)
 
@@ -96,7 +98,7 @@ class Stack(Moded):
                 x = step(layer, x, None if keys is None else keys[i], own[i])
         return apply_norm(self.final_norm, x, token_mask, deterministic)
 
-    def _biases(self, bias: Any) -> tuple[Array | None, tuple[Array | None, ...]]:
+    def _biases(self, bias: Any) -> tuple[Bias, tuple[Bias, ...]]:
         """The bias that all layers share, if they do, and that of each, if they do not."""
         return (None, bias) if isinstance(bias, tuple) else (bias, (None,) * len(self.layers))
 

@@ -293,8 +293,8 @@ def stack_arguments(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `Encoder` and `Decoder`, except `rngs`."""
     shared = (
         "num_layers d_model num_heads num_kv_heads d_ff feed_forward ff_bias scale_gated norm "
-        "norm_placement norm_epsilon final_norm dropout_rate attention_dropout_rate normalize_qk "
-        "scan_layers remat"
+        "norm_placement norm_epsilon final_norm dropout_rate attention_dropout_rate "
+        "ff_dropout_rate normalize_qk scan_layers remat"
     )
     return {name: getattr(config, name) for name in shared.split()} | {
         "kernel_init": INITIALIZERS[config.kernel_init],
@@ -324,6 +324,9 @@ def _position(config: ModelConfig, num_layers: int, **options: Any) -> Any:
     knobs = POSITION_KNOBS.get(encoding, {}).items()
     options |= {name: getattr(config, knob) for name, knob in knobs}
     options |= {"num_heads": config.num_heads, "max_length": length}
+    if encoding == "transformer_xl":
+        options |= {"head_width": config.attention_width(), "scale": config.attention_scale}
+        options["init"] = config.kernel_init
     make = partial(POSITIONS[encoding], config.d_model, **options)
     return PerLayer(make() for _ in range(num_layers)) if config.relative_per_layer else make()
 

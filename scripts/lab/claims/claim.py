@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.statistics import ALPHA, Interval, Values, holm, mean_interval, p_text, paired
+from lab import statistics
+from lab.statistics import ALPHA, Difference, Interval, Values, mean_interval, paired
 from lab.tables import markdown
 
 MOST_NAMED = 4  # exceptions that a verdict names; it counts more of them
@@ -18,8 +19,9 @@ HEAD = """# The claims, checked
 
 Each claim is tested in several cases, in each of which it is true, or not, or the measurements do
 not decide. A claim *holds* if it is true in all cases, *holds with a condition* if in some, and
-*does not hold here* if in none. Brackets are 95% confidence intervals (Student's t). The toy task
-is small: effects that it does not show may exist elsewhere.
+*does not hold here* if in none. Brackets are 95% confidence intervals (Student's t). "Smallest
+detectable" is the true effect that a test which shows none would have found with power 0.8. The toy
+task is small: effects that it does not show may exist elsewhere.
 """
 
 
@@ -70,18 +72,28 @@ def verdict(checks: Sequence[Check]) -> str:
     return f"holds with a condition{''.join(parts)}" if parts else "holds"
 
 
-def answer(mean: float, p: float) -> bool | None:
+def answer(test: Difference) -> bool | None:
     """Whether a mean is shown to be positive; None if neither sign is shown."""
-    return mean > 0.0 if p <= ALPHA else None
+    return test.mean > 0.0 if test.p <= ALPHA else None
 
 
 def above_zero(cases: Mapping[str, Values], write: Callable[[Interval], str]) -> list[Check]:
     """A check per case that the mean of its repetitions is positive: t-tests, corrected by Holm."""
-    tests = [paired(values, np.zeros(len(values))) for values in cases.values()]
+    tests = statistics.corrected(
+        [paired(values, np.zeros(len(values))) for values in cases.values()]
+    )
     return [
-        Check(name, f"{write(mean_interval(cases[name]))} ({p_text(p)})", answer(test.mean, p))
-        for name, test, p in zip(cases, tests, holm([test.p for test in tests]), strict=True)
+        Check(name, write(mean_interval(cases[name])) + shown(test, write), answer(test))
+        for name, test in zip(cases, tests, strict=True)
     ]
+
+
+def shown(test: Difference, write: Callable[[Interval], str]) -> str:
+    """The p-value of a test in brackets, with the smallest detectable effect if it shows none."""
+    p, size = statistics.p_text(test.p), test.detectable
+    if answer(test) is not None or np.isnan(size):
+        return f" ({p})"
+    return f" ({p}; smallest detectable: {write(Interval(size, size, size, 1))})"
 
 
 def log_ratio(theirs: Values, ours: Values) -> np.ndarray:
@@ -91,8 +103,7 @@ def log_ratio(theirs: Values, ours: Values) -> np.ndarray:
 
 def times(interval: Interval) -> str:
     """An interval of logarithms as a ratio: `1.80 [1.50, 2.16] times`."""
-    mean, low, high = np.exp([interval.mean, interval.low, interval.high])
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}] times"
+    return f"{interval.text(lambda value: f'{np.exp(value):.3g}')} times"
 
 
 def band(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, ...]:

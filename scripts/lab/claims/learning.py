@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from lab import plots
-from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, times
-from lab.statistics import LEVEL, Difference, critical, holm, mean_interval, p_text, paired, t_test
+from lab.claims.claim import Check, Claim, Setting, answer, log_ratio, shown, times
+from lab.statistics import LEVEL, Difference, corrected, critical, mean_interval, paired, t_test
 from lab.sweeps import runner
 from lab.sweeps.report import CURVE, Record, Records, curve, read_all
 from lab.sweeps.sweep import Program, Sweep, load_sweep, plan
@@ -157,16 +157,16 @@ def judge(races: Mapping[str, tuple[Best, Best]]) -> list[Check]:
     the end of those tried: another might have served it better.
     """
     units = {"steps": in_steps, "seconds": in_seconds}
-    tests = [(case, unit, test(*races[case])) for case in races for unit, test in units.items()]
-    checks, adjusted = [], holm([test.p for _, _, test in tests])
-    for (case, unit, test), p in zip(tests, adjusted, strict=True):
+    cases, checks = list(itertools.product(races, units)), []
+    tests = corrected([units[unit](*races[case]) for case, unit in cases])
+    for (case, unit), test in zip(cases, tests, strict=True):
         ours, theirs = races[case]
-        holds = answer(test.mean, p)
+        holds = answer(test)
         winner, loser = (ours, theirs) if holds else (theirs, ours)
         if None in winner.arrivals:
             holds = None
         text = f"the other takes {times(test)} as {'many' if unit == 'steps' else 'long'}"
-        text += f" ({p_text(p)})"
+        text += shown(test, times)
         if unit == "steps":
             text = f"{ours.text()} against {theirs.text()}; {text}"
         if holds is not None and loser.at_end:

@@ -5,14 +5,14 @@ Differences from the baseline are paired by seed, which removes what a seed does
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lab import plots, statistics
-from lab.statistics import ALPHA, Difference, Interval, holm, mean_interval, paired
+from lab.statistics import ALPHA, Difference, Interval, corrected, mean_interval, paired
 from lab.sweeps.sweep import PaperRow, Program, Sweep, parameters
 from lab.tables import markdown
 from transformer.errors import explained
@@ -143,13 +143,8 @@ def compare(records: Records, baseline: str, name: str, outcome: Outcome) -> dic
     # Without a seed that did not reach the target, a variant would be flattered.
     complete = {variant for variant, each in values.items() if None not in each}
     others = [each for each in values if each != baseline and {each, baseline} <= complete]
-    # Holm's strictest step, which the smallest of the p-values has to pass.
-    strict = 1.0 - ALPHA / max(len(others), 1)
-    tests = [paired(values[variant], values[baseline], strict) for variant in others]
-    differences = {
-        variant: replace(paired(values[variant], values[baseline]), p=p, detectable=test.detectable)
-        for variant, test, p in zip(others, tests, holm([test.p for test in tests]), strict=True)
-    }
+    tests = [paired(values[variant], values[baseline]) for variant in others]
+    differences = dict(zip(others, corrected(tests), strict=True))
     result = {}
     for variant, each in values.items():
         difference = differences.get(variant)
@@ -276,14 +271,16 @@ def outcome_table(outcome: Outcome, by_variant: Mapping[str, Comparison]) -> str
     """One outcome of every variant."""
     rows = []
     for name, each in by_variant.items():
-        difference, p = "", ""
+        difference, p, smallest = "", "", ""
         if each.difference:
             difference = each.difference.text(outcome.signed)
-            p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+            if not np.isnan(each.difference.p):  # as that of a single seed is
+                p = statistics.p_text(each.difference.p).removeprefix("p ").removeprefix("= ")
+                smallest = outcome.unit(each.difference.detectable)
         mean = _mean_text(each.values, outcome.write)
-        rows.append((name, mean, difference, p, each.verdict))
-    columns = ("variant", "mean", "difference", "p", "verdict")
-    return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrl')}"
+        rows.append((name, mean, difference, p, smallest, each.verdict))
+    columns = ("variant", "mean", "difference", "p", "smallest detectable", "verdict")
+    return f"## {outcome.title.capitalize()}\n\n{markdown(columns, rows, align='lrrrrl')}"
 
 
 def _mean_text(values: Sequence[float | None], write: Callable[[float], str]) -> str:

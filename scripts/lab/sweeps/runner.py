@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -10,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lab.sweeps.sweep import Program
+from lab.sweeps.sweep import Program, averaged
 from transformer.config import RunConfig, continued, differences
-from transformer.console import console, progress
+from transformer.console import console, progress, table
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError, explained, needs
-from transformer.training.interruption import PARENT
+from transformer.run import Run
+from transformer.training.interruption import PARENT, Interrupted
 from transformer.workdir import Workdir
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +65,7 @@ def run_all(
         folder = Workdir(str(root / each.name))
         for stale in (folder.results, *folder.path.glob("eval_*.json")):
             stale.unlink(missing_ok=True)
+        shutil.rmtree(averaged(folder.path), ignore_errors=True)
         calls.append((each.commands(folder.path, data_dir), folder.path / "log.txt"))
     if cluster is None:
         submitted = on_this_machine(calls, jobs)
@@ -85,6 +89,23 @@ def check(failures: Mapping[str, str], root: Path) -> None:
             f"programs failed: {named}; see log.txt in their folders under {root}, and give the "
             "command again to run them again"
         )
+
+
+def show(title: str, programs: Sequence[Program], root: Path, data_dir: str | None) -> None:
+    """Prints the commands of every program, and a table of the programs with their cost."""
+    rows = []
+    for program in programs:
+        for command in program.commands(root / program.name, data_dir):
+            print(shlex.join(["python", *command]))
+        config = RunConfig.from_config_dict(program.resolved())
+        flops = config.steps * Run(config, data_dir=data_dir).step_flops
+        rows.append((program.name, str(config.replicas), f"{config.steps:,}", f"{flops:.3g}"))
+    table(title, ("program", "runs", "steps", "FLOPs per run"), rows)
+
+
+def stop(*_: Any) -> None:
+    """Ends the programs on a signal; each saves a checkpoint."""
+    raise Interrupted("it was asked to stop; give the same command again to resume")
 
 
 def _ended(left: dict[str, Any]) -> Iterator[tuple[str, str | None]]:

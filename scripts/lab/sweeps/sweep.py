@@ -39,6 +39,7 @@ class Sweep:
     target: float = 0.9  # validation sequence accuracy for "steps to the target"
     metrics: Sequence[str] = ("sequence_accuracy", "loss")  # compared on the test split
     splits: Sequence[str] = ()  # evaluated by source length as well, such as `test_longer`
+    average: int = 0  # number of last checkpoints whose mean is evaluated on `splits`; 0: the last
     paper: Mapping[str, PaperRow] = field(default_factory=dict)  # rows of the published table
     note: str = ""  # text at the top of the report
 
@@ -105,13 +106,18 @@ class Program:
     overrides: Overrides  # those of the population included
     members: Sequence[tuple[str, int]]  # the variant and the seed of each replica
     splits: Sequence[str] = ()  # evaluated in addition to the test split
+    average: int = 0  # see `Sweep`
 
     def commands(self, workdir: Path, data_dir: str | None) -> list[list[str]]:
         """The command lines of training and evaluation, without the interpreter."""
         place = [f"--workdir={workdir}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
         overrides = [f"--config.{name}={_as_flag(value)}" for name, value in self.overrides.items()]
-        train = ["train.py", f"--config={self.config}", *overrides, *place]
-        return [train, *(["eval.py", *place, f"--split={split}"] for split in self.splits)]
+        commands = [["train.py", f"--config={self.config}", *overrides, *place]]
+        if self.average:
+            into = f"--into={averaged(workdir)}"
+            commands.append(["scripts/average.py", *place[:1], f"--last={self.average}", into])
+            place = [f"--workdir={averaged(workdir)}", f"--out={workdir}", *place[1:]]
+        return commands + [["eval.py", *place, f"--split={split}"] for split in self.splits]
 
     def resolved(self) -> Any:
         """Its config, or a UserError that names the variant."""
@@ -123,6 +129,11 @@ class Program:
             reason = " ".join(str(error).split())
             raise UserError(f"variant {self.members[0][0]!r} of the sweep: {reason}") from error
         return config
+
+
+def averaged(workdir: Path) -> Path:
+    """The folder of the mean of a run's last checkpoints."""
+    return workdir.with_name(f"{workdir.name}_average")
 
 
 def _as_flag(value: Any) -> str:
@@ -144,10 +155,11 @@ def plan(sweep: Sweep, max_replicas: int) -> list[Program]:
         for start in range(0, len(group), size):
             members, overrides = zip(*group[start : start + size], strict=True)
             name = slug(" and ".join(dict.fromkeys(variant for variant, _ in members)))
-            while name in {each.name for each in programs}:
-                name += "-more"
+            same = sum(each.name.split("-")[0] == name for each in programs)
+            name += f"-{same + 1}" * (same > 0)
             together = population(overrides, flat_knobs(load_config(sweep.config)))
-            programs.append(Program(name, sweep.config, together, members, sweep.splits))
+            rest = sweep.splits, sweep.average
+            programs.append(Program(name, sweep.config, together, members, *rest))
             programs[-1].resolved()
     return programs
 

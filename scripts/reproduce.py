@@ -1,0 +1,93 @@
+"""Trains and evaluates as a paper did, and says whether its result is reproduced.
+
+    python scripts/reproduce.py --list
+    python scripts/reproduce.py scan_simple [--jobs=2] [--seeds=5]
+
+A name is that of a file in `configs/published`; the path of a file of your own works too. Repeating
+the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, and
+the result says so.
+"""
+
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from lab import published
+from lab.sweeps import runner
+from lab.sweeps.sweep import plan
+
+from transformer import cli
+from transformer.config import load_config
+from transformer.console import console, facts, table
+from transformer.errors import UserError
+
+LIST = flags.DEFINE_bool("list", False, "Print what there is and the last results, and stop.")
+SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; default the result's.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Updates; default the recipe's.", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", None, "For the runs; default runs/published/NAME.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
+REPLICAS = flags.DEFINE_integer("replicas", 1, "Most seeds per program.", lower_bound=1)
+JOBS = flags.DEFINE_integer("jobs", 1, "Programs at a time on this machine.", lower_bound=1)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the programs and their cost, and stop.")
+PUBLISH = flags.DEFINE_string(
+    "publish", None, "A folder of results, such as docs/results/published."
+)
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "published"
+
+
+def main(*words: str) -> None:
+    """Runs the programs of a result, and prints the published figures beside those found."""
+    if LIST.value:
+        show_list()
+        return
+    if len(words) != 1:
+        raise UserError(f"give one name, of {', '.join(published.names())}; or --list")
+    result, config = published.load(words[0])
+    check_data(result, load_config(config).data)
+    name = Path(config).stem
+    sweep = result.sweep(config, {"steps": STEPS.value} if STEPS.value else {}, SEEDS.value)
+    root = Path(WORKDIR.value or f"runs/published/{name}")
+    programs = plan(sweep, REPLICAS.value)
+    if DRY_RUN.value:
+        runner.show(name, programs, root, DATA_DIR.value)
+        return
+    signal.signal(signal.SIGTERM, runner.stop)
+    runner.check(runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value), root)
+    command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
+    record = published.write_record(result, config, programs, root, command)
+    for row in published.summary(name, result, record):
+        label, metric, figure, here, updates, answer = row
+        console.print(f"{label}: published {figure}; here {here}; {answer}")
+        facts({"metric": metric, "updates": updates})
+    if PUBLISH.value:
+        folder = Path(PUBLISH.value)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "published.json", folder / f"{name}.json")
+        facts({"page": str(published.write_page(folder))})
+
+
+def check_data(result: published.Published, data: Any) -> None:
+    """Raises a UserError that says where the data come from, if files are missing."""
+    files = ",".join((data.train, data.validation, data.test)) if data.dataset == "files" else ""
+    for file in filter(None, files.split(",")):
+        if not Path(file).exists():
+            raise UserError(f"{file}: there is no such file; it is made from {result.data}")
+
+
+def show_list() -> None:
+    """Prints what can be reproduced, with its data and cost, and the last results."""
+    rows, results = [], []
+    for name in published.names():
+        result, _ = published.load(name)
+        rows.append((name, result.task, result.data, result.hours))
+        results += published.summary(name, result, published.saved(RESULTS, name))
+    table("published results", ("name", "task", "data", "hours"), rows)
+    table("last results", published.COLUMNS, results)
+
+
+if __name__ == "__main__":
+    cli.run(main, positional=True)

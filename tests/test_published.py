@@ -1,0 +1,217 @@
+"""Published results: the rule, the recipes, and a whole reproduction in small."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab import published
+from lab.published import FEWEST, Figure, Outcome, verdict
+from lab.sweeps.sweep import plan
+
+from tests.helpers import refused
+from tests.test_programs import ROOT, complaint, finish, start
+from transformer.config import RunConfig, load_config
+from transformer.inference.text_metrics import TEXT_METRICS
+from transformer.training.metrics import MetricsWriter
+from transformer.workdir import Workdir, write_json
+
+NAMES = published.names()
+WORDS = ("one", "two", "thr@@ ee", "fo@@ ur", "five", "six", "se@@ v@@ en", "eight")
+
+
+def outcome(values, low=None, high=None, validation=100.0):
+    """What runs with these values gave."""
+    low, high = (np.mean(values) if x is None else x for x in (low, high))
+    curve = {name: [1.0, 2.0] for name in ("step", "mean", "min", "max")}
+    seeds, fits = range(len(values)), [validation] * len(values)
+    return Outcome(seeds, values, low, high, "", fits, [7] * len(values), 0.5, curve)
+
+
+@pytest.mark.parametrize(
+    ("figure", "values", "answer"),
+    [
+        ({"value": 41.02, "margin": 0.5}, [40.6, 40.5, 40.7], "reproduced"),
+        ({"value": 41.02, "margin": 0.5}, [40.5, 40.4, 40.6], "not reproduced"),
+        ({"value": 41.02, "margin": 0.5}, [43.0, 43.1, 43.2], "reproduced"),
+        (
+            {"value": 41.02, "margin": 0.5},
+            [42.0, 40.0, 41.0],
+            "inconclusive: the interval is wider",
+        ),
+        ({"value": 31, "margin": 1, "better": -1}, [31.9, 32.0, 31.8], "reproduced"),
+        ({"value": 31, "margin": 1, "better": -1}, [32.1, 32.2, 32.0], "not reproduced"),
+        ({"value": 31, "margin": 1, "better": -1}, [20.0, 20.0, 20.0], "reproduced"),
+        ({"value": 31, "margin": 1, "better": -1}, [31.0, 31.0], "inconclusive: 2 of at least 3"),
+        ({"value": 0, "margin": 5, "better": -1}, [4.9, 5.0, 5.1], "reproduced"),
+        ({"value": 0, "margin": 5, "better": -1}, [5.9, 6.0, 6.1], "not reproduced"),
+    ],
+)
+def test_the_verdict_is_by_the_margin_and_the_interval(figure, values, answer):
+    assert verdict(Figure(**figure), outcome(values)).startswith(answer)
+
+
+def test_the_wider_interval_counts_over_seeds_or_over_test_items():
+    values = [50.0, 50.1, 50.2]
+    of_items, of_seeds = outcome(values, 49.0, 51.3), outcome(values, 50.0, 50.2)
+    assert (of_items.interval().low, of_items.interval().high) == (49.0, 51.3)
+    # t(2) = 4.303 standard errors of 0.1 / √3.
+    assert of_seeds.interval().high == pytest.approx(50.1 + 4.303 * 0.1 / 3**0.5, abs=1e-3)
+    figure = Figure(value=50, margin=1)
+    assert verdict(figure, of_seeds) == "reproduced"
+    assert verdict(figure, of_items) == "inconclusive: the interval is wider than 2"
+
+
+def test_a_failure_counts_only_of_a_model_that_has_learned_its_training_distribution():
+    figure = Figure(value=0, margin=5, better=-1, learned=95)
+    assert verdict(figure, outcome([0.0] * 3, validation=95.0)) == "reproduced"
+    answer = verdict(figure, outcome([0.0] * 3, validation=94.0))
+    assert answer == "inconclusive: validation accuracy 94.0, and 95 is needed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_valid_and_has_what_its_figures_need(name):
+    result, path = published.load(name)
+    assert f"python scripts/reproduce.py {name}" in (ROOT / path).read_text()
+    config = RunConfig.from_config_dict(load_config(path))
+    metric = result.metric.split(",")[0]
+    assert metric in config.data.metrics
+    assert result.seeds >= FEWEST
+    for figure in result.figures.values():
+        assert figure.margin in (0.5, 1, 5)
+        # A published failure is of a model that has learned.
+        if figure.better != TEXT_METRICS[metric].better:
+            assert figure.learned
+    if result.average:
+        assert config.keep_checkpoints >= result.average
+    programs = plan(result.sweep(path, {}), 1)
+    assert len(programs) == len(result.figures) * result.seeds
+
+
+def test_programs_average_before_they_evaluate(tmp_path):
+    result, path = published.load("multi30k")
+    train, average, evaluate = plan(result.sweep(path, {"steps": 3000}, 1), 1)[0].commands(
+        tmp_path / "small", None
+    )
+    assert "--config.steps=3000" in train
+    assert average[1:] == [
+        f"--workdir={tmp_path}/small",
+        "--last=10",
+        f"--into={tmp_path}/small_average",
+    ]
+    assert evaluate[1:3] == [f"--workdir={tmp_path}/small_average", f"--out={tmp_path}/small"]
+
+
+def finished(root, programs, metric, values):
+    """What the programs would have left, with these values of the seeds."""
+    for program, value in zip(programs, values, strict=True):
+        folder = Workdir(str(root / program.name))
+        folder.path.mkdir(parents=True)
+        folder.write_config(program.resolved(), {})
+        validation = {"validation/sequence_accuracy": 0.99}
+        write_json(folder.results, {"devices": "1 × test", "replicas": [validation]})
+        score = {"value": value, "low": value - 0.1, "high": value + 0.1, "signature": "v:1"}
+        evaluated = {"step": 20, "replicas": [{"text": {metric: score}}]}
+        write_json(folder.path / "eval_test.json", evaluated)
+        with MetricsWriter(folder.path, 0, 1) as writer:
+            for step in (10, 20):
+                writer.write(step, [{"train/steps_per_second": 2.0}])
+                writer.write(step, [{"validation/loss": value / step}])
+
+
+def test_the_page_states_what_was_run_and_what_was_not(tmp_path):
+    result, path = published.load("scan_length")
+    programs = plan(result.sweep(path, {}, 3), 1)
+    finished(tmp_path / "runs", programs, "exact_match", [1.0, 2.0, 1.5, 99.0, 99.5, 98.9])
+    record = published.write_record(result, path, programs, tmp_path / "runs", "the command")
+    absolute, relative = (Outcome(**record["outcomes"][name]) for name in result.figures)
+    assert (list(absolute.values), list(relative.values)) == ([1.0, 2.0, 1.5], [99.0, 99.5, 98.9])
+    assert absolute.seconds_per_update == 0.5
+    curve = {name: pytest.approx(each) for name, each in absolute.curve.items()}
+    assert curve == {"step": [10, 20], "mean": [0.15, 0.075], "min": [0.1, 0.05], "max": [0.2, 0.1]}
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "scan_length.json").write_text(json.dumps(record))
+    page = published.write_page(folder).read_text()
+    assert (folder / "scan_length.png").exists()
+    rows = re.findall(r"^\| (scan_length, \w+) \|.*\| ([^|]*) \| ([^|]*) \|$", page, re.M)
+    assert rows == [
+        ("scan_length, absolute", "20 of 50,000", "reproduced"),
+        ("scan_length, relative", "20 of 50,000", "reproduced"),
+    ]
+    assert page.count("Not run here.") == len(NAMES) - 1
+    assert "Signature: `v:1`" in page
+
+
+def test_mistakes_are_explained():
+    refused("name=scan_simpl: choose .* mean scan_simple", published.load, "scan_simpl")
+    refused("nothing.py: there is no such file", published.load, "nothing.py")
+    refused(r"small.py does not define a function get_published\(\)", published.load,
+            "configs/ablations/small.py")  # fmt: skip
+
+
+def numbers(folder: Path, name: str, count: int) -> None:
+    """Writes parallel text in BPE pieces: a target is its source in reverse order."""
+    rng = random.Random(name)
+    lines = [[rng.choice(WORDS) for _ in range(rng.randint(4, 9))] for _ in range(count)]
+    sides = {"de": lines, "en": [line[::-1] for line in lines]}
+    for side, own in sides.items():
+        text = "\n".join(map(" ".join, own)) + "\n"
+        (folder / f"{name}.{side}").write_text(text, encoding="utf-8")
+
+
+SMALL = """
+from pathlib import Path
+from transformer.config import load_config
+from lab.published import Figure, Published
+
+FILE = {file!r}
+
+def get_config():
+    config = load_config(FILE)
+    for name, own in {{"train": "train", "validation": "valid", "test": "test"}}.items():
+        config.data[name] = f"{folder}/{{own}}.de,{folder}/{{own}}.en"
+    config.model.num_layers, config.model.d_model, config.model.d_ff = 1, 32, 64
+    config.batch_size, config.data.pack_length = 16, 32
+    config.eval_every = config.save_every = 20
+    config.optimizer.warmup_steps = 50
+    return config
+
+def get_published():
+    return Published(
+        task="numbers", source="a test", data="here", metric="joined_bleu",
+        figures={{"small": Figure(value=0, margin=0.5)}}, average=2, hours="",
+    )
+"""
+
+
+@pytest.mark.slow
+def test_iwslt14_runs_200_steps_on_a_corpus_in_its_format_and_resumes(tmp_path):
+    for name, count in (("train", 400), ("valid", 40), ("test", 40)):
+        numbers(tmp_path, name, count)
+    file = tmp_path / "numbers.py"
+    file.write_text(SMALL.format(file=str(ROOT / "configs/published/iwslt14.py"), folder=tmp_path))
+    command = ["scripts/reproduce.py", str(file), "--steps=200", "--seeds=1"]
+    command += [f"--workdir={tmp_path}/runs", f"--data_dir={tmp_path}/data"]
+    dry = finish(start(*command, "--dry_run"))
+    assert dry.count("python train.py") == 1
+    first = finish(start(*command))
+    assert "inconclusive: 1 of at least 3 seeds" in first
+    assert "200 of 50,000" in first
+    again = finish(start(*command))
+    assert "1 of 1 programs are already done" in again
+    record = json.loads((tmp_path / "runs" / "published.json").read_text())
+    assert record["outcomes"]["small"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:none")
+
+
+def test_a_missing_corpus_ends_in_one_line_that_says_where_it_comes_from(tmp_path):
+    message = complaint("scripts/reproduce.py", "iwslt14", f"--workdir={tmp_path}/runs")
+    assert "corpus/iwslt14/train.de: there is no such file" in message
+    assert "prepare-iwslt14.sh" in message
+
+
+def test_published_results_need_a_published(tmp_path):
+    (file := tmp_path / "own.py").write_text("def get_published():\n    return 1\n")
+    refused(r"get_published\(\) returns no Published", published.load, str(file))
