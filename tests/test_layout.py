@@ -13,7 +13,7 @@ from transformer.config import RunConfig, sections
 ROOT = Path(__file__).parent.parent
 # Each imports only what stands before it, and files of its own folder.
 ORDER = """
-errors files knobs renamed console | parallel | modules | loss metrics | data | inference |
+errors files knobs renamed console testing | parallel | modules | loss metrics | data | inference |
 training | config | workdir | init_from run run_training averaging | interop | cli | __init__
 """
 RANK = {name: rank for rank, names in enumerate(ORDER.split("|")) for name in names.split()}

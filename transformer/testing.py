@@ -1,162 +1,266 @@
-"""Checks of what a model's outputs depend on: `leaks` and the properties that follow from it.
+"""Checks of what a model's outputs depend on, for a model of any library.
 
-Every check takes a model of anyone as a function of arrays, on any backend, and returns what is
-wrong, or an empty list. A model of two inputs is checked in each: `lambda target: model(source,
-target)` and `lambda source: model(source, target)`.
+A model is a function from inputs [B, S, …] to outputs [B, T, …]. It is given NumPy arrays of tokens
+or of vectors, and returns an array of NumPy, JAX or PyTorch, such as logits. A model of two inputs
+is checked in each of them:
 
-    found = future_leaks(lambda tokens: model(tokens), tokens)
+    found = future_leaks(lambda target: model(source, target), target)
+    found += packing_leaks(
+        lambda source: model(source, target), source, source_segments, target_segments
+    )
     assert not found, "\\n".join(map(str, found))
 
-The checks change one token at a time and look at all outputs. They find what the given tokens show:
-use several lengths, and more than one seed of the parameters.
+The checks return what is wrong, with its position and magnitude, or an empty list. They show
+dependence for the given inputs and parameters. A weight or scale that is initially 0 hides what its
+layer reads, so give such parameters random values first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
-# Tokens [B, S] to outputs [B, T, …], such as logits.
+from transformer.errors import UserError
+
 Model = Callable[[Any], Any]
+Array = np.ndarray | jax.Array
 
 
 class Leak(NamedTuple):
-    """An output that depends on a token that it must not read."""
+    """An output that depends on an input that it must not read."""
 
     row: int
     output: int  # its position
-    reads: int  # the position of the token
-    magnitude: float  # the largest change of the output
+    reads: int  # the position of the input
+    magnitude: float  # the largest change of the output; NaN if the output is
 
     def __str__(self) -> str:
-        return (
-            f"row {self.row}: output {self.output} reads token {self.reads} ({self.magnitude:.2g})"
-        )
+        place = f"row {self.row}: output {self.output} reads input {self.reads}"
+        return f"{place} ({self.magnitude:.2g})"
 
 
 class Difference(NamedTuple):
-    """An output that differs between two ways to compute it."""
+    """An output that two ways to compute it do not agree on."""
 
     row: int
     output: int  # its position
-    magnitude: float  # the largest difference
+    magnitude: float  # the largest difference; NaN if an output is
 
     def __str__(self) -> str:
         return f"row {self.row}: output {self.output} differs by {self.magnitude:.2g}"
 
 
+def influence(model: Model, inputs: Shaped[Array, "B S *F"]) -> Float[np.ndarray, "B T S"]:
+    """Returns the largest change of each output when one input changes into another.
+
+    The model is called S + 1 times, always with arrays of one shape. A call replaces the inputs at
+    one position of all rows by other ones of the batch; an influence between rows thus shows as
+    one between positions. A change from or to NaN is NaN.
+
+    Raises:
+      UserError: all inputs are equal, or no output changes with any input, which shows nothing.
+    """
+    inputs, changes = np.asarray(inputs), []
+    usual, others = _call(model, inputs), _others(inputs)
+    for position in range(inputs.shape[1]):
+        changed = inputs.copy()
+        changed[:, position] = others[:, position]
+        changes.append(_largest(_distance(usual, _call(model, changed))))
+    found = np.stack(changes, axis=-1)
+    if not found.any():
+        raise UserError(
+            "no output changes with any input, so no leak could show: let the model use its "
+            "argument, and give parameters that are 0 random values"
+        )
+    return found
+
+
 def leaks(
     model: Model,
-    tokens: Int[np.ndarray, "B S"],
-    may_read: Bool[np.ndarray, "*B T S"],
+    inputs: Shaped[Array, "B S *F"],
+    may_read: Bool[Array, "*B T S"],
     *,
-    tolerance: float = 1e-6,
+    atol: float = 0.0,
 ) -> list[Leak]:
-    """Returns the outputs that change with a token that they may not read.
+    """Returns the outputs that change with an input that they may not read.
 
     Args:
-      model: a function of the tokens. It is called once for each position.
-      tokens: a batch. Each token is replaced in turn by another one of the batch.
-      may_read: for each output, which tokens it may depend on; for all rows or for each.
-      tolerance: changes up to this fraction of the largest output are rounding.
+      model: a function of the inputs; see `influence`, also for errors.
+      inputs: a batch.
+      may_read: which inputs each output may depend on, for all rows or for each.
+      atol: changes up to this are rounding. None is expected of masked attention, which adds exact
+        zeros, but may be of a convolution by FFT, or of a GPU's atomic additions.
     """
-    tokens, found = np.asarray(tokens), []
-    kinds = np.unique(tokens)
-    other = kinds[(np.searchsorted(kinds, tokens) + 1) % len(kinds)]
-    if len(kinds) < 2:
-        raise ValueError("all tokens are equal: use at least two kinds, to change one into another")
-    usual = np.asarray(model(tokens))
-    allowed = np.broadcast_to(may_read, (len(tokens), usual.shape[1], tokens.shape[1]))
-    for position in range(tokens.shape[1]):
-        changed = tokens.copy()
-        changed[:, position] = other[:, position]
-        magnitudes = _magnitudes(usual, model(changed), tolerance)
-        for row, output in np.argwhere((magnitudes > 0) & ~allowed[..., position]).tolist():
-            found.append(Leak(row, output, position, float(magnitudes[row, output])))
-    return sorted(found)
-
-
-def _magnitudes(one: Any, other: Any, tolerance: float) -> np.ndarray:
-    """The largest difference at each position [B, T]; 0 where it is rounding, ∞ for a NaN."""
-    one, other = (np.asarray(each, np.float64) for each in (one, other))
-    apart = np.abs(one - other)
-    apart[~np.isfinite(apart)] = np.inf
-    apart = apart.reshape(*apart.shape[:2], -1).max(-1)
-    largest = np.abs(one[np.isfinite(one)]).max(initial=0.0)
-    return np.where(apart > tolerance * largest, apart, 0.0)
+    found = influence(model, inputs)
+    try:
+        allowed = np.broadcast_to(np.asarray(may_read), found.shape)
+    except ValueError as error:
+        _, outputs, length = found.shape
+        raise UserError(
+            f"{outputs} outputs and {length} inputs do not fit to a rule of shape "
+            f"{np.shape(may_read)}: call `leaks` with a may_read of shape [{outputs}, {length}]"
+        ) from error
+    places = np.argwhere(~(found <= atol) & ~allowed).tolist()
+    return [
+        Leak(row, output, reads, float(found[row, output, reads])) for row, output, reads in places
+    ]
 
 
 def future_leaks(
-    model: Model, tokens: Int[np.ndarray, "B T"], *, window: int | None = None
+    model: Model, inputs: Shaped[Array, "B T *F"], *, window: int | None = None
 ) -> list[Leak]:
-    """Returns the outputs that depend on a later token, or on one that a `window` excludes.
+    """Returns the outputs that depend on a later input, or on one before the `window`.
 
-    Output t may read the tokens up to t, or the last `window` of them.
+    Output t may read the inputs up to t, or the last `window` of them.
     """
-    back = np.arange(tokens.shape[1])[:, None] - np.arange(tokens.shape[1])
-    return leaks(model, tokens, (back >= 0) & (back < (window or tokens.shape[1])))
+    length = inputs.shape[1]
+    back = np.arange(length)[:, None] - np.arange(length)
+    return leaks(model, inputs, (back >= 0) & (back < (length if window is None else window)))
 
 
 def padding_leaks(
-    model: Model, tokens: Int[np.ndarray, "B S"], is_padding: Bool[np.ndarray, "B S"]
+    model: Model,
+    inputs: Shaped[Array, "B S *F"],
+    input_padding: Bool[Array, "B S"],
+    output_padding: Bool[Array, "B T"],
 ) -> list[Leak]:
-    """Returns the outputs that depend on padding. Those at padding may depend on anything.
+    """Returns the outputs that depend on padding; those of padding may depend on anything.
 
-    The model must take the padding from elsewhere than the tokens, since these are changed.
+    The model must be told what padding is by a mask or by lengths: one that recognises padding by
+    its token sees none in the changed inputs. Compare that one's outputs with and without padding
+    by `differences`.
     """
-    outputs = np.asarray(model(tokens)).shape[1]
-    free = is_padding[:, :, None] if outputs == tokens.shape[1] else False
-    return leaks(model, tokens, ~is_padding[:, None, :] | free | np.zeros((outputs, 1), bool))
+    return packing_leaks(
+        model, inputs, *(1 - np.asarray(each, int) for each in (input_padding, output_padding))
+    )
 
 
 def packing_leaks(
     model: Model,
-    tokens: Int[np.ndarray, "B S"],
-    segments: Int[np.ndarray, "B S"],
-    output_segments: Int[np.ndarray, "B T"] | None = None,
+    inputs: Shaped[Array, "B S *F"],
+    input_segments: Int[Array, "B S"],
+    output_segments: Int[Array, "B T"],
 ) -> list[Leak]:
-    """Returns the outputs that depend on another example of their packed row.
+    """Returns the outputs that depend on another example of their packed row, or on padding.
 
-    Examples are numbered by `segments` from 1 on; 0 is padding, whose outputs may depend on
-    anything. `output_segments` are those of the outputs, if they are not at the tokens' positions.
+    Segments number the examples of a row from 1. Segment 0 is padding, whose outputs may depend on
+    anything.
     """
-    own = segments if output_segments is None else output_segments
-    return leaks(model, tokens, (own[:, :, None] == segments[:, None, :]) | (own == 0)[..., None])
+    outputs, own = np.asarray(output_segments)[:, :, None], np.asarray(input_segments)[:, None, :]
+    return leaks(model, inputs, (outputs == own) | (outputs == 0))
 
 
-def differences(one: Any, other: Any, *, tolerance: float = 1e-5) -> list[Difference]:
-    """Returns where two outputs [B, T, …] differ: cached and uncached, packed and apart.
+def differences(
+    found: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-5
+) -> list[Difference]:
+    """Returns where outputs [B, T, …] differ by more than `atol` + `rtol` · |expected|.
 
-    Differences up to `tolerance` times the largest output are rounding.
+    For outputs computed in two ways: with and without a cache, packed and apart, padded and not.
     """
-    found = _magnitudes(one, other, tolerance)
-    places = np.argwhere(found > 0).tolist()
-    return [Difference(row, output, float(found[row, output])) for row, output in places]
+    one, other = _array(found), _array(expected)
+    if one.shape != other.shape:
+        raise UserError(f"outputs of shapes {one.shape} and {other.shape} cannot be compared")
+    close = np.isclose(one, other, rtol=rtol, atol=atol)
+    magnitudes = _largest(np.where(close, 0.0, _distance(one, other)))
+    places = np.argwhere(magnitudes != 0).tolist()
+    return [Difference(row, output, float(magnitudes[row, output])) for row, output in places]
+
+
+def cache_differences(
+    model: Model,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    cache: Any,
+    inputs: Shaped[Array, "B T *F"],
+    *,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> list[Difference]:
+    """Returns where decoding with a cache differs from one call with all inputs.
+
+    Args:
+      model: a function of all inputs: teacher forcing, without a cache.
+      step: (inputs [B, 1, …] of one position, cache) → (outputs [B, 1, …], next cache).
+      cache: that of the first step.
+      inputs: a batch.
+      rtol: relative tolerance.
+      atol: absolute tolerance.
+    """
+    inputs, outputs = np.asarray(inputs), []
+    for position in range(inputs.shape[1]):
+        output, cache = step(inputs[:, position : position + 1], cache)
+        outputs.append(_array(output))
+    return differences(np.concatenate(outputs, axis=1), model(inputs), rtol=rtol, atol=atol)
 
 
 def permutation_differences(
-    model: Model, tokens: Int[np.ndarray, "B S"], order: Sequence[int], *, tolerance: float = 1e-5
+    model: Model, inputs: Shaped[Array, "B S *F"], *, rtol: float = 1e-4, atol: float = 1e-5
 ) -> list[Difference]:
-    """Returns where a model of sets is not permutation equivariant: attention without positions.
+    """Returns where a model is not permutation equivariant, as attention without positions is.
 
-    The outputs of permuted tokens must be the permuted outputs.
+    Swapping two neighbours must swap their outputs and leave the others. The outputs are those that
+    fail for some swap, each with its largest difference, at its position without the swap.
     """
-    order = np.asarray(order)
-    return differences(
-        np.asarray(model(tokens))[:, order], model(tokens[:, order]), tolerance=tolerance
-    )
+    inputs, worst = np.asarray(inputs), {}
+    _others(inputs)  # refuses equal inputs
+    usual = _call(model, inputs)
+    if usual.shape[1] != inputs.shape[1]:
+        raise UserError(f"{inputs.shape[1]} inputs need as many outputs, not {usual.shape[1]}")
+    for position in range(inputs.shape[1] - 1):
+        order = np.arange(inputs.shape[1])
+        order[[position, position + 1]] = position + 1, position
+        swapped = _call(model, inputs[:, order])
+        for each in differences(swapped[:, order], usual, rtol=rtol, atol=atol):
+            place = each.row, each.output
+            worst[place] = max(worst.get(place, each), each)
+    return sorted(worst.values())
 
 
-def nonfinite_gradients(loss: Callable[[Any], Any], parameters: Any) -> list[str]:
-    """Returns the names of the parameters whose gradients are not finite.
+def nonfinite_gradients(gradients: Any) -> list[str]:
+    """Returns the names of the arrays that hold a NaN or an infinity.
 
-    Use a batch in which some row may attend to nothing. `parameters` is any pytree of arrays.
+    Take the gradients of a batch in which some query may attend to no key. `gradients` is any
+    pytree: of `jax.grad`, or {name: parameter.grad} of a PyTorch module.
     """
-    gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(parameters))
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, gradient in gradients
-        if not np.isfinite(np.asarray(gradient, np.float32)).all()
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    finite = [np.isfinite(_array(leaf)).all() for _, leaf in leaves]
+    return [name for name, good in zip(names, finite, strict=True) if not good]
+
+
+def _array(value: Any) -> Float[np.ndarray, "*X"]:
+    """An array of any library, as one of NumPy."""
+    if not hasattr(value, "shape"):
+        kind = type(value).__name__
+        raise UserError(f"expected an array [B, T, …], such as logits, and got a {kind}")
+    if hasattr(value, "detach"):  # of PyTorch; NumPy knows neither its devices nor its bfloat16
+        value = value.detach().cpu().double()
+    return np.asarray(value, np.float64)
+
+
+def _call(model: Model, inputs: Shaped[np.ndarray, "B S *F"]) -> Float[np.ndarray, "B T *X"]:
+    """The model's outputs; a copy of the inputs is theirs to change."""
+    outputs = _array(model(inputs.copy()))
+    if outputs.ndim < 2 or len(outputs) != len(inputs):
+        raise UserError(f"outputs must be [{len(inputs)}, T, …], not of shape {outputs.shape}")
+    return outputs
+
+
+def _others(inputs: Shaped[np.ndarray, "B S *F"]) -> Shaped[np.ndarray, "B S *F"]:
+    """For each input the next of those that occur in the batch, in sorted order."""
+    flat = inputs.reshape(inputs.shape[0] * inputs.shape[1], -1)
+    kinds, which = np.unique(flat, axis=0, return_inverse=True)
+    if len(kinds) < 2:
+        raise UserError("all inputs are equal: give at least two kinds, to change one into another")
+    return kinds[(which.reshape(-1) + 1) % len(kinds)].reshape(inputs.shape)
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """|one - other|; 0 also between equal infinities, NaN where one is NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.where(one == other, 0.0, np.abs(one - other))
+
+
+def _largest(values: Float[np.ndarray, "B T *X"]) -> Float[np.ndarray, "B T"]:
+    return values.max(axis=tuple(range(2, values.ndim)), initial=0.0)
