@@ -245,7 +245,7 @@ def figures(workdir):  # but for speeds
 def test_a_dry_run_prints_the_programs_and_starts_none(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "run_all", None)
     with helpers.program(*words("runs"), "--dry_run") as script:
-        monkeypatch.setattr(script.Run, "step_flops", 1e6)
+        monkeypatch.setattr(runner.Run, "step_flops", 1e6)
         script.main()
     shown = capsys.readouterr().out
     assert shown.count("python train.py") == 3

@@ -230,7 +230,8 @@ def write_page(folder: Path) -> Path:
         rows += summary(name, published, record)
         sections.append(section(name, published, record, folder))
     path = folder.with_suffix(".md")
-    path.write_text("\n".join((HEAD, markdown(COLUMNS, rows, "llllll"), *sections)), "utf-8")
+    table = markdown(COLUMNS, rows, "llllll")
+    path.write_text("\n".join((HEAD, table, *sections)), encoding="utf-8")
     return path
 
 
