@@ -75,7 +75,7 @@ def check_data(result: published.Published, data: Any) -> None:
     files = ",".join((data.train, data.validation, data.test)) if data.dataset == "files" else ""
     for file in filter(None, files.split(",")):
         if not Path(file).exists():
-            raise UserError(f"{file}: there is no such file; it is made from {result.data}")
+            raise UserError(f"{file}: there is no such file; get it from {result.data}")
 
 
 def show_list() -> None:

@@ -62,7 +62,7 @@ def get_published():
     return Published(
         task="IWSLT 2014 German → English, tokenized and lower-cased",
         source="fairseq reaches 34.5 to 34.7, JoeyNMT 33.7",
-        data="fairseq's prepare-iwslt14.sh",
+        data="fairseq's examples/translation/prepare-iwslt14.sh",
         metric="joined_bleu",
         figures={"fairseq": Figure(value=34.5, margin=0.5)},
         seeds=3,
