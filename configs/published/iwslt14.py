@@ -8,51 +8,35 @@ iwslt14.tokenized.de-en into corpus/iwslt14: lower-cased, tokenized text in join
     python scripts/reproduce.py iwslt14
 """
 
-from transformer.config import default_config
+from pathlib import Path
+
+from transformer.config import load_config
 
 FOLDER = "corpus/iwslt14"
 
 
 def get_config():
-    config = default_config()
+    config = load_config(Path(__file__).with_name("multi30k.py"))  # what fairseq always does
     config.steps = 50_000  # the command has no limit: our choice, about 55 epochs
     config.batch_size = 16  # rows of 256 tokens: --max-tokens 4096
     config.eval_every = 1_000
     config.save_every = 1_000
-    config.keep_checkpoints = 10
-    config.best_metric = "loss"
-    config.label_smoothing = 0.1
+    config.patience = 0
     config.decode_margin = 10  # --eval-bleu-args: 1.2 times the source, and 10
-    config.data.dataset = "files"
     for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
         config.data[split] = f"{FOLDER}/{name}.de,{FOLDER}/{name}.en"
-    config.data.tokenizer = "words"  # the pieces, with a vocabulary for each language
-    config.data.target_tokenizer = "words"
-    config.data.vocab_size = 12_000  # all of them
+    config.data.target_tokenizer = "words"  # a vocabulary for each language
     config.data.pack_length = 256
-    config.data.metrics = ("joined_bleu",)
-    config.data.bleu_tokenizer = "none"
     config.model.num_layers = 6
     config.model.d_model = 512
-    config.model.num_heads = 4
     config.model.d_ff = 1_024
-    config.model.dropout_rate = 0.3
-    config.model.norm_placement = "post"
-    config.model.norm_epsilon = 1e-5  # of torch.nn.LayerNorm
-    config.model.attention_bias = True
     config.model.tie_embeddings = "target_output"  # --share-decoder-input-output-embed
     config.optimizer.name = "adamw"  # fairseq's Adam decouples the weight decay
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.schedule = "inverse_sqrt"
     config.optimizer.warmup_steps = 4_000
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.epsilon = 1e-8  # fairseq's default
     config.optimizer.clip_norm = 0.0
-    config.decoding.beam_size = 5
     config.decoding.length_ratio = 1.2
-    config.decoding.penalty = "length"  # fairseq divides by the length
-    config.decoding.length_penalty = 1.0
-    config.decoding.early_stopping = "true"
     return config
 
 
