@@ -58,8 +58,8 @@ def main(*words: str) -> None:
     signal.signal(signal.SIGTERM, runner.stop)
     runner.check(runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value), root)
     command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    record = published.write_record(result, config, programs, root, command)
-    for row in published.summary(name, result, record):
+    record = published.write_record(result, programs, root, command)
+    for row in published.summary(name, result, config, record):
         label, metric, figure, here, updates, answer = row
         console.print(f"{label}: published {figure}; here {here}; {answer}")
         facts({"metric": metric, "updates": updates})
@@ -82,9 +82,9 @@ def show_list() -> None:
     """Prints what can be reproduced, with its data and cost, and the last results."""
     rows, results = [], []
     for name in published.names():
-        result, _ = published.load(name)
+        result, config = published.load(name)
         rows.append((name, result.task, result.data, result.hours()))
-        results += published.summary(name, result, published.saved(RESULTS, name))
+        results += published.summary(name, result, config, published.saved(RESULTS, name))
     table(
         "published results", ("name", "task", "data", "estimated hours of a seed"), rows, text=True
     )

@@ -125,7 +125,7 @@ def test_the_page_states_what_was_run_and_what_was_not(tmp_path):
     result, path = published.load("scan_length")
     programs = plan(result.sweep(path, {}, 3), 1)
     finished(tmp_path / "runs", programs, "exact_match", [1.0, 2.0, 1.5, 99.0, 99.5, 98.9])
-    record = published.write_record(result, path, programs, tmp_path / "runs", "the command")
+    record = published.write_record(result, programs, tmp_path / "runs", "the command")
     absolute, relative = (Outcome(**record["outcomes"][name]) for name in result.figures)
     assert (list(absolute.values), list(relative.values)) == ([1.0, 2.0, 1.5], [99.0, 99.5, 98.9])
     assert absolute.seconds_per_update == 0.5

@@ -13,6 +13,7 @@ from transformer.config import load_config
 
 def get_config():
     config = load_config(Path(__file__).with_name("scan_simple.py"))
+    config.steps = 2_000
     config.data.dataset = "scan_grammar/jump"
     return config
 

@@ -174,7 +174,7 @@ def read_outcome(published: Published, programs: Iterable[Program], root: Path) 
 
 
 def write_record(
-    published: Published, config: str, programs: Sequence[Program], root: Path, command: str
+    published: Published, programs: Sequence[Program], root: Path, command: str
 ) -> dict[str, Any]:
     """Writes `published.json`, from which the page is made, into the folder of the runs."""
     outcomes = {
@@ -187,16 +187,17 @@ def write_record(
         "commits": sorted({run["commit"] or "unknown" for run in runs}),
         "versions": runs[0]["versions"],
         "devices": read_json(Workdir(str(root / programs[0].name)).results)["devices"],
-        "steps": load_config(config).steps,
         "outcomes": {variant: asdict(each) for variant, each in outcomes.items()},
     }
     write_json(root / "published.json", record)
     return record
 
 
-def summary(name: str, published: Published, record: Mapping[str, Any] | None) -> list[list[str]]:
+def summary(
+    name: str, published: Published, config: str, record: Mapping[str, Any] | None
+) -> list[list[str]]:
     """Rows of the table: variant, published, here, updates, verdict."""
-    rows = []
+    rows, steps = [], load_config(config).steps
     for variant, figure in published.figures.items():
         label = name if len(published.figures) == 1 else f"{name}, {variant}"
         if record is None:
@@ -205,7 +206,7 @@ def summary(name: str, published: Published, record: Mapping[str, Any] | None) -
         outcome = Outcome(**record["outcomes"][variant])
         found, most = outcome.interval(), max(outcome.updates)
         seeds = f"{found.text()} over {found.n} seed{'s' * (found.n > 1)}"
-        updates = f"{most:,} of {record['steps']:,}"
+        updates = f"{most:,} of {steps:,}"
         rows.append(
             [label, published.metric, figure.text(), seeds, updates, verdict(figure, outcome)]
         )
@@ -225,9 +226,9 @@ def write_page(folder: Path) -> Path:
     """Writes the page of the results whose records are in `folder`, and draws their curves."""
     rows, sections = [], []
     for name in names():
-        published, _ = load(name)
+        published, config = load(name)
         record = saved(folder, name)
-        rows += summary(name, published, record)
+        rows += summary(name, published, config, record)
         sections.append(section(name, published, record, folder))
     path = folder.with_suffix(".md")
     table = markdown(COLUMNS, rows, "llllll")
