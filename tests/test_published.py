@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,31 @@ def test_the_page_states_what_was_run_and_what_was_not(tmp_path):
     ]
     assert page.count("Not run here.") == len(NAMES) - 1
     assert "Signature: `v:1`" in page
+
+
+def test_replicas_of_a_program_belong_to_their_own_variants(tmp_path):
+    result, path = published.load("scan_length")
+    rates = {name: Figure(value=0, margin=5, overrides={"optimizer.learning_rate": rate})
+             for name, rate in (("slow", 1e-4), ("fast", 1e-3))}  # fmt: skip
+    result = replace(result, figures=rates)
+    (program,) = plan(result.sweep(path, {}, 2), 4)
+    folder = Workdir(str(tmp_path / program.name))
+    folder.path.mkdir(parents=True)
+    folder.write_config(program.resolved(), {})
+    validation = [{"validation/sequence_accuracy": 0.1 * k} for k in range(4)]
+    write_json(folder.results, {"devices": "1 × test", "replicas": validation})
+    scores = [{"value": k, "low": k, "high": k, "signature": ""} for k in range(4)]
+    texts = [{"text": {"exact_match": score}} for score in scores]
+    write_json(folder.path / "eval_test.json", {"step": 20, "replicas": texts})
+    with MetricsWriter(folder.path, 0, 4) as writer:
+        writer.write(
+            10, [{"validation/loss": float(k), "train/steps_per_second": 1.0} for k in range(4)]
+        )
+    outcomes = published.write_record(result, [program], tmp_path, "the command")["outcomes"]
+    assert program.members == (("slow", 0), ("slow", 1), ("fast", 0), ("fast", 1))
+    assert [outcomes[name]["values"] for name in rates] == [[0, 1], [2, 3]]
+    assert [outcomes[name]["curve"]["mean"] for name in rates] == [[0.5], [2.5]]
+    assert outcomes["fast"]["validation"] == pytest.approx([20, 30])
 
 
 def test_mistakes_are_explained():

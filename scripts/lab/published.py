@@ -145,20 +145,26 @@ def verdict(figure: Figure, outcome: Outcome) -> str:
     return "reproduced" if near else "not reproduced"
 
 
-def read_outcome(published: Published, programs: Iterable[Program], root: Path) -> Outcome:
-    """The outcome of a variant, from the folders of its programs."""
+def read_outcome(
+    published: Published, variant: str, programs: Iterable[Program], root: Path
+) -> Outcome:
+    """The outcome of a variant, from the folders of the programs."""
     scores, rows, seeds, updates, validation = [], [], [], [], []
     for program in programs:
-        found = read_json(root / program.name / "eval_test.json")
-        for each in map(nan_for_null, found["replicas"]):
-            check_choice(each["text"], published.metric, "metric")
-            scores.append(each["text"][published.metric])
-            updates.append(found["step"])
         folder = Workdir(str(root / program.name))
-        for each in read_json(folder.results)["replicas"]:
-            validation.append(100 * nan_for_null(each)["validation/sequence_accuracy"])
-        seeds += [seed for _, seed in program.members]
-        rows += read_metrics(folder.metrics)
+        found = read_json(folder.path / "eval_test.json")
+        results, metrics = read_json(folder.results), [*read_metrics(folder.metrics)]
+        for replica, (name, seed) in enumerate(program.members):
+            if name != variant:
+                continue
+            text = nan_for_null(found["replicas"][replica])["text"]
+            check_choice(text, published.metric, "metric")
+            scores.append(text[published.metric])
+            final = nan_for_null(results["replicas"][replica])
+            validation.append(100 * final["validation/sequence_accuracy"])
+            seeds.append(seed)
+            updates.append(found["step"])
+            rows += [row for row in metrics if row.get("replica", 0) == replica]
     low, high = (float(np.mean([score[end] for score in scores])) for end in ("low", "high"))
     seconds = [1 / row[name] for row in rows if (name := "train/steps_per_second") in row]
     losses: dict[int, list[float]] = {}
@@ -178,8 +184,7 @@ def write_record(
 ) -> dict[str, Any]:
     """Writes `published.json`, from which the page is made, into the folder of the runs."""
     outcomes = {
-        variant: read_outcome(published, [p for p in programs if p.members[0][0] == variant], root)
-        for variant in published.figures
+        variant: read_outcome(published, variant, programs, root) for variant in published.figures
     }
     runs = [read_json(Workdir(str(root / each.name)).config) for each in programs]
     record = {
