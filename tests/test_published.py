@@ -191,7 +191,6 @@ def numbers(folder: Path, name: str, count: int) -> None:
 SMALL = """
 from pathlib import Path
 from transformer.config import load_config
-from lab.published import Figure, Published
 
 FILE = {file!r}
 
@@ -206,6 +205,8 @@ def get_config():
     return config
 
 def get_published():
+    from lab.published import Figure, Published
+
     return Published(
         task="numbers", source="a test", data="here", metric="joined_bleu",
         figures={{"small": Figure(value=0, margin=0.5)}}, average=2, flops=1e12,

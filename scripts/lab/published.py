@@ -1,7 +1,8 @@
 """Published results: what is reproduced, the rule for the verdict, and the page of results.
 
 A file in `configs/published` has `get_config()`, the recipe of the paper with the source of each
-number, and `get_published()`, which returns what the paper reports.
+number, and `get_published()`, which returns what the paper reports. Only the latter imports this
+module: `train.py` reads the file too, and has no `lab`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
