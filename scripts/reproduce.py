@@ -25,10 +25,10 @@ from transformer.config import load_config
 from transformer.console import console, facts, table
 from transformer.errors import UserError
 
-LIST = flags.DEFINE_bool("list", False, "Print what there is and the last results, and stop.")
-SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; default the result's.", lower_bound=1)
+LIST = flags.DEFINE_bool("list", False, "Print all results with their data and cost, and stop.")
+SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; default 5 or 3.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Updates; default the recipe's.", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", None, "For the runs; default runs/published/NAME.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Default runs/published/NAME, or NAME_STEPS.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
 REPLICAS = flags.DEFINE_integer("replicas", 1, "Most seeds per program.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Programs at a time on this machine.", lower_bound=1)
@@ -47,10 +47,14 @@ def main(*words: str) -> None:
     if len(words) != 1:
         raise UserError(f"give one name, of {', '.join(published.names())}; or --list")
     result, config = published.load(words[0])
+    name, overrides = Path(config).stem, {"steps": STEPS.value} if STEPS.value else {}
+    if PUBLISH.value and words[0] not in published.names():
+        raise UserError(f"only results in configs/published have a page: move {words[0]} there")
+    result.check(config, overrides)
     check_data(result, load_config(config).data)
-    name = Path(config).stem
-    sweep = result.sweep(config, {"steps": STEPS.value} if STEPS.value else {}, SEEDS.value)
-    root = Path(WORKDIR.value or f"runs/published/{name}")
+    sweep = result.sweep(config, overrides, SEEDS.value)
+    root = Path(WORKDIR.value or f"runs/published/{name}{f'_{STEPS.value}' if STEPS.value else ''}")
+    check_seeds(sweep.seeds, root / "published.json")
     programs = plan(sweep, REPLICAS.value)
     if DRY_RUN.value:
         runner.show(name, programs, root, DATA_DIR.value)
@@ -58,13 +62,14 @@ def main(*words: str) -> None:
     signal.signal(signal.SIGTERM, runner.stop)
     runner.check(runner.run_all(programs, root, DATA_DIR.value, jobs=JOBS.value), root)
     command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    record = published.write_record(result, programs, root, command)
+    recipes = result.recipes(config, overrides)
+    record = published.write_record(result, recipes, programs, root, command)
     for row in published.summary(name, result, config, record):
         label, metric, figure, here, updates, answer = row
-        console.print(f"{label}: published {figure}; here {here}; {answer}")
+        console.print(f"{label}: published {figure}; here {here}; {answer}", markup=False)
         facts({"metric": metric, "updates": updates})
     if PUBLISH.value:
-        folder = Path(PUBLISH.value)
+        folder = Path(PUBLISH.value).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / "published.json", folder / f"{name}.json")
         facts({"page": str(published.write_page(folder))})
@@ -78,12 +83,24 @@ def check_data(result: published.Published, data: Any) -> None:
             raise UserError(f"{file}: there is no such file; get it from {result.data}")
 
 
+def check_seeds(seeds: int, record: Path) -> None:
+    """Raises a UserError if there is a result of more seeds, of which these would be a choice."""
+    if not record.exists():
+        return
+    known = max(len(each.seeds) for each in published.read_record(record)["outcomes"].values())
+    if seeds < known:
+        raise UserError(
+            f"--seeds={seeds}: {record.parent} holds a result of {known} seeds; give as many, or "
+            "choose another --workdir"
+        )
+
+
 def show_list() -> None:
     """Prints what can be reproduced, with its data and cost, and the last results."""
     rows, results = [], []
     for name in published.names():
         result, config = published.load(name)
-        rows.append((name, result.task, result.data, result.hours()))
+        rows.append((name, result.task, result.data, result.hours(load_config(config).steps)))
         results += published.summary(name, result, config, published.saved(RESULTS, name))
     table(
         "published results", ("name", "task", "data", "estimated hours of a seed"), rows, text=True

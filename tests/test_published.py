@@ -1,8 +1,10 @@
 """Published results: the rule, the recipes, and a whole reproduction in small."""
 
 import json
+import math
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from lab.sweeps.sweep import plan
 
 from tests.helpers import refused
 from tests.test_programs import ROOT, complaint, finish, start
-from transformer.config import RunConfig, load_config
+from transformer.config import default_config
 from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.training.metrics import MetricsWriter
 from transformer.workdir import Workdir, write_json
@@ -23,12 +25,20 @@ NAMES = published.names()
 WORDS = ("one", "two", "thr@@ ee", "fo@@ ur", "five", "six", "se@@ v@@ en", "eight")
 
 
-def outcome(values, low=None, high=None, validation=100.0):
+RECIPE = default_config()
+
+
+def outcome(values, low=None, high=None, validation=100.0, **changes):
     """What runs with these values gave."""
     low, high = (np.mean(values) if x is None else x for x in (low, high))
     curve = {name: [1.0, 2.0] for name in ("step", "mean", "min", "max")}
-    seeds, fits = range(len(values)), [validation] * len(values)
-    return Outcome(seeds, values, low, high, "", fits, [7] * len(values), 0.5, curve)
+    seeds, fits = range(len(values)), [validation] * (len(values) - 1) + [100.0]
+    rest = curve, default_config().to_dict() | changes
+    return Outcome(seeds, values, low, high, "", fits, [7] * len(values), 0.5, *rest)
+
+
+def answer_to(figure, *given, **changes):
+    return verdict(Figure(**figure), outcome(*given, **changes), RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,7 @@ def outcome(values, low=None, high=None, validation=100.0):
     ],
 )
 def test_the_verdict_is_by_the_margin_and_the_interval(figure, values, answer):
-    assert verdict(Figure(**figure), outcome(values)).startswith(answer)
+    assert answer_to(figure, values).startswith(answer)
 
 
 def test_the_wider_interval_counts_over_seeds_or_over_test_items():
@@ -61,32 +71,39 @@ def test_the_wider_interval_counts_over_seeds_or_over_test_items():
     # t(2) = 4.303 standard errors of 0.1 / √3.
     assert of_seeds.interval().high == pytest.approx(50.1 + 4.303 * 0.1 / 3**0.5, abs=1e-3)
     figure = Figure(value=50, margin=1)
-    assert verdict(figure, of_seeds) == "reproduced"
-    assert verdict(figure, of_items) == "inconclusive: the interval is wider than 2"
+    assert verdict(figure, of_seeds, RECIPE) == "reproduced"
+    assert verdict(figure, of_items, RECIPE) == "inconclusive: the interval is wider than 2"
 
 
 def test_a_failure_counts_only_of_a_model_that_has_learned_its_training_distribution():
-    figure = Figure(value=0, margin=5, better=-1, learned=95)
-    assert verdict(figure, outcome([0.0] * 3, validation=95.0)) == "reproduced"
-    answer = verdict(figure, outcome([0.0] * 3, validation=94.0))
-    assert answer == "inconclusive: validation accuracy 94.0, and 95 is needed"
+    figure = {"value": 0, "margin": 5, "better": -1, "learned": 95}
+    assert answer_to(figure, [0.0] * 3, validation=95.0) == "reproduced"
+    answer = "inconclusive: validation accuracy 94.0, and 95 is needed"
+    assert answer_to(figure, [0.0] * 3, validation=94.0) == answer
+    assert answer_to(figure, [0.0] * 3, validation=np.nan) == "inconclusive: a seed diverged"
+    assert answer_to(figure, [0.0, 0.0, np.nan]) == "inconclusive: a seed diverged"
+
+
+def test_a_result_of_another_recipe_or_of_fewer_updates_does_not_count_as_the_recipes():
+    figure, steps = {"value": 50, "margin": 1}, RECIPE.steps
+    answer = f"inconclusive: of another recipe (batch_size: 7 → {RECIPE.batch_size})"
+    assert answer_to(figure, [50.0] * 3, batch_size=7, log_every=7) == answer
+    assert answer_to(figure, [48.0] * 3, steps=steps) == "not reproduced"
+    assert answer_to(figure, [48.0] * 3, steps=steps - 1).startswith("inconclusive: fewer updates")
+    assert answer_to(figure, [50.0] * 3, steps=steps - 1) == "reproduced"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_valid_and_has_what_its_figures_need(name):
     result, path = published.load(name)
     assert f"python scripts/reproduce.py {name}" in (ROOT / path).read_text()
-    config = RunConfig.from_config_dict(load_config(path))
-    metric = result.metric.split(",")[0]
-    assert metric in config.data.metrics
+    result.check(path, {})
     assert result.seeds >= FEWEST
     for figure in result.figures.values():
         assert figure.margin in (0.5, 1, 5)
         # A published failure is of a model that has learned.
-        if figure.better != TEXT_METRICS[metric].better:
+        if figure.better != TEXT_METRICS[result.metric.split(",")[0]].better:
             assert figure.learned
-    if result.average:
-        assert config.keep_checkpoints >= result.average
     programs = plan(result.sweep(path, {}), 1)
     assert len(programs) == len(result.figures) * result.seeds
 
@@ -126,15 +143,16 @@ def test_the_page_states_what_was_run_and_what_was_not(tmp_path):
     result, path = published.load("scan_length")
     programs = plan(result.sweep(path, {}, 3), 1)
     finished(tmp_path / "runs", programs, "exact_match", [1.0, 2.0, 1.5, 99.0, 99.5, 98.9])
-    record = published.write_record(result, programs, tmp_path / "runs", "the command")
-    absolute, relative = (Outcome(**record["outcomes"][name]) for name in result.figures)
+    recipes = result.recipes(path, {})
+    record = published.write_record(result, recipes, programs, tmp_path / "runs", "the command")
+    absolute, relative = (record["outcomes"][name] for name in result.figures)
     assert (list(absolute.values), list(relative.values)) == ([1.0, 2.0, 1.5], [99.0, 99.5, 98.9])
     assert absolute.seconds_per_update == 0.5
     curve = {name: pytest.approx(each) for name, each in absolute.curve.items()}
     assert curve == {"step": [10, 20], "mean": [0.15, 0.075], "min": [0.1, 0.05], "max": [0.2, 0.1]}
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "scan_length.json").write_text(json.dumps(record))
+    shutil.copy(tmp_path / "runs" / "published.json", folder / "scan_length.json")
     page = published.write_page(folder).read_text()
     assert (folder / "scan_length.png").exists()
     rows = re.findall(r"^\| (scan_length, \w+) \|.*\| ([^|]*) \| ([^|]*) \|$", page, re.M)
@@ -164,11 +182,14 @@ def test_replicas_of_a_program_belong_to_their_own_variants(tmp_path):
         writer.write(
             10, [{"validation/loss": float(k), "train/steps_per_second": 1.0} for k in range(4)]
         )
-    outcomes = published.write_record(result, [program], tmp_path, "the command")["outcomes"]
+    recipes = result.recipes(path, {})
+    record = published.write_record(result, recipes, [program], tmp_path, "the command")
+    outcomes = record["outcomes"]
     assert program.members == (("slow", 0), ("slow", 1), ("fast", 0), ("fast", 1))
-    assert [outcomes[name]["values"] for name in rates] == [[0, 1], [2, 3]]
-    assert [outcomes[name]["curve"]["mean"] for name in rates] == [[0.5], [2.5]]
-    assert outcomes["fast"]["validation"] == pytest.approx([20, 30])
+    assert [outcomes[name].values for name in rates] == [[0, 1], [2, 3]]
+    assert [outcomes[name].curve["mean"] for name in rates] == [[0.5], [2.5]]
+    assert outcomes["fast"].validation == pytest.approx([20, 30])
+    assert outcomes["fast"].config["optimizer"]["learning_rate"] == 1e-3
 
 
 def test_mistakes_are_explained():
@@ -176,6 +197,39 @@ def test_mistakes_are_explained():
     refused("nothing.py: there is no such file", published.load, "nothing.py")
     refused(r"small.py does not define a function get_published\(\)", published.load,
             "configs/ablations/small.py")  # fmt: skip
+    result, path = published.load("multi30k")
+    message = "average=10 checkpoints, and there will be 9: raise steps"
+    refused(message, result.check, path, {"steps": 539, "optimizer.warmup_steps": 0})
+    refused("metric=blue: choose .* mean bleu", replace(result, metric="blue").check, path,
+            {"data.metrics": ("bleu",)})  # fmt: skip
+    refused("give at least one", replace, result, figures={})
+
+
+@pytest.mark.parametrize("damage", [{"outcomes": {}}, {"outcomes": None}, {}, [], "no JSON"])
+def test_a_damaged_record_is_named(damage, tmp_path):
+    result, path = published.load("scan_jump")
+    text = damage if isinstance(damage, str) else json.dumps(damage)
+    (tmp_path / "scan_jump.json").write_text(text)
+    if damage == {"outcomes": {}}:
+        record = published.saved(tmp_path, "scan_jump")
+        ((*_, answer),) = published.summary("scan_jump", result, path, record)
+        assert answer == "not run"
+    else:
+        refused(
+            "scan_jump.json (is damaged|cannot be read)", published.saved, tmp_path, "scan_jump"
+        )
+
+
+def test_a_seed_that_diverged_is_kept_in_the_record(tmp_path):
+    result, path = published.load("scan_jump")
+    programs, runs = plan(result.sweep(path, {}, 3), 1), tmp_path / "runs"
+    finished(runs, programs, "exact_match", [0.0, 0.0, math.nan])
+    record = published.write_record(result, result.recipes(path, {}), programs, runs, "a command")
+    assert np.isnan(record["outcomes"]["absolute"].values[2])
+    ((*_, answer),) = published.summary("scan_jump", result, path, record)
+    assert answer == "inconclusive: a seed diverged"
+    shutil.copy(runs / "published.json", tmp_path / "scan_jump.json")
+    assert "0.00, 0.00, nan" in published.write_page(tmp_path).read_text()
 
 
 def numbers(folder: Path, name: str, count: int) -> None:
@@ -229,6 +283,7 @@ def test_iwslt14_runs_200_steps_on_a_corpus_in_its_format_and_resumes(tmp_path):
     assert "200 of 50,000" in first
     again = finish(start(*command))
     assert "1 of 1 programs are already done" in again
+    assert "joined_bleu" in again
     record = json.loads((tmp_path / "runs" / "published.json").read_text())
     assert record["outcomes"]["small"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:none")
 

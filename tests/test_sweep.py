@@ -111,7 +111,7 @@ def finished(root, programs, accuracy=lambda variant, seed: 0.9):
     """What `train.py` would have left, with the accuracies that a function gives."""
     for program in programs:
         folder, rng = Workdir(str(root / program.name)), np.random.default_rng(0)
-        folder.path.mkdir(parents=True)
+        (folder.checkpoints / "150").mkdir(parents=True)
         final = [accuracy(*member) for member in program.members]
         folder.write_config(program.resolved(), {})
         facts = {"devices": "1 × test", "parameters": 1000, "flops_per_step": 10**6}
@@ -198,9 +198,14 @@ def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named
     assert not runner.is_done(plain, folder)
     finished(tmp_path, [plain])
     assert runner.is_done(plain, folder)
-    for changes in ({"overrides": {"steps": 60}}, {"splits": ("test_longer",)}):
-        (other,) = plan(sweep_of({"plain": {}}, **changes), 4)
-        assert not runner.is_done(other, folder)
+    (other,) = plan(sweep_of({"plain": {}}, splits=("test_longer",)), 4)
+    assert not runner.is_done(other, folder)
+    (beam,) = plan(sweep_of({"plain": {}}, overrides={"decoding.beam_size": 4}), 4)
+    assert not runner.is_done(beam, folder)
+    (longer,) = plan(sweep_of({"plain": {}}, overrides={"steps": 60}), 4)
+    message = r"another config \(steps: \d+ → 60\); choose another --workdir"
+    helpers.refused(message, runner.run_all, [longer], tmp_path, None)
+    assert runner.is_done(plain, folder)  # nothing was deleted
     results = (folder / "results.json").read_text()
     (folder / "results.json").unlink()
     assert not runner.is_done(plain, folder)

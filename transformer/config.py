@@ -29,8 +29,8 @@ TEXT_METRIC = Choice(TEXT_METRICS)
 loaded_plugins: set[str] = set()
 
 # Knobs, or prefixes of knobs, that change how a run is carried out or watched, not its result.
-FREE_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
-FREE_KNOBS += ("decoding.",)
+RUNTIME_KNOBS = ("log_every", "keep_checkpoints", "debug_nans", "mesh.", "data.num_workers")
+FREE_KNOBS = (*RUNTIME_KNOBS, "decoding.")
 # Likewise, unless early stopping (`patience`) depends on them.
 EVALUATION_KNOBS = ("eval_every", "save_every", "best_metric", "decode_every", "decode_examples")
 EVALUATION_KNOBS += ("data.metrics", "data.bleu_tokenizer")
@@ -110,7 +110,8 @@ class RunConfig(Population):
             knob = f"best_metric={self.best_metric}: decode_every=0"
             yield f"{knob} never decodes; set it to 1, or choose one of {', '.join(METRICS)}"
         if warmup >= self.steps:
-            yield f"optimizer.warmup_steps={warmup} is not below steps={self.steps}; lower it"
+            knob = f"optimizer.warmup_steps={warmup}"
+            yield f"{knob} is not below steps={self.steps}; lower it, or raise steps"
         if model.architecture == "recurrent" and data.pack_length:
             knob = f"data.pack_length={data.pack_length}: model.architecture=recurrent"
             yield f"{knob} reads one example a row; set it to 0"
@@ -224,10 +225,13 @@ def continued(config: Any, saved: ConfigDict) -> Any:
     return config
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns `model.norm: layer → rms` for each knob that differs and changes a result."""
+def differences(old: ConfigDict, new: ConfigDict, free: tuple[str, ...] | None = None) -> list[str]:
+    """Returns `model.norm: layer → rms` for each knob that differs, but for the `free` ones.
+
+    By default free are those that do not change the parameters that training gives.
+    """
     before, after = flat_knobs(old), flat_knobs(new)
-    free = FREE_KNOBS + EVALUATION_KNOBS * (not new.patience)
+    free = FREE_KNOBS + EVALUATION_KNOBS * (not new.patience) if free is None else free
     names = [name for name in sorted(before | after) if not name.startswith(free)]
     values = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
     # The file may have moved; `open_corpus` compares its content.

@@ -52,4 +52,7 @@ def get_published():
         seeds=3,
         average=10,
         flops=4.5e16,
+        note="""fairseq's README evaluates the checkpoint that is best by BLEU on the validation
+split, which it decodes after each epoch. Here the last ten checkpoints are averaged, which needs no
+decoding during training. It names no length of training: 50,000 updates, about 55 epochs.""",
     )

@@ -17,14 +17,14 @@ def get_config():
     config = default_config()
     config.steps = 8_000  # --max-update
     config.batch_size = 64  # rows of 128 tokens: --max-tokens 4096 on each of two GPUs
-    config.eval_every = 57  # an epoch
-    config.save_every = 57
+    config.eval_every = 54  # an epoch
+    config.save_every = 54
     config.keep_checkpoints = 10
     config.patience = 10
     config.best_metric = "loss"
     # The default criterion of that repository, with the value of fairseq's translation examples.
     config.label_smoothing = 0.1
-    config.decode_margin = 200  # --max-len-b of fairseq
+    config.decode_margin = 200  # --max-len-b of fairseq, which does not add the source's length
     config.data.dataset = "files"
     config.data.train = f"{FOLDER}/train.en,{FOLDER}/train.de"
     config.data.validation = f"{FOLDER}/valid.en,{FOLDER}/valid.de"
@@ -45,7 +45,7 @@ def get_config():
     config.optimizer.learning_rate = 5e-3
     config.optimizer.schedule = "inverse_sqrt"
     config.optimizer.warmup_steps = 2_000
-    # The command names no optimizer: Adam with fairseq's values for Transformers is our choice.
+    # The command names no optimizer; these are the defaults of that repository's Adam.
     config.optimizer.beta2 = 0.98
     config.optimizer.epsilon = 1e-8
     config.optimizer.clip_norm = 25.0  # fairseq's default then

@@ -5,7 +5,8 @@ number, and `get_published()`, which returns what the paper reports. Only the la
 module: `train.py` reads the file too, and has no `lab`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 from lab import plots
 from lab.statistics import Interval, mean_interval
 from lab.sweeps.report import read_json
-from lab.sweeps.sweep import Overrides, Program, Sweep
+from lab.sweeps.sweep import Overrides, Program, Sweep, plan
 from lab.tables import markdown
-from transformer.config import load_config
-from transformer.errors import UserError, check_choice
+from transformer.config import RUNTIME_KNOBS, continued, differences, load_config, saved_config
+from transformer.errors import UserError, check_choice, explained
 from transformer.files import nan_for_null
 from transformer.training.metrics import read_metrics
 from transformer.workdir import Workdir, write_json
@@ -28,18 +29,20 @@ FOLDER = ROOT / "configs" / "published"
 FEWEST = 3  # seeds for a verdict
 # FLOP/s: as measured in the runs of SCAN on two cores, and assumed of a GPU.
 CPU_RATE, GPU_RATE = 6e10, 1e13
+GPU_SECONDS = 0.005  # of a small update, assumed
 HEAD = f"""# Published results
 
     python scripts/reproduce.py NAME
 
-trains what a paper trained, evaluates as it evaluated and compares. The rule was fixed before the
-runs: a figure is *reproduced* if the mean over the seeds is better than it, or worse by at most its
-margin. The verdict is *inconclusive* with fewer than {FEWEST} seeds, or if the 95% interval is
-wider than twice the margin. A published failure counts only of models that have learned the
-training distribution: their validation sequence accuracy must be at least 95%. The interval is the
-wider of two: Student's t over the seeds, and the mean of the seeds' intervals over test items
-(bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets hold the
-interval.
+trains by a paper's recipe, evaluates as the paper evaluated and compares. Where a recipe is ours,
+its section says so. The rule was fixed before the runs: a figure is *reproduced* if the mean over
+the seeds is better than it, or worse by at most its margin. The verdict is *inconclusive* with
+fewer than {FEWEST} seeds, if the 95% interval is wider than twice the margin, or if the figure was
+missed with fewer updates than the recipe has. A published failure counts only for models that have
+learned: the validation sequence accuracy (teacher-forced) of each seed must be at least 95%. The
+interval is the wider of two: Student's t over the seeds, and the mean of the seeds' intervals over
+test items (bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets
+hold the interval.
 """
 
 
@@ -73,10 +76,15 @@ class Published:
     flops: float  # of the most expensive seed, as --dry_run prints
     note: str = ""  # choices that the paper leaves open
 
-    def hours(self) -> str:
-        """An estimate for a seed: `5.2 on 2 CPU cores, 0.03 on a GPU`."""
-        hours = (self.flops / rate / 3600 for rate in (CPU_RATE, GPU_RATE))
-        cpu, gpu = (f"{each:.0f}" if each >= 10 else f"{each:.1g}" for each in hours)
+    def __post_init__(self):
+        if not self.figures:
+            raise UserError("figures={}: give at least one")
+
+    def hours(self, steps: int) -> str:
+        """An estimate for a seed of `steps` updates: `5.2 on 2 CPU cores, 0.03 on a GPU`."""
+        seconds = self.flops / CPU_RATE, max(self.flops / GPU_RATE, steps * GPU_SECONDS)
+        hours = (each / 3600 for each in seconds)
+        cpu, gpu = (f"{each:.0f}" if each >= 10 else f"{each:.2g}" for each in hours)
         return f"{cpu} on 2 CPU cores, {gpu} on a GPU"
 
     def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
@@ -90,6 +98,22 @@ class Published:
             splits=("test",),
             average=self.average,
         )
+
+    def recipes(self, config: str, overrides: Overrides) -> dict[str, Any]:
+        """The config of each variant, of its first seed."""
+        programs = plan(self.sweep(config, overrides, 1), 1)
+        return {program.members[0][0]: program.resolved() for program in programs}
+
+    def check(self, config: str, overrides: Overrides) -> None:
+        """Raises a UserError for what would fail after the training."""
+        for recipe in self.recipes(config, overrides).values():
+            check_choice(recipe.data.metrics, self.metric.partition(",")[0], "metric")
+            saved = min(recipe.keep_checkpoints, recipe.steps // recipe.save_every)
+            if saved < self.average:
+                raise UserError(
+                    f"average={self.average} checkpoints, and there will be {saved}: raise steps "
+                    "or keep_checkpoints, or lower save_every"
+                )
 
 
 def names() -> list[str]:
@@ -124,6 +148,7 @@ class Outcome:
     updates: Sequence[int]  # that each seed has taken
     seconds_per_update: float
     curve: Mapping[str, Sequence[float]]  # step, and mean, lowest and highest validation loss
+    config: Mapping[str, Any]  # of the first seed
 
     def interval(self) -> Interval:
         """The wider interval: over the seeds, or over test items."""
@@ -133,23 +158,31 @@ class Outcome:
         return Interval(over_seeds.mean, self.low, self.high, over_seeds.n)
 
 
-def verdict(figure: Figure, outcome: Outcome) -> str:
+def verdict(figure: Figure, outcome: Outcome, recipe: Any) -> str:
     """`reproduced`, `not reproduced`, or `inconclusive` and why."""
     found, learned = outcome.interval(), min(outcome.validation)
+    saved = saved_config(outcome.config)
+    changes = differences(saved, continued(recipe, saved), (*RUNTIME_KNOBS, "steps"))
+    if changes:
+        return f"inconclusive: of another recipe ({'; '.join(changes)})"
+    if not np.isfinite([*outcome.values, *outcome.validation]).all():
+        return "inconclusive: a seed diverged"
     if learned < figure.learned:
         return f"inconclusive: validation accuracy {learned:.1f}, and {figure.learned:g} is needed"
     if found.n < FEWEST:
         return f"inconclusive: {found.n} of at least {FEWEST} seeds"
     if not found.high - found.low <= 2 * figure.margin:
         return f"inconclusive: the interval is wider than {2 * figure.margin:g}"
-    near = figure.better * (found.mean - figure.value) >= -figure.margin
-    return "reproduced" if near else "not reproduced"
+    if figure.better * (found.mean - figure.value) >= -figure.margin:
+        return "reproduced"
+    shorter = saved.steps < recipe.steps
+    return "inconclusive: fewer updates than the recipe's" if shorter else "not reproduced"
 
 
 def read_outcome(
-    published: Published, variant: str, programs: Iterable[Program], root: Path
+    variant: str, metric: str, recipe: Any, programs: Sequence[Program], root: Path
 ) -> Outcome:
-    """The outcome of a variant, from the folders of the programs."""
+    """The outcome of a variant, trained by `recipe`, from the folders of the programs."""
     scores, rows, seeds, updates, validation = [], [], [], [], []
     for program in programs:
         folder = Workdir(str(root / program.name))
@@ -159,8 +192,8 @@ def read_outcome(
             if name != variant:
                 continue
             text = nan_for_null(found["replicas"][replica])["text"]
-            check_choice(text, published.metric, "metric")
-            scores.append(text[published.metric])
+            check_choice(text, metric, "metric")
+            scores.append(nan_for_null(text[metric]))
             final = nan_for_null(results["replicas"][replica])
             validation.append(100 * final["validation/sequence_accuracy"])
             seeds.append(seed)
@@ -177,45 +210,73 @@ def read_outcome(
     curve |= {f.__name__: [float(f(x)) for x in kept.values()] for f in (np.mean, min, max)}
     values = [score["value"] for score in scores]
     signature, seconds = scores[0]["signature"], float(np.median(seconds))
-    return Outcome(seeds, values, low, high, signature, validation, updates, seconds, curve)
+    config = recipe.to_dict()
+    return Outcome(seeds, values, low, high, signature, validation, updates, seconds, curve, config)
 
 
 def write_record(
-    published: Published, programs: Sequence[Program], root: Path, command: str
+    published: Published,
+    recipes: Mapping[str, Any],
+    programs: Sequence[Program],
+    root: Path,
+    command: str,
 ) -> dict[str, Any]:
     """Writes `published.json`, from which the page is made, into the folder of the runs."""
     outcomes = {
-        variant: read_outcome(published, variant, programs, root) for variant in published.figures
+        variant: read_outcome(variant, published.metric, recipe, programs, root)
+        for variant, recipe in recipes.items()
     }
-    runs = [read_json(Workdir(str(root / each.name)).config) for each in programs]
+    folders = [Workdir(str(root / each.name)) for each in programs]
+    runs = [read_json(folder.config) for folder in folders]
+    versions: dict[str, set[str]] = {}
+    for library, number in (pair for run in runs for pair in run["versions"].items()):
+        versions.setdefault(library, set()).add(number)
     record = {
         "command": command,
         "commits": sorted({run["commit"] or "unknown" for run in runs}),
-        "versions": runs[0]["versions"],
-        "devices": read_json(Workdir(str(root / programs[0].name)).results)["devices"],
+        "versions": {library: ", ".join(sorted(each)) for library, each in versions.items()},
+        "devices": "; ".join(sorted({read_json(folder.results)["devices"] for folder in folders})),
         "outcomes": {variant: asdict(each) for variant, each in outcomes.items()},
     }
     write_json(root / "published.json", record)
-    return record
+    return read_record(root / "published.json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, with an `Outcome` for each variant."""
+    record = read_json(path)
+    message = f"{path} is damaged, or of another version ({{kind}}: {{reason}}); delete it"
+    with explained(message, KeyError, TypeError, ValueError, AttributeError):
+        outcomes = record["outcomes"].items()
+        return record | {"outcomes": {variant: _outcome(each) for variant, each in outcomes}}
+
+
+def _outcome(saved: Mapping[str, Any]) -> Outcome:
+    def numbers(values: Sequence[Any]) -> list[float]:
+        return [math.nan if x is None else x for x in values]
+
+    lists: dict[str, Any] = {name: numbers(saved[name]) for name in ("values", "validation")}
+    lists["curve"] = {name: numbers(each) for name, each in saved["curve"].items()}
+    saved_config(saved["config"])
+    return Outcome(**nan_for_null(saved) | lists)
 
 
 def summary(
     name: str, published: Published, config: str, record: Mapping[str, Any] | None
 ) -> list[list[str]]:
     """Rows of the table: variant, published, here, updates, verdict."""
-    rows, steps = [], load_config(config).steps
-    for variant, figure in published.figures.items():
+    rows = []
+    for variant, recipe in published.recipes(config, {}).items():
         label = name if len(published.figures) == 1 else f"{name}, {variant}"
-        if record is None:
+        figure = published.figures[variant]
+        outcome = (record or {"outcomes": {}})["outcomes"].get(variant)
+        if outcome is None:
             rows.append([label, published.metric, figure.text(), "not run", "", "not run"])
             continue
-        outcome = Outcome(**record["outcomes"][variant])
         found, most = outcome.interval(), max(outcome.updates)
         seeds = f"{found.text()} over {found.n} seed{'s' * (found.n > 1)}"
-        updates = f"{most:,} of {steps:,}"
-        rows.append(
-            [label, published.metric, figure.text(), seeds, updates, verdict(figure, outcome)]
-        )
+        updates, answer = f"{most:,} of {recipe.steps:,}", verdict(figure, outcome, recipe)
+        rows.append([label, published.metric, figure.text(), seeds, updates, answer])
     return rows
 
 
@@ -225,7 +286,7 @@ COLUMNS = ("name", "metric", "published (bound)", "here", "updates", "verdict")
 def saved(folder: Path, name: str) -> dict[str, Any] | None:
     """The record of the last result in a folder of results, if there is one."""
     path = folder / f"{name}.json"
-    return read_json(path) if path.exists() else None
+    return read_record(path) if path.exists() else None
 
 
 def write_page(folder: Path) -> Path:
@@ -235,33 +296,37 @@ def write_page(folder: Path) -> Path:
         published, config = load(name)
         record = saved(folder, name)
         rows += summary(name, published, config, record)
-        sections.append(section(name, published, record, folder))
-    path = folder.with_suffix(".md")
+        steps = load_config(config).steps
+        sections.append(section(name, published, steps, record, folder))
+    path = folder.parent / f"{folder.name}.md"
     table = markdown(COLUMNS, rows, "llllll")
     path.write_text("\n".join((HEAD, table, *sections)), encoding="utf-8")
     return path
 
 
-def section(name: str, published: Published, record: Mapping[str, Any] | None, folder: Path) -> str:
+def section(
+    name: str, published: Published, steps: int, record: Mapping[str, Any] | None, folder: Path
+) -> str:
     """The part of the page on one result."""
     config = f"../../configs/published/{name}.py"
     text = f"## {name}\n\n{published.task}. {published.source}.\n"
     text += f"Data: {published.data}. Recipe: [`configs/published/{name}.py`]({config}).\n"
-    text += f"Hours of a seed, estimated from its FLOPs: {published.hours()}.\n"
+    text += f"Hours of a seed, estimated from its FLOPs: {published.hours(steps)}.\n"
     text += f"\n{published.note.strip()}\n" * bool(published.note)
     if record is None:
         return f"{text}\nNot run here.\n"
-    outcomes = {variant: Outcome(**each) for variant, each in record["outcomes"].items()}
+    outcomes = record["outcomes"]
     rows = [
         (
             variant,
             ", ".join(f"{value:.2f}" for value in each.values),
             f"{each.low:.2f} to {each.high:.2f}",
+            ", ".join(f"{value:.2f}" for value in each.validation),
             f"{each.seconds_per_update:.2f}",
         )
         for variant, each in outcomes.items()
     ]
-    columns = ("variant", "each seed", "over test items", "seconds per update")
+    columns = ("variant", "each seed", "over test items", "validation", "seconds per update")
     signature = next(iter(outcomes.values())).signature
     series = {
         variant: (each.curve["step"], each.curve["mean"], each.curve["min"], each.curve["max"])
@@ -272,7 +337,7 @@ def section(name: str, published: Published, record: Mapping[str, Any] | None, f
     return f"""{text}
     {record["command"]}
 
-{markdown(columns, rows, "lrrr")}
+{markdown(columns, rows, "lrrrr")}
 ![Validation loss of {name}: mean over the seeds, and range]({folder.name}/{name}.png)
 
 {f"Signature: `{signature}`. " * bool(signature)}On {record["devices"]}; {versions}; \

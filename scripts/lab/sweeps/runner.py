@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.sweeps.sweep import Program, averaged
-from transformer.config import RunConfig, continued, differences
+from transformer.config import RUNTIME_KNOBS, RunConfig, continued, differences
 from transformer.console import console, progress, table
 from transformer.data.corpus import open_corpus
 from transformer.errors import UserError, explained, needs
@@ -26,16 +26,27 @@ Call = tuple[list[list[str]], Path]  # arguments of `run_commands`
 
 
 def is_done(program: Program, workdir: Path) -> bool:
-    """Whether the folder holds the finished results of this program, with this config."""
+    """Whether the folder holds the finished results of this program.
+
+    Raises:
+      UserError: the folder holds a run of another config, which nothing of this program replaces.
+    """
     folder = Workdir(str(workdir))
-    evaluated = [folder.path / f"eval_{split}.json" for split in program.splits]
-    if not all(path.exists() for path in (folder.results, *evaluated)):
+    if not folder.trained():
         return False
     try:
         saved = folder.read_record()["config"]
-        return not differences(saved, continued(program.resolved(), saved))
     except UserError:  # a damaged record, which its program will report
         return False
+    config = continued(program.resolved(), saved)
+    if changes := differences(saved, config):
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another "
+            "--workdir, or delete that folder"
+        )
+    if differences(saved, config, RUNTIME_KNOBS):
+        return False  # it is evaluated in another way
+    return all(path.exists() for path in program.outputs(workdir))
 
 
 def run_all(
@@ -62,11 +73,11 @@ def run_all(
         open_corpus(data, data_dir)
     calls = []
     for each in waiting:
-        folder = Workdir(str(root / each.name))
-        for stale in (folder.results, *folder.path.glob("eval_*.json")):
+        folder = root / each.name
+        for stale in each.outputs(folder):
             stale.unlink(missing_ok=True)
-        shutil.rmtree(averaged(folder.path), ignore_errors=True)
-        calls.append((each.commands(folder.path, data_dir), folder.path / "log.txt"))
+        shutil.rmtree(averaged(folder), ignore_errors=True)
+        calls.append((each.commands(folder, data_dir), folder / "log.txt"))
     if cluster is None:
         submitted = on_this_machine(calls, jobs)
     else:
@@ -130,7 +141,6 @@ def run_commands(
         for command in commands:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / command[0]), *command[1:]],
-                cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"COLUMNS": "120", PARENT: str(os.getpid())},

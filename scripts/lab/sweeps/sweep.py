@@ -15,6 +15,7 @@ from transformer.errors import UserError, check_choice
 from transformer.metrics import METRICS
 from transformer.modules.model import Model
 from transformer.parallel.replicas import PerReplica
+from transformer.workdir import Workdir
 
 Overrides = Mapping[str, Any]
 
@@ -118,6 +119,12 @@ class Program:
             commands.append(["scripts/average.py", *place[:1], f"--last={self.average}", into])
             place = [f"--workdir={averaged(workdir)}", f"--out={workdir}", *place[1:]]
         return commands + [["eval.py", *place, f"--split={split}"] for split in self.splits]
+
+    def outputs(self, workdir: Path) -> list[Path]:
+        """The files that training and evaluation end with."""
+        return [Workdir(str(workdir)).results] + [
+            workdir / f"eval_{split}.json" for split in self.splits
+        ]
 
     def resolved(self) -> Any:
         """Its config, or a UserError that names the variant."""
