@@ -14,6 +14,7 @@ from lab import published
 from lab.published import FEWEST, Figure, Outcome, verdict
 from lab.sweeps.sweep import plan
 
+from tests import helpers
 from tests.helpers import refused
 from tests.test_programs import ROOT, complaint, finish, start
 from transformer.config import default_config
@@ -126,7 +127,7 @@ def finished(root, programs, metric, values):
     """What the programs would have left, with these values of the seeds."""
     for program, value in zip(programs, values, strict=True):
         folder = Workdir(str(root / program.name))
-        folder.path.mkdir(parents=True)
+        (folder.checkpoints / "20").mkdir(parents=True)
         folder.write_config(program.resolved(), {})
         validation = {"validation/sequence_accuracy": 0.99}
         write_json(folder.results, {"devices": "1 × test", "replicas": [validation]})
@@ -292,6 +293,21 @@ def test_a_missing_corpus_ends_in_one_line_that_says_where_it_comes_from(tmp_pat
     message = complaint("scripts/reproduce.py", "iwslt14", f"--workdir={tmp_path}/runs")
     assert "corpus/iwslt14/train.de: there is no such file" in message
     assert "prepare-iwslt14.sh" in message
+
+
+def test_what_would_spoil_a_result_is_refused_before_the_training(tmp_path):
+    result, path = published.load("scan_jump")
+    programs = plan(result.sweep(path, {}, 4), 1)
+    finished(tmp_path, programs, "exact_match", [0.0] * 4)
+    published.write_record(result, result.recipes(path, {}), programs, tmp_path, "a command")
+    command = ("scripts/reproduce.py", f"--workdir={tmp_path}")
+    with helpers.program(*command, "--seeds=3") as script:
+        refused("--seeds=3: .* holds a result of 4 seeds", script.main, "scan_jump")
+    with helpers.program(*command, "--seeds=4", "--steps=20") as script:
+        refused(r"another config \(steps: 5000 → 20\)", script.main, "scan_jump")
+    shutil.copy(ROOT / path, own := tmp_path / "scan_jump.py")
+    with helpers.program(*command, f"--publish={tmp_path}") as script:
+        refused("only results in configs/published have a page", script.main, str(own))
 
 
 def test_published_results_need_a_published(tmp_path):

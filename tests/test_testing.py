@@ -5,6 +5,7 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -68,7 +69,7 @@ def test_the_model_is_given_arrays_of_one_shape_and_cannot_change_the_inputs():
 
     assert (testing.influence(model, tokens).any(-1)).all()
     np.testing.assert_array_equal(tokens, TOKENS)
-    assert shapes == [(TOKENS.shape, TOKENS.dtype)] * (S + 1)
+    assert shapes == [(TOKENS.shape, TOKENS.dtype)] * (S + 2)
 
 
 def test_future_leaks_are_later_inputs_and_those_before_a_window():
@@ -158,9 +159,35 @@ def test_what_shows_nothing_is_refused():
     refused("all inputs are equal", testing.future_leaks, attends(ALL), one_kind)
     refused("all inputs are equal", testing.permutation_differences, attends(ALL), one_kind)
     refused("no output changes", testing.future_leaks, lambda tokens: VECTORS[TOKENS], TOKENS)
+    constant = np.zeros((B, S, 1))
+    refused("changes with the order", testing.permutation_differences, lambda x: constant, TOKENS)
+    refused("every output may read", testing.leaks, attends(ALL), TOKENS, ALL)
+    every = np.ones((B, S), int)
+    refused("every output may read", testing.packing_leaks, attends(ALL), TOKENS, every, every)
+    rng = np.random.default_rng(0)
+    noisy = lambda tokens: VECTORS[tokens] * rng.integers(2, size=(B, S, 1))  # noqa: E731
+    refused("calls with the same inputs differ.*eval", testing.future_leaks, noisy, TOKENS)
     refused("got a tuple", testing.influence, lambda tokens: (VECTORS[tokens],), TOKENS)
     refused(r"\[2, T, …\]", testing.influence, lambda tokens: VECTORS[tokens][0], TOKENS)
     refused("cannot be compared", testing.differences, np.zeros((2, 3)), np.zeros((2, 1)))
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the tests' own type checks off, which would refuse wrong shapes first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_inputs_and_segments_of_other_shapes_are_refused(unchecked):
+    model, shape = attends(ALL), r"not of shapes? \("
+    refused(shape, testing.future_leaks, model, TOKENS[0])
+    refused(shape, testing.permutation_differences, model, TOKENS[0])
+    for given in ([SEGMENTS[0]] * 2, [SEGMENTS[:, 1:], SEGMENTS], [SEGMENTS, SEGMENTS[:1]]):
+        refused(shape, testing.packing_leaks, model, TOKENS, *given)
+    refused("window=0: it must be at least 1", testing.future_leaks, model, TOKENS, window=0)
+    assert testing.future_leaks(attends(BACK >= 0), TOKENS.tolist()) == []
 
 
 def test_differences_have_the_tolerances_of_numpy():

@@ -55,15 +55,21 @@ class Difference(NamedTuple):
 def influence(model: Model, inputs: Shaped[Array, "B S *F"]) -> Float[np.ndarray, "B T S"]:
     """Returns the largest change of each output when one input changes into another.
 
-    The model is called S + 1 times, always with arrays of one shape. A call replaces the inputs at
+    The model is called S + 2 times, always with arrays of one shape. A call replaces the inputs at
     one position of all rows by other ones of the batch; an influence between rows thus shows as
     one between positions. A change from or to NaN is NaN.
 
     Raises:
-      UserError: all inputs are equal, or no output changes with any input, which shows nothing.
+      UserError: all inputs are equal, or no output changes with any input, which shows nothing; or
+        two calls with the same inputs differ.
     """
-    inputs, changes = np.asarray(inputs), []
+    inputs, changes = _checked(inputs), []
     usual, others = _call(model, inputs), _others(inputs)
+    if not np.allclose(_call(model, inputs), usual, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise UserError(
+            "two calls with the same inputs differ, so every input would show as a leak: switch "
+            "dropout off, with eval() or deterministic=True, or fix its random keys"
+        )
     for position in range(inputs.shape[1]):
         changed = inputs.copy()
         changed[:, position] = others[:, position]
@@ -100,8 +106,10 @@ def leaks(
         _, outputs, length = found.shape
         raise UserError(
             f"{outputs} outputs and {length} inputs do not fit to a rule of shape "
-            f"{np.shape(may_read)}: call `leaks` with a may_read of shape [{outputs}, {length}]"
+            f"{np.shape(may_read)}: it needs one of shape [{outputs}, {length}]"
         ) from error
+    if allowed.all():
+        raise UserError("every output may read every input, so no leak could show")
     places = np.argwhere(~(found <= atol) & ~allowed).tolist()
     return [
         Leak(row, output, reads, float(found[row, output, reads])) for row, output, reads in places
@@ -115,9 +123,11 @@ def future_leaks(
 
     Output t may read the inputs up to t, or the last `window` of them.
     """
-    length = inputs.shape[1]
+    if window is not None and window < 1:
+        raise UserError(f"window={window}: it must be at least 1")
+    length = _checked(inputs).shape[1]
     back = np.arange(length)[:, None] - np.arange(length)
-    return leaks(model, inputs, (back >= 0) & (back < (length if window is None else window)))
+    return leaks(model, inputs, (back >= 0) & (back < (window or length)))
 
 
 def padding_leaks(
@@ -148,7 +158,13 @@ def packing_leaks(
     Segments number the examples of a row from 1. Segment 0 is padding, whose outputs may depend on
     anything.
     """
-    outputs, own = np.asarray(output_segments)[:, :, None], np.asarray(input_segments)[:, None, :]
+    own, outputs = np.asarray(input_segments), np.asarray(output_segments)
+    if own.shape != _checked(inputs).shape[:2] or outputs.ndim != 2 or len(outputs) != len(own):
+        raise UserError(
+            f"padding or segments must be [B, S] = {list(_checked(inputs).shape[:2])} and [B, T], "
+            f"not of shapes {own.shape} and {outputs.shape}"
+        )
+    own, outputs = own[:, None, :], outputs[:, :, None]
     return leaks(model, inputs, (outputs == own) | (outputs == 0))
 
 
@@ -187,7 +203,7 @@ def cache_differences(
       rtol: relative tolerance.
       atol: absolute tolerance.
     """
-    inputs, outputs = np.asarray(inputs), []
+    inputs, outputs = _checked(inputs), []
     for position in range(inputs.shape[1]):
         output, cache = step(inputs[:, position : position + 1], cache)
         outputs.append(_array(output))
@@ -202,7 +218,7 @@ def permutation_differences(
     Swapping two neighbours must swap their outputs and leave the others. The outputs are those that
     fail for some swap, each with its largest difference, at its position without the swap.
     """
-    inputs, worst = np.asarray(inputs), {}
+    inputs, worst, changed = _checked(inputs), {}, False
     _others(inputs)  # refuses equal inputs
     usual = _call(model, inputs)
     if usual.shape[1] != inputs.shape[1]:
@@ -211,9 +227,12 @@ def permutation_differences(
         order = np.arange(inputs.shape[1])
         order[[position, position + 1]] = position + 1, position
         swapped = _call(model, inputs[:, order])
+        changed |= bool(_distance(swapped, usual).any())
         for each in differences(swapped[:, order], usual, rtol=rtol, atol=atol):
             place = each.row, each.output
             worst[place] = max(worst.get(place, each), each)
+    if not changed:
+        raise UserError("no output changes with the order of the inputs, so nothing could show")
     return sorted(worst.values())
 
 
@@ -237,6 +256,14 @@ def _array(value: Any) -> Float[np.ndarray, "*X"]:
     if hasattr(value, "detach"):  # of PyTorch; NumPy knows neither its devices nor its bfloat16
         value = value.detach().cpu().double()
     return np.asarray(value, np.float64)
+
+
+def _checked(inputs: Any) -> np.ndarray:
+    """The inputs, or a UserError if they have no axes of rows and positions."""
+    inputs = np.asarray(inputs)
+    if inputs.ndim < 2:
+        raise UserError(f"inputs must be [B, S, …], not of shape {inputs.shape}")
+    return inputs
 
 
 def _call(model: Model, inputs: Shaped[np.ndarray, "B S *F"]) -> Float[np.ndarray, "B T *X"]:

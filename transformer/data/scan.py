@@ -65,11 +65,11 @@ def divide(name: str, actions: Mapping[str, str]) -> dict[str, list[str]]:
         others = [command for command in drawn if "jump" not in command.split()]
         test = [command for command in drawn if "jump" in command.split() and command != "jump"]
         return {"train": others + ["jump"] * JUMPS, "test": test}
-    cutoff = name.removeprefix("length").removeprefix("_")
+    cutoff = int(name.partition("_")[2] or LENGTH)
     lengths = {command: len(own.split()) for command, own in actions.items()}
-    train = [command for command in drawn if lengths[command] <= int(cutoff or LENGTH)]
-    test = [command for command in drawn if lengths[command] > int(cutoff or LENGTH)]
-    if not cutoff:
+    train = [command for command in drawn if lengths[command] <= cutoff]
+    test = [command for command in drawn if lengths[command] > cutoff]
+    if name == "length":
         return {"train": train, "test": test}
     tenth = len(train) // 10
     return {"train": train[tenth:], "validation": train[:tenth], "test": test}
