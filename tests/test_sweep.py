@@ -1,4 +1,5 @@
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -214,6 +215,8 @@ def test_done_means_this_very_config_and_all_its_splits_and_what_failed_is_named
     (folder / "config.json").write_text(record[:-9])  # its own program will say so
     assert not runner.is_done(plain, folder)
     (folder / "config.json").write_text(record)
+    shutil.rmtree(folder / "checkpoints")  # to save space
+    assert runner.is_done(plain, folder)
     path = report.write_report(sweep, [plain, rms], {"rms": "killed"}, tmp_path, "the command")
     assert "Failed: rms." in path.read_text()
     assert list(json.loads((tmp_path / "report.json").read_text())["variants"]) == ["plain"]

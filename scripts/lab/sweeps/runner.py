@@ -32,7 +32,7 @@ def is_done(program: Program, workdir: Path) -> bool:
       UserError: the folder holds a run of another config, which nothing of this program replaces.
     """
     folder = Workdir(str(workdir))
-    if not folder.trained():
+    if not (folder.trained() or folder.results.exists()):
         return False
     try:
         saved = folder.read_record()["config"]
