@@ -81,8 +81,8 @@ def excluded_names(run: "Run", source: "Run") -> set[str]:
 
 def differing(run: "Run", source: "Run", knobs: tuple[str, ...]) -> str:
     """Says which of the knobs differ: `model.norm: layer → rms`."""
-    configs = (ConfigDict(asdict(each.config)) for each in (source, run))
-    return "; ".join(each for each in differences(*configs) if each.startswith(knobs))
+    old, new = (ConfigDict(asdict(each.config)) for each in (source, run))
+    return "; ".join(each for each in differences(old, new) if each.startswith(knobs))
 
 
 def foreign_tables(run: "Run", source: "Run") -> set[str]:
