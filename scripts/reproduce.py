@@ -100,10 +100,14 @@ def show_list() -> None:
     rows, results = [], []
     for name in published.names():
         result, config = published.load(name)
-        rows.append((name, result.task, result.data, result.hours(load_config(config).steps)))
-        results += published.summary(name, result, config, published.saved(RESULTS, name))
+        record, steps = published.saved(RESULTS, name), load_config(config).steps
+        rows.append((name, result.task, result.data, result.hours(steps, record)))
+        results += published.summary(name, result, config, record)
     table(
-        "published results", ("name", "task", "data", "estimated hours of a seed"), rows, text=True
+        "published results",
+        ("name", "task", "data", "hours of a seed (~: estimated)"),
+        rows,
+        text=True,
     )
     table("last results", published.COLUMNS, results, text=True)
 

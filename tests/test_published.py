@@ -109,6 +109,15 @@ def test_every_recipe_is_valid_and_has_what_its_figures_need(name):
     assert len(programs) == len(result.figures) * result.seeds
 
 
+def test_the_hours_of_a_seed_are_measured_or_estimated():
+    flops = 2 * 3600 * published.GPU_RATE
+    result = replace(published.load("scan_simple")[0], flops=flops)
+    cpu = f"~{flops / published.CPU_RATE / 3600:.0f} on 2 CPU cores"
+    assert result.hours(10, None) == f"{cpu}, ~2 on a GPU"
+    record = {"devices": "1 × cpu", "outcomes": {"a": outcome([1.0])}}  # 0.5 s an update
+    assert result.hours(14_400, record) == "2 on 1 × cpu, ~2 on a GPU"
+
+
 def test_programs_average_before_they_evaluate(tmp_path):
     result, path = published.load("multi30k")
     train, average, evaluate = plan(result.sweep(path, {"steps": 3000}, 1), 1)[0].commands(

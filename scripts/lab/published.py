@@ -80,12 +80,17 @@ class Published:
         if not self.figures:
             raise UserError("figures={}: give at least one")
 
-    def hours(self, steps: int) -> str:
-        """An estimate for a seed of `steps` updates: `5.2 on 2 CPU cores, 0.03 on a GPU`."""
-        seconds = self.flops / CPU_RATE, max(self.flops / GPU_RATE, steps * GPU_SECONDS)
-        hours = (each / 3600 for each in seconds)
-        cpu, gpu = (f"{each:.0f}" if each >= 10 else f"{each:.2g}" for each in hours)
-        return f"{cpu} on 2 CPU cores, {gpu} on a GPU"
+    def hours(self, steps: int, record: Mapping[str, Any] | None) -> str:
+        """Those of a seed of `steps` updates: `~5.2 on 2 CPU cores, ~0.03 on a GPU`; ~: estimated.
+
+        If there is a record, the first is what its slowest variant took.
+        """
+        slowest = f"~{_hours(self.flops / CPU_RATE)} on 2 CPU cores"
+        if record:
+            rates = [each.seconds_per_update for each in record["outcomes"].values()]
+            slowest = f"{_hours(steps * max(rates))} on {record['devices']}"
+        gpu = max(self.flops / GPU_RATE, steps * GPU_SECONDS)
+        return f"{slowest}, ~{_hours(gpu)} on a GPU"
 
     def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
         """The runs that reproduce it."""
@@ -114,6 +119,11 @@ class Published:
                     f"average={self.average} checkpoints, and there will be {saved}: raise steps "
                     "or keep_checkpoints, or lower save_every"
                 )
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def names() -> list[str]:
@@ -311,7 +321,7 @@ def section(
     config = f"../../configs/published/{name}.py"
     text = f"## {name}\n\n{published.task}. {published.source}.\n"
     text += f"Data: {published.data}. Recipe: [`configs/published/{name}.py`]({config}).\n"
-    text += f"Hours of a seed, estimated from its FLOPs: {published.hours(steps)}.\n"
+    text += f"Hours of a seed (~: estimated from its FLOPs): {published.hours(steps, record)}.\n"
     text += f"\n{published.note.strip()}\n" * bool(published.note)
     if record is None:
         return f"{text}\nNot run here.\n"
