@@ -12,7 +12,7 @@ def get_sweep():
         overrides={"model.d_v": 16},
         variants={f"d_k {width}": {"model.d_k": width} for width in (1, 2, 4, 8, 16, 32)},
         baseline="d_k 16",
-        seeds=5,
+        seeds=16,
         paper={
             "base, d_k 64": PaperRow(millions=65),
             "d_k 16": PaperRow({"model.d_k": 16, "model.d_v": 64}, 58),

@@ -13,7 +13,7 @@ def get_sweep():
         config="configs/ablations/small.py",
         variants={names[n]: {"model.num_heads": n} for n in (1, 2, 4, 8, 16)},
         baseline="4 heads",
-        seeds=5,
+        seeds=16,
         paper={
             f"{names[n]} of {width}": PaperRow({"model.num_heads": n}) for n, width in paper.items()
         },
