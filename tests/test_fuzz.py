@@ -33,7 +33,7 @@ ENTRIES = CHOICES | {
     **{"data.target_tokenizer": CHOICES["data.tokenizer"], "data.size": ["tiny"]},
     **{"data.bleu_tokenizer": ["13a", "zh", "char"], "data.train": ["train", "train[:10%]"]},
     **{"init_from": ["runs/none"], "init_new": ["()", "('*',)"], "freeze": ["('encoder/*',)"]},
-    "data.metrics": ["('bleu',)", "('chrf','exact_match')"],
+    **{"data.metrics": ["('bleu',)", "('chrf','exact_match')"], "decoding.prefix": ["", "a", "ab"]},
     **{"data.validation": ["validation", "test"], "data.test": ["test_longer", "train[:100]"]},
 }
 USUAL = {bool: ["true", "false"], float: ["0.0", "0.1", "0.5", "1e-3"]}
@@ -49,10 +49,13 @@ def values(name):
     return st.integers(0, 9).flatmap(lambda n: usual if n else strange)
 
 
+VALUES = {name: values(name) for name in KNOBS}  # a new knob without values fails here
+
+
 @st.composite
 def overrides(draw):
     names = draw(st.lists(st.sampled_from(sorted(KNOBS)), min_size=1, max_size=4, unique=True))
-    pairs = [(name, draw(values(name))) for name in names]
+    pairs = [(name, draw(VALUES[name])) for name in names]
     if draw(st.integers(0, 19)) == 0:  # a misspelt one
         pairs[0] = (names[0][:-1] or "x", pairs[0][1])
     return pairs
