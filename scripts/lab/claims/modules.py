@@ -178,7 +178,7 @@ def measure_heads(folder: Path, data_dir: str | None, examples: int) -> dict[str
             left = [accuracies(without_head(trained, kind, head)) for head in heads]
             _, lost = max((100 * (whole - each)).tolist() for each in left)
             found[f"{kind}, lost"].append(lost)
-    return found
+    return dict(found)
 
 
 def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
@@ -191,8 +191,9 @@ def heads(setting: Setting, *, examples: int = 1_000) -> Claim:
     cases: dict[str, Any] = {}
     for kind in KINDS:
         trained, before = np.array(found[f"{kind}, trained"]), found[f"{kind}, untrained"]
-        cases[f"{kind}: the two most similar heads are more than {APART} apart"] = trained - APART
-        cases[f"{kind}: they are further apart than before training"] = trained - before
+        apart = f"{kind}: distance of the two most similar heads, minus"
+        cases[f"{apart} {APART}"] = trained - APART
+        cases[f"{apart} that before training"] = trained - before
         cases[f"{kind}: points lost without its most useful head"] = found[f"{kind}, lost"]
     whole = np.subtract(accuracy["4 heads"], accuracy["1 head"])
     cases["points lost with one head as wide as four"] = whole
