@@ -97,7 +97,7 @@ def test_the_heads_of_a_trained_population_are_measured(setting, data_dir):
     more = ("--config.steps=40", "--config.replicas=2", f"--data_dir={data_dir}")
     finish(start("train.py", *TINY, *more, f"--workdir={folder}"))
     heads = modules.measure_heads(folder, data_dir, examples=20)
-    assert type(heads) is dict  # of a claim's data, `asdict` copies no other mappings
+    assert type(heads) is dict  # dataclasses.asdict fails on a defaultdict
     assert {len(seeds) for seeds in heads.values()} == {2}
     for kind in modules.KINDS:
         trained, untrained, _ = (heads[f"{kind}, {x}"] for x in ("trained", "untrained", "lost"))

@@ -14,7 +14,7 @@ from transformer.config import load_config
 def get_config():
     config = load_config(Path(__file__).parents[1] / "pronunciations.py")
     config.steps = 10_000  # ten passes
-    config.batch_size = 16  # packed rows, of 118 words in all
+    config.batch_size = 16  # packed rows, with 118 words on average
     config.model.d_model = 256
     config.model.d_ff = 1_024
     config.model.dropout_rate = 0.05

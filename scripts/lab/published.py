@@ -81,16 +81,16 @@ class Published:
             raise UserError("figures={}: give at least one")
 
     def hours(self, steps: int, record: Mapping[str, Any] | None) -> str:
-        """Those of a seed of `steps` updates: `~5.2 on 2 CPU cores, ~0.03 on a GPU`; ~: estimated.
+        """How long `steps` updates take: `~5.2 on 2 CPU cores, ~0.03 on a GPU`; ~: estimated.
 
-        If there is a record, the first is what its slowest variant took.
+        With a record, the first figure is that of its slowest variant on its device.
         """
-        slowest = f"~{_hours(self.flops / CPU_RATE)} on 2 CPU cores"
+        own = f"~{_hours(self.flops / CPU_RATE)} on 2 CPU cores"
         if record:
             rates = [each.seconds_per_update for each in record["outcomes"].values()]
-            slowest = f"{_hours(steps * max(rates))} on {record['devices']}"
+            own = f"{_hours(steps * max(rates))} on {record['devices']}"
         gpu = max(self.flops / GPU_RATE, steps * GPU_SECONDS)
-        return f"{slowest}, ~{_hours(gpu)} on a GPU"
+        return f"{own}, ~{_hours(gpu)} on a GPU"
 
     def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
         """The runs that reproduce it."""
