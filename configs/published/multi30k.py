@@ -16,7 +16,7 @@ FOLDER = "corpus/multi30k"
 def get_config():
     config = default_config()
     config.steps = 8_000  # --max-update
-    config.batch_size = 64  # rows of 128 tokens: --max-tokens 4096 on each of two GPUs
+    config.batch_size = 128  # rows of 64 tokens: --max-tokens 4096 on each of two GPUs
     config.eval_every = 54  # an epoch
     config.save_every = 54
     config.keep_checkpoints = 10
@@ -31,7 +31,7 @@ def get_config():
     config.data.test = f"{FOLDER}/test.2016.en,{FOLDER}/test.2016.de"
     config.data.tokenizer = "words"  # the pieces, for both languages
     config.data.vocab_size = 12_000  # all 9,708 of them
-    config.data.pack_length = 128
+    config.data.pack_length = 64  # the longest text has 52
     config.data.metrics = ("joined_bleu",)
     config.data.bleu_tokenizer = "none"
     config.model.num_layers = 4  # transformer_tiny, as are the next three
@@ -67,5 +67,5 @@ def get_published():
         figures={"small": Figure(value=41.02, margin=0.5)},
         seeds=3,
         average=10,
-        flops=1.16e15,
+        flops=1.08e15,
     )
