@@ -4,8 +4,8 @@
     python scripts/reproduce.py scan_simple [--jobs=2] [--seeds=5]
 
 A name is that of a file in `configs/published`; the path of a file of your own works too. Repeating
-the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, and
-the result says so.
+the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, the
+warm-up is shortened in the same proportion, and the result says so.
 """
 
 import shlex
@@ -47,11 +47,12 @@ def main(*words: str) -> None:
     if len(words) != 1:
         raise UserError(f"give one name, of {', '.join(published.names())}; or --list")
     result, config = published.load(words[0])
-    name, overrides = Path(config).stem, {"steps": STEPS.value} if STEPS.value else {}
+    name, recipe = Path(config).stem, load_config(config)
+    overrides = published.shortened(recipe, STEPS.value) if STEPS.value else {}
     if PUBLISH.value and words[0] not in published.names():
         raise UserError(f"only results in configs/published have a page: move {words[0]} there")
     result.check(config, overrides)
-    check_data(result, load_config(config).data)
+    check_data(result, recipe.data)
     sweep = result.sweep(config, overrides, SEEDS.value)
     root = Path(WORKDIR.value or f"runs/published/{name}{f'_{STEPS.value}' if STEPS.value else ''}")
     check_seeds(sweep.seeds, root / "published.json")

@@ -17,7 +17,7 @@ from lab.sweeps.sweep import plan
 from tests import helpers
 from tests.helpers import refused
 from tests.test_programs import ROOT, complaint, finish, start
-from transformer.config import default_config
+from transformer.config import default_config, load_config
 from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.training.metrics import MetricsWriter
 from transformer.workdir import Workdir, write_json
@@ -34,7 +34,9 @@ def outcome(values, low=None, high=None, validation=100.0, **changes):
     low, high = (np.mean(values) if x is None else x for x in (low, high))
     curve = {name: [1.0, 2.0] for name in ("step", "mean", "min", "max")}
     seeds, fits = range(len(values)), [validation] * (len(values) - 1) + [100.0]
-    rest = curve, default_config().to_dict() | changes
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    rest = curve, config.to_dict()
     return Outcome(seeds, values, low, high, "", fits, [7] * len(values), 0.5, *rest)
 
 
@@ -90,8 +92,13 @@ def test_a_result_of_another_recipe_or_of_fewer_updates_does_not_count_as_the_re
     answer = f"inconclusive: of another recipe (batch_size: 7 → {RECIPE.batch_size})"
     assert answer_to(figure, [50.0] * 3, batch_size=7, log_every=7) == answer
     assert answer_to(figure, [48.0] * 3, steps=steps) == "not reproduced"
-    assert answer_to(figure, [48.0] * 3, steps=steps - 1).startswith("inconclusive: fewer updates")
-    assert answer_to(figure, [50.0] * 3, steps=steps - 1) == "reproduced"
+    fewer = published.shortened(RECIPE, steps // 2)
+    assert answer_to(figure, [48.0] * 3, **fewer).startswith("inconclusive: fewer updates")
+    assert answer_to(figure, [50.0] * 3, **fewer) == "reproduced"
+    warmup = RECIPE.optimizer.warmup_steps
+    answer = f"inconclusive: of another recipe (optimizer.warmup_steps: {warmup} → {warmup // 2})"
+    assert answer_to(figure, [50.0] * 3, steps=steps // 2) == answer
+    assert published.shortened(RECIPE, 2 * steps)["optimizer.warmup_steps"] == warmup
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,10 +127,11 @@ def test_the_hours_of_a_seed_are_measured_or_estimated():
 
 def test_programs_average_before_they_evaluate(tmp_path):
     result, path = published.load("multi30k")
-    train, average, evaluate = plan(result.sweep(path, {"steps": 3000}, 1), 1)[0].commands(
+    fewer = published.shortened(load_config(path), 3000)
+    train, average, evaluate = plan(result.sweep(path, fewer, 1), 1)[0].commands(
         tmp_path / "small", None
     )
-    assert "--config.steps=3000" in train
+    assert {"--config.steps=3000", "--config.optimizer.warmup_steps=750"} <= {*train}
     assert average[1:] == [
         f"--workdir={tmp_path}/small",
         "--last=10",

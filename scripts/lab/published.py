@@ -38,11 +38,11 @@ trains by a paper's recipe, evaluates as the paper evaluated and compares. Where
 its section says so. The rule was fixed before the runs: a figure is *reproduced* if the mean over
 the seeds is better than it, or worse by at most its margin. The verdict is *inconclusive* with
 fewer than {FEWEST} seeds, if the 95% interval is wider than twice the margin, or if the figure was
-missed with fewer updates than the recipe has. A published failure counts only for models that have
-learned: the validation sequence accuracy (teacher-forced) of each seed must be at least 95%. The
-interval is the wider of two: Student's t over the seeds, and the mean of the seeds' intervals over
-test items (bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets
-hold the interval.
+missed with fewer updates than the recipe has. The warm-up of fewer updates is shortened in the same
+proportion. A published failure counts only for models that have learned: the validation sequence
+accuracy (teacher-forced) of each seed must be at least 95%. The interval is the wider of two:
+Student's t over the seeds, and the mean of the seeds' intervals over test items (bootstrap, or
+Wilson's for proportions). All figures are percentages or BLEU; brackets hold the interval.
 """
 
 
@@ -168,11 +168,19 @@ class Outcome:
         return Interval(over_seeds.mean, self.low, self.high, over_seeds.n)
 
 
+def shortened(recipe: Any, steps: int) -> dict[str, int]:
+    """Overrides for `steps` updates; for fewer the warm-up is shortened in the same proportion."""
+    warmup = recipe.optimizer.warmup_steps * min(steps, recipe.steps) // recipe.steps
+    return {"steps": steps, "optimizer.warmup_steps": warmup}
+
+
 def verdict(figure: Figure, outcome: Outcome, recipe: Any) -> str:
     """`reproduced`, `not reproduced`, or `inconclusive` and why."""
     found, learned = outcome.interval(), min(outcome.validation)
     saved = saved_config(outcome.config)
-    changes = differences(saved, continued(recipe, saved), (*RUNTIME_KNOBS, "steps"))
+    same = continued(recipe, saved)
+    same.update_from_flattened_dict(shortened(recipe, saved.steps))
+    changes = differences(saved, same, RUNTIME_KNOBS)
     if changes:
         return f"inconclusive: of another recipe ({'; '.join(changes)})"
     if not np.isfinite([*outcome.values, *outcome.validation]).all():
