@@ -126,7 +126,8 @@ def test_a_rule_of_ones_own_may_differ_between_rows_and_needs_no_square():
     assert testing.leaks(model, TOKENS, rule) == []
     rows = np.stack([rule, rule & [True, False, True, True, True]])
     assert reads(testing.leaks(model, TOKENS, rows)) == [(1, 0, 1), (1, 1, 1)]
-    refused("2 outputs and 5 inputs do not fit", testing.future_leaks, model, TOKENS)
+    refused(r"\(5, 5\), and .* need \(2, 5\) or", testing.future_leaks, model, TOKENS)
+    refused(r"\(1, 5\), and", testing.leaks, model, TOKENS, rule[:1])  # which would broadcast
 
 
 def test_a_small_leak_is_found_beside_large_outputs_and_rounding_only_up_to_atol():
@@ -153,6 +154,12 @@ def test_nan_is_never_taken_for_agreement():
     assert str(found[0]).endswith("(nan)")
     assert [each[:2] for each in testing.differences(*[model(TOKENS)] * 2)] == [(1, 2)]
 
+    def ordered(tokens):  # by position, and NaN once the last two have changed places
+        moved = tokens[:, -1:, None] != TOKENS[:, -1:, None]
+        return np.where(moved, np.nan, VECTORS[tokens] + np.arange(S)[:, None])
+
+    assert np.isnan([each[2] for each in testing.permutation_differences(ordered, TOKENS)]).all()
+
 
 def test_what_shows_nothing_is_refused():
     one_kind = np.full((B, S), 3)
@@ -170,6 +177,22 @@ def test_what_shows_nothing_is_refused():
     refused("got a tuple", testing.influence, lambda tokens: (VECTORS[tokens],), TOKENS)
     refused(r"\[2, T, …\]", testing.influence, lambda tokens: VECTORS[tokens][0], TOKENS)
     refused("cannot be compared", testing.differences, np.zeros((2, 3)), np.zeros((2, 1)))
+    refused("real numbers", testing.future_leaks, lambda tokens: 1j * VECTORS[tokens], TOKENS)
+    refused("all inputs are equal", testing.cache_differences, attends(ALL), len, 0, one_kind)
+    refused("no gradients", testing.nonfinite_gradients, {"weights": None})
+
+
+def test_noise_is_allowed_only_up_to_atol():
+    rng, segments = np.random.default_rng(0), np.array([[1, 1, 2, 2, 2]] * B)
+    weights = same(segments, segments) & (BACK >= 0)
+    noisy = lambda tokens: weights @ VECTORS[tokens] + 1e-7 * rng.random()  # noqa: E731
+    for check, *given in (
+        (testing.future_leaks,),
+        (testing.packing_leaks, segments, segments),
+        (testing.padding_leaks, segments == 2, segments == 2),
+    ):
+        assert check(noisy, TOKENS, *given, atol=1e-6) == []
+        refused("calls with the same inputs differ", check, noisy, TOKENS, *given)
 
 
 @pytest.fixture
@@ -187,7 +210,10 @@ def test_inputs_and_segments_of_other_shapes_are_refused(unchecked):
     for given in ([SEGMENTS[0]] * 2, [SEGMENTS[:, 1:], SEGMENTS], [SEGMENTS, SEGMENTS[:1]]):
         refused(shape, testing.packing_leaks, model, TOKENS, *given)
     refused("window=0: it must be at least 1", testing.future_leaks, model, TOKENS, window=0)
+    refused(shape, testing.future_leaks, model, TOKENS[:, :0])
+    refused("cannot be compared", testing.differences, np.zeros(3), np.zeros(3))
     assert testing.future_leaks(attends(BACK >= 0), TOKENS.tolist()) == []
+    assert testing.leaks(attends(BACK >= 0), TOKENS, np.tri(S)) == []
 
 
 def test_differences_have_the_tolerances_of_numpy():

@@ -15,6 +15,7 @@ dependence for the given inputs and parameters. A weight or scale that is initia
 layer reads, so give such parameters random values first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Leak(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An output that two ways to compute it do not agree on."""
+    """An output on which two computations disagree."""
 
     row: int
     output: int  # its position
@@ -52,12 +53,20 @@ class Difference(NamedTuple):
         return f"row {self.row}: output {self.output} differs by {self.magnitude:.2g}"
 
 
-def influence(model: Model, inputs: Shaped[Array, "B S *F"]) -> Float[np.ndarray, "B T S"]:
+def influence(
+    model: Model, inputs: Shaped[Array, "B S *F"], *, atol: float = 0.0
+) -> Float[np.ndarray, "B T S"]:
     """Returns the largest change of each output when one input changes into another.
 
     The model is called S + 2 times, always with arrays of one shape. A call replaces the inputs at
-    one position of all rows by other ones of the batch; an influence between rows thus shows as
-    one between positions. A change from or to NaN is NaN.
+    one position of all rows, each by one other input of the batch. An output that another value
+    would change, or only another row, may not show; use several batches. Where an output is NaN,
+    its change is.
+
+    Args:
+      model: a function of the inputs.
+      inputs: a batch.
+      atol: by how much two calls with the same inputs may differ.
 
     Raises:
       UserError: all inputs are equal, or no output changes with any input, which shows nothing; or
@@ -65,10 +74,11 @@ def influence(model: Model, inputs: Shaped[Array, "B S *F"]) -> Float[np.ndarray
     """
     inputs, changes = _checked(inputs), []
     usual, others = _call(model, inputs), _others(inputs)
-    if not np.allclose(_call(model, inputs), usual, rtol=1e-4, atol=1e-5, equal_nan=True):
+    if not np.allclose(_call(model, inputs), usual, rtol=0.0, atol=atol, equal_nan=True):
         raise UserError(
             "two calls with the same inputs differ, so every input would show as a leak: switch "
-            "dropout off, with eval() or deterministic=True, or fix its random keys"
+            "dropout off, with eval() or deterministic=True, or fix its random keys; of rounding "
+            "by which a GPU's atomic additions differ, allow atol"
         )
     for position in range(inputs.shape[1]):
         changed = inputs.copy()
@@ -99,15 +109,12 @@ def leaks(
       atol: changes up to this are rounding. None is expected of masked attention, which adds exact
         zeros, but may be of a convolution by FFT, or of a GPU's atomic additions.
     """
-    found = influence(model, inputs)
-    try:
-        allowed = np.broadcast_to(np.asarray(may_read), found.shape)
-    except ValueError as error:
-        _, outputs, length = found.shape
+    found, allowed = influence(model, inputs, atol=atol), np.asarray(may_read, bool)
+    if allowed.shape not in (found.shape, found.shape[1:]):
         raise UserError(
-            f"{outputs} outputs and {length} inputs do not fit to a rule of shape "
-            f"{np.shape(may_read)}: it needs one of shape [{outputs}, {length}]"
-        ) from error
+            f"the rule has the shape {allowed.shape}, and these inputs and outputs need "
+            f"{found.shape[1:]} or {found.shape}"
+        )
     if allowed.all():
         raise UserError("every output may read every input, so no leak could show")
     places = np.argwhere(~(found <= atol) & ~allowed).tolist()
@@ -117,17 +124,17 @@ def leaks(
 
 
 def future_leaks(
-    model: Model, inputs: Shaped[Array, "B T *F"], *, window: int | None = None
+    model: Model, inputs: Shaped[Array, "B T *F"], *, window: int | None = None, atol: float = 0.0
 ) -> list[Leak]:
     """Returns the outputs that depend on a later input, or on one before the `window`.
 
-    Output t may read the inputs up to t, or the last `window` of them.
+    Output t may read the inputs up to t, or the last `window` of them. See `leaks` for `atol`.
     """
     if window is not None and window < 1:
         raise UserError(f"window={window}: it must be at least 1")
     length = _checked(inputs).shape[1]
     back = np.arange(length)[:, None] - np.arange(length)
-    return leaks(model, inputs, (back >= 0) & (back < (window or length)))
+    return leaks(model, inputs, (back >= 0) & (back < (window or length)), atol=atol)
 
 
 def padding_leaks(
@@ -135,6 +142,8 @@ def padding_leaks(
     inputs: Shaped[Array, "B S *F"],
     input_padding: Bool[Array, "B S"],
     output_padding: Bool[Array, "B T"],
+    *,
+    atol: float = 0.0,
 ) -> list[Leak]:
     """Returns the outputs that depend on padding; those of padding may depend on anything.
 
@@ -142,9 +151,8 @@ def padding_leaks(
     its token sees none in the changed inputs. Compare that one's outputs with and without padding
     by `differences`.
     """
-    return packing_leaks(
-        model, inputs, *(1 - np.asarray(each, int) for each in (input_padding, output_padding))
-    )
+    segments = (1 - np.asarray(each, int) for each in (input_padding, output_padding))
+    return packing_leaks(model, inputs, *segments, atol=atol)
 
 
 def packing_leaks(
@@ -152,6 +160,8 @@ def packing_leaks(
     inputs: Shaped[Array, "B S *F"],
     input_segments: Int[Array, "B S"],
     output_segments: Int[Array, "B T"],
+    *,
+    atol: float = 0.0,
 ) -> list[Leak]:
     """Returns the outputs that depend on another example of their packed row, or on padding.
 
@@ -159,13 +169,14 @@ def packing_leaks(
     anything.
     """
     own, outputs = np.asarray(input_segments), np.asarray(output_segments)
-    if own.shape != _checked(inputs).shape[:2] or outputs.ndim != 2 or len(outputs) != len(own):
+    shape = _checked(inputs).shape[:2]
+    if own.shape != shape or outputs.ndim != 2 or len(outputs) != len(own):
         raise UserError(
-            f"padding or segments must be [B, S] = {list(_checked(inputs).shape[:2])} and [B, T], "
-            f"not of shapes {own.shape} and {outputs.shape}"
+            f"padding or segments must be [B, S] = {list(shape)} and [B, T], not of shapes "
+            f"{own.shape} and {outputs.shape}"
         )
     own, outputs = own[:, None, :], outputs[:, :, None]
-    return leaks(model, inputs, (outputs == own) | (outputs == 0))
+    return leaks(model, inputs, (outputs == own) | (outputs == 0), atol=atol)
 
 
 def differences(
@@ -173,13 +184,22 @@ def differences(
 ) -> list[Difference]:
     """Returns where outputs [B, T, …] differ by more than `atol` + `rtol` · |expected|.
 
-    For outputs computed in two ways: with and without a cache, packed and apart, padded and not.
+    For outputs of two computations: with and without a cache, packed and not, padded and not.
     """
-    one, other = _array(found), _array(expected)
-    if one.shape != other.shape:
-        raise UserError(f"outputs of shapes {one.shape} and {other.shape} cannot be compared")
-    close = np.isclose(one, other, rtol=rtol, atol=atol)
-    magnitudes = _largest(np.where(close, 0.0, _distance(one, other)))
+    return _listed(_excess(_array(found), _array(expected), rtol, atol))
+
+
+def _excess(
+    found: Float[np.ndarray, "..."], expected: Float[np.ndarray, "..."], rtol: float, atol: float
+) -> Float[np.ndarray, "B T"]:
+    if found.shape != expected.shape or found.ndim < 2:
+        shapes = f"shapes {found.shape} and {expected.shape}"
+        raise UserError(f"outputs of {shapes} cannot be compared: both must be the same [B, T, …]")
+    close = np.isclose(found, expected, rtol=rtol, atol=atol)
+    return _largest(np.where(close, 0.0, _distance(found, expected)))
+
+
+def _listed(magnitudes: Float[np.ndarray, "B T"]) -> list[Difference]:
     places = np.argwhere(magnitudes != 0).tolist()
     return [Difference(row, output, float(magnitudes[row, output])) for row, output in places]
 
@@ -204,10 +224,12 @@ def cache_differences(
       atol: absolute tolerance.
     """
     inputs, outputs = _checked(inputs), []
+    _others(inputs)  # refuses equal inputs
     for position in range(inputs.shape[1]):
-        output, cache = step(inputs[:, position : position + 1], cache)
+        output, cache = step(inputs[:, [position]], cache)
         outputs.append(_array(output))
-    return differences(np.concatenate(outputs, axis=1), model(inputs), rtol=rtol, atol=atol)
+    found = np.concatenate(outputs, axis=1)
+    return differences(found, _call(model, inputs), rtol=rtol, atol=atol)
 
 
 def permutation_differences(
@@ -218,9 +240,10 @@ def permutation_differences(
     Swapping two neighbours must swap their outputs and leave the others. The outputs are those that
     fail for some swap, each with its largest difference, at its position without the swap.
     """
-    inputs, worst, changed = _checked(inputs), {}, False
+    inputs, changed = _checked(inputs), False
     _others(inputs)  # refuses equal inputs
     usual = _call(model, inputs)
+    worst = np.zeros(usual.shape[:2])
     if usual.shape[1] != inputs.shape[1]:
         raise UserError(f"{inputs.shape[1]} inputs need as many outputs, not {usual.shape[1]}")
     for position in range(inputs.shape[1] - 1):
@@ -228,12 +251,10 @@ def permutation_differences(
         order[[position, position + 1]] = position + 1, position
         swapped = _call(model, inputs[:, order])
         changed |= bool(_distance(swapped, usual).any())
-        for each in differences(swapped[:, order], usual, rtol=rtol, atol=atol):
-            place = each.row, each.output
-            worst[place] = max(worst.get(place, each), each)
+        worst = np.maximum(worst, _excess(swapped[:, order], usual, rtol, atol))
     if not changed:
         raise UserError("no output changes with the order of the inputs, so nothing could show")
-    return sorted(worst.values())
+    return _listed(worst)
 
 
 def nonfinite_gradients(gradients: Any) -> list[str]:
@@ -243,9 +264,10 @@ def nonfinite_gradients(gradients: Any) -> list[str]:
     pytree: of `jax.grad`, or {name: parameter.grad} of a PyTorch module.
     """
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    finite = [np.isfinite(_array(leaf)).all() for _, leaf in leaves]
-    return [name for name, good in zip(names, finite, strict=True) if not good]
+    if not leaves:
+        raise UserError("there are no gradients, of which none could show")
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return [name(path) for path, leaf in leaves if not np.isfinite(_array(leaf)).all()]
 
 
 def _array(value: Any) -> Float[np.ndarray, "*X"]:
@@ -254,14 +276,18 @@ def _array(value: Any) -> Float[np.ndarray, "*X"]:
         kind = type(value).__name__
         raise UserError(f"expected an array [B, T, …], such as logits, and got a {kind}")
     if hasattr(value, "detach"):  # of PyTorch; NumPy knows neither its devices nor its bfloat16
-        value = value.detach().cpu().double()
-    return np.asarray(value, np.float64)
+        value = value.detach().cpu()
+        value = value if value.is_complex() else value.double()
+    value = np.asarray(value)
+    if np.iscomplexobj(value):
+        raise UserError("expected real numbers: give real and imaginary parts as two channels")
+    return value.astype(np.float64)
 
 
 def _checked(inputs: Any) -> np.ndarray:
-    """The inputs, or a UserError if they have no axes of rows and positions."""
+    """The inputs, or a UserError if they have no rows or no positions."""
     inputs = np.asarray(inputs)
-    if inputs.ndim < 2:
+    if inputs.ndim < 2 or not inputs.size:
         raise UserError(f"inputs must be [B, S, …], not of shape {inputs.shape}")
     return inputs
 
