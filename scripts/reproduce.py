@@ -26,7 +26,7 @@ from transformer.console import console, facts, table
 from transformer.errors import UserError
 
 LIST = flags.DEFINE_bool("list", False, "Print all results with their data and cost, and stop.")
-SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; default 5 or 3.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; default 3 to 5.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Updates; default the recipe's.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Default runs/published/NAME, or NAME_STEPS.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets; default its own.")
@@ -47,15 +47,18 @@ def main(*words: str) -> None:
     if len(words) != 1:
         raise UserError(f"give one name, of {', '.join(published.names())}; or --list")
     result, config = published.load(words[0])
+    if PUBLISH.value and Path(config).resolve().parent != published.FOLDER:
+        raise UserError(f"only results in configs/published have a page: move {words[0]} there")
     name, recipe = Path(config).stem, load_config(config)
     overrides = published.shortened(recipe, STEPS.value) if STEPS.value else {}
-    if PUBLISH.value and words[0] not in published.names():
-        raise UserError(f"only results in configs/published have a page: move {words[0]} there")
     result.check(config, overrides)
     check_data(result, recipe.data)
     sweep = result.sweep(config, overrides, SEEDS.value)
     root = Path(WORKDIR.value or f"runs/published/{name}{f'_{STEPS.value}' if STEPS.value else ''}")
-    check_seeds(sweep.seeds, root / "published.json")
+    records = [root / "published.json"]
+    records += [Path(PUBLISH.value) / f"{name}.json"] if PUBLISH.value else []
+    for path in filter(Path.exists, records):
+        check_better(sweep.seeds, STEPS.value or recipe.steps, published.read_record(path), path)
     programs = plan(sweep, REPLICAS.value)
     if DRY_RUN.value:
         runner.show(name, programs, root, DATA_DIR.value)
@@ -84,15 +87,15 @@ def check_data(result: published.Published, data: Any) -> None:
             raise UserError(f"{file}: there is no such file; get it from {result.data}")
 
 
-def check_seeds(seeds: int, record: Path) -> None:
-    """Raises a UserError if there is a result of more seeds, of which these would be a choice."""
-    if not record.exists():
-        return
-    known = max(len(each.seeds) for each in published.read_record(record)["outcomes"].values())
-    if seeds < known:
+def check_better(seeds: int, steps: int, record: dict[str, Any], path: Path) -> None:
+    """Raises a UserError if a record is of more seeds, of which these are a choice, or updates."""
+    outcomes = record["outcomes"].values()
+    known = max(len(each.seeds) for each in outcomes)
+    longest = max(each.config["steps"] for each in outcomes)
+    if seeds < known or steps < longest:
         raise UserError(
-            f"--seeds={seeds}: {record.parent} holds a result of {known} seeds; give as many, or "
-            "choose another --workdir"
+            f"--seeds={seeds} --steps={steps}: {path} holds a result of {known} seeds and "
+            f"{longest} steps; give as many, or choose another folder"
         )
 
 
@@ -102,11 +105,11 @@ def show_list() -> None:
     for name in published.names():
         result, config = published.load(name)
         record, steps = published.saved(RESULTS, name), load_config(config).steps
-        rows.append((name, result.task, result.data, result.hours(steps, record)))
+        rows.append((name, result.task, result.data, result.seeds, result.hours(steps, record)))
         results += published.summary(name, result, config, record)
     table(
         "published results",
-        ("name", "task", "data", "hours of a seed (~: estimated)"),
+        ("name", "task", "data", "seeds", "hours of a seed, estimated"),
         rows,
         text=True,
     )

@@ -98,7 +98,11 @@ def test_a_result_of_another_recipe_or_of_fewer_updates_does_not_count_as_the_re
     warmup = RECIPE.optimizer.warmup_steps
     answer = f"inconclusive: of another recipe (optimizer.warmup_steps: {warmup} → {warmup // 2})"
     assert answer_to(figure, [50.0] * 3, steps=steps // 2) == answer
-    assert published.shortened(RECIPE, 2 * steps)["optimizer.warmup_steps"] == warmup
+    failed = {"value": 0, "margin": 5, "better": -1, "learned": 95}
+    assert answer_to(failed, [0.0] * 3, **fewer).startswith("inconclusive: fewer updates")
+    more = published.shortened(RECIPE, 2 * steps)
+    assert more["optimizer.warmup_steps"] == warmup
+    assert answer_to(figure, [50.0] * 3, **more).startswith("inconclusive: of another recipe")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,10 +123,10 @@ def test_every_recipe_is_valid_and_has_what_its_figures_need(name):
 def test_the_hours_of_a_seed_are_measured_or_estimated():
     flops = 2 * 3600 * published.GPU_RATE
     result = replace(published.load("scan_simple")[0], flops=flops)
-    cpu = f"~{flops / published.CPU_RATE / 3600:.0f} on 2 CPU cores"
-    assert result.hours(10, None) == f"{cpu}, ~2 on a GPU"
+    estimated = f"{flops / published.CPU_RATE / 3600:.0f} on 2 CPU cores, 2 on a GPU"
+    assert result.hours(10, None) == estimated
     record = {"devices": "1 × cpu", "outcomes": {"a": outcome([1.0])}}  # 0.5 s an update
-    assert result.hours(14_400, record) == "2 on 1 × cpu, ~2 on a GPU"
+    assert result.hours(14_400, record) == f"{estimated}; measured: 2 on 1 × cpu"
 
 
 def test_programs_average_before_they_evaluate(tmp_path):
@@ -207,6 +211,7 @@ def test_replicas_of_a_program_belong_to_their_own_variants(tmp_path):
     assert [outcomes[name].values for name in rates] == [[0, 1], [2, 3]]
     assert [outcomes[name].curve["mean"] for name in rates] == [[0.5], [2.5]]
     assert outcomes["fast"].validation == pytest.approx([20, 30])
+    assert outcomes["fast"].seconds_per_update == 0.25  # of one of four replicas
     assert outcomes["fast"].config["optimizer"]["learning_rate"] == 1e-3
 
 
@@ -223,19 +228,17 @@ def test_mistakes_are_explained():
     refused("give at least one", replace, result, figures={})
 
 
-@pytest.mark.parametrize("damage", [{"outcomes": {}}, {"outcomes": None}, {}, [], "no JSON"])
-def test_a_damaged_record_is_named(damage, tmp_path):
-    result, path = published.load("scan_jump")
-    text = damage if isinstance(damage, str) else json.dumps(damage)
+@pytest.mark.parametrize("text", ['{"outcomes": {}}', '{"outcomes": {"a": 1}}', "[]", "no JSON"])
+def test_a_damaged_record_is_named(text, tmp_path):
     (tmp_path / "scan_jump.json").write_text(text)
-    if damage == {"outcomes": {}}:
-        record = published.saved(tmp_path, "scan_jump")
-        ((*_, answer),) = published.summary("scan_jump", result, path, record)
-        assert answer == "not run"
-    else:
-        refused(
-            "scan_jump.json (is damaged|cannot be read)", published.saved, tmp_path, "scan_jump"
-        )
+    refused("scan_jump.json (is damaged|cannot be read)", published.saved, tmp_path, "scan_jump")
+
+
+def test_the_page_in_the_repository_is_that_of_its_records(tmp_path):
+    results = ROOT / "docs/results/published"
+    shutil.copytree(results, tmp_path / "published")
+    page = published.write_page(tmp_path / "published").read_text()
+    assert page == results.with_suffix(".md").read_text()
 
 
 def test_a_seed_that_diverged_is_kept_in_the_record(tmp_path):
@@ -307,9 +310,10 @@ def test_iwslt14_runs_200_steps_on_a_corpus_in_its_format_and_resumes(tmp_path):
 
 
 def test_a_missing_corpus_ends_in_one_line_that_says_where_it_comes_from(tmp_path):
-    message = complaint("scripts/reproduce.py", "iwslt14", f"--workdir={tmp_path}/runs")
-    assert "corpus/iwslt14/train.de: there is no such file" in message
-    assert "prepare-iwslt14.sh" in message
+    text = (ROOT / "configs/published/multi30k.py").read_text()
+    (file := tmp_path / "own.py").write_text(text.replace("corpus/multi30k", "corpus/nowhere"))
+    message = complaint("scripts/reproduce.py", str(file), f"--workdir={tmp_path}/runs")
+    assert "corpus/nowhere/train.en: there is no such file; get it from github.com/Liv" in message
 
 
 def test_what_would_spoil_a_result_is_refused_before_the_training(tmp_path):
@@ -319,9 +323,14 @@ def test_what_would_spoil_a_result_is_refused_before_the_training(tmp_path):
     published.write_record(result, result.recipes(path, {}), programs, tmp_path, "a command")
     command = ("scripts/reproduce.py", f"--workdir={tmp_path}")
     with helpers.program(*command, "--seeds=3") as script:
-        refused("--seeds=3: .* holds a result of 4 seeds", script.main, "scan_jump")
+        refused("--seeds=3 .* holds a result of 4 seeds", script.main, "scan_jump")
     with helpers.program(*command, "--seeds=4", "--steps=20") as script:
-        refused(r"another config \(steps: 5000 → 20\)", script.main, "scan_jump")
+        refused("--steps=20: .* and 5000 steps", script.main, "scan_jump")
+    with helpers.program(*command, "--seeds=4", "--steps=6000") as script:
+        refused(r"another config \(steps: 5000 → 6000\)", script.main, "scan_jump")
+    publish = f"--publish={ROOT / 'docs/results/published'}"
+    with helpers.program(command[0], f"--workdir={tmp_path}/new", "--steps=20", publish) as script:
+        refused("scan_jump.json holds .* and 5000 steps", script.main, "scan_jump")
     shutil.copy(ROOT / path, own := tmp_path / "scan_jump.py")
     with helpers.program(*command, f"--publish={tmp_path}") as script:
         refused("only results in configs/published have a page", script.main, str(own))

@@ -27,7 +27,8 @@ from transformer.workdir import Workdir, write_json
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "published"
 FEWEST = 3  # seeds for a verdict
-# FLOP/s: as measured in the runs of SCAN on two cores, and assumed of a GPU.
+RECORD = ("command", "commits", "versions", "devices")  # in a record, beside the outcomes
+# FLOP/s: of two cores, as measured of SCAN (CMUdict, on another CPU: 2.8e11); of a GPU, assumed.
 CPU_RATE, GPU_RATE = 6e10, 1e13
 GPU_SECONDS = 0.005  # of a small update, assumed
 HEAD = f"""# Published results
@@ -35,14 +36,15 @@ HEAD = f"""# Published results
     python scripts/reproduce.py NAME
 
 trains by a paper's recipe, evaluates as the paper evaluated and compares. Where a recipe is ours,
-its section says so. The rule was fixed before the runs: a figure is *reproduced* if the mean over
-the seeds is better than it, or worse by at most its margin. The verdict is *inconclusive* with
-fewer than {FEWEST} seeds, if the 95% interval is wider than twice the margin, or if the figure was
-missed with fewer updates than the recipe has. The warm-up of fewer updates is shortened in the same
-proportion. A published failure counts only for models that have learned: the validation sequence
-accuracy (teacher-forced) of each seed must be at least 95%. The interval is the wider of two:
-Student's t over the seeds, and the mean of the seeds' intervals over test items (bootstrap, or
-Wilson's for proportions). All figures are percentages or BLEU; brackets hold the interval.
+its section says so. Figures, margins and the rule were fixed before the runs: a figure is
+*reproduced* if the mean over the seeds is better than it, or worse by at most its margin. The
+verdict is *inconclusive* with fewer than {FEWEST} seeds, if the 95% interval is wider than twice
+the margin, if a seed diverged, or if the figure was missed with fewer updates than the recipe has
+(`--steps`, which shortens the warm-up in the same proportion). A published failure is reproduced
+only by all updates, and by models that have learned: the validation sequence accuracy
+(teacher-forced) of each seed must be at least 95%. The interval is the wider of two: Student's t
+over the seeds, and the mean of the seeds' intervals over test items (bootstrap, or Wilson's for
+proportions). All figures are percentages or BLEU; brackets hold the interval.
 """
 
 
@@ -55,11 +57,13 @@ class Figure:
     better: int = 1  # 1 if a higher figure is better, -1 if a lower one is
     learned: float = 0.0  # least validation sequence accuracy: untrained models fail anyway
     overrides: Overrides = field(default_factory=dict)  # of the recipe
+    words: str = ""  # the figure as the source words it, if not as a number
 
     def text(self) -> str:
-        """`31 (at most 32)`."""
+        """`about 31 (at most 32)`."""
         bound = f"{self.value - self.better * self.margin:g}"
-        return f"{self.value:g} ({'at least' if self.better > 0 else 'at most'} {bound})"
+        side = "at least" if self.better > 0 else "at most"
+        return f"{self.words or f'{self.value:g}'} ({side} {bound})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +85,16 @@ class Published:
             raise UserError("figures={}: give at least one")
 
     def hours(self, steps: int, record: Mapping[str, Any] | None) -> str:
-        """How long `steps` updates take: `~5.2 on 2 CPU cores, ~0.03 on a GPU`; ~: estimated.
+        """How long `steps` updates take: `5.2 on 2 CPU cores, 0.03 on a GPU`, estimated.
 
-        With a record, the first figure is that of its slowest variant on its device.
+        With a record, also what its slowest variant took on its device.
         """
-        own = f"~{_hours(self.flops / CPU_RATE)} on 2 CPU cores"
-        if record:
-            rates = [each.seconds_per_update for each in record["outcomes"].values()]
-            own = f"{_hours(steps * max(rates))} on {record['devices']}"
         gpu = max(self.flops / GPU_RATE, steps * GPU_SECONDS)
-        return f"{own}, ~{_hours(gpu)} on a GPU"
+        text = f"{_hours(self.flops / CPU_RATE)} on 2 CPU cores, {_hours(gpu)} on a GPU"
+        if not record:
+            return text
+        rates = [each.seconds_per_update for each in record["outcomes"].values()]
+        return f"{text}; measured: {_hours(steps * max(rates))} on {record['devices']}"
 
     def sweep(self, config: str, overrides: Overrides, seeds: int | None = None) -> Sweep:
         """The runs that reproduce it."""
@@ -156,7 +160,7 @@ class Outcome:
     signature: str  # of the metric
     validation: Sequence[float]  # sequence accuracy of each seed, teacher-forced
     updates: Sequence[int]  # that each seed has taken
-    seconds_per_update: float
+    seconds_per_update: float  # of a seed, so the program's by its replicas
     curve: Mapping[str, Sequence[float]]  # step, and mean, lowest and highest validation loss
     config: Mapping[str, Any]  # of the first seed
 
@@ -169,7 +173,7 @@ class Outcome:
 
 
 def shortened(recipe: Any, steps: int) -> dict[str, int]:
-    """Overrides for `steps` updates; for fewer the warm-up is shortened in the same proportion."""
+    """Overrides for `steps` updates; if there are fewer, the warm-up is shortened in proportion."""
     warmup = recipe.optimizer.warmup_steps * min(steps, recipe.steps) // recipe.steps
     return {"steps": steps, "optimizer.warmup_steps": warmup}
 
@@ -178,8 +182,8 @@ def verdict(figure: Figure, outcome: Outcome, recipe: Any) -> str:
     """`reproduced`, `not reproduced`, or `inconclusive` and why."""
     found, learned = outcome.interval(), min(outcome.validation)
     saved = saved_config(outcome.config)
-    same = continued(recipe, saved)
-    same.update_from_flattened_dict(shortened(recipe, saved.steps))
+    same, shorter = continued(recipe, saved), saved.steps < recipe.steps
+    same.update_from_flattened_dict(shortened(recipe, min(saved.steps, recipe.steps)))
     changes = differences(saved, same, RUNTIME_KNOBS)
     if changes:
         return f"inconclusive: of another recipe ({'; '.join(changes)})"
@@ -191,17 +195,17 @@ def verdict(figure: Figure, outcome: Outcome, recipe: Any) -> str:
         return f"inconclusive: {found.n} of at least {FEWEST} seeds"
     if not found.high - found.low <= 2 * figure.margin:
         return f"inconclusive: the interval is wider than {2 * figure.margin:g}"
-    if figure.better * (found.mean - figure.value) >= -figure.margin:
-        return "reproduced"
-    shorter = saved.steps < recipe.steps
-    return "inconclusive: fewer updates than the recipe's" if shorter else "not reproduced"
+    reached = figure.better * (found.mean - figure.value) >= -figure.margin
+    if shorter and (figure.learned or not reached):
+        return "inconclusive: fewer updates than the recipe's"
+    return "reproduced" if reached else "not reproduced"
 
 
 def read_outcome(
     variant: str, metric: str, recipe: Any, programs: Sequence[Program], root: Path
 ) -> Outcome:
     """The outcome of a variant, trained by `recipe`, from the folders of the programs."""
-    scores, rows, seeds, updates, validation = [], [], [], [], []
+    scores, rows, seeds, updates, validation, seconds = [], [], [], [], [], []
     for program in programs:
         folder = Workdir(str(root / program.name))
         found = read_json(folder.path / "eval_test.json")
@@ -216,9 +220,11 @@ def read_outcome(
             validation.append(100 * final["validation/sequence_accuracy"])
             seeds.append(seed)
             updates.append(found["step"])
-            rows += [row for row in metrics if row.get("replica", 0) == replica]
+            own = [row for row in metrics if row.get("replica", 0) == replica]
+            rates = [row[rate] for row in own if (rate := "train/steps_per_second") in row]
+            seconds += [1 / rate / len(program.members) for rate in rates]
+            rows += own
     low, high = (float(np.mean([score[end] for score in scores])) for end in ("low", "high"))
-    seconds = [1 / row[name] for row in rows if (name := "train/steps_per_second") in row]
     losses: dict[int, list[float]] = {}
     for row in rows:
         if "validation/loss" in row:
@@ -227,9 +233,8 @@ def read_outcome(
     curve = {"step": list(kept)}
     curve |= {f.__name__: [float(f(x)) for x in kept.values()] for f in (np.mean, min, max)}
     values = [score["value"] for score in scores]
-    signature, seconds = scores[0]["signature"], float(np.median(seconds))
-    config = recipe.to_dict()
-    return Outcome(seeds, values, low, high, signature, validation, updates, seconds, curve, config)
+    signature, median, config = scores[0]["signature"], float(np.median(seconds)), recipe.to_dict()
+    return Outcome(seeds, values, low, high, signature, validation, updates, median, curve, config)
 
 
 def write_record(
@@ -265,8 +270,10 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     message = f"{path} is damaged, or of another version ({{kind}}: {{reason}}); delete it"
     with explained(message, KeyError, TypeError, ValueError, AttributeError):
-        outcomes = record["outcomes"].items()
-        return record | {"outcomes": {variant: _outcome(each) for variant, each in outcomes}}
+        if not record["outcomes"]:
+            raise ValueError("no outcomes")
+        outcomes = {variant: _outcome(each) for variant, each in record["outcomes"].items()}
+        return {name: record[name] for name in RECORD} | {"outcomes": outcomes}
 
 
 def _outcome(saved: Mapping[str, Any]) -> Outcome:
@@ -291,9 +298,10 @@ def summary(
         if outcome is None:
             rows.append([label, published.metric, figure.text(), "not run", "", "not run"])
             continue
-        found, most = outcome.interval(), max(outcome.updates)
+        found, ends = outcome.interval(), sorted({min(outcome.updates), max(outcome.updates)})
         seeds = f"{found.text()} over {found.n} seed{'s' * (found.n > 1)}"
-        updates, answer = f"{most:,} of {recipe.steps:,}", verdict(figure, outcome, recipe)
+        updates = f"{' to '.join(f'{end:,}' for end in ends)} of {recipe.steps:,}"
+        answer = verdict(figure, outcome, recipe)
         rows.append([label, published.metric, figure.text(), seeds, updates, answer])
     return rows
 
@@ -329,7 +337,7 @@ def section(
     config = f"../../configs/published/{name}.py"
     text = f"## {name}\n\n{published.task}. {published.source}.\n"
     text += f"Data: {published.data}. Recipe: [`configs/published/{name}.py`]({config}).\n"
-    text += f"Hours of a seed (~: estimated from its FLOPs): {published.hours(steps, record)}.\n"
+    text += f"Hours of a seed, estimated: {published.hours(steps, record)}.\n"
     text += f"\n{published.note.strip()}\n" * bool(published.note)
     if record is None:
         return f"{text}\nNot run here.\n"
@@ -344,8 +352,9 @@ def section(
         )
         for variant, each in outcomes.items()
     ]
-    columns = ("variant", "each seed", "over test items", "validation", "seconds per update")
-    signature = next(iter(outcomes.values())).signature
+    seeds, signature = (one := next(iter(outcomes.values()))).seeds, one.signature
+    columns = ("variant", f"seeds {', '.join(map(str, seeds))}", "over test items")
+    columns += ("validation sequence accuracy", "seconds per update")
     series = {
         variant: (each.curve["step"], each.curve["mean"], each.curve["min"], each.curve["max"])
         for variant, each in outcomes.items()
