@@ -27,6 +27,7 @@ def get_config():
     config.data.train = "corpus/train.tsv"
     config.data.tokenizer = "bpe"
     config.data.max_length = 128
+    config.data.metrics = ("bleu", "chrf")
     config.data.pack_length = 128
     config.model.num_layers = 3
     config.model.d_model = 256

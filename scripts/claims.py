@@ -1,4 +1,4 @@
-"""Tests the claims of "Attention Is All You Need" and writes a page with the results.
+"""Tests claims about attention, layer norm and recurrence, and writes a page with the results.
 
 Runs or resumes the sweeps that the claims rest on if they are not complete.
 

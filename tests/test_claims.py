@@ -36,13 +36,13 @@ def holding(claim):
 
 
 def test_the_verdict_follows_from_the_checks():
-    some = "holds with a condition"
+    some = "holds in part"
     for holds, words in (
         ((True, True), "holds"),
         ((True, False), f"{some}; not for: case 1"),
         ((True, None, False), f"{some}; not for: case 2; undecided: case 1"),
         ((False, None), "does not hold here"),
-        ((True, *[None] * 4, False), f"{some}: in 1 of 6 cases, not in 1, undecided in 4"),
+        ((True, *[None] * 4, False), f"{some}: true in 1 of 6 cases, false in 1, undecided in 4"),
         ((), "could not be measured here"),
     ):
         assert verdict([Check(f"case {i}", "", x) for i, x in enumerate(holds)]) == words

@@ -17,11 +17,11 @@ HEAD = """# The claims, checked
 
     python scripts/claims.py --jobs=4
 
-Each claim is tested in several cases, in each of which it is true, or not, or the measurements do
-not decide. A claim *holds* if it is true in all cases, *holds with a condition* if in some, and
-*does not hold here* if in none. Brackets are 95% confidence intervals (Student's t). "Smallest
-detectable" is the true effect that a test which shows none would have found with power 0.8. The toy
-task is small: effects that it does not show may exist elsewhere.
+Each claim is tested in several cases. It is true in a case, false, or undecided by the measurements.
+A claim *holds* if it is true in all cases, *holds in part* if in some, and *does not hold here* if
+in none. Brackets are 95% confidence intervals (Student's t). "Smallest detectable" is the true
+effect that a test which shows none would have found with power 0.8. The toy task is small: effects
+that it does not show may exist elsewhere.
 """
 
 
@@ -65,11 +65,11 @@ def verdict(checks: Sequence[Check]) -> str:
     if not true:
         return "does not hold here"
     if len(false + undecided) > MOST_NAMED:
-        counts = f"in {len(true)} of {len(checks)} cases, not in {len(false)}"
-        return f"holds with a condition: {counts}, undecided in {len(undecided)}"
+        counts = f"true in {len(true)} of {len(checks)} cases, false in {len(false)}"
+        return f"holds in part: {counts}, undecided in {len(undecided)}"
     named = {"not for": false, "undecided": undecided}
     parts = [f"; {words}: {'; '.join(cases)}" for words, cases in named.items() if cases]
-    return f"holds with a condition{''.join(parts)}" if parts else "holds"
+    return f"holds in part{''.join(parts)}" if parts else "holds"
 
 
 def answer(test: Difference) -> bool | None:
@@ -132,7 +132,7 @@ def write_page(folder: Path, names: Sequence[str]) -> Path:
             *([f"![{title}]({folder.name}/{picture.name})\n"] if picture.exists() else []),
             f"On {record['devices']}; JAX {record['jax']}; commit {by}.\n",
         ]
-    summary = markdown(("claim", "the text", "verdict"), rows, align="lll")
+    summary = markdown(("claim", "statement", "verdict"), rows, align="lll")
     path = folder.with_suffix(".md")
     path.write_text("\n".join((HEAD, summary, *sections)), encoding="utf-8")
     return path

@@ -127,7 +127,7 @@ def growth(setting: Setting, *, rounds: int = 9) -> Claim:
         "FLOPs and temporary memory are from the compiler. It counts a loop once, so FLOPs of the "
         "LSTM are of its matrix products. All sizes take turns in each round of timing. Exponents "
         f"are fitted to the {FITTED} largest sizes, for time in each round. True if within "
-        f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of the text's, "
+        f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of the expected ones, "
         "not if beyond, undecided if the interval lies across. Bands show all rounds.",
         checks=checks,
         data=_as_json(found),
@@ -142,7 +142,7 @@ def exponent(
     low, high = (fit.low, fit.high) if fit.n > 1 else (fit.mean, fit.mean)
     inside = [abs(end - expected) <= tolerance for end in (low, high)]
     holds = True if all(inside) else None if any(inside) or low < expected < high else False
-    return holds, f"exponent {fit.text()}, the text has {expected}"
+    return holds, f"exponent {fit.text()}, expected {expected}"
 
 
 def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
@@ -169,7 +169,7 @@ def meeting(setting: Setting, *, rounds: int = 9) -> Claim:
         method="The attention core alone, the whole attention layer with its projections, and an "
         f"LSTM layer, forward, float32, {ROWS} sequences, at widths "
         f"{', '.join(map(str, CROSSED))} and lengths from d/4 to 8 d, in turns. True if attention "
-        "takes less time (t-test of the log ratios over rounds, Holm). By the text's n²·d and n·d² "
+        "takes less time (t-test of the log ratios over rounds, Holm). By n²·d and n·d² "
         "both cost the same at n = d; by the exact products (4 n²·d for the core, 8 n·d² "
         "for the projections, 16 n·d² for an LSTM) at 4 d, and at 2 d for the whole layer. By the "
         f"median of the measured rounds attention costs more at n {', '.join(crossings)}.",
