@@ -32,12 +32,14 @@ def tiny_tokens(**changes):
     return model, random_params(model, 3)
 
 
-def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE):
-    @jax.jit
-    def found(params):
-        return beam_search(model.bind(params), Sources(source, length), beam_size, alpha)
+@partial(jax.jit, static_argnums=(0, 2, 3, 4, 6))
+def searched(model, params, beam_size, alpha, length, source, small_cache):
+    return beam_search(model.bind(params), Sources(source, length), beam_size, alpha)
 
-    return jax.tree.map(np.asarray, found(params))
+
+def search(model, params, beam_size, alpha, length=LENGTH, source=SOURCE):
+    found = searched(model, params, beam_size, alpha, length, source, methods.SMALL_CACHE)
+    return jax.tree.map(np.asarray, found)
 
 
 def steady(logits):
@@ -118,11 +120,15 @@ def every_sequence(vocab):
     yield from itertools.product(others, repeat=LENGTH)
 
 
+@partial(jax.jit, static_argnums=0)
+def log_p_of(model, params, source, target):
+    source = jnp.broadcast_to(source, (len(target), source.shape[-1]))
+    return jax.nn.log_softmax(logits_of(model, params, make_batch(source, target)))
+
+
 def forced_log_p(model, params, source, target):
     """log p of every next token by teacher forcing, without a cache."""
-    source = jnp.broadcast_to(source, (len(target), source.shape[-1]))
-    logits = logits_of(model, params, make_batch(source, jnp.asarray(target, jnp.int32)))
-    return np.asarray(jax.nn.log_softmax(logits))
+    return np.asarray(log_p_of(model, params, source, jnp.asarray(target, jnp.int32)))
 
 
 def scored(model, params, alpha):

@@ -29,8 +29,7 @@ def test_a_request_is_noticed_and_what_was_before_comes_back(number, capsys):
     assert f"{signal.Signals(number).name}: stopping with a checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("number", "trained"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_request_ends_a_process_that_waits_inside_a_call(number, trained):
     """`read` of a silent pipe goes on after a handler, as the compiler does."""
     code = "import sys; from transformer.training.interruption import StopRequests\n"

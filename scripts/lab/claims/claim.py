@@ -17,11 +17,11 @@ HEAD = """# The claims, checked
 
     python scripts/claims.py --jobs=4
 
-Each claim is tested in several cases. It is true in a case, false, or undecided by the measurements.
-A claim *holds* if it is true in all cases, *holds in part* if in some, and *does not hold here* if
-in none. Brackets are 95% confidence intervals (Student's t). "Smallest detectable" is the true
-effect that a test which shows none would have found with power 0.8. The toy task is small: effects
-that it does not show may exist elsewhere.
+Each claim is tested in several cases, in each of which it is true, false or undecided. A claim
+*holds* if it is true in all cases, *holds in part* if in some, and *does not hold here* if in none.
+Brackets are 95% confidence intervals (Student's t). "Smallest detectable" is the true effect that a
+test which shows none would have found with power 0.8. The toy task is small: effects that it does
+not show may exist elsewhere.
 """
 
 

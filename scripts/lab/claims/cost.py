@@ -127,7 +127,7 @@ def growth(setting: Setting, *, rounds: int = 9) -> Claim:
         "FLOPs and temporary memory are from the compiler. It counts a loop once, so FLOPs of the "
         "LSTM are of its matrix products. All sizes take turns in each round of timing. Exponents "
         f"are fitted to the {FITTED} largest sizes, for time in each round. True if within "
-        f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of the expected ones, "
+        f"{', '.join(f'{each} for {name}' for name, each in TOLERANCE.items())} of those expected, "
         "not if beyond, undecided if the interval lies across. Bands show all rounds.",
         checks=checks,
         data=_as_json(found),
