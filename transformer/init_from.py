@@ -69,9 +69,8 @@ def excluded_names(run: "Run", source: "Run") -> set[str]:
         patterns = [f"'{name}'" for name in dict.fromkeys(layers)]
         remedy = f"{', '.join(patterns[:SHOWN])}{', …' * (len(patterns) > SHOWN)}"
         remedy = f'make the configs agree, or initialise anew: --config.init_new="({remedy},)"'
-        changed = differing(
-            run, source, ("model.", "data.tokenizer", "data.target_tokenizer", "data.vocab")
-        )
+        knobs = ("model.", "data.tokenizer", "data.target_tokenizer", "data.vocab")
+        changed = differing(run, source, knobs)
         faults = f"{shorten(faults)}{f' ({changed})' if changed else ''}"
         raise UserError(f"init_from={folder} does not fit: {faults}; {remedy}")
     if here.keys() <= excluded:

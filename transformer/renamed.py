@@ -34,10 +34,7 @@ VALUES: dict[str, dict[Any, Any]] = {"model.tie_embeddings": {True: "all", False
 REMOVED = {"steps_per_call", "model.fused_qkv"}
 
 # What runs did before a knob existed, if that is not its default.
-BEFORE: dict[str, Any] = {
-    "model.separate_vocabularies": False,
-    "model.qk_norm_epsilon": 1e-6,
-}
+BEFORE: dict[str, Any] = {"model.separate_vocabularies": False, "model.qk_norm_epsilon": 1e-6}
 
 # Components of the names of arrays: of parameters, such as `encoder/final_norm/gain`, and fields of
 # the train state and its hyperparameters.

@@ -270,8 +270,7 @@ class Run:
         Raises:
           UserError: there is no such checkpoint, or it is damaged.
         """
-        directory, best = self.workdir.checkpoints, self.config.best_metric
-        with Checkpoints(directory, None, best) as checkpoints:
+        with Checkpoints(self.workdir.checkpoints, None, self.config.best_metric) as checkpoints:
             return checkpoints.restore(checkpoints.find(checkpoint), self.abstract_state)
 
     def trained_model(self, checkpoint: str = "latest", replica: int = 0) -> TrainedModel:

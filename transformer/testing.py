@@ -111,10 +111,8 @@ def leaks(
     """
     found, allowed = influence(model, inputs, atol=atol), np.asarray(may_read, bool)
     if allowed.shape not in (found.shape, found.shape[1:]):
-        raise UserError(
-            f"the rule has the shape {allowed.shape}, and these inputs and outputs need "
-            f"{found.shape[1:]} or {found.shape}"
-        )
+        needed = f"these inputs and outputs need {found.shape[1:]} or {found.shape}"
+        raise UserError(f"the rule has the shape {allowed.shape}, and {needed}")
     if allowed.all():
         raise UserError("every output may read every input, so no leak could show")
     places = np.argwhere(~(found <= atol) & ~allowed).tolist()
@@ -171,10 +169,8 @@ def packing_leaks(
     own, outputs = np.asarray(input_segments), np.asarray(output_segments)
     shape = _checked(inputs).shape[:2]
     if own.shape != shape or outputs.ndim != 2 or len(outputs) != len(own):
-        raise UserError(
-            f"padding or segments must be [B, S] = {list(shape)} and [B, T], not of shapes "
-            f"{own.shape} and {outputs.shape}"
-        )
+        shapes = f"not of shapes {own.shape} and {outputs.shape}"
+        raise UserError(f"padding or segments must be [B, S] = {list(shape)} and [B, T], {shapes}")
     own, outputs = own[:, None, :], outputs[:, :, None]
     return leaks(model, inputs, (outputs == own) | (outputs == 0), atol=atol)
 

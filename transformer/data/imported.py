@@ -4,9 +4,9 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -151,10 +151,9 @@ class ImportedTokenizer(Tokenizer):
         self.special |= self.codec.special & target_codec.special
         self.special -= set() if ids.unk is None else {names[ids.unk]}
         (self.start,), self.banned = self._own(ids.start), (*self._own(*ids.banned),)
-        self.unknown_id, self.forced_first, self.forced_last = (
-            None if number is None else self._own(number)[0]
-            for number in (ids.unk, ids.forced_first, ids.forced_last)
-        )
+        given = ids.unk, ids.forced_first, ids.forced_last
+        own = (None if number is None else self._own(number)[0] for number in given)
+        self.unknown_id, self.forced_first, self.forced_last = own
         self.prefix, suffix, target_prefix = (self._own(*side) for side in sides)
         self.before, self.end = record["before"], [EOS, *suffix] if record["source_eos"] else []
         other = copy(self)
@@ -193,10 +192,7 @@ class ImportedTokenizer(Tokenizer):
         models = [None if each is None else base64.b64encode(each).decode() for each in given]
         record = {"kind": kind, "models": models, "pieces": [*(pieces or ())], "ids": ids}
         record |= {"size": size, "prefix": [*prefix], "suffix": [*suffix], "before": ""}
-        return cls._of(record | {"target_prefix": [*target_prefix], "source_eos": source_eos})
-
-    @classmethod
-    def _of(cls, record: Mapping[str, Any]) -> "ImportedTokenizer":
+        record |= {"target_prefix": [*target_prefix], "source_eos": source_eos}
         return cls(json.dumps(record).encode())
 
     def _own(self, *numbers: int) -> list[int]:
@@ -244,7 +240,7 @@ class ImportedTokenizer(Tokenizer):
                 ids, record["target_prefix"] = ids._replace(forced_first=tokens[0]), tokens
             else:
                 ids = ids._replace(start=tokens[0])
-        return self._of(record | {"ids": ids})
+        return type(self)(json.dumps(record | {"ids": ids}).encode())
 
     def encode(self, text: str) -> list[int]:
         return self.encode_all([text])[0]

@@ -140,9 +140,7 @@ class TokenRows:
         """The sources and the targets of some rows, each padded at the end."""
         members = self.members.take(index)
         taken = (side.take(members.values) for side in self.pairs)
-        joined = (
-            RaggedArray(side.values, np.diff(side.offsets[members.offsets])) for side in taken
-        )
+        joined = (RaggedArray(x.values, np.diff(x.offsets[members.offsets])) for x in taken)
         source, target = map(RaggedArray.to_padded, joined, self.widths)
         return source, target
 
@@ -162,11 +160,9 @@ def pack_rows(rows: TokenRows, length: int) -> TokenRows:
     every epoch, so that a batch remains a function of its step.
     """
     if (longest := max(rows.widths)) > length:
-        raise UserError(
-            f"data.pack_length={length}: the longest example has {longest} tokens (EOS included); "
-            "set pack_length to that or more, to 0 for one example per row, or data.max_length to "
-            "leave out longer examples"
-        )
+        found = f"the longest example has {longest} tokens (EOS included)"
+        knobs = "set pack_length to that or more, to 0 for one example per row, or data.max_length"
+        raise UserError(f"data.pack_length={length}: {found}; {knobs} to leave out longer examples")
     examples = rows.members.values
     order = np.random.default_rng(len(rows)).permutation(len(rows))
     row_of = _first_fit(rows.pairs.lengths()[examples[order]], length)
@@ -215,8 +211,6 @@ def filter_by_length(pairs: TokenPairs, max_length: int) -> tuple[Int[np.ndarray
     left_out = ", ".join(f"{mask.sum():,} {why}" for why, mask in masks.items() if mask.any())
     kept = np.flatnonzero(~(empty | long))
     if not kept.size:
-        raise UserError(
-            f"data.max_length={max_length} leaves no training example ({left_out}); "
-            "raise it, or set it to 0"
-        )
+        fault = f"data.max_length={max_length} leaves no training example ({left_out})"
+        raise UserError(f"{fault}; raise it, or set it to 0")
     return kept, left_out

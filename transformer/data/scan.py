@@ -26,6 +26,7 @@ ACTIONS = {word: f"I_{word.upper()}" for word in ("walk", "look", "run", "jump")
 TURNS = {side: f"I_TURN_{side.upper()}" for side in ("left", "right")}
 REPEATS = {"twice": 2, "thrice": 3}
 CUTOFFS = (22, 24, 25, 26, 27, 28, 30, 32, 33, 36, 40)
+NAMES = ("simple", "length", "jump", *(f"length_{cutoff}" for cutoff in CUTOFFS))
 SIMPLE = 16_728  # training pairs of `simple`
 LENGTH = 22  # most actions in training of `length`
 JUMPS = 1_467  # training pairs "jump" of `jump`: a tenth of all
@@ -79,10 +80,7 @@ class ScanGrammar(tfds.core.GeneratorBasedBuilder):
     """Commands and their actions."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name=name)
-        for name in ("simple", "length", "jump", *(f"length_{cutoff}" for cutoff in CUTOFFS))
-    ]
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in NAMES]
 
     def _info(self) -> tfds.core.DatasetInfo:
         return dataset_info(self)

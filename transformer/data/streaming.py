@@ -144,10 +144,8 @@ class HostBatches:
     def __call__(self, step: int) -> Sides:
         size = len(self.rows)
         epoch, within = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
-        found = [
-            self.rows.take(permute_numpy(within, size, keys[epoch - self.first_epoch]))
-            for keys in self.round_keys
-        ]
+        drawn = (keys[epoch - self.first_epoch] for keys in self.round_keys)
+        found = [self.rows.take(permute_numpy(within, size, keys)) for keys in drawn]
         source, target = (np.stack(side).reshape(self.shape) for side in zip(*found, strict=True))
         return source, target
 

@@ -131,15 +131,10 @@ def decode(
         (variables, prefix), (source, streams) = replicated, inputs
         fold, key = jax.random.fold_in, jax.random.key(decoding.seed)
         keys = jax.vmap(lambda n: fold(fold(key, n[0]), n[1]))(streams)
-        constraints = Constraints(
-            prefix,
-            decoding.min_length,
-            decoding.no_repeat_ngram_size,
-            decoding.repetition_penalty,
-            outputs.forced_first,
-            outputs.forced_last,
-            None if outputs.start in outputs.banned else outputs.start,
-        )
+        settings = decoding.min_length, decoding.no_repeat_ngram_size, decoding.repetition_penalty
+        forced = outputs.forced_first, outputs.forced_last
+        start = None if outputs.start in outputs.banned else outputs.start
+        constraints = Constraints(prefix, *settings, *forced, start)
         limits = max_length, keys, model.tokens, margin, ratio
         sources = Sources(source, *limits, constraints, outputs)
         return decoding.method()(model.bind(variables), sources)

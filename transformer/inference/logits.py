@@ -1,8 +1,5 @@
 """What is done to the scores of the next token, logits or log p, before one is selected."""
 
-import operator
-from collections.abc import Iterator
-from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -20,12 +17,9 @@ def next_log_p(
     The others are not renormalised: their log p is that of teacher forcing.
     """
     token = jnp.arange(logits.shape[-1])
-
-    def tests() -> Iterator[Bool[Array, "V"]]:
-        yield from (token != each for each in banned)
-        yield token < (num_tokens or logits.shape[-1])
-
-    allowed = reduce(operator.and_, tests())
+    allowed = token < (num_tokens or logits.shape[-1])
+    for each in banned:
+        allowed &= token != each
     return jnp.where(allowed, jax.nn.log_softmax(logits.astype(jnp.float32)), -jnp.inf)
 
 

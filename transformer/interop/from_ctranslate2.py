@@ -46,8 +46,7 @@ ACTIVATIONS = {
 PADS = ("<pad>", "<blank>", "[PAD]")
 PADDING = "<padding>"  # added where a vocabulary has none
 NEVER = -1e9  # the logit of a token that the softmax leaves out
-TABLES = [f"{name}/weight" for name in ("encoder/embeddings_0", "decoder/embeddings")]
-TABLES += ["decoder/projection/weight"]
+TABLES = ["encoder/embeddings_0/weight", "decoder/embeddings/weight", "decoder/projection/weight"]
 BIAS = "decoder/projection/bias"
 POSITIONS = [f"{stack}/position_encodings/encodings" for stack in SIDES]
 # Variables that say what a knob says, or nothing that outputs depend on.
@@ -189,10 +188,8 @@ def _knobs(tensors: LazyTensors, scalars: Tensors, config: Mapping[str, Any]) ->
     first, depths = "encoder/layer_0", count_layers(NAMING, tensors)
     heads, pre = int(number("num_heads", 8)), bool(number("pre_norm", 1))
     knobs = infer_knobs(tensors, expand(NAMING, depths), heads, pre=pre)
-    activation, gated = (
-        int(number("activation", 0)),
-        f"{first}/ffn/linear_0_noact/weight" in tensors,
-    )
+    activation = int(number("activation", 0))
+    gated = f"{first}/ffn/linear_0_noact/weight" in tensors
     if (kind := ACTIVATIONS.get(activation, (None, None))[gated]) is None:
         raise UserError(f"activation {activation} of the feed-forward is not supported")
     scale = number("scale_embeddings", 1)

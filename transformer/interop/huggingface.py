@@ -86,10 +86,9 @@ UNSUPPORTED |= {"forced_decoder_ids": None, "sequence_bias": None, "guidance_sca
 UNSUPPORTED |= {"exponential_decay_length_penalty": None, "penalty_alpha": None}
 UNSUPPORTED |= {"dola_layers": None}
 # Tensors of a file that may hold nothing of their own; those of position tables may be computed.
-IGNORED = {"final_logits_bias"}
+IGNORED = {"final_logits_bias", "model.encoder.version", "model.decoder.version"}
 IGNORED |= {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 IGNORED |= {f"model.{stack}.embed_positions.weight{s}" for stack in SIDES for s in ("", "s")}
-IGNORED |= {"model.encoder.version", "model.decoder.version"}
 # Names of activations; the first of several with the same value is written.
 PLAIN = {"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 PLAIN |= {"swish": "swish", "silu": "swish"}
@@ -216,9 +215,7 @@ def _tables(family: Family, tensors: Tensors, config: Values) -> list[str]:
     The file holds a tied table once, under any of its names, or several times.
     """
     source, target, shared, logits = table_names(family)
-    both = [shared, source]
-    if config.get("share_encoder_decoder_embeddings") is False:
-        both = []
+    both = [] if config.get("share_encoder_decoder_embeddings") is False else [shared, source]
     orders = [source, shared, target, logits], [target, *both, logits], [logits, target, *both]
     found = [next((each for each in order if each in tensors), None) for order in orders]
     if None in found:
@@ -265,19 +262,10 @@ def _decoding(generation: Values) -> Values:
             value = f"{key}={generation[key]}"
             raise UserError(f"generation_config.json: {value} is not supported; remove it")
     given = {"length_penalty": 1.0} | {k: v for k, v in generation.items() if v is not None}
-    knobs = {
-        knob: type(getattr(GREEDY, knob))(given[key])
-        for key, knob in SEARCH_KEYS.items()
-        if key in given
-    }
+    said = [(key, knob) for key, knob in SEARCH_KEYS.items() if key in given]
+    knobs: Values = {knob: type(getattr(GREEDY, knob))(given[key]) for key, knob in said}
+    knobs["early_stopping"] = str(given.get("early_stopping", False)).lower()
     # Their lengths count the start token, except max_new_tokens.
-    longest = given.get("max_new_tokens") or given.get("max_length", 20) - 1
-    return (
-        BEAMS
-        | knobs
-        | {
-            "early_stopping": str(given.get("early_stopping", False)).lower(),
-            "max_length": longest,
-            "min_length": max(0, given.get("min_length", 0) - 1),
-        }
-    )
+    knobs["max_length"] = given.get("max_new_tokens") or given.get("max_length", 20) - 1
+    knobs["min_length"] = max(0, given.get("min_length", 0) - 1)
+    return BEAMS | knobs

@@ -56,9 +56,8 @@ def import_run(
         raise UserError(f"{source}: there is no such folder; name one that holds a model")
     found = [name for name, each in FORMATS.items() if each.recognises(source)]
     if not found:
-        formats = ", ".join(FORMATS)
         lacking = " (it has no config.json)" if source.is_dir() else ""
-        raise UserError(f"{source} is in none of the formats {formats}{lacking}")
+        raise UserError(f"{source} is in none of the formats {', '.join(FORMATS)}{lacking}")
     imported = FORMATS[found[0]].read(source, tokenizer)
     tokenizers = imported.tokenizers.prefixed(source_prefix, target_prefix)
     config = _config(imported, shared=tokenizers.shared())
@@ -102,6 +101,5 @@ def _write_checkpoint(run: Run, into: Workdir, imported: Imported) -> None:
     rest: TrainState = jax.tree.map(zeros, like._replace(params={}))
     never = place(np.array(-1, like.failed.dtype), like.failed.sharding)
     into.plots.mkdir(parents=True)
-    best = run.config.best_metric
-    with Checkpoints(into.checkpoints, 1, best, small_files=True) as checkpoints:
+    with Checkpoints(into.checkpoints, 1, run.config.best_metric, small_files=True) as checkpoints:
         checkpoints.save(rest._replace(params=params, failed=never), {})

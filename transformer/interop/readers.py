@@ -121,12 +121,8 @@ def plain_tokenizers(
     if model is not None:
         with explained(f"{model}: name a SentencePiece model that can be read", OSError):
             kind, data = "sentencepiece", model.read_bytes()
-    sides = {
-        side: ImportedTokenizer.make(
-            kind, data, pieces=own, ids=ids[side], size=len(own), source_eos=source_eos
-        )
-        for side, own in pieces.items()
-    }
+    make = partial(ImportedTokenizer.make, kind, data, source_eos=source_eos)
+    sides = {side: make(pieces=own, ids=ids[side], size=len(own)) for side, own in pieces.items()}
     if pieces["source"] == pieces["target"]:
         return Tokenizers(*sides["target"].sides())
     return Tokenizers(sides["source"].sides()[0], sides["target"].sides()[1])

@@ -338,8 +338,7 @@ def _attention_positions(position: Any, queries: Array, keys: Array) -> dict[str
 
 def set_dropout_rates(module: nnx.Module, dropout_rate: Any, attention_dropout_rate: Any) -> None:
     """Sets the dropout rates of a model to numbers or traced scalars."""
-    modules = (Dropout, "rate"), (MultiHeadAttention, "dropout_rate")
-    rates = dropout_rate, attention_dropout_rate
-    for (kind, name), rate in zip(modules, rates, strict=True):
+    attention = MultiHeadAttention, "dropout_rate", attention_dropout_rate
+    for kind, name, rate in ((Dropout, "rate", dropout_rate), attention):
         value: Any = nnx.data(rate) if isinstance(rate, jax.Array) else rate
         module.set_attributes(kind, raise_if_not_found=False, **{name: value})

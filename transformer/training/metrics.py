@@ -113,11 +113,8 @@ def finalize(interval: Interval) -> dict[str, float]:
     return metrics
 
 
-_explained = explained(
-    "metrics.jsonl, or the events beside it, could not be written: {reason}; "
-    "free space, or choose another --workdir",
-    OSError,
-)
+UNWRITTEN = "metrics.jsonl, or the events beside it, could not be written: {reason}"
+_explained = explained(f"{UNWRITTEN}; free space, or choose another --workdir", OSError)
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):

@@ -126,11 +126,9 @@ def make_train_step(model: Model, config: "RunConfig") -> Callable[..., tuple[Tr
             module = model.bind(state.params | trained | state.batch_stats)
             set_dropout_rates(module, *dropout_rates)
             hidden = module.hidden(**part.inputs(), deterministic=False, rngs=training_rngs(key))
-            labels = part.target_out, part.weights, label_smoothing
-            table, bias = module.output_table(), module.output_bias()
-            loss, measured = linear_cross_entropy(
-                hidden, table, *labels, bias=bias, measure=token_metrics
-            )
+            inputs = hidden, module.output_table(), part.target_out, part.weights, label_smoothing
+            bias = module.output_bias()
+            loss, measured = linear_cross_entropy(*inputs, bias=bias, measure=token_metrics)
             sums = {name: (each * part.weights).sum() for name, each in measured.items()}
             batch_stats = flatten(nnx.state(module, nnx.BatchStat))
             return loss, (sums | {"tokens": part.weights.sum()}, batch_stats)
