@@ -80,10 +80,8 @@ def main() -> None:
         for folder in folders
     )
     if not one & other:
-        raise UserError(
-            f"the runs have no checkpoint of the same step: {sorted(one)} and {sorted(other)}; "
-            "train them for equally many steps"
-        )
+        fault = f"the runs have no checkpoint of the same step: {sorted(one)} and {sorted(other)}"
+        raise UserError(f"{fault}; train them for equally many steps")
     found = compare(*(values_of(folder, max(one & other)) for folder in folders))
     rows = [
         (group, *map(str, counts), f"{largest:.1e}" * (counts[-1] > 0), where)

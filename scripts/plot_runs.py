@@ -153,11 +153,9 @@ def written(value: Any) -> str:
 def metrics_of(every: Sequence[Member]) -> dict[str, Shown]:
     """The metrics that are printed and that a run has; those without `train` of validation."""
     shown = {}
-    for name, metric in PRINTED.items():
-        unit = "nats per token" if name == "loss" else ""
+    for name, metric in {**PRINTED, **TEXT_METRICS}.items():
+        unit = "percent" if name in TEXT_METRICS else "nats per token" if name == "loss" else ""
         shown[name] = Shown(name.replace("_", " "), metric.format, metric.better, unit)
-    for name, metric in TEXT_METRICS.items():
-        shown[name] = Shown(name.replace("_", " "), metric.format, metric.better, "percent")
     known = {"train/loss": shown["loss"]._replace(words="train loss")}
     known |= {f"validation/{name}": each for name, each in shown.items()}
     logged = {name for each in every for row in each.rows for name in row}

@@ -93,10 +93,8 @@ def check_better(seeds: int, steps: int, record: dict[str, Any], path: Path) -> 
     known = max(len(each.seeds) for each in outcomes)
     longest = max(each.config["steps"] for each in outcomes)
     if seeds < known or steps < longest:
-        raise UserError(
-            f"--seeds={seeds} --steps={steps}: {path} holds a result of {known} seeds and "
-            f"{longest} steps; give as many, or choose another folder"
-        )
+        held = f"{known} seeds and {longest} steps; give as many, or choose another folder"
+        raise UserError(f"--seeds={seeds} --steps={steps}: {path} holds a result of {held}")
 
 
 def show_list() -> None:
@@ -105,14 +103,11 @@ def show_list() -> None:
     for name in published.names():
         result, config = published.load(name)
         record, steps = published.saved(RESULTS, name), load_config(config).steps
-        rows.append((name, result.task, result.data, result.seeds, result.hours(steps, record)))
+        hours = result.hours(steps, record)
+        rows.append((name, result.task, result.data, str(result.seeds), hours))
         results += published.summary(name, result, config, record)
-    table(
-        "published results",
-        ("name", "task", "data", "seeds", "hours of a seed, estimated"),
-        rows,
-        text=True,
-    )
+    columns = ("name", "task", "data", "seeds", "hours of a seed, estimated")
+    table("published results", columns, rows, text=True)
     table("last results", published.COLUMNS, results, text=True)
 
 

@@ -336,6 +336,14 @@ def test_what_would_spoil_a_result_is_refused_before_the_training(tmp_path):
         refused("only results in configs/published have a page", script.main, str(own))
 
 
+def test_the_list_has_every_result_with_its_cost_and_verdict(capsys):
+    with helpers.program("scripts/reproduce.py", "--list") as script:
+        script.main()
+    said = capsys.readouterr().out
+    assert all(said.count(name) >= 2 for name in NAMES)
+    assert "on 2 CPU cores" in " ".join(said.split())
+
+
 def test_published_results_need_a_published(tmp_path):
     (file := tmp_path / "own.py").write_text("def get_published():\n    return 1\n")
     refused(r"get_published\(\) returns no Published", published.load, str(file))

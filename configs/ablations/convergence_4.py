@@ -32,10 +32,8 @@ def convergence(*, batch_size: int, steps: int, eval_every: int, rates: Sequence
         baseline=f"layer, 4 layers, {rates[2]}",
         seeds=8,
         target=0.5,
-        note=(
-            f"Pre-norm, batches of {batch_size}. Every norm is trained at the same {len(rates)} "
-            "learning rates; `scripts/claims.py` compares each at its best."
-        ),
+        note=f"Pre-norm, batches of {batch_size}. Every norm is trained at the same {len(rates)} "
+        "learning rates; `scripts/claims.py` compares each at its best.",
     )
 
 

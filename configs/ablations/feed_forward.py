@@ -15,8 +15,6 @@ def get_sweep():
         variants={name: {"model.feed_forward": name} for name in FEED_FORWARDS},
         baseline="relu",
         seeds=5,
-        note=(
-            "For a T5 of 220M parameters Narang et al. 2021 report final losses of 1.838 (relu), "
-            "1.838 (gelu), 1.847 (swish), 1.814 (glu), 1.792 (geglu) and 1.789 (swiglu)."
-        ),
+        note="For a T5 of 220M parameters Narang et al. 2021 report final losses of 1.838 (relu), "
+        "1.838 (gelu), 1.847 (swish), 1.814 (glu), 1.792 (geglu) and 1.789 (swiglu).",
     )

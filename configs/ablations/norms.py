@@ -23,8 +23,6 @@ def get_sweep():
         baseline="layer, pre",
         seeds=5,
         target=0.5,
-        note=(
-            "Xiong et al. 2020 say that post-norm needs a warm-up of the learning rate and "
-            "pre-norm does not. Four layers of width 32; warm-up is 50 steps or none."
-        ),
+        note="Xiong et al. 2020 say that post-norm needs a warm-up of the learning rate and "
+        "pre-norm does not. Four layers of width 32; warm-up is 50 steps or none.",
     )

@@ -20,10 +20,8 @@ def get_sweep():
         baseline="sinusoidal",
         seeds=5,
         splits=("test_longer",),
-        note=(
-            "Training sources have 1 to 16 letters, `test_longer` 17 to 24. `random` draws "
-            "positions from 0 … 127 in training (Ruoss et al. 2023, there with an encoder alone) "
-            "and spaces them by 4 in evaluation. Rotary, relative (T5) and ALiBi act in "
-            "self-attention only."
-        ),
+        note="Training sources have 1 to 16 letters, `test_longer` 17 to 24. `random` draws "
+        "positions from 0 … 127 in training (Ruoss et al. 2023, there with an encoder alone) "
+        "and spaces them by 4 in evaluation. Rotary, relative (T5) and ALiBi act in "
+        "self-attention only.",
     )

@@ -29,8 +29,6 @@ def get_sweep():
             "smoothing 0.2": PaperRow({"label_smoothing": 0.2}),
         },
         target=0.5,
-        note=(
-            "Trained on 1,000 strings. All variants share programs, so variants without dropout "
-            "pay for its random numbers too: the speeds in the table do not compare variants."
-        ),
+        note="Trained on 1,000 strings. All variants share programs, so variants without dropout "
+        "pay for its random numbers too: the speeds in the table do not compare variants.",
     )

@@ -119,10 +119,8 @@ class Published:
             check_choice(recipe.data.metrics, self.metric.partition(",")[0], "metric")
             saved = min(recipe.keep_checkpoints, recipe.steps // recipe.save_every)
             if saved < self.average:
-                raise UserError(
-                    f"average={self.average} checkpoints, and there will be {saved}: raise steps "
-                    "or keep_checkpoints, or lower save_every"
-                )
+                fault = f"average={self.average} checkpoints, and there will be {saved}"
+                raise UserError(f"{fault}: raise steps or keep_checkpoints, or lower save_every")
 
 
 def _hours(seconds: float) -> str:
@@ -342,23 +340,15 @@ def section(
     if record is None:
         return f"{text}\nNot run here.\n"
     outcomes = record["outcomes"]
-    rows = [
-        (
-            variant,
-            ", ".join(f"{value:.2f}" for value in each.values),
-            f"{each.low:.2f} to {each.high:.2f}",
-            ", ".join(f"{value:.2f}" for value in each.validation),
-            f"{each.seconds_per_update:.2f}",
-        )
-        for variant, each in outcomes.items()
-    ]
+    write, rows, series = "{:.2f}".format, [], {}
+    for variant, each in outcomes.items():
+        values, accuracies = (", ".join(map(write, x)) for x in (each.values, each.validation))
+        bounds, seconds = f"{each.low:.2f} to {each.high:.2f}", write(each.seconds_per_update)
+        rows.append((variant, values, bounds, accuracies, seconds))
+        series[variant] = [each.curve[key] for key in ("step", "mean", "min", "max")]
     seeds, signature = (one := next(iter(outcomes.values()))).seeds, one.signature
     columns = ("variant", f"seeds {', '.join(map(str, seeds))}", "over test items")
     columns += ("validation sequence accuracy", "seconds per update")
-    series = {
-        variant: (each.curve["step"], each.curve["mean"], each.curve["min"], each.curve["max"])
-        for variant, each in outcomes.items()
-    }
     plots.lines([plots.Panel("", "update", "validation loss", series)], folder / f"{name}.png")
     versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
     return f"""{text}

@@ -216,9 +216,4 @@ def _decoding(bench: Bench, names: Sequence[str], strings: Mapping[int, int]) ->
     return tables, rounds
 
 
-PARTS = {
-    "training": training,
-    "time_to_accuracy": time_to_accuracy,
-    "decoding": decoding,
-    "imported": imported,
-}
+PARTS = {each.__name__: each for each in (training, time_to_accuracy, decoding, imported)}

@@ -90,9 +90,8 @@ class Ours(Contender):
         mesh = one_device_mesh() if batch == 1 else self.run.mesh
         key = batch == 1, beams, length
         if key not in self.decoders:
-            decode = partial(evaluation.decode, self.run.model, decoding=decoding)
-            decode = partial(decode, max_length=length)
-            self.decoders[key] = jax.jit(decode, compiler_options=evaluation.compiler_options())
+            call = partial(evaluation.decode, self.run.model, decoding=decoding, max_length=length)
+            self.decoders[key] = jax.jit(call, compiler_options=evaluation.compiler_options())
         with jax.set_mesh(mesh):
             if mesh not in self.placed:
                 self.placed[mesh] = jax.device_put(self.variables, replicated(mesh))

@@ -79,9 +79,7 @@ def answer(test: Difference) -> bool | None:
 
 def above_zero(cases: Mapping[str, Values], write: Callable[[Interval], str]) -> list[Check]:
     """A check per case that the mean of its repetitions is positive: t-tests, corrected by Holm."""
-    tests = statistics.corrected(
-        [paired(values, np.zeros(len(values))) for values in cases.values()]
-    )
+    tests = statistics.corrected([paired(each, np.zeros(len(each))) for each in cases.values()])
     return [
         Check(name, write(mean_interval(cases[name])) + shown(test, write), answer(test))
         for name, test in zip(cases, tests, strict=True)

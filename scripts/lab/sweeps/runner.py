@@ -40,10 +40,8 @@ def is_done(program: Program, workdir: Path) -> bool:
         return False
     config = continued(program.resolved(), saved)
     if changes := differences(saved, config):
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another "
-            "--workdir, or delete that folder"
-        )
+        fault = f"{workdir} holds a run of another config ({'; '.join(changes)})"
+        raise UserError(f"{fault}; choose another --workdir, or delete that folder")
     if differences(saved, config, RUNTIME_KNOBS):
         return False  # it is evaluated in another way
     return all(path.exists() for path in program.outputs(workdir))

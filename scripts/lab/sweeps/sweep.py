@@ -122,9 +122,8 @@ class Program:
 
     def outputs(self, workdir: Path) -> list[Path]:
         """The files that training and evaluation end with."""
-        return [Workdir(str(workdir)).results] + [
-            workdir / f"eval_{split}.json" for split in self.splits
-        ]
+        evaluated = [workdir / f"eval_{split}.json" for split in self.splits]
+        return [Workdir(str(workdir)).results, *evaluated]
 
     def resolved(self) -> Any:
         """Its config, or a UserError that names the variant."""
