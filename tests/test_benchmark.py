@@ -197,10 +197,8 @@ def test_a_seed_that_gave_up_leaves_no_time_to_accuracy(bench, monkeypatch):
     monkeypatch.setattr(measure.Bench, "learn", learn)
     (table,), _ = measure.time_to_accuracy(bench)
     assert sorted(asked) == [(name, seed) for name in ("marian", OURS) for seed in (0, 1)]
-    assert [row[3:] for row in table["rows"]] == [
-        ["2 of 2", "50 [50, 50]", "9.0 [9.0, 9.0]", ""],
-        ["1 of 2", "", "", ""],
-    ]
+    rows = [["2 of 2", "50 [50, 50]", "9.0 [9.0, 9.0]", ""], ["1 of 2", "", "", ""]]
+    assert [row[3:] for row in table["rows"]] == rows
 
 
 CONTEXT = {"__enter__": lambda self: self, "__exit__": lambda *_: None}

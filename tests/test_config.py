@@ -96,6 +96,7 @@ BESIDES = {
 }
 # adamw with a weight decay is compared with adam; files are no split of toy_strings.
 CANNOT_STAND_ALONE = {"optimizer.name": {}, "data.dataset": {}}
+model_of = cache(Model)
 
 
 def config_of(changes):
@@ -106,9 +107,6 @@ def config_of(changes):
 
 def resolved(changes):
     return RunConfig.from_config_dict(config_of(changes))
-
-
-model_of = cache(Model)
 
 
 def arguments(cfg):

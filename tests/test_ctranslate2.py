@@ -15,15 +15,11 @@ CONFIGS = [
     {"position_encoding": "learned", "tie_embeddings": "none", "feed_forward": "gelu"},
     {"norm": "rms", "position_encoding": "rotary", "feed_forward": "swiglu", "num_kv_heads": 1},
 ]
+UNFIT = [{"position_encoding": each} for each in ("alibi", "transformer_xl")]
+UNFIT += [{"norm": "none"}, {"normalize_qk": True}, {"window": 4}]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"position_encoding": each} for each in ("alibi", "transformer_xl")),
-        *({"norm": "none"}, {"normalize_qk": True}, {"window": 4}),
-    ],
-)
+@pytest.mark.parametrize("changes", UNFIT)
 def test_a_model_that_ctranslate2_cannot_hold_is_refused_by_the_name_of_its_knob(changes):
     (knob,) = changes
     refused(f"model.{knob}=", ctranslate2.check, ModelConfig(**changes))

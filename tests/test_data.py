@@ -36,9 +36,7 @@ def loaded(data_dir):
     return {split: [side.values.tobytes() for side in corpus.tokens(split)] for split in SPLITS}
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("reverse", "small"), *((name, "tiny") for name in TASKS)]
-)
+@pytest.mark.parametrize(("name", "size"), [("reverse", "small"), *((x, "tiny") for x in TASKS)])
 def test_splits_share_no_string_and_are_as_large_as_they_say(name, size):
     task, sizes = TASKS[name], SIZES[size]
     everything = set()

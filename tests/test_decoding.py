@@ -159,10 +159,7 @@ CONSTRAINTS = {
         lambda tokens: tokens[:2] == [4, 4] and tokens[2] != 4,
     ),
     "min_length": ({"min_length": 2}, lambda tokens: EOS not in tokens[:2]),
-    "no_repeat": (
-        {"no_repeat_ngram_size": 1},
-        lambda tokens: max(map(tokens.count, {*tokens} - {PAD})) == 1,
-    ),
+    "no_repeat": ({"no_repeat_ngram_size": 1}, lambda x: max(map(x.count, {*x} - {PAD})) == 1),
 }
 
 
@@ -187,9 +184,7 @@ def test_constraints_come_before_the_truncation_of_samples_and_do_not_change_sco
     source = jnp.broadcast_to(SOURCE[0], (64, 4))
     sources = Sources(source, 9, KEYS[:64], constraints=constraints)
     settings = {"1": {"top_k": 1}, "all": {}, "greedy": {"temperature": 0.0}}
-    calls = jax.jit(
-        lambda params: {x: sample(model.bind(params), sources, **y) for x, y in settings.items()}
-    )
+    calls = jax.jit(lambda p: {x: sample(model.bind(p), sources, **y) for x, y in settings.items()})
     found = jax.tree.map(lambda x: np.asarray(x)[:, 0], calls(params))
     jax.tree.map(np.testing.assert_array_equal, found["1"], found["greedy"])
     tokens, scores = found["all"]

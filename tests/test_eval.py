@@ -260,12 +260,8 @@ def test_titles_are_the_text_and_the_run_and_labels_the_tokens(tmp_path, monkeyp
 def test_a_learning_curve_is_the_mean_and_the_range_of_the_replicas(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    values = {0: (4.0, 2.0), 1: (2.0,)}  # the second ends early
-    rows = [
-        {"step": step, "replica": k, "train/loss": loss}
-        for k, own in values.items()
-        for step, loss in enumerate(own)
-    ]
+    values = (0, 0, 4.0), (1, 0, 2.0), (0, 1, 2.0)  # the second replica ends early
+    rows = [{"step": step, "replica": k, "train/loss": loss} for step, k, loss in values]
     plots.learning_curve(rows, tmp_path / "curve.png", "mine_$_1_$")
     (figure,) = drawn
     assert figure.get_suptitle() == "mine_$_1_$"

@@ -41,12 +41,8 @@ def pieces_of(model):
 
 
 # As Marian numbers them: one vocabulary for two models, languages, padding at the end.
-VOCABULARY = [
-    "</s>",
-    "<unk>",
-    *dict.fromkeys(pieces_of(SOURCE_MODEL)[3:] + pieces_of(TARGET_MODEL)[3:]),
-]
-VOCABULARY += [">>deu<<", ">>fra<<", "<pad>"]
+PIECES = dict.fromkeys(pieces_of(SOURCE_MODEL)[3:] + pieces_of(TARGET_MODEL)[3:])
+VOCABULARY = ["</s>", "<unk>", *PIECES, ">>deu<<", ">>fra<<", "<pad>"]
 LAST = len(VOCABULARY) - 1
 MARIAN = TokenIds(pad=LAST, eos=0, start=LAST, unk=1, banned=(LAST,))
 
@@ -62,12 +58,9 @@ def library():
     own = tokenizers.Tokenizer(tokenizers.models.BPE())
     own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    own.train_from_iterator(TEXTS, trainer)
+    options = {"special_tokens": ["<s>", "<pad>", "</s>", "<unk>"], "show_progress": False}
+    options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=300, **options))
     own.enable_truncation(3)
     ids = TokenIds(pad=1, eos=2, start=2, bos=0, unk=3, forced_first=0)
     return ImportedTokenizer.make(
@@ -99,11 +92,8 @@ def test_every_row_has_an_id_and_text_comes_back(kind):
         roles, size = first.roles, first.record["size"]
         assert tokenizer.vocab_size == len(tokenizer.pieces) == size
         assert sorted(tokenizer.theirs.tolist()) == [*range(size)]
-        assert tokenizer.theirs[[PAD, EOS, tokenizer.start]].tolist() == [
-            roles.pad,
-            roles.eos,
-            roles.start,
-        ]
+        ids = tokenizer.theirs[[PAD, EOS, tokenizer.start]].tolist()
+        assert ids == [roles.pad, roles.eos, roles.start]
         assert tokenizer.theirs[[*tokenizer.banned]].tolist() == [*roles.banned]
         for text in TEXTS if kind != "sentencepiece" else TEXTS[:2]:
             assert source.encode_all([text, ""]) == [source.encode(text), [EOS]]
@@ -148,11 +138,8 @@ def test_prefixes_are_replaced_by_names():
     assert text.encode("lowest") == plain.encode("low lower lowest")
     assert text.encode(" ") == [EOS]
     assert text.sides()[1].encode("neu") == plain.sides()[1].encode("neu")
-    refused(
-        "source_prefix='>>due<<': no token is >>due<< .did you mean >>deu<<",
-        plain.prefixed,
-        ">>due<<",
-    )
+    message = "source_prefix='>>due<<': no token is >>due<< .did you mean >>deu<<"
+    refused(message, plain.prefixed, ">>due<<")
     refused("target_prefix='': it is one token", plain.prefixed, None, "")
     ours = Tokenizers(*ByteTokenizer().sides())
     refused("target_prefix='x': only imported models have one", ours.prefixed, None, "x")

@@ -85,19 +85,15 @@ def test_a_run_starts_where_another_is_and_with_an_optimizer_of_its_own(
 
 DEEPER = {"model.num_layers": 2}
 SECOND = ("encoder/layers/1/*", "decoder/layers/1/*")
+ONLY = r"decoder/layers/1/\S* is only"
 
 
 @pytest.mark.cached
 @pytest.mark.parametrize(
     ("before", "after", "message", "patterns"),
     [
-        (
-            {},
-            DEEPER,
-            r"decoder/layers/1/\S* is only here, .*and \d+ more .*'decoder/lay.*/1/\*',",
-            SECOND,
-        ),
-        (DEEPER, {}, r"decoder/layers/1/\S* is only there", SECOND),
+        ({}, DEEPER, rf"{ONLY} here, .*and \d+ more .*'decoder/lay.*/1/\*',", SECOND),
+        (DEEPER, {}, f"{ONLY} there", SECOND),
         ({}, {"model.d_ff": 64}, r"is \[16, 32\] there and \[16, 64\] here", ("*feed_forward/*",)),
         ({}, {"data.tokenizer": "bytes"}, r" embedding/embedding is \[32, 16\] there", ("emb*",)),
         (None, {}, " embedding/embedding is of another vocabulary", ("embedding/*",)),

@@ -131,13 +131,11 @@ def test_random_positions_are_those_of_examples_and_not_of_rows(rng):
 ROWS = [[[5, 2], [2]], [[6, 7, 2], [8, 2]]], [[[9, 9, 9, 2]], [[2]]]
 PARTS = [TokenPairs(*map(RaggedArray.from_lists, part)) for part in ROWS]
 WHOLE = [[[5, 2], [2], [9, 9, 9, 2]], [[6, 7, 2], [8, 2], [2]]]
+never = partial(pytest.fail, "made again")
 
 
 def lists(pairs):
     return [[side.take(np.array([k])).values.tolist() for k in range(len(side))] for side in pairs]
-
-
-never = partial(pytest.fail, "made again")
 
 
 def test_tokens_in_parts_come_back_as_a_whole_and_are_made_once(tmp_path):

@@ -87,10 +87,8 @@ def test_predict_writes_a_line_for_each_line(predict, trained, found, tmp_path):
 
 def test_predict_limits_outputs_by_decode_margin_and_counts_the_truncated(predict, found):
     out, errors = predict(GIVEN, "--decode_margin=0")
-    tokens = [
-        own[0].tokens[: len(x) + 1 if x else 0]
-        for x, own in zip(TEXTS, found["greedy"], strict=True)
-    ]
+    pairs = zip(TEXTS, found["greedy"], strict=True)
+    tokens = [own[0].tokens[: len(x) + 1 if x else 0] for x, own in pairs]
     assert out.splitlines() == [TOKENIZER.decode(each) for each in tokens]
     cut = [n for n, x in enumerate(TEXTS, 1) if x and len(tokens[n - 1]) > len(x)]
     assert 0 < len(cut) < 5

@@ -25,6 +25,8 @@ from transformer.errors import UserError
 from transformer.training.step import data_keys
 
 KEYS = data_keys(np.array([0, 7], np.uint32))
+of_step = jax.jit(lambda data, key, step: data.batch(key, step))
+assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
 
 
 def rows_of(count, packed):
@@ -36,10 +38,6 @@ def streamed(rows, batch_size, steps, workers=1):
     data = StreamedDataset(rows, batch_size, KEYS, steps, workers, mesh_of(1, 1, 1))
     data.window_steps = 3
     return data
-
-
-of_step = jax.jit(lambda data, key, step: data.batch(key, step))
-assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,8 @@ def test_variants_are_every_combination():
     assert list(named) == ["rms", "deep, rms"]
     message = r"model__norm='rms': it must be a list, such as \['rms'\]"
     helpers.refused(message, grid, model__norm="rms")
-    paired = zipped(seed=[1, 2], model__norm=["layer", "rms"])
-    assert list(paired.values()) == [
-        {"seed": 1, "model.norm": "layer"},
-        {"seed": 2, "model.norm": "rms"},
-    ]
+    one, two = zipped(seed=[1, 2], model__norm=["layer", "rms"]).values()
+    assert (one, two) == ({"seed": 1, "model.norm": "layer"}, {"seed": 2, "model.norm": "rms"})
 
 
 def test_runs_that_differ_in_numbers_alone_share_a_program():

@@ -247,12 +247,8 @@ def test_permutation_differences_are_those_of_positions():
         return attention(x, x, True)
 
     assert testing.permutation_differences(model, TOKENS) == []
-    assert (
-        testing.permutation_differences(
-            lambda x: VECTORS[x].mean(1, keepdims=True) + model(x), TOKENS
-        )
-        == []
-    )
+    pooled = lambda x: VECTORS[x].mean(1, keepdims=True) + model(x)  # noqa: E731
+    assert testing.permutation_differences(pooled, TOKENS) == []
     alike = np.where(np.arange(S) < 3, 0.0, 1.0)[:, None]  # the first three positions are
     found = testing.permutation_differences(lambda x: VECTORS[x] + alike, TOKENS)
     assert [each[:2] for each in found] == [(0, 2), (0, 3), (1, 2), (1, 3)]
@@ -264,11 +260,8 @@ def test_permutation_differences_are_those_of_positions():
 def test_inputs_may_be_vectors_and_outputs_jax_arrays_of_any_precision():
     inputs = VECTORS[TOKENS].astype(np.float32)
     causal = jax.jit(lambda x: jnp.cumsum(x.astype(jnp.bfloat16), axis=1))
-    assert (
-        testing.future_leaks(causal, inputs)
-        == testing.future_leaks(causal, jnp.asarray(inputs))
-        == []
-    )
+    for given in (inputs, jnp.asarray(inputs)):
+        assert testing.future_leaks(causal, given) == []
     found = testing.future_leaks(lambda x: jnp.roll(causal(x), -1, axis=1), inputs)
     places = [(row, t, t + 1) for row in range(B) for t in range(S - 1)]
     assert [place for place in reads(found) if place[1] < S - 1] == places
@@ -324,6 +317,4 @@ def test_the_page_shows_a_known_fault_of_the_named_version(capsys):
     printed(0, names, capsys)
     found, expected = printed(2, names, capsys)
     (version,) = re.findall(r"Transformers ([\d.]+)", (ROOT / "docs/testing.md").read_text())
-    assert (
-        found == expected or transformers.__version__ != version
-    )  # another one may have mended it
+    assert found == expected or transformers.__version__ != version  # another may have mended it

@@ -140,11 +140,8 @@ def test_unknown_symbols_are_counted(tmp_path):
     splits = {"train": [("a b", "c")] * 5, "validation": [("a x é", "c")], "test": [("b", "<eos>")]}
     files = {split: write(tmp_path / split, tsv(each)) for split, each in splits.items()}
     said = "validation: source 2 of {} tokens ({}%); test: target {} of {} tokens (100.00%)".format
-    for tokenizer, expected in {
-        "words": said(3, "66.67", 1, 1),
-        "characters": said(5, "40.00", 5, 5),
-        "bytes": "",
-    }.items():
+    wanted = {"words": said(3, "66.67", 1, 1), "characters": said(5, "40.00", 5, 5), "bytes": ""}
+    for tokenizer, expected in wanted.items():
         corpus = opened(tmp_path, **files, tokenizer=tokenizer)
         assert corpus.unknown(*files.values()) == expected
     many = write(tmp_path / "many.tsv", [f"w{k}\tx x" for k in range(300)])

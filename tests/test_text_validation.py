@@ -30,11 +30,8 @@ def train(folder, data_dir, **changes):
 
 
 def validated(folder, name):
-    return {
-        row["step"]: row[f"validation/{name}"]
-        for row in results(folder)
-        if f"validation/{name}" in row
-    }
+    key = f"validation/{name}"
+    return {row["step"]: row[key] for row in results(folder) if key in row}
 
 
 def test_a_sample_is_decoded_by_one_program_and_its_metrics_are_logged(

@@ -69,10 +69,8 @@ def test_sides_of_two_vocabularies_share_no_table(ties):
 
 def test_scale_and_bias_of_the_logits_reach_scoring_and_training(rng):
     changes = {"logits_bias": True, "logits_scale": 0.5, "tie_embeddings": "target_output"}
-    model, config = (
-        small_model(**changes),
-        RunConfig(optimizer=OptimizerConfig(name="sgd", clip_norm=0.0, **CONSTANT)),
-    )
+    model = small_model(**changes)
+    config = RunConfig(optimizer=OptimizerConfig(name="sgd", clip_norm=0.0, **CONSTANT))
     params = random_params(model, 0) | {"logits_bias": normal(rng, model.vocab_size)}
     plain, halved = {"tie_embeddings": "none"}, params | {TABLES[2]: 0.5 * params[TABLES[1]]}
     del halved["logits_bias"]
@@ -129,15 +127,11 @@ def test_a_relative_bias_per_layer_is_that_of_its_layer():
     shared = {"position_encoding": "relative", "num_layers": 2, "decoder_layers": 3}
     changes, depths = shared | {"relative_per_layer": True}, {"source": 2, "target": 3}
     params = random_params(small_model(**changes), 0)
-    names = [
-        f"{side}_position/{i}/embedding" for side, depth in depths.items() for i in range(depth)
-    ]
+    names = [f"{side}_position/{i}/embedding" for side in depths for i in range(depths[side])]
     assert set(names) == {name for name in params if "position" in name}
     for run in ({"scan_layers": True}, {"remat": "dots"}):
         check_equal(changes | run, params, changes, params)
-    tables = {
-        f"{side}_position/embedding": params[f"{side}_position/1/embedding"] for side in depths
-    }
+    tables = {f"{x}_position/embedding": params[f"{x}_position/1/embedding"] for x in depths}
     alike = params | {name: tables[re.sub(r"/\d", "", name)] for name in names}
     check_equal(
         changes, alike, shared, {k: x for k, x in params.items() if k not in names} | tables
