@@ -4,8 +4,8 @@
     python scripts/reproduce.py scan_simple [--jobs=2] [--seeds=5]
 
 A name is that of a file in `configs/published`; the path of a file of your own works too. Repeating
-the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, the
-warm-up is shortened in the same proportion, and the result says so.
+the command resumes interrupted runs. With `--steps` there are fewer updates than in the recipe, and
+the result says so.
 """
 
 import shlex
@@ -50,7 +50,7 @@ def main(*words: str) -> None:
     if PUBLISH.value and Path(config).resolve().parent != published.FOLDER:
         raise UserError(f"only results in configs/published have a page: move {words[0]} there")
     name, recipe = Path(config).stem, load_config(config)
-    overrides = published.shortened(recipe, STEPS.value) if STEPS.value else {}
+    overrides = {"steps": STEPS.value} if STEPS.value else {}
     result.check(config, overrides)
     check_data(result, recipe.data)
     sweep = result.sweep(config, overrides, SEEDS.value)

@@ -17,7 +17,7 @@ from lab.sweeps.sweep import plan
 from tests import helpers
 from tests.helpers import refused
 from tests.test_programs import ROOT, complaint, finish, start
-from transformer.config import default_config, load_config
+from transformer.config import default_config
 from transformer.inference.text_metrics import TEXT_METRICS
 from transformer.training.metrics import MetricsWriter
 from transformer.workdir import Workdir, write_json
@@ -86,16 +86,11 @@ def test_a_result_of_another_recipe_or_of_fewer_updates_does_not_count_as_the_re
     answer = f"inconclusive: of another recipe (batch_size: 7 → {RECIPE.batch_size})"
     assert answer_to(figure, [50.0] * 3, batch_size=7, log_every=7) == answer
     assert answer_to(figure, [48.0] * 3, steps=steps) == "not reproduced"
-    fewer = published.shortened(RECIPE, steps // 2)
+    fewer, more = {"steps": steps - 1}, {"steps": steps + 1}
     assert answer_to(figure, [48.0] * 3, **fewer).startswith("inconclusive: fewer updates")
     assert answer_to(figure, [50.0] * 3, **fewer) == "reproduced"
-    warmup = RECIPE.optimizer.warmup_steps
-    answer = f"inconclusive: of another recipe (optimizer.warmup_steps: {warmup} → {warmup // 2})"
-    assert answer_to(figure, [50.0] * 3, steps=steps // 2) == answer
     failed = {"value": 0, "margin": 5, "better": -1, "learned": 95}
     assert answer_to(failed, [0.0] * 3, **fewer).startswith("inconclusive: fewer updates")
-    more = published.shortened(RECIPE, 2 * steps)
-    assert more["optimizer.warmup_steps"] == warmup
     assert answer_to(figure, [50.0] * 3, **more).startswith("inconclusive: of another recipe")
 
 
@@ -125,10 +120,9 @@ def test_the_hours_of_a_seed_are_measured_or_estimated():
 
 def test_programs_average_before_they_evaluate(tmp_path):
     result, path = published.load("multi30k")
-    fewer = published.shortened(load_config(path), 3000)
-    (program, *_), small = plan(result.sweep(path, fewer, 1), 1), tmp_path / "small"
+    (program, *_), small = plan(result.sweep(path, {"steps": 3000}, 1), 1), tmp_path / "small"
     train, average, evaluate = program.commands(small, None)
-    assert {"--config.steps=3000", "--config.optimizer.warmup_steps=750"} <= {*train}
+    assert "--config.steps=3000" in train
     assert average[1:] == [f"--workdir={small}", "--last=10", f"--into={small}_average"]
     assert evaluate[1:3] == [f"--workdir={small}_average", f"--out={small}"]
 

@@ -40,11 +40,11 @@ its section says so. Figures, margins and the rule were fixed before the runs: a
 *reproduced* if the mean over the seeds is better than it, or worse by at most its margin. The
 verdict is *inconclusive* with fewer than {FEWEST} seeds, if the 95% interval is wider than twice
 the margin, if a seed diverged, or if the figure was missed with fewer updates than the recipe has
-(`--steps`, which shortens the warm-up in the same proportion). A published failure is reproduced
-only by all updates, and by models that have learned: the validation sequence accuracy
-(teacher-forced) of each seed must be at least 95%. The interval is the wider of two: Student's t
-over the seeds, and the mean of the seeds' intervals over test items (bootstrap, or Wilson's for
-proportions). All figures are percentages or BLEU; brackets hold the interval.
+(`--steps`). A published failure is reproduced only by all updates, and by models that have learned:
+the validation sequence accuracy (teacher-forced) of each seed must be at least 95%. The interval is
+the wider of two: Student's t over the seeds, and the mean of the seeds' intervals over test items
+(bootstrap, or Wilson's for proportions). All figures are percentages or BLEU; brackets hold the
+interval.
 """
 
 
@@ -170,19 +170,13 @@ class Outcome:
         return Interval(over_seeds.mean, self.low, self.high, over_seeds.n)
 
 
-def shortened(recipe: Any, steps: int) -> dict[str, int]:
-    """Overrides for `steps` updates; if there are fewer, the warm-up is shortened in proportion."""
-    warmup = recipe.optimizer.warmup_steps * min(steps, recipe.steps) // recipe.steps
-    return {"steps": steps, "optimizer.warmup_steps": warmup}
-
-
 def verdict(figure: Figure, outcome: Outcome, recipe: Any) -> str:
     """`reproduced`, `not reproduced`, or `inconclusive` and why."""
     found, learned = outcome.interval(), min(outcome.validation)
     saved = saved_config(outcome.config)
-    same, shorter = continued(recipe, saved), saved.steps < recipe.steps
-    same.update_from_flattened_dict(shortened(recipe, min(saved.steps, recipe.steps)))
-    changes = differences(saved, same, RUNTIME_KNOBS)
+    shorter = saved.steps < recipe.steps
+    free = (*RUNTIME_KNOBS, "steps") if shorter else RUNTIME_KNOBS
+    changes = differences(saved, continued(recipe, saved), free)
     if changes:
         return f"inconclusive: of another recipe ({'; '.join(changes)})"
     if not np.isfinite([*outcome.values, *outcome.validation]).all():
