@@ -70,5 +70,7 @@ def get_published():
         flops=1.08e15,
         note="""The published command leaves the optimizer, label smoothing and clipping to the
 defaults of fairseq, which the recipe states. Its batches hold sentences of similar length, with
-padding at most 4,096 tokens on each of two GPUs; here 8,192 tokens are packed into rows of 64.""",
+padding at most 4,096 tokens on each of two GPUs; here 8,192 tokens are packed into rows of 64. The
+recipe needs its warm-up: three seeds of 1,350 updates with a warm-up of 337 had 35.8, 18.5 and 17.4
+BLEU on the test, and validation losses of 1.90, 2.40 and 2.53, which still fell.""",
     )
