@@ -208,7 +208,10 @@ def test_mistakes_are_explained():
     refused("give at least one", replace, result, figures={})
 
 
-@pytest.mark.parametrize("text", ['{"outcomes": {}}', '{"outcomes": {"a": 1}}', "[]", "no JSON"])
+EMPTY = json.dumps(dict.fromkeys(published.RECORD, "") | {"outcomes": {}})
+
+
+@pytest.mark.parametrize("text", [EMPTY, '{"outcomes": {"a": 1}}', "[]", "no JSON"])
 def test_a_damaged_record_is_named(text, tmp_path):
     (tmp_path / "scan_jump.json").write_text(text)
     refused("scan_jump.json (is damaged|cannot be read)", published.saved, tmp_path, "scan_jump")
