@@ -77,8 +77,8 @@ def influence(
     if not np.allclose(_call(model, inputs), usual, rtol=0.0, atol=atol, equal_nan=True):
         raise UserError(
             "two calls with the same inputs differ, so every input would show as a leak: switch "
-            "dropout off, with eval() or deterministic=True, or fix its random keys; of rounding "
-            "by which a GPU's atomic additions differ, allow atol"
+            "dropout off, with eval() or deterministic=True, or fix its random keys; for "
+            "rounding, such as of a GPU's atomic additions, raise atol"
         )
     for position in range(inputs.shape[1]):
         changed = inputs.copy()

@@ -36,7 +36,8 @@ HEAD = f"""# Published results
     python scripts/reproduce.py NAME
 
 trains by a paper's recipe, evaluates as the paper evaluated and compares. Where a recipe is ours,
-its section says so. Figures, margins and the rule were fixed before the runs: a figure is
+its section says so. Figures, margins and intervals were fixed before the runs; the rules for
+diverged, shorter and longer runs were added later. A figure is
 *reproduced* if the mean over the seeds is better than it, or worse by at most its margin. The
 verdict is *inconclusive* with fewer than {FEWEST} seeds, if the 95% interval is wider than twice
 the margin, if a seed diverged, or if the figure was missed with fewer updates than the recipe has
