@@ -208,7 +208,7 @@ def searching(model: Model, outputs) -> None:
         params = random_params(model, seed)
         found, beam = search(params)
         np.testing.assert_array_equal(beam.tokens, found.tokens)
-        np.testing.assert_allclose(beam.scores[:3], found.scores[:3], rtol=1e-5)
+        np.testing.assert_allclose(beam.scores[:3], found.scores[:3], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(found.tokens[3:], PAD)  # without a source nothing is said
         np.testing.assert_array_equal(found.scores[3:], 0.0)
         np.testing.assert_array_equal(beam.scores[3:], -np.inf)
@@ -224,7 +224,8 @@ def searching(model: Model, outputs) -> None:
         best, taken = log_p.argmax(-1), ~ended[:3]
         np.testing.assert_array_equal(best[taken], tokens[:3][taken])
         total = (log_p.max(-1) * taken).sum(-1)
-        np.testing.assert_allclose(found.scores[:3, 0], total, rtol=1e-4)
+        # Near zero, log p is a difference of larger numbers, the logits, and rounds as they do.
+        np.testing.assert_allclose(found.scores[:3, 0], total, rtol=1e-4, atol=1e-6)
 
 
 def sharding(model: Model, outputs, params: Params) -> None:
