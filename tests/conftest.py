@@ -13,23 +13,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # that are given `helpers.AS_USERS`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-# Programs that tests start share what they compile, and so do the tests of a process that are
-# marked `cached`. Not other tests: programs for several CPU devices that were read from a cache
-# have deadlocked (jaxlib 0.10.2).
+# Programs that tests start share what they compile. Not this process: programs for several CPU
+# devices that were read from a cache have deadlocked (jaxlib 0.10.2).
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 if jax.__version_info__ < (0, 11):
     # XLA's older code generators, which it has lost since, compile in a third of the time.
     emitters = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{emitters} --xla_cpu_parallel_codegen_split_count=1"
 
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_enable_compilation_cache", False)
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -58,26 +55,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # no collection looks through what was imported
     gc.set_threshold(50_000)  # tracing makes many objects, and few cycles
     gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)  # before the fixtures
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    cached = item.get_closest_marker("cached") is not None
-    if cached != jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", cached)
-        # This process's own: JAX's files can be read before they are complete.
-        jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-        compilation_cache.reset_cache()  # which looks at these settings only once
-
-
-def refuse_several_devices(event: str, **_: object) -> None:
-    """Or a test that is marked by mistake may hang."""
-    if event.endswith("/compile_requests_use_cache"):
-        devices = jax.sharding.get_abstract_mesh().size  # 0 without a mesh
-        assert devices <= 1, "a program for several devices in a test that is marked `cached`"
-
-
-jax.monitoring.register_event_listener(refuse_several_devices)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from transformer import cli
+from transformer.config import RunConfig
 from transformer.data.batches import Batch, make_batch
 from transformer.data.datasets import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
@@ -26,6 +28,8 @@ from transformer.modules.config import ModelConfig
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
 from transformer.modules.transformer import Transformer
+from transformer.run import Run
+from transformer.training.step import TrainState
 
 TOKENIZER = SymbolTokenizer(ALPHABET)
 # Whose flags stay, whichever program is tried.
@@ -122,6 +126,24 @@ def program(path: str, *words: str) -> Iterator[Any]:
         take()
         for name, flag in others.items():
             known[name] = flag
+
+
+# What a run builds that these knobs do not change: they are of the host's loop.
+BUILT = ("model", "abstract_state", "init", "train_steps", "score", "step_flops")
+HOST = ("log_every", "eval_every", "save_every", "keep_checkpoints", "patience", "best_metric")
+KNOWN: dict[RunConfig, dict[str, Any]] = {}
+
+
+def train(run: Run, **options: Any) -> TrainState | None:
+    """The last state of a run, which uses what a run of the same program has compiled before."""
+    key = replace(run.config, **{knob: getattr(RunConfig, knob) for knob in HOST})
+    vars(run).update(KNOWN.get(key, {}))
+    with jax.numpy_dtype_promotion("standard"):  # what a user has
+        try:
+            run.train(**options)
+        finally:
+            KNOWN[key] = {name: vars(run)[name] for name in BUILT if name in vars(run)}
+    return run.state
 
 
 class MarkovCache(NamedTuple):

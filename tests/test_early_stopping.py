@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import helpers
 from tests.helpers import refused
 from tests.test_config import resolved
 from tests.test_programs import results
@@ -15,8 +16,6 @@ from transformer.run import Run
 from transformer.training import loop
 from transformer.training.early_stopping import EarlyStopping
 from transformer.training.interruption import Interrupted, StopRequests
-
-pytestmark = pytest.mark.cached
 
 # Of the evaluations at 5, 6, 10, 12 and 14 the tiny model has a sequence accuracy of 0 in all.
 PATIENCE = {"patience": 2}
@@ -30,10 +29,7 @@ def make(folder, data_dir, **changes):
 
 
 def train(folder, data_dir, allow_changes=False, **changes):
-    with jax.numpy_dtype_promotion("standard"):  # what a user has
-        run = make(folder, data_dir, **changes)
-        run.train(allow_changes=allow_changes)
-        return run.state
+    return helpers.train(make(folder, data_dir, **changes), allow_changes=allow_changes)
 
 
 def same(one, other, but=("ended",)):

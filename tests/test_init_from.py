@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import TOKENIZER, refused
+from tests.helpers import TOKENIZER, refused, train
 from tests.test_average import drawn, make_run
 from tests.test_config import TWO, of, resolved
 from tests.test_training import equal
@@ -88,7 +88,6 @@ SECOND = ("encoder/layers/1/*", "decoder/layers/1/*")
 ONLY = r"decoder/layers/1/\S* is only"
 
 
-@pytest.mark.cached
 @pytest.mark.parametrize(
     ("before", "after", "message", "patterns"),
     [
@@ -155,7 +154,6 @@ def test_a_mistake_is_a_line(tmp_path, rng, data_dir):
     refused("10 is damaged", start, opened(folder, data_dir))
 
 
-@pytest.mark.cached
 def test_an_interrupted_run_resumes_without_the_folder_and_keeps_what_is_frozen(
     tmp_path, rng, data_dir, monkeypatch, capsys
 ):
@@ -164,23 +162,22 @@ def test_an_interrupted_run_resumes_without_the_folder_and_keeps_what_is_frozen(
     changes = {"ema_decay": 0.9, "freeze": ("encoder/*", "embedding/*"), **NORM}
     changes |= of("optimizer.", name="adamw", weight_decay=0.1, clip_norm=0.1)
 
-    def train(name):
-        with jax.numpy_dtype_promotion("standard"):
-            run = opened(folder, data_dir, tmp_path / name, **changes)
-            run.train()
+    def trained(name):
+        run = opened(folder, data_dir, tmp_path / name, **changes)
+        train(run)
         return run.restore()
 
-    whole = train("whole")
+    whole = trained("whole")
     sizes = {name: leaf.size for name, leaf in saved.params.items()}
     count = sum(size for name, size in sizes.items() if name.startswith("decoder"))
     assert f"{sum(sizes.values()):,}, of which {count:,} trained" in capsys.readouterr().out
     stop = lambda self: self.save_and_interrupt() if self.step == 4 else None  # noqa: E731
     monkeypatch.setattr(loop.TrainingLoop, "interrupt_if_requested", stop)
     with pytest.raises(Interrupted):
-        train("cut")
+        trained("cut")
     monkeypatch.undo()
     shutil.rmtree(folder)
-    assert equal(train("cut"), whole)
+    assert equal(trained("cut"), whole)
     for state in (whole.params, whole.variables()):
         same = {name for name in state if np.array_equal(state[name], saved.variables()[name])}
         assert same == {name for name in state if not name.startswith("decoder")}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import refused
+from tests.helpers import refused, train
 from tests.test_config import FILES, SMALL, of, resolved
 from tests.test_programs import results
 from transformer import cli
@@ -21,8 +21,6 @@ from transformer.training import loop
 from transformer.training.checkpoint import Checkpoints
 from transformer.training.interruption import Interrupted, StopRequests
 
-pytestmark = pytest.mark.cached
-
 # Logs at 4, 5, 8, 10, 12 and 14, for a save ends an interval too; validates at 5, 6, 10, 12, 14.
 KNOBS = SMALL | of("", steps=14, eval_every=6, save_every=5, keep_checkpoints=3)
 KNOBS |= {"model.dropout_rate": 0.1}
@@ -30,10 +28,8 @@ KNOBS |= {"model.dropout_rate": 0.1}
 
 def run(workdir, data_dir, allow_changes=False, **changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    with jax.numpy_dtype_promotion("standard"):  # what a user has
-        found = Run(resolved(KNOBS | changes), workdir, data_dir=data_dir)
-        found.train(allow_changes=allow_changes)
-        return found.state
+    found = Run(resolved(KNOBS | changes), workdir, data_dir=data_dir)
+    return train(found, allow_changes=allow_changes)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +46,6 @@ def whole(tmp_path_factory, data_dir):
 
 def steps_with(folder, metric):
     return [row["step"] for row in results(folder) if metric in row]
-
-
-def test_what_another_test_has_compiled_is_loaded():
-    events = []
-    record = lambda event, **_: events.append(event)  # noqa: E731
-    jax.monitoring.register_event_listener(record)
-    for _ in range(2):
-        jax.clear_caches()
-        jax.jit(lambda x: 3 * x + 1)(np.arange(7))
-    jax.monitoring.unregister_event_listener(record)
-    assert "/jax/compilation_cache/cache_hits" in events
 
 
 def test_metrics_are_of_the_interval_that_ends_there(whole):
