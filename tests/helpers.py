@@ -24,6 +24,7 @@ from transformer.data.datasets import DataConfig
 from transformer.data.tokenizer import SymbolTokenizer
 from transformer.data.toy import ALPHABET
 from transformer.errors import UserError
+from transformer.inference.evaluation import attention_maps
 from transformer.modules.config import ModelConfig
 from transformer.modules.dropout import training_rngs
 from transformer.modules.model import Model, Params
@@ -79,6 +80,9 @@ def logits_of(
     """The model's logits for a batch, those of training if a key is given."""
     mode = {} if dropout is None else training(dropout)
     return model.bind(params)(**batch.inputs(), **mode)
+
+
+maps_of = jax.jit(attention_maps, static_argnums=0)
 
 
 def strings(*pairs: tuple[str, str], source_length: int = 0, target_length: int = 0) -> Batch:

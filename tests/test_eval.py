@@ -352,13 +352,15 @@ def test_a_batch_of_short_sources_is_decoded_in_narrow_arrays():
     source = np.pad(source, ((0, 0), (0, 33 - source.shape[1])))
     assert (source != PAD).sum(1).tolist() == [4, 16, 31, 2, 3, 10]
 
+    compiled = jax.jit(decode)
+
     def recorded(source, streams):
         widths.append(source.shape[1])
-        return decode(*map(jnp.asarray, (source, streams)))
+        return compiled(*map(jnp.asarray, (source, streams)))
 
     found = evaluation.decode_in_batches(recorded, source, 2)
     assert widths == [9, 18, 33]  # 2 3 | 10 4 | 16 31
-    whole = jax.jit(decode)(jnp.asarray(source))
+    whole = compiled(jnp.asarray(source))
     np.testing.assert_array_equal(found.tokens, whole.tokens)
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-5)
 

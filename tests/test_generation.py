@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from tests import test_average
-from tests.helpers import TOKENIZER, logits_of, random_params, refused, strings
+from tests.helpers import TOKENIZER, logits_of, maps_of, random_params, refused, strings
 from tests.test_programs import ROOT
 from transformer import load
 from transformer.data.batches import Dataset
 from transformer.data.corpus import Tokenizers
 from transformer.data.text import cleaned
 from transformer.data.tokenizer import EOS, Tokenizer
-from transformer.inference import evaluation
 from transformer.inference.decoding import DecodingConfig, DecodingOptions
 from transformer.inference.generation import Output, TrainedModel, bucket
 from transformer.modules.model import Model
@@ -258,9 +257,8 @@ def test_attention_is_that_of_real_tokens(trained, recurrent, found):
             for weights in one[2:]:
                 np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
         batch = strings((TEXTS[0], "bad"))
-        maps = evaluation.attention_maps(
-            model.model, model.variables, Dataset(batch.source, batch.target_out, 1)
-        )
+        data = Dataset(batch.source, batch.target_out, 1)
+        maps = maps_of(model.model, model.variables, data)
         for kind, expected in maps.items():
             own = getattr(results[1], kind)
             for layer, weights in zip(own, expected, strict=True):

@@ -40,7 +40,7 @@ def value_and_gradients(function, hidden, table, *labels, bias=None):
         return 3.0 * value, measured
 
     numbers = (0, 1) if bias is None else (0, 1, 2)
-    return jax.value_and_grad(scaled, numbers, has_aux=True)(hidden, table, bias)
+    return jax.jit(jax.value_and_grad(scaled, numbers, has_aux=True))(hidden, table, bias)
 
 
 def assert_close(found, expected, dtype=jnp.float32):

@@ -12,11 +12,10 @@ from flax import nnx
 
 from configs import vaswani_base, vaswani_big
 from tests import contract
-from tests.helpers import logits_of, random_params, small_model, strings, training
+from tests.helpers import logits_of, maps_of, random_params, small_model, strings, training
 from transformer.config import default_config
 from transformer.data.batches import Dataset, make_batch
 from transformer.data.tokenizer import EOS
-from transformer.inference.evaluation import attention_maps
 from transformer.modules.cells import CELLS
 from transformer.modules.config import ModelConfig
 from transformer.modules.dot_product_attention import ATTENTION_BACKENDS, BFLOAT16_BACKENDS
@@ -258,7 +257,7 @@ def test_attention_maps_have_each_layers_distributions_over_real_tokens(changes)
     model = small_model(num_layers=2, **changes)
     data = Dataset(np.asarray(BATCH.source), np.asarray(BATCH.target_out), 3)
     later = replace(data, target=np.asarray(BATCH.target_out.at[0, 1].set(9)))  # read from 2 on
-    maps, others = (attention_maps(model, random_params(model, 0), each) for each in (data, later))
+    maps, others = (maps_of(model, random_params(model, 0), each) for each in (data, later))
     source, target = BATCH.source_segments, BATCH.target_segments
     sides = {"encoder": (source, source), "decoder": (target, target), "cross": (target, source)}
     layers = {"encoder": 0, "decoder": 0, "cross": 1} if changes == RECURRENT else {}

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import normal, random_params, refused, small_model
+from tests.helpers import maps_of, normal, random_params, refused, small_model
 from transformer.data.batches import Dataset
-from transformer.inference.evaluation import attention_maps
 from transformer.modules.attention import KeyValueCache, MultiHeadAttention
 from transformer.modules.positions import POSITIONS, RATES, SINUSOID_LAYOUTS
 from transformer.testing import permutation_differences
@@ -136,7 +135,7 @@ def test_all_layers_of_a_stack_share_its_relative_bias(layers):
     params = random_params(model, 0)
     params |= {name: jnp.full((32, 2), -1e4).at[0].set(0.0) for name in tables}
     tokens = np.array([[3, 4, 5, 6]], np.int32)
-    maps = attention_maps(model, params, Dataset(tokens, tokens, 1))
+    maps = maps_of(model, params, Dataset(tokens, tokens, 1))
     for weights in maps["encoder"] + maps["decoder"]:
         np.testing.assert_array_equal(weights, np.broadcast_to(np.eye(4), (1, 2, 4, 4)))
     assert [len(each) for each in maps.values()] == [layers] * 3

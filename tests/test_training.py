@@ -115,7 +115,7 @@ def test_the_gradient_is_of_the_mean_over_real_tokens():
         mean = lambda loss: (loss * batch.weights).sum() / batch.weights.sum()  # noqa: E731
         return mean(found.objective), mean(found.nll)
 
-    (value, nll), expected = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (value, nll), expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     after, sums = run(state, 1)
     for name, gradient in expected.items():
         found = after.opt_state[0].mu[name] / 0.1
@@ -211,9 +211,12 @@ def test_a_batch_in_parts_is_the_batch_and_each_part_drops_elements_of_its_own()
     alike = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), single)
     keys = jax.random.split(jax.random.fold_in(training.stream(jnp.uint32(0), "dropout"), 0), 3)
     model = small_model(dropout_rate=0.5)
-    logits = jax.vmap(lambda key: logits_of(model, state.params, single, key))(keys)
-    nlls = (cross_entropy(each, single.target_out).nll for each in logits)
-    losses = [float((nll * single.weights).sum()) for nll in nlls]
+
+    def loss(key):
+        logits = logits_of(model, state.params, single, key)
+        return (cross_entropy(logits, single.target_out).nll * single.weights).sum()
+
+    losses = jax.jit(jax.vmap(loss))(keys).tolist()
     assert len(set(losses)) == 3
     found = in_parts(state, alike)[1]["train/objective"]
     assert found == pytest.approx(sum(losses), rel=1e-4)

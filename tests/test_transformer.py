@@ -1,6 +1,7 @@
 """Knobs of the Transformer against models without them, whose parameters make up for it."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import logits_of, normal, random_params, refused, small_model, strings
+from tests.helpers import logits_of, maps_of, normal, random_params, refused, small_model, strings
 from transformer.config import RunConfig
 from transformer.data.batches import Dataset
 from transformer.data.tokenizer import PAD
-from transformer.inference.evaluation import attention_maps, score
+from transformer.inference.evaluation import score
 from transformer.loss import cross_entropy
 from transformer.modules.config import TIES, ModelConfig
 from transformer.modules.model import Model
@@ -82,10 +83,11 @@ def test_scale_and_bias_of_the_logits_reach_scoring_and_training(rng):
         nll = cross_entropy(logits_of(model, params, BATCH), BATCH.target_out).nll
         return (nll * BATCH.weights).sum() / BATCH.weights.sum()
 
-    value, gradients = jax.value_and_grad(loss)(params)
-    totals = score(model, params, Dataset(BATCH.source, BATCH.target_out, 3))
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    totals = jax.jit(score, static_argnums=0)(model, params, DATA)
     close(totals["nll"].sum() / BATCH.weights.sum(), value)
-    state = init_state(model, config, jnp.uint32(0), {})._replace(params=params)
+    init = jax.jit(partial(init_state, model, config))
+    state = init(jnp.uint32(0), {})._replace(params=params)
     after, sums = jax.jit(make_train_step(model, config))(state, BATCH)
     close(sums["train/loss"] / sums["tokens"], value)
     for name, gradient in gradients.items():
@@ -140,8 +142,8 @@ def test_a_relative_bias_per_layer_is_that_of_its_layer():
     alone = jnp.full((32, 2), -1e4).at[0].set(0.0)
     for side, kind in (("source", "encoder"), ("target", "decoder")):
         own = params | {f"{side}_position/1/embedding": alone}
-        maps = attention_maps(small_model(**changes), own, DATA)
-        assert [len(each) for each in maps.values()] == [2, 3, 3]
+        maps = maps_of(small_model(**changes), own, DATA)
+        assert [len(maps[x]) for x in ("encoder", "decoder", "cross")] == [2, 3, 3]
         assert [bool((each[0] == np.eye(6)).all()) for each in maps[kind]] == [
             i == 1 for i in range(depths[side])
         ]

@@ -130,6 +130,10 @@ class StreamedDataset:
         return BatchWindow(sides[0], sides[1], step, self.rows.packed, self.start)
 
 
+# The keys of replicas, and epochs → their round keys.
+draw_round_keys = jax.jit(jax.vmap(jax.vmap(round_keys, (None, 0)), (0, None)))
+
+
 class HostBatches:
     """The rows of the batches of steps `begin` to `end` - 1 in NumPy."""
 
@@ -137,9 +141,8 @@ class HostBatches:
         self.rows, self.batch_size = rows, batch_size
         self.first_epoch, last = (step * batch_size // len(rows) for step in (begin, end))
         epochs = jnp.arange(self.first_epoch, last + 1, dtype=jnp.uint32)
-        each_epoch = jax.vmap(round_keys, (None, 0))
-        drawn = jax.jit(jax.vmap(each_epoch, (0, None)))(jnp.atleast_1d(keys), epochs)
-        self.round_keys, self.shape = np.asarray(drawn), (*keys.shape, batch_size, -1)
+        self.round_keys = np.asarray(draw_round_keys(jnp.atleast_1d(keys), epochs))
+        self.shape = (*keys.shape, batch_size, -1)
 
     def __call__(self, step: int) -> Sides:
         size = len(self.rows)
