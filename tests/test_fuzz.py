@@ -86,7 +86,7 @@ def fuzzed(tries):
     return settings(max_examples=tries, **how)
 
 
-@fuzzed(20)
+@fuzzed(8)
 @given(pairs=overrides())
 @example(pairs=[("data.metrics", "(1,)")])  # a traceback once
 def test_overrides_start_a_run_or_are_refused_by_name(prepared, pairs):

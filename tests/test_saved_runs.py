@@ -25,7 +25,7 @@ from transformer.workdir import Workdir
 TEXTS = ["abc", "hedc", "fi"]
 
 
-@pytest.fixture(params=["toy", "text"])
+@pytest.fixture(params=["toy", pytest.param("text", marks=pytest.mark.slow)])
 def old(request, tmp_path, monkeypatch):
     """A run's folder, and what is expected of it."""
     monkeypatch.chdir(ROOT)  # its config names a file from there
