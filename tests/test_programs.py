@@ -284,23 +284,17 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory, data_dir):
-    folder = tmp_path_factory.mktemp("plain")
-    finish(start("train.py", *TINY, f"--data_dir={data_dir}", f"--workdir={folder}"))
-    return results(folder)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_no_environment_changes_a_run(name, plain_run, tmp_path, data_dir):
+def test_no_environment_changes_a_run(tmp_path, data_dir):
     """Only a line says what was asked for and is not used; files are in UTF-8."""
-    (words, environment), folder = ENVIRONMENTS[name], tmp_path / "run"
-    where = () if "no home" in name else (f"--data_dir={data_dir}",)
-    environment = environment | {"TMPDIR": str(tmp_path)}
-    finish(start(*words, *TINY, *where, f"--workdir={folder}", **environment))
-    assert results(folder) == plain_run
-    assert any(tmp_path.glob("home-*/tensorflow_datasets")) == ("no home" in name)
-    with start("scripts/predict.py", f"--workdir={folder}", **environment) as process:
-        out, errors = process.communicate("abc\n", timeout=100)
-    assert (process.returncode, out.count("\n")) == (0, 1), errors
+    finish(start("train.py", *TINY, f"--data_dir={data_dir}", f"--workdir={tmp_path / 'plain'}"))
+    for name, (words, environment) in ENVIRONMENTS.items():
+        (place := tmp_path / name).mkdir()
+        where = () if "no home" in name else (f"--data_dir={data_dir}",)
+        environment = environment | {"TMPDIR": str(place)}
+        finish(start(*words, *TINY, *where, f"--workdir={place / 'run'}", **environment))
+        assert results(place / "run") == results(tmp_path / "plain")
+        assert any(place.glob("home-*/tensorflow_datasets")) == ("no home" in name)
+        with start("scripts/predict.py", f"--workdir={place / 'run'}", **environment) as process:
+            out, errors = process.communicate("abc\n", timeout=100)
+        assert (process.returncode, out.count("\n")) == (0, 1), errors

@@ -26,6 +26,7 @@ WINDOW_STEPS = 100  # the maximum number of batches in a window
 WINDOWS_AHEAD = 2  # windows to prefetch to the devices
 BATCHES_AHEAD = 16  # batches that each worker prefetches
 READY = 0.01  # seconds; a window that takes longer to arrive was not ready
+draw_round_keys = jax.jit(jax.vmap(jax.vmap(round_keys, (None, 0)), (0, None)))  # keys, epochs
 
 
 @dataclass(eq=False)
@@ -128,10 +129,6 @@ class StreamedDataset:
             sides.append(on_mesh(tokens, None, "batch", length))
         step = on_mesh(np.full(self.keys.shape, first, np.int32))
         return BatchWindow(sides[0], sides[1], step, self.rows.packed, self.start)
-
-
-# The keys of replicas, and epochs → their round keys.
-draw_round_keys = jax.jit(jax.vmap(jax.vmap(round_keys, (None, 0)), (0, None)))
 
 
 class HostBatches:
