@@ -132,21 +132,21 @@ def program(path: str, *words: str) -> Iterator[Any]:
             known[name] = flag
 
 
-# What a run builds that these knobs do not change: they are of the host's loop.
+# Attributes of a run that do not depend on the knobs of the host's loop.
 BUILT = ("model", "abstract_state", "init", "train_steps", "score", "step_flops")
 HOST = ("log_every", "eval_every", "save_every", "keep_checkpoints", "patience", "best_metric")
-KNOWN: dict[RunConfig, dict[str, Any]] = {}
+COMPILED: dict[RunConfig, dict[str, Any]] = {}
 
 
 def train(run: Run, **options: Any) -> TrainState | None:
-    """The last state of a run, which uses what a run of the same program has compiled before."""
+    """Trains with the functions that a run of the same program has compiled; returns its state."""
     key = replace(run.config, **{knob: getattr(RunConfig, knob) for knob in HOST})
-    vars(run).update(KNOWN.get(key, {}))
+    vars(run).update(COMPILED.get(key, {}))
     with jax.numpy_dtype_promotion("standard"):  # what a user has
         try:
             run.train(**options)
         finally:
-            KNOWN[key] = {name: vars(run)[name] for name in BUILT if name in vars(run)}
+            COMPILED[key] = {name: vars(run)[name] for name in BUILT if name in vars(run)}
     return run.state
 
 

@@ -70,10 +70,10 @@ def get_published():
         flops=1.08e15,
         note="""The published command leaves the optimizer, label smoothing and clipping to the
 defaults of fairseq, which the recipe states. Its batches hold sentences of similar length, with
-padding at most 4,096 tokens on each of two GPUs; here 8,192 tokens are packed into rows of 64. What
-was run is not the recipe, whose 8,000 updates did not fit: the warm-up is shortened with the
-updates, to 337. Two of the three seeds lag behind from about update 430 on; the likely cause, not
-tested by another run, is that a post-norm model needs its warm-up. The validation losses (1.90,
-2.40 and 2.53) still fell. Three programs shared two cores, so a seed alone takes fewer hours. The
-command below is of one seed; average.py and eval.py followed it as `--dry_run` shows.""",
+padding at most 4,096 tokens on each of two GPUs; here 8,192 tokens are packed into rows of 64.
+Three seeds of 8,000 updates would take about 13 hours on two cores. Those shown here have 1,350,
+with the warm-up shortened in proportion. Two of them lag behind from about update 430 on; the
+likely cause, which no other run has tested, is that a post-norm model needs its warm-up. Their
+validation losses still fell. Three programs shared two cores. The command is that of seed 0;
+average.py and eval.py followed, with the flags that `reproduce.py --dry_run` prints.""",
     )
